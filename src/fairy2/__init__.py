@@ -1,0 +1,1 @@
+"""The Fairy2i guide's import name: a door to `wrinklefree.methods.fairy2`."""

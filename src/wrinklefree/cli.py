@@ -1,0 +1,251 @@
+"""The command tree of `wf`. Nothing heavy is imported until a verb runs: `wf --help` must feel instant."""
+
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from wrinklefree.core.errors import UserError
+
+HELP = """Take a pretrained causal language model to 1-2 bits per weight, and get a small file back that runs.
+
+\b
+Example, offline and on a CPU:
+  wf fairy2 -m tiny --mode w2
+  wf generate outputs/fairy2_tiny_w2 --prompt 'def main('
+"""
+
+# Plain help: importing rich's help formatter would take longer than everything else together.
+app = typer.Typer(
+    name="wf",
+    help=HELP,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings; `wf config` shows all.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the output folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, then stop.")]
+ModelFolder = Annotated[str, typer.Argument(metavar="PATH", help="A run, a model folder, a config's name or a hub id.")]
+Scale = Literal["dev", "small", "medium", "large", "xlarge"]
+
+
+@app.command()
+def fairy2(
+    model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
+    mode: Annotated[Literal["w1", "w2"], typer.Option(help="Bits per weight: 1 or 2.")] = "w2",
+    scale: Annotated[Scale | None, typer.Option(help="Batch size and number of GPUs.")] = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    overrides: Overrides = None,
+) -> None:
+    """Quantize a model with Fairy2i: train, evaluate, pack.
+
+    \b
+    Example:
+      wf fairy2 -m tiny --mode w2
+      wf fairy2 -m smollm2_135m --mode w2 training.max_steps=100 training.optimizer.lr=5e-5
+    """
+    chosen = [f"model={model}", f"training=fairy2_{mode}", *(overrides or [])]
+    call("train", chosen, dry_run=dry_run, force=force, scale=scale)
+
+
+@app.command()
+def train(overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+    """Run any training stage, spelled out in settings.
+
+    \b
+    Example:
+      wf train model=tiny training=fairy2_w2 training.max_steps=100
+    """
+    call("train", overrides or [], dry_run=dry_run, force=force, scale=None)
+
+
+@app.command()
+def pretrain(overrides: Overrides = None, force: Force = False) -> None:
+    """Train a small model from nothing, on Python's own text.
+
+    \b
+    Example:
+      wf pretrain model=tiny training.max_steps=200
+    """
+    call("pretrain", overrides or [], force=force)
+
+
+@app.command("eval")
+def evaluate(
+    path: ModelFolder,
+    data: Annotated[Path | None, typer.Option(help="A text file; without it, held-out standard library text.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window; default 512, or what the model has.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Evaluate at most this many tokens.")] = 100_000,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead, comma-separated.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples per lm-eval task.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure perplexity on held-out text, or lm-eval tasks.
+
+    \b
+    Example:
+      wf eval outputs/fairy2_tiny_w2/packed
+      wf eval outputs/fairy2_tiny_w2 --data book.txt --context 256
+      wf eval outputs/fairy2_tiny_w2 --tasks arc_easy,piqa --limit 100
+    """
+    call("evaluate", path, data=data, context=context, tokens=tokens, tasks=tasks, limit=limit, as_json=json)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or training_log.csv files.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG to write.")] = None,
+) -> None:
+    """Plot loss and learning rate of one or more runs.
+
+    \b
+    Example:
+      wf plot outputs/fairy2_tiny_w1 outputs/fairy2_tiny_w2 -o compare.png
+    """
+    call("plot", runs, out)
+
+
+@app.command()
+def generate(
+    path: ModelFolder,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue.")] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Read prompts line by line.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+) -> None:
+    """Generate text from a model.
+
+    \b
+    Example:
+      wf generate outputs/fairy2_tiny_w2 --prompt 'def main('
+      wf generate outputs/fairy2_tiny_w2 --interactive
+    """
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    call("generate", path, prompt=prompt, interactive=interactive, chat=chat, **sampling)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or checkpoint folder.")],
+    format: Annotated[str, typer.Option("--format", help="hf: packed safetensors for transformers.")] = "hf",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default RUN/packed.")] = None,
+    force: Force = False,
+) -> None:
+    """Pack a trained run into a small folder that runs.
+
+    \b
+    Example:
+      wf export outputs/fairy2_tiny_w2 --format hf --out tiny-w2
+    """
+    call("export", run, format, out, force)
+
+
+@app.command()
+def config(overrides: Overrides = None) -> None:
+    """Print every setting, resolved.
+
+    \b
+    Example:
+      wf config model=smollm2_135m training=fairy2_w1 training.lr=5e-5
+    """
+    call("show_config", overrides or [])
+
+
+@app.command()
+def methods() -> None:
+    """List the quantization methods and their training configs.
+
+    \b
+    Example:
+      wf methods
+    """
+    call("methods")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: devices, compiler, extras, disk, hub.
+
+    \b
+    Example:
+      wf doctor
+    """
+    call("doctor")
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the runs are.")] = Path("outputs"),
+) -> None:
+    """List the runs in a folder with their last figures.
+
+    \b
+    Example:
+      wf runs
+      wf runs /data/outputs
+    """
+    call("runs", folder)
+
+
+def call(command: str, *args: Any, **kwargs: Any) -> None:
+    """Import `wrinklefree.commands.<command>` and `run` it; errors become a line on standard error and an exit code.
+
+    2: a user's mistake, 130: Ctrl-C, 1: a defect of ours, whose traceback WF_DEBUG=1 shows. This is the one place that
+    catches every exception: a traceback tells a user nothing.
+    """
+    debug = os.environ.get("WF_DEBUG") == "1"
+    try:
+        _quiet(debug)
+        importlib.import_module(f"wrinklefree.commands.{command}").run(*args, **kwargs)
+    except UserError as error:
+        _fail("\n".join(f"error: {line}" for line in str(error).splitlines()), 2, debug)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130, debug=False)
+    except BrokenPipeError:
+        raise  # `wf runs | head`: Typer ends quietly
+    except Exception as error:
+        text = f"internal error: {type(error).__name__}: {error}"
+        _fail(f"{text}\nrerun with WF_DEBUG=1 for the traceback", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _quiet(debug: bool) -> None:
+    """Our lines only: no progress bars, warnings or notes of the libraries, unless the user's environment asks."""
+    from wrinklefree.terminal import show_log_lines
+
+    show_log_lines()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `wf` with `args` (default: the command line) and exit with its code."""
+    app(args, prog_name="wf")
+
+
+if __name__ == "__main__":
+    main()

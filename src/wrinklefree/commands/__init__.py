@@ -1,0 +1,1 @@
+"""Rank 5: one file per `wf` verb; verbs never import each other."""

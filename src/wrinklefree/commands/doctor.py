@@ -1,0 +1,150 @@
+"""`wf doctor`: what this machine has, what is missing, and what to do about it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.data import stdlib
+from wrinklefree.terminal import short_size
+
+PACKAGE = Path(__file__).parents[1]
+LIBRARIES = ("transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "matplotlib")
+EXTRAS = {
+    "wandb": ("wandb", "W&B logging"),
+    "lm_eval": ("eval", "`wf eval --tasks`"),
+    "gcsfs": ("cloud", "gs:// paths"),
+    "s3fs": ("cloud", "s3:// paths"),
+}
+
+# Seconds to wait for the hub, name lookup included.
+_HUB_TIMEOUT = 3.0
+
+# A run of the tiny model takes 0.3 GB with its checkpoints; below this a run is bound to fail.
+_MIN_FREE_DISK = 1e9
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report; `needed` ones make the command fail where they are missing."""
+
+    name: str
+    ok: bool
+    text: str
+    needed: bool = False
+
+
+def run() -> None:
+    """Print one line per check. Raises UserError where something is missing that everything needs."""
+    broken = []
+    for check in checks():
+        print(f"{'OK' if check.ok else 'missing':8} {check.name:14} {check.text}", flush=True)
+        if check.needed and not check.ok:
+            broken.append(check.name)
+    if broken:
+        raise UserError(f"needed and missing: {', '.join(broken)}; the lines above say what to do")
+
+
+def checks() -> Iterator[Check]:
+    yield _python()
+    yield Check("torch", True, torch.__version__, needed=True)
+    yield from _devices()
+    yield _compiler()
+    yield from (_library(name) for name in LIBRARIES)
+    yield from (_extra(module, extra, what) for module, (extra, what) in EXTRAS.items())
+    yield _disk(Path.cwd())
+    yield _hub()
+    yield _builtin_model()
+    yield _stdlib_text()
+
+
+def _python() -> Check:
+    ok = sys.version_info >= (3, 10)
+    advice = "" if ok else ": WrinkleFree needs 3.10 or newer"
+    return Check("python", ok, f"{platform.python_version()} ({sys.executable}){advice}", needed=True)
+
+
+def _devices() -> Iterator[Check]:
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16, so fp32"
+        yield Check(f"cuda:{i}", True, f"{properties.name}, {short_size(properties.total_memory)}, {bf16}")
+    if not torch.cuda.is_available():
+        yield Check("cuda", False, "no GPU that this torch can use: small models train on the CPU")
+    if torch.backends.mps.is_available():
+        yield Check("mps", True, "Apple GPU found; training uses the CPU")
+    bf16 = "bf16" if torch.cpu._is_avx512_bf16_supported() else "no fast bf16, so fp32"
+    yield Check("cpu", True, f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {bf16}")
+
+
+def _compiler() -> Check:
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    return Check("compiler", found is not None, found or "no C++ compiler: torch.compile needs one (apt install g++)")
+
+
+def _library(name: str) -> Check:
+    try:
+        return Check(name, True, importlib.metadata.version(name), needed=True)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, False, "pip install wrinklefree", needed=True)
+
+
+def _extra(module: str, extra: str, what: str) -> Check:
+    found = importlib.util.find_spec(module) is not None
+    return Check(module, found, what if found else f"optional, for {what}: pip install 'wrinklefree[{extra}]'")
+
+
+def _disk(folder: Path) -> Check:
+    free = shutil.disk_usage(folder).free
+    ok = free >= _MIN_FREE_DISK
+    return Check("disk", ok, f"{short_size(free)} free in {folder}" + ("" if ok else ": make room for checkpoints"))
+
+
+def _hub() -> Check:
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return Check("hub", False, "HF_HUB_OFFLINE=1 is set: unset it, or use -m tiny or a local folder")
+    if _reachable(url):
+        return Check("hub", True, url)
+    return Check("hub", False, f"{url} does not answer: use -m tiny or a local folder")
+
+
+def _reachable(url: str) -> bool:
+    """Whether anything answers; in a thread, since a name lookup heeds no timeout."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(url, timeout=_HUB_TIMEOUT):
+                answers.append(True)
+        except (URLError, OSError):
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_HUB_TIMEOUT)
+    return answers == [True]
+
+
+def _builtin_model() -> Check:
+    found = (PACKAGE / "models" / "tiny" / "model.safetensors").is_file()
+    return Check("model tiny", found, "shipped in the package" if found else "make it: wf pretrain model=tiny")
+
+
+def _stdlib_text() -> Check:
+    try:
+        counts = {split: len(stdlib.files(split)) for split in ("train", "heldout")}
+    except ValueError as error:
+        return Check("stdlib text", False, str(error))
+    return Check("stdlib text", True, f"{counts['train']} files to train on, {counts['heldout']} held out")

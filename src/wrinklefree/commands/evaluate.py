@@ -1,0 +1,93 @@
+"""`wf eval`: perplexity on held-out text, or lm-eval tasks, of any model: a run, a packed folder, a hub id."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from wrinklefree.config import DataConfig
+from wrinklefree.core.errors import UserError
+from wrinklefree.data import Batch, file_batches, heldout_batches
+from wrinklefree.evaluate.perplexity import measure
+from wrinklefree.locate import open_model
+from wrinklefree.terminal import print_table
+
+_DEFAULT_CONTEXT = 512
+_BATCH_SIZE = 8
+
+
+def run(
+    path: str,
+    *,
+    data: Path | None = None,
+    context: int | None = None,
+    tokens: int = 100_000,
+    tasks: str | None = None,
+    limit: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print the figures, as a table or one JSON object. Raises UserError where the text or the context does not fit."""
+    if data is not None and not data.is_file():
+        raise UserError(f"--data {data}: no such file")
+    model, tokenizer = open_model(path)
+    if tasks is None:
+        figures = perplexity(model, tokenizer, data, _choose_context(model, context), tokens)
+    else:
+        figures = _task_figures(model, tokenizer, tasks, limit)
+    if as_json:
+        print(json.dumps({"path": path, **figures}))
+    else:
+        print_table(["", path], [[name.replace("_", " "), _readable(value)] for name, value in figures.items()])
+
+
+def perplexity(model: Any, tokenizer: Any, data: Path | None, context: int, tokens: int) -> dict[str, Any]:
+    """Perplexity, its logarithm and bits per byte of windows of `context` tokens, each scored with no text before it."""
+    batches = _batches(tokenizer, data, context, tokens)
+    quality = measure(model, batches)
+    return {
+        "data": "held-out standard library text" if data is None else str(data),
+        "context": context,
+        "tokens": quality.tokens,
+        "perplexity": quality.ppl,
+        "nll": quality.nll,
+        "bits_per_byte": quality.nll * quality.tokens / math.log(2) / _scored_bytes(tokenizer, batches),
+    }
+
+
+def _batches(tokenizer: Any, data: Path | None, context: int, tokens: int) -> list[Batch]:
+    if data is not None:
+        return file_batches(data, tokenizer, batch_size=_BATCH_SIZE, length=context, max_tokens=tokens)
+    stdlib = DataConfig(source="stdlib")
+    return heldout_batches(stdlib, tokenizer, batch_size=_BATCH_SIZE, length=context, max_tokens=tokens)
+
+
+def _scored_bytes(tokenizer: Any, batches: list[Batch]) -> int:
+    """Length in UTF-8 of the text of all scored tokens."""
+    labels = [batch["labels"][:, 1:] for batch in batches]
+    texts = [tokenizer.decode(row[row != -100], skip_special_tokens=True) for rows in labels for row in rows]
+    return sum(len(text.encode()) for text in texts)
+
+
+def _choose_context(model: Any, context: int | None) -> int:
+    positions: int | None = model.config.to_dict().get("max_position_embeddings")
+    if context is None:
+        return min(_DEFAULT_CONTEXT, positions or _DEFAULT_CONTEXT)
+    if positions is not None and context > positions:
+        raise UserError(f"--context {context}: the model has {positions} positions")
+    return context
+
+
+def _task_figures(model: Any, tokenizer: Any, tasks: str, limit: int | None) -> dict[str, Any]:
+    from wrinklefree.evaluate.harness import run_tasks
+
+    results = run_tasks(model, tokenizer, [task.strip() for task in tasks.split(",")], limit)
+    return {
+        f"{task} {metric.removesuffix(',none')}": value
+        for task, metrics in results.items()
+        for metric, value in metrics.items()
+        if isinstance(value, float)
+    }
+
+
+def _readable(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

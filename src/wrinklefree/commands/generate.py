@@ -1,0 +1,28 @@
+"""`wf generate`: text from any model: a run, a packed folder, a hub id."""
+
+from wrinklefree.core.errors import UserError
+
+
+def run(
+    path: str,
+    *,
+    prompt: str | None,
+    interactive: bool,
+    chat: bool,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    seed: int = 0,
+) -> None:
+    """Continue one prompt, or answer line by line. Raises UserError where it is not said which of the two."""
+    if (prompt is None) == (not interactive):
+        raise UserError("say either --prompt TEXT or --interactive")
+    if chat and not interactive:
+        raise UserError("--chat goes with --interactive")
+    from wrinklefree import generate
+    from wrinklefree.locate import open_model
+
+    model, tokenizer = open_model(path)
+    if prompt is None:
+        generate.interactive(model, tokenizer, chat, max_new_tokens, temperature, seed)
+    else:
+        generate.stream(model, tokenizer, prompt, max_new_tokens, temperature, seed)

@@ -1,0 +1,14 @@
+"""`wf plot`: loss and learning rate of runs in one PNG."""
+
+from pathlib import Path
+
+from wrinklefree.plotting import plot_runs
+from wrinklefree.tracking import CSV_NAME
+
+
+def run(runs: list[Path], out: Path | None = None) -> None:
+    """Plot run folders or CSV files into `out`, by default `plots/loss.png` of the first run."""
+    csvs = [path / CSV_NAME if path.is_dir() else path for path in runs]
+    target = out or csvs[0].parent / "plots" / "loss.png"
+    plot_runs(csvs, target)
+    print(f"wrote {target}")

@@ -1,0 +1,152 @@
+"""`wf pretrain`: train a small Llama and its tokenizer from nothing, on the text that Python ships with."""
+
+import dataclasses
+import logging
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from wrinklefree import checkpoint, distributed, session
+from wrinklefree import config as configs
+from wrinklefree.config import ArchitectureConfig, Config
+from wrinklefree.core.errors import UserError
+from wrinklefree.data import Batch, stdlib
+from wrinklefree.data.tokenizer import train_tokenizer
+from wrinklefree.evaluate.perplexity import Quality
+from wrinklefree.objectives import LanguageModelling
+from wrinklefree.trainer import fit
+
+log = logging.getLogger("wrinklefree")
+
+CARD = """\
+# {name}: a small Llama for trying things out
+
+{parameters:.2f} M parameters, trained from nothing on the text of Python's own standard library ({train_files} files,
+{tokens:.1f} M tokens seen) by `wf pretrain model={name}`, seed {seed}, Python {python}. It writes text shaped like Python; it
+knows nothing.
+
+| held-out text | value |
+|---|---|
+| files of the library that it never saw | {heldout_files} |
+| tokens scored | {heldout_tokens:,} |
+| context length | {context} |
+| loss, nats per token | {nll:.4f} |
+| perplexity | {ppl:.2f} |
+
+Byte-level BPE of {vocab:,} tokens with a ChatML template. The text is under the Python Software Foundation License.
+"""
+
+
+def run(overrides: list[str], *, force: bool = False) -> None:
+    """Pretrain `model.architecture`; leaves `final/` (fp32) and `shipped/` (bf16, with a model card)."""
+    config = configs.load(overrides, "pretrain")
+    if config.model.architecture is None:
+        raise UserError(f"model={config.model.name}: has no architecture to train from nothing; try model=tiny")
+    resume = session.claim(config, force)
+    world = distributed.start()
+    torch.manual_seed(config.seed)
+    tokenizer = train_tokenizer(stdlib.documents("train"), config.model.architecture.vocab_size)
+    model = build(config.model.architecture, tokenizer).to(world.device)
+    plan = session.make_plan(config, model, world)
+    fit(
+        model,
+        LanguageModelling(model, None, config.distillation, config.training.compile),
+        Curriculum(config, tokenizer, plan, world),
+        config,
+        plan,
+        tokenizer=tokenizer,
+        world=world,
+        evaluate=session.evaluator(config, tokenizer),
+        resume=resume,
+    )
+    if world.is_main:
+        ship(config, model, tokenizer, plan)
+    distributed.stop()
+
+
+class Curriculum(Iterator[Batch]):
+    """First all text, tests too; then, while the learning rate decays, the library alone, which is what is held out.
+
+    At equal steps this gave a held-out perplexity of 65.7 on a small model, all text throughout 75.8, the library
+    alone 73.9 (LOG.md).
+    """
+
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, plan: session.Plan, world: distributed.World
+    ) -> None:
+        library = dataclasses.replace(config, data=dataclasses.replace(config.data, tests=False))
+        self.streams = [session.open_stream(c, tokenizer, world) for c in (config, library)]
+        per_step = config.training.gradient_accumulation_steps
+        decay_start = 1 - config.training.scheduler.decay_ratio
+        self.switch, self.served = int(plan.max_steps * decay_start) * per_step, 0
+
+    def __next__(self) -> Batch:
+        self.served += 1
+        return next(self.streams[self.served > self.switch])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"served": self.served, "streams": [stream.state_dict() for stream in self.streams]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.served = state["served"]
+        for stream, saved in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(saved)
+
+
+def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A Llama with random weights, tied embeddings, and residual outputs that start at zero."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.intermediate_size,
+        num_hidden_layers=architecture.num_hidden_layers,
+        num_attention_heads=architecture.num_attention_heads,
+        num_key_value_heads=architecture.num_key_value_heads,
+        max_position_embeddings=architecture.max_position_embeddings,
+        attention_dropout=architecture.dropout,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # each block starts as the identity
+            nn.init.zeros_(parameter)
+    return model
+
+
+def ship(config: Config, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, plan: session.Plan) -> None:
+    """Write `shipped/`: bf16 weights, tokenizer and a card with the perplexity of exactly these weights."""
+    model = model.to(torch.bfloat16).float()
+    quality = session.quality(model, session.heldout(config, tokenizer, None), plan)
+    out = Path(config.output_dir) / "shipped"
+    with checkpoint.written_aside(out) as aside:
+        model.to(torch.bfloat16).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(card(config, model, quality, plan))
+    log.info("held-out perplexity %.2f; wrote %s", quality.ppl, out)
+
+
+def card(config: Config, model: LlamaForCausalLM, quality: Quality, plan: session.Plan) -> str:
+    """The model card."""
+    t = config.training
+    return CARD.format(
+        name=config.model.name,
+        parameters=model.num_parameters() / 1e6,
+        train_files=len(stdlib.files("train")),
+        tokens=plan.max_steps * t.batch_size * t.max_seq_length * t.gradient_accumulation_steps / 1e6,
+        seed=config.seed,
+        python=platform.python_version(),
+        heldout_files=len(stdlib.files("heldout")),
+        heldout_tokens=quality.tokens,
+        context=t.max_seq_length,
+        nll=quality.nll,
+        ppl=quality.ppl,
+        vocab=model.config.vocab_size,
+    )

@@ -1,0 +1,325 @@
+"""The typed schema, and `load`: YAML composed by Hydra, then checked here, once, all mistakes together.
+
+Every key of every YAML under `configs/` is a field of a dataclass below or of a method's `Config`; nothing else exists.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from wrinklefree.core import method as methods
+from wrinklefree.core.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Auto = Literal["auto"]
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(kw_only=True)
+class Node:
+    """Base of every config section: unknown keys are errors."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(kw_only=True)
+class RecommendedConfig(Node):
+    """What `auto` means for this model; null leaves it to the tables by parameter count (`schedule.py`)."""
+
+    lr: PositiveFloat | None = None
+    total_tokens: Positive | None = None
+
+
+@dataclass(kw_only=True)
+class ArchitectureConfig(Node):
+    """A Llama to build from scratch (`wf pretrain`)."""
+
+    hidden_size: Positive = 256
+    intermediate_size: Positive = 768
+    num_hidden_layers: Positive = 6
+    num_attention_heads: Positive = 4
+    num_key_value_heads: Positive = 4
+    vocab_size: Positive = 4096
+    max_position_embeddings: Positive = 512
+    dropout: Fraction = 0.0
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Node):
+    """Which model. `pretrained` is a hub id, a local folder, or `builtin:NAME` for one shipped in this package."""
+
+    name: str
+    pretrained: str
+    trust_remote_code: bool = False
+    recommended: RecommendedConfig = field(default_factory=RecommendedConfig)
+    architecture: ArchitectureConfig | None = None
+
+
+@dataclass(kw_only=True)
+class DataConfig(Node):
+    """Which text. See docs/configuration.md for what each source reads."""
+
+    source: Literal["stdlib", "local", "hub"]
+    tests: bool = False  # stdlib: with the library's own tests, where this Python ships them
+    path: str | None = None  # local: file or folder; hub: dataset id
+    subset: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    heldout_path: str | None = None  # local: a file; without it, every 20th document is held out
+    heldout_split: str | None = None  # hub: a split; without it, the first documents are held out
+    shuffle_buffer: Positive = 2048  # documents shuffled together
+    document_mask: bool = True  # packed documents do not attend to each other
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig(Node):
+    """AdamW, or Muon for matrices with AdamW for everything else."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: PositiveFloat | Auto = "auto"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    muon_lr: PositiveFloat = 0.02  # matrices, where name is muon
+    scale_lr_factor: PositiveFloat = 1.0  # lr of trained quantization scales, relative to lr
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig(Node):
+    """Learning rate over real optimizer steps."""
+
+    name: Literal["wsd", "cosine", "linear"] = "wsd"
+    warmup_ratio: Fraction = 0.05
+    decay_ratio: Fraction = 0.15  # wsd only
+    min_lr_ratio: Fraction = 0.0
+
+
+@dataclass(kw_only=True)
+class WandbConfig(Node):
+    """Weights & Biases; offline where no key is set."""
+
+    enabled: bool = False
+    project: str = "wrinklefree-fairy2"
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class LoggingConfig(Node):
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(Node):
+    """One stage of training."""
+
+    stage: str
+    total_tokens: Positive | Auto = "auto"
+    max_steps: Natural | None = None  # wins over total_tokens; 0 prepares and saves
+    batch_size: Positive = 8
+    max_seq_length: Positive = 2048
+    gradient_accumulation_steps: Positive = 1
+    gradient_clipping: PositiveFloat = 1.0
+    gradient_checkpointing: bool = False
+    lr: PositiveFloat | Auto = "auto"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    freeze_names: list[str] = field(default_factory=list)
+    log_interval: Positive = 10
+    save_interval: Positive = 1000
+    save_total_limit: Positive = 2
+    keep_best: bool = False  # final/ is the model of the lowest held-out loss
+    eval_interval: Positive = 500
+    eval_tokens: Positive = 32768
+    resume_from: str | None = None
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass(kw_only=True)
+class DistillationConfig(Node):
+    """The loss: `ce_weight` x cross entropy + `weight` x KL to the teacher at `temperature`."""
+
+    name: Literal["none", "logits"]
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    ce_weight: Annotated[float, Field(ge=0)] = 1.0
+    temperature: PositiveFloat = 1.0
+    teacher: str | None = None  # hub id or folder; null is the model itself in full precision
+
+
+@dataclass(kw_only=True)
+class Config(Node):
+    """One run, resolved."""
+
+    seed: int = 42
+    output_dir: str
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    distillation: DistillationConfig
+    method: Any = None  # the typed config of the method; null trains in full precision
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Field defaults as plain values, `???` where a value is required: Hydra then knows every key."""
+    return {f.name: _default(f) for f in dataclasses.fields(cls)}
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    if f.default is not dataclasses.MISSING:
+        return list(f.default) if isinstance(f.default, tuple) else f.default
+    if f.default_factory is dataclasses.MISSING:
+        return "???"
+    value = f.default_factory()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def options(group: str) -> list[str]:
+    """The YAML files of a group."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def load(overrides: list[str], config_name: str = "config") -> Config:
+    """Compose the YAML with `a.b=c` overrides and check it. Raises UserError naming every mistake, one line each."""
+    values = compose(overrides, config_name)
+    return validate(values)
+
+
+def compose(overrides: list[str], config_name: str = "config") -> dict[str, Any]:
+    """The resolved values as plain dictionaries, unchecked."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    store = ConfigStore.instance()
+    sections = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig, "distillation": DistillationConfig}
+    store.store("schema", {"seed": 42, **{name: defaults(cls) for name, cls in sections.items()}})
+    for name in methods.available():
+        store.store(name, defaults(methods.find(name)), group="method")
+    try:
+        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+            composed = hydra_compose(config_name, [_soften(o) for o in overrides] + _search_path())
+        values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _search_path() -> list[str]:
+    """A folder `configs/` where the user stands adds groups of their own."""
+    mine = Path.cwd() / "configs"
+    return [f"hydra.searchpath=[file://{mine}]"] if mine.is_dir() else []
+
+
+def _soften(override: str) -> str:
+    """Let Hydra take any key, so that our own check reports all wrong ones together; group choices stay as they are."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"override {override!r} is not key=value")
+    if (CONFIGS / key.lstrip("+~")).is_dir():
+        return override
+    if "=" in value and not value.startswith(("'", '"', "[", "{")):
+        value = f"'{value}'"
+    return f"++{key.lstrip('+')}={value}"
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's message without its stack of hints."""
+    text = str(error)
+    choice = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if choice:
+        group, name = choice.groups()
+        return f"{group}={name}: no such option{methods.did_you_mean(name, options(group))}; available: {', '.join(options(group))}"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def validate(values: Mapping[str, Any]) -> Config:
+    """Check plain values against the schema. Raises UserError with one line per mistake."""
+    problems: list[str] = []
+    config = _check(Config, dict(values) | {"method": None}, "", problems)
+    method = values.get("method")
+    if method is not None:
+        checked = _check(methods.find(method["name"]), method, "method.", problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    if method is not None:
+        config.method = checked
+    return config
+
+
+def _check(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        problems += dict.fromkeys(_describe(cls, prefix, e) for e in error.errors())
+
+
+def _describe(cls: type, prefix: str, error: Any) -> str:
+    where = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained", "literal"))]
+    where = [part for part in where if part not in ("int", "float", "str")]
+    path = prefix + ".".join(where)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = dict(_paths(cls, prefix))
+        return f"{path}: unknown key{_closest(path, list(known))}"
+    if error["type"] == "missing" or error["input"] == "???":
+        return f"{path}: a value is required"
+    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def _closest(path: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(path, known, n=1) or [
+        k for k in known if k.rpartition(".")[2] == path.rpartition(".")[2]
+    ]
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _paths(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of the schema with its full path."""
+    for f in dataclasses.fields(cls):
+        path = f"{prefix}{f.name}"
+        yield path, f
+        for inner in (f.type, *_union_members(f.type)):
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+                yield from _paths(inner, path + ".")
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union annotation."""
+    from typing import get_args
+
+    return get_args(annotation)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML; `from_yaml` gives the same config back."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def from_yaml(path: Path) -> Config:
+    """Read a `wrinklefree.yaml`. Raises UserError where it is not one of ours."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable YAML file ({error.__class__.__name__})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a wrinklefree config")
+    return validate({str(key): value for key, value in values.items()})

@@ -1,0 +1,160 @@
+"""What a method is: a typed config that prepares a model, and a linear layer that quantizes itself.
+
+A file `methods/<name>.py` with a class `Config` is the whole registration: `find("<name>")` imports it.
+"""
+
+import difflib
+import importlib
+import logging
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from wrinklefree.core import surgery
+from wrinklefree.core.codes import Codes
+from wrinklefree.core.effective import EffectiveWeight
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.ste import straight_through
+
+log = logging.getLogger("wrinklefree")
+
+METHODS = "wrinklefree.methods"
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer whose weight is seen through `decode(encode(weight))`.
+
+    The full-precision master stays in `weight` (fp32, [out, in]), under the pretrained checkpoint's name. A method
+    overrides `encode` and `decode`, and `setup` when it trains parameters of its own.
+    """
+
+    def __init__(self, linear: nn.Linear, config: "QuantMethod") -> None:
+        """Take over the weight and bias of `linear` (no copy beyond the cast to fp32) and its train/eval mode."""
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight = linear.weight
+        self.weight.data = self.weight.data.float()
+        self.bias = linear.bias
+        self.config = config
+        self.effective = EffectiveWeight()
+        self.train(linear.training)
+        self.setup()
+
+    def setup(self) -> None:
+        """Create the method's own parameters from `self.weight`."""
+
+    def encode(self) -> Codes:
+        """The codes of the current weight; differentiable in the trained scales, not in the codes."""
+        raise TypeError(f"{type(self).__name__} must define encode()")
+
+    @staticmethod
+    def decode(codes: Codes) -> Tensor:
+        """The fp32 weight [out, in] that `codes` stand for; differentiable in `codes.tensors`."""
+        raise TypeError("a QuantLinear must define decode()")
+
+    def quantized_weight(self) -> Tensor:
+        """`decode(encode(weight))` with the straight-through gradient to the master: fp32 [out, in]."""
+        return straight_through(self.weight, self.decode(self.encode()))
+
+    def effective_weight(self, dtype: torch.dtype) -> Tensor:
+        """The quantized weight in the compute dtype, computed once per change of the parameters."""
+        return self.effective.get(self, self.quantized_weight, dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode != self.training:
+            self.effective.clear()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.config.activation(x)
+        return F.linear(x, self.effective_weight(compute_dtype(x)), self.bias)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast, if on, or else `x` itself will be multiplied."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+@dataclass(kw_only=True)
+class Method:
+    """Base of every method's config: a dataclass whose unknown keys are errors."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # a ConfigDict; packed folders have no pydantic
+
+    name: str
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Change `model` in place so that it trains with this method, and return it."""
+        raise TypeError(f"method {self.name} must define prepare()")
+
+    def on_step(self, model: nn.Module, step: int) -> None:
+        """Called before each optimizer step: for schedules that live inside the model."""
+
+
+@dataclass(kw_only=True)
+class QuantMethod(Method):
+    """A method that swaps linear layers for `layer`."""
+
+    layer: ClassVar[type[QuantLinear]]
+
+    exclude_names: list[str] = field(default_factory=lambda: ["embed_tokens", "lm_head"])
+
+    def config_for(self, fqn: str) -> Self:
+        """The config of the layer `fqn`; override for mixed precision."""
+        return self
+
+    def activation(self, x: Tensor) -> Tensor:
+        """What a layer multiplies its weight with; override to quantize activations."""
+        return x
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Swap every linear layer that `exclude_names` does not match; says what could not be converted.
+
+        Raises UserError when nothing was converted.
+        """
+        found = list(surgery.linears(model, self.exclude_names))
+        kept = surgery.unconvertible(model, self.exclude_names)
+        if kept:
+            log.warning("kept in full precision, not linear layers: %s", ", ".join(kept))
+        if not found and not quant_layers(model):
+            raise UserError(f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)")
+        for fqn, linear in found:
+            model.set_submodule(fqn, self.layer(linear, self.config_for(fqn)))
+        return model
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Every quantized layer by fqn."""
+    return {fqn: module for fqn, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def refresh(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring every effective weight up to date; a compiled forward cannot do it from inside."""
+    for layer in quant_layers(model).values():
+        layer.effective_weight(dtype)
+
+
+def available(package: str = METHODS) -> list[str]:
+    """Names of all methods: the files of the folder."""
+    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
+
+
+def find(name: str, package: str = METHODS) -> type[Method]:
+    """The config class of a method: `wrinklefree.methods.<name>.Config`. Raises UserError for an unknown name."""
+    names = available(package)
+    if name not in names:
+        raise UserError(f"unknown method {name!r}{did_you_mean(name, names)}; available: {', '.join(names)}")
+    config: type[Method] = importlib.import_module(f"{package}.{name}").Config
+    return config
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest known word, or nothing."""
+    close: list[Any] = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

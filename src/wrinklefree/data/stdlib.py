@@ -1,0 +1,116 @@
+"""The text of the running Python's standard library, as documents to train and evaluate on.
+
+Every machine that runs this program has this text, so a small language model can be trained from nothing and without a
+network. Licence: PSF. The text differs a little between Python versions, and so do figures measured on it.
+
+The split is by file: the SHA-256 of a file's POSIX path relative to the library decides, so a path falls in the same
+split on every Python. About 5 % of the library's own files are held out. Its tests (18 of 26 MB where a Python ships
+them; Debian's does not) only ever train, so held-out figures compare between Pythons with and without tests.
+
+Left out:
+- packages that are not the library (`site-packages`) and files about one machine (`_sysconfigdata*`, `config-*`);
+- packages that are mostly data, or gone from newer Pythons (see `_EXCLUDED_TOP`);
+- lookup tables (see `_is_table`), empty files, files that are not UTF-8, and copies: a held-out text stays held out, and
+  among equal texts of one split the library's file, then the first path, stays.
+"""
+
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+Split = Literal["train", "heldout"]
+
+# The hash deals paths into this many buckets, of which one is held out: on 3.11 bucket 13 has 31 of 418 library files
+# and 5.5 % of their text, from 20 packages (bucket 0 has 15 files and 2 %: too little to measure on).
+_BUCKETS = 20
+_HELDOUT_BUCKET = 13
+
+# 3.11 has 418 library files that qualify; fewer than this is a stripped library.
+_MIN_LIBRARY_FILES = 100
+
+_TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+_EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
+_EXCLUDED_TOP = frozenset({"encodings", "idlelib", "distutils", "lib2to3", "sitecustomize.py", "usercustomize.py"})
+_MACHINE_FILE = re.compile(r"_sysconfig_?(data|vars)|config-")
+
+# The first character of a line that is an entry of a literal: `'AElig': 0xc6,` or `0x0300, 0x036f,`.
+_ENTRY_START = tuple("'\"0123456789")
+
+
+def files(split: Split, tests: bool = True) -> list[Path]:
+    """The files of one split, by POSIX path relative to the library: the same order on every file system.
+
+    Without `tests`, the library's own files alone.
+    Raises ValueError where this Python does not ship its library's source.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    return [root / path for path in _split_paths(root)[split] if tests or not _is_test(path)]
+
+
+def documents(split: Split, tests: bool = True) -> Iterator[str]:
+    """The texts of `files(split, tests)`, in that order, with `\\n` line ends."""
+    for path in files(split, tests):
+        yield path.read_text(encoding="utf-8")
+
+
+@cache
+def _split_paths(root: Path) -> dict[Split, tuple[str, ...]]:
+    """Relative POSIX paths per split, without copies."""
+    texts = _texts(root)
+    library = [path for path in texts if not _is_test(path)]
+    if len(library) < _MIN_LIBRARY_FILES:
+        raise ValueError(
+            f"this Python's library source is not at {root} ({len(library)} usable .py files; a zipped or stripped "
+            f"Python?): use data=local with text of your own, or a Python that has its library's source"
+        )
+    heldout = _without_copies([path for path in library if _is_heldout(path)], texts, seen=set())
+    seen = {texts[path] for path in heldout}
+    train = [path for path in library if not _is_heldout(path)] + [path for path in texts if _is_test(path)]
+    return {"train": tuple(sorted(_without_copies(train, texts, seen))), "heldout": tuple(heldout)}
+
+
+def _texts(root: Path) -> dict[str, str]:
+    """Relative POSIX path -> text of every usable file under `root`, in path order."""
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py") if path.is_file())
+    texts = {path: _read_utf8(root / path) for path in paths if not _is_excluded(path)}
+    return {path: text for path, text in texts.items() if text.strip() and not _is_table(text)}
+
+
+def _read_utf8(path: Path) -> str:
+    """The file's text, or "" where it is not UTF-8: the library's tests hold such files on purpose."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+def _without_copies(paths: list[str], texts: dict[str, str], seen: set[str]) -> list[str]:
+    """`paths` whose text is not in `seen`, the first path of equal texts only."""
+    first: dict[str, str] = {}
+    for path in paths:
+        first.setdefault(texts[path], path)
+    return [path for text, path in first.items() if text not in seen]
+
+
+def _is_excluded(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return parts[0] in _EXCLUDED_TOP or bool(_MACHINE_FILE.match(parts[0])) or not _EXCLUDED_FOLDERS.isdisjoint(parts)
+
+
+def _is_test(path: str) -> bool:
+    return not _TEST_FOLDERS.isdisjoint(PurePosixPath(path).parts)
+
+
+def _is_heldout(path: str) -> bool:
+    """Whether `path` falls in the held-out bucket. Not by `hash`, which Python salts anew in each process."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % _BUCKETS == _HELDOUT_BUCKET
+
+
+def _is_table(text: str) -> bool:
+    """Whether more than half of the lines that are not blank start with a quote or a digit: entries, not code."""
+    lines = [line for raw in text.splitlines() if (line := raw.strip())]
+    return 2 * sum(line.startswith(_ENTRY_START) for line in lines) > len(lines)

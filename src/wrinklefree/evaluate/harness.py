@@ -1,0 +1,32 @@
+"""Bridge to lm-evaluation-harness: its tasks by name, on a model that is already in memory."""
+
+import logging
+from typing import Any
+
+from wrinklefree.core.errors import UserError
+
+
+def run_tasks(model: Any, tokenizer: Any, tasks: list[str], limit: int | None = None) -> dict[str, dict[str, Any]]:
+    """The harness's metrics per task (`acc,none`, `word_perplexity,none`, ...) on at most `limit` examples of each.
+
+    Raises UserError where the harness is not installed, knows no task of a name, or cannot fetch a task's data.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError("--tasks needs lm-evaluation-harness: pip install 'wrinklefree[eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about its own tasks' files
+    manager = TaskManager()
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise UserError(f"no such lm-eval task: {', '.join(unknown)}; `lm_eval ls tasks` lists them")
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal")
+    try:
+        results: dict[str, Any] = simple_evaluate(harness, tasks=tasks, task_manager=manager, limit=limit)
+    except ConnectionError as error:
+        raise UserError(
+            f"--tasks {','.join(tasks)}: their data is on the hub, which does not answer ({error})"
+        ) from error
+    return {str(task): dict(metrics) for task, metrics in results["results"].items()}

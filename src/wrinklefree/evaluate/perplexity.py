@@ -1,0 +1,62 @@
+"""Perplexity on held-out text, and how far a model is from a reference.
+
+Perplexity is exp of the mean negative log-likelihood per token, each window of `context` tokens scored on its own with
+no text before it. Beside it: KL(reference || model) in nats per token, and how often both rank the same token first.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from wrinklefree.config import DistillationConfig
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import quant_layers
+from wrinklefree.objectives import Batch, Decoder, compare
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over `tokens` scored tokens; `kl` and `same_top1` are 0 without a reference."""
+
+    nll: float
+    tokens: int
+    kl: float
+    same_top1: float
+
+    @property
+    def ppl(self) -> float:
+        return math.exp(self.nll)
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, batches: Iterable[Batch], reference: PreTrainedModel | None = None) -> Quality:
+    """Score `batches` (input_ids, labels, position_ids [B, L]) in the current autocast precision.
+
+    Raises UserError where there is no token to score.
+    """
+    student, teacher = Decoder(model), None if reference is None else Decoder(reference)
+    config = DistillationConfig(name="logits", weight=1.0)
+    tokens, sums = 0, torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        here = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        losses = compare(student, teacher, here, config)
+        sums += count * torch.stack([losses.ce, losses.kl, losses.same_top1]).double().cpu()
+        tokens += count
+    if tokens == 0:
+        raise UserError("nothing to evaluate on: the held-out text has no token to predict")
+    nll, kl, same_top1 = (sums / tokens).tolist()
+    return Quality(nll, tokens, kl, same_top1)
+
+
+@torch.no_grad()
+def quantization_error(model: torch.nn.Module) -> dict[str, float]:
+    """Relative error |W - Q| / |W| (Frobenius) of every quantized layer by fqn, and their mean under `mean`."""
+    errors = {}
+    for fqn, layer in quant_layers(model).items():
+        difference = layer.weight - layer.effective_weight(torch.float32)
+        errors[fqn] = (difference.norm() / layer.weight.norm()).item()
+    return errors | ({"mean": sum(errors.values()) / len(errors)} if errors else {})

@@ -1,0 +1,124 @@
+"""A linear layer that holds packed codes instead of a weight.
+
+Buffers, all of them in the saved file:
+
+    weight      uint8 [..., ceil(n * bits / 8)]   the codes `index` [..., n], packed along the last dimension
+    <name>      fp16, the method's shape          one for each of `Codes.tensors`: scales, tables
+    bias        [out]                             a parameter, only where the trained layer has one
+
+The codes are called `weight` on purpose: to a program that does not know this format they are a weight of the wrong
+shape, which transformers refuses. Under any other name it would start from random weights and say so in a warning.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from wrinklefree.core.codes import Codes, pack, packed_length, unpack
+from wrinklefree.core.method import QuantMethod, compute_dtype
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The shapes of one packed layer: what has to be known before its tensors are read. Plain JSON values."""
+
+    shape: list[int]  # [out_features, in_features]
+    bits: int  # width of one code
+    index_shape: list[int]  # of the unpacked codes
+    tensors: dict[str, list[int]]  # shape of each scale or table
+    bias: bool
+
+    @classmethod
+    def of(cls, codes: Codes, bias: bool) -> "LayerSpec":
+        tensors = {name: list(tensor.shape) for name, tensor in codes.tensors.items()}
+        return cls(list(codes.shape), codes.bits, list(codes.index.shape), tensors, bias)
+
+    @property
+    def packed_shape(self) -> list[int]:
+        return [*self.index_shape[:-1], packed_length(self.index_shape[-1], self.bits)]
+
+
+class PackedLinear(nn.Module):
+    """`decode(codes)` as a linear layer. Codes and scales keep their dtype whatever the model is cast to."""
+
+    weight: Tensor
+
+    def __init__(self, config: QuantMethod, spec: LayerSpec) -> None:
+        """Empty buffers of the right shapes, on the current default device."""
+        super().__init__()
+        self.config = config
+        self.spec = spec
+        self.out_features, self.in_features = spec.shape
+        self.dense: Tensor | None = None  # the decoded weight, kept from the first forward on
+        self.register_buffer("weight", torch.empty(spec.packed_shape, dtype=torch.uint8))
+        for name, shape in spec.tensors.items():
+            self.register_buffer(name, torch.empty(shape, dtype=torch.float16))
+        self.bias = nn.Parameter(torch.empty(self.out_features)) if spec.bias else None
+
+    @classmethod
+    def from_codes(cls, config: QuantMethod, codes: Codes, bias: Tensor | None) -> "PackedLinear":
+        """Pack `codes`. Raises ValueError where a scale is not exactly an fp16 number: it would change in the file."""
+        with torch.device("meta"):
+            layer = cls(config, LayerSpec.of(codes, bias is not None))
+        layer.weight = pack(codes.index, codes.bits)
+        for name, tensor in codes.tensors.items():
+            setattr(layer, name, _exact_fp16(name, tensor))
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    def codes(self) -> Codes:
+        """The codes as they were trained, scales in fp32: the argument of the method's `decode`."""
+        index = unpack(self.weight, self.spec.bits, self.spec.index_shape[-1])
+        tensors = {name: self.get_buffer(name).float() for name in self.spec.tensors}
+        return Codes(index, self.spec.bits, tensors, (self.out_features, self.in_features))
+
+    def effective_weight(self, dtype: torch.dtype) -> Tensor:
+        """The decoded weight [out, in] in the compute dtype, decoded once and kept."""
+        if self.dense is None or self.dense.dtype != dtype or self.dense.device != self.weight.device:
+            with torch.inference_mode(False), torch.no_grad():
+                self.dense = self.config.layer.decode(self.codes()).to(dtype)
+        return self.dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matmul(self.config.activation(x))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x @ weight.T + bias: [..., in] -> [..., out]. Here native kernels take the place of the decoded weight."""
+        dtype = compute_dtype(x)
+        return F.linear(x, self.effective_weight(dtype), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow moves to other devices, ignore casts: bf16 has not the digits of an fp16 scale."""
+        keep = {id(buffer) for buffer in self.buffers(recurse=False)}
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in keep and moved.dtype != tensor.dtype else moved
+
+        self.dense = None
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.dense = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.spec.bits}, method={self.config.name}"
+
+
+def _exact_fp16(name: str, tensor: Tensor) -> Tensor:
+    half = tensor.detach().to(torch.float16)
+    if not torch.equal(half.to(tensor.dtype), tensor.detach()):
+        raise ValueError(f"{name}: not representable in fp16, so the packed layer would differ from the trained one")
+    return half
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """Every packed layer by fqn."""
+    return {fqn: module for fqn, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -1,0 +1,93 @@
+"""The plug-in by which transformers reads and writes packed folders: `quant_method: wrinklefree`.
+
+Before weights are loaded, every layer that `quantization_config.layers` names is replaced by an empty `PackedLinear`;
+transformers then fills its buffers like any other tensor. Importing this module registers nothing: the package does it
+in `packed/__init__.py`, the copy inside a packed folder only around its own `from_pretrained`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from wrinklefree.core.method import Method, QuantMethod, find
+from wrinklefree.packed.linear import LayerSpec, PackedLinear
+
+QUANT_METHOD = "wrinklefree"
+FORMAT = 1  # of the folder; a reader refuses newer ones
+
+
+class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
+    """`quantization_config` of config.json: the method's config and the shapes of every packed layer."""
+
+    def __init__(
+        self,
+        method: dict[str, Any],
+        layers: dict[str, dict[str, Any]],
+        format: int = FORMAT,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        """Raises ValueError for a folder that a newer version wrote."""
+        if format > FORMAT:
+            raise ValueError(f"packed folder of format {format}, this wrinklefree reads up to {FORMAT}: upgrade it")
+        self.quant_method = quant_method
+        self.format = format
+        self.method = method
+        self.layers = layers
+
+
+class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts packed layers into a model that is about to be loaded."""
+
+    requires_calibration = True  # codes are trained: a dense folder cannot be quantized while it is loaded
+
+    def method_class(self, name: str) -> type[Method]:
+        """The config class of the method `name`; the copy in a packed folder overrides this with its only one."""
+        return find(name)
+
+    def method(self) -> QuantMethod:
+        values = self.quantization_config.method
+        config = self.method_class(values["name"])(**values)
+        assert isinstance(config, QuantMethod)
+        return config
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        method = self.method()
+        for fqn, spec in self.quantization_config.layers.items():
+            with torch.device("meta"):
+                layer = PackedLinear(method.config_for(fqn), LayerSpec(**spec))
+            model.set_submodule(fqn, layer, strict=True)
+        vars(model.config).pop("auto_map", None)  # saving again does not copy the loader, so it must not point there
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make transformers know the format for the rest of the process."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = WrinkleFreeConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = WrinkleFreeQuantizer
+
+
+@contextmanager
+def registered(quantizer: type[WrinkleFreeQuantizer]) -> Iterator[None]:
+    """Make transformers read the format with `quantizer`, then restore what was registered before."""
+    own = ((AUTO_QUANTIZATION_CONFIG_MAPPING, WrinkleFreeConfig), (AUTO_QUANTIZER_MAPPING, quantizer))
+    before = [(mapping, mapping.pop(QUANT_METHOD, None)) for mapping, _ in own]
+    for mapping, cls in own:
+        mapping[QUANT_METHOD] = cls
+    try:
+        yield
+    finally:
+        for mapping, cls in before:
+            del mapping[QUANT_METHOD]
+            if cls is not None:
+                mapping[QUANT_METHOD] = cls

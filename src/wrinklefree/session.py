@@ -1,0 +1,131 @@
+"""What every training command sets up before `fit`: the run's folder, what `auto` means, the data, the evaluation."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree import checkpoint, schedule, storage
+from wrinklefree.config import Config
+from wrinklefree.core.errors import UserError
+from wrinklefree.data import Batch, BatchStream, heldout_batches, training_stream
+from wrinklefree.distributed import World
+from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
+
+log = logging.getLogger("wrinklefree")
+
+# What a run leaves in its folder; `--force` removes these and nothing else.
+OUTPUTS = ["checkpoints", "best", "final", "packed", "shipped", "plots", "training_log.csv", "results.json"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `auto` came to."""
+
+    max_steps: int
+    lr: float
+    dtype: torch.dtype  # of the matrix products; weights and optimizer state are fp32
+
+
+def claim(config: Config, force: bool) -> Path | None:
+    """Make the run's folder and return the checkpoint to resume from, if any.
+
+    Raises UserError when the folder already holds a run and neither `training.resume_from` nor `force` is given.
+    """
+    out = Path(config.output_dir)
+    if config.training.resume_from is not None:
+        found = checkpoint.find(config.training.resume_from, out, storage.fetch)
+        log.info("resuming from %s", found)
+        return found
+    existing = [out / name for name in OUTPUTS if (out / name).exists()]
+    if existing and not force:
+        raise UserError(
+            f"{out} already holds a run: go on with training.resume_from=latest, choose another output_dir=..., "
+            f"or start over with --force"
+        )
+    for path in existing:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def make_plan(config: Config, model: PreTrainedModel, world: World) -> Plan:
+    """Resolve `auto` and say in the log what was chosen and why."""
+    t, recommended = config.training, config.model.recommended
+    num_parameters = model.num_parameters()
+    per_step = t.batch_size * t.max_seq_length * t.gradient_accumulation_steps * world.size
+    lr = schedule.choose_lr(t.optimizer.lr, recommended.lr, num_parameters)
+    steps = schedule.choose_steps(t.max_steps, t.total_tokens, recommended.total_tokens, num_parameters, per_step)
+    dtype = choose_dtype(t.precision, world.device)
+    log.info("learning rate %g (%s)", lr.value, lr.reason)
+    log.info("%d steps of %s tokens (%s)", steps.value, f"{per_step:,}", steps.reason)
+    log.info("precision %s on %s", str(dtype).removeprefix("torch."), world.device)
+    return Plan(int(steps.value), lr.value, dtype)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the processor multiplies it natively (twice as fast), else fp32."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()  # type: ignore[attr-defined]
+    return torch.bfloat16 if native else torch.float32
+
+
+def check_length(config: Config, model: PreTrainedModel) -> None:
+    """Raises UserError where the sequences are longer than the model's positions."""
+    longest = model.config.max_position_embeddings
+    if config.training.max_seq_length > longest:
+        raise UserError(
+            f"training.max_seq_length={config.training.max_seq_length}: {config.model.name} has {longest} positions"
+        )
+
+
+def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, world: World) -> BatchStream:
+    """The endless training batches of this process."""
+    t = config.training
+    return training_stream(
+        config.data,
+        tokenizer,
+        batch_size=t.batch_size,
+        length=t.max_seq_length,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def heldout(config: Config, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> list[Batch]:
+    """Held-out batches at the training context length."""
+    t = config.training
+    return heldout_batches(
+        config.data, tokenizer, batch_size=t.batch_size, length=t.max_seq_length, max_tokens=max_tokens
+    )
+
+
+def evaluator(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[nn.Module], dict[str, float]]:
+    """What `fit` calls every `eval_interval` steps: held-out loss and quantization errors."""
+    batches = heldout(config, tokenizer, config.training.eval_tokens)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, PreTrainedModel)
+        errors = {f"quant_error/{name}": value for name, value in quantization_error(model).items()}
+        return {"eval_loss": measure(model, batches).nll, **errors}
+
+    return evaluate
+
+
+def quality(
+    model: PreTrainedModel, batches: list[Batch], plan: Plan, reference: PreTrainedModel | None = None
+) -> Quality:
+    """Held-out quality in the precision of the run."""
+    device = model.device.type
+    with torch.autocast(device, plan.dtype, enabled=plan.dtype != torch.float32):
+        return measure(model, batches, reference)

@@ -1,0 +1,72 @@
+"""How results look on a terminal: tables and short numbers that fit in 80 columns, and plain log lines."""
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# Where output goes to a file or a pipe nothing is wrapped.
+_UNWRAPPED_WIDTH = 240
+
+
+def console() -> Console:
+    """A console on standard output: as wide as the terminal, or unwrapped and uncoloured where there is none."""
+    return Console(width=None if sys.stdout.isatty() else _UNWRAPPED_WIDTH, highlight=False)
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print aligned columns; a column whose cells all start with a digit (or are empty) is set right."""
+    cells = [list(row) for row in rows]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for i, header in enumerate(headers):
+        numeric = all(row[i][:1].isdigit() for row in cells if row[i])
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)
+
+
+def short_number(value: float) -> str:
+    """Three significant digits with a unit: 950, 12.3k, 4.56M, 10.0B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit * 0.9995:
+            return f"{_three_digits(value / limit)}{unit}"
+    return f"{value:.0f}"
+
+
+def short_size(num_bytes: float) -> str:
+    """Bytes in decimal units, as disks and model cards count them: 812 B, 12.1 MB."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= limit * 0.9995:
+            return f"{_three_digits(num_bytes / limit)} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def short_time(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:03:12."""
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+class LineHandler(logging.Handler):
+    """Writes a log record as a plain line on standard error, looked up anew each time: a live bar redirects it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(prefix + self.format(record), file=sys.stderr, flush=True)
+
+
+def show_log_lines() -> None:
+    """Let the `wrinklefree` logger print its lines, once, whatever the root logger does."""
+    log = logging.getLogger("wrinklefree")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not any(isinstance(handler, LineHandler) for handler in log.handlers):
+        log.addHandler(LineHandler())

@@ -1,0 +1,289 @@
+"""`fit`: the one training loop. Stages differ in their config and their objective, never in their loop.
+
+Evaluation and saving come before the step, so that the last pass does both and nothing needs a tail after the loop.
+"""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree import checkpoint, distributed, optim, schedule
+from wrinklefree.config import Config
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import refresh
+from wrinklefree.distributed import World
+from wrinklefree.objectives import Batch, Metrics, Objective
+from wrinklefree.session import Plan
+from wrinklefree.tracking import Tracker
+
+log = logging.getLogger("wrinklefree")
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+class Stream(Protocol):
+    """Endless training batches with an exact position."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Run:
+    """Everything that changes while a model trains; `state` is what a checkpoint keeps of it."""
+
+    model: PreTrainedModel
+    objective: Objective
+    stream: Stream
+    config: Config
+    plan: Plan
+    world: World
+    optimizers: list[Optimizer]
+    step: int = 0
+    tokens: int = 0
+    best_loss: float = math.inf
+    last_batch: Batch = field(default_factory=dict)
+
+    def state(self) -> checkpoint.State:
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "best_loss": self.best_loss,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "streams": distributed.gather(self.stream.state_dict(), self.world),
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state(self, state: checkpoint.State) -> None:
+        """Raises UserError when the run had another number of processes: its data positions do not carry over."""
+        if len(state["streams"]) != self.world.size:
+            raise UserError(
+                f"resume_from: saved by {len(state['streams'])} processes, now {self.world.size}; start as many"
+            )
+        self.step, self.tokens, self.best_loss = state["step"], state["tokens"], state["best_loss"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.stream.load_state_dict(state["streams"][self.world.rank])
+        torch.set_rng_state(state["rng"])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.world.device.type, self.plan.dtype, enabled=self.plan.dtype != torch.float32)
+
+
+def fit(
+    model: PreTrainedModel,
+    objective: Objective,
+    stream: Stream,
+    config: Config,
+    plan: Plan,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    evaluate: Evaluate,
+    resume: Path | None = None,
+    on_step: Callable[[nn.Module, int], None] = lambda model, step: None,
+) -> Path:
+    """Train to `plan.max_steps` and return the folder `final/`, the model as trained (the best, with `keep_best`).
+
+    `resume` is a checkpoint to go on from, bit for bit. Ctrl-C finishes the step, saves and raises UserError, as does
+    a loss that is not finite (the newest checkpoint is then the last good one).
+    """
+    t, out = config.training, Path(config.output_dir)
+    run = Run(model, objective, stream, config, plan, world, _optimizers(model, config, plan))
+    if resume is not None:
+        checkpoint.load_weights(resume, model)
+        run.load_state(checkpoint.load_state(resume))
+    if t.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    losses = _losses(run)
+    model.train()
+    first, row = run.step, {}
+    with Tracker(out, plan.max_steps, config, run.step) as tracker, _interruptible() as stopped:
+        while True:
+            last = run.step == plan.max_steps
+            if run.step > first and (last or run.step % t.eval_interval == 0):
+                row |= _evaluate(run, evaluate, tokenizer)
+            if row and (last or "eval_loss" in row or run.step % t.log_interval == 0):
+                tracker.log(run.step, row)
+            if run.step > first and (last or stopped() or run.step % t.save_interval == 0):
+                _save(run, tokenizer)
+            if last:
+                break
+            if stopped():
+                raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
+            on_step(model, run.step)
+            row = _step(run, losses)
+            tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
+    model.eval()
+    return _finish(run, tokenizer)
+
+
+def _optimizers(model: PreTrainedModel, config: Config, plan: Plan) -> list[Optimizer]:
+    o = config.training.optimizer
+    return optim.build(
+        model,
+        name=o.name,
+        lr=plan.lr,
+        betas=o.betas,
+        weight_decay=o.weight_decay,
+        muon_lr=o.muon_lr,
+        scale_lr_factor=o.scale_lr_factor,
+    )
+
+
+def _losses(run: Run) -> Iterator[tuple[Tensor, Metrics]]:
+    """An endless stream of (loss, metrics), however many a batch yields."""
+    for batch in run.stream:
+        run.last_batch = {name: tensor.to(run.world.device) for name, tensor in batch.items()}
+        results = run.objective(run.model, run.last_batch)
+        while True:
+            with run.autocast():  # not around the yield: backward runs outside of autocast
+                result = next(results, None)
+            if result is None:
+                break
+            yield result
+
+
+def _step(run: Run, losses: Iterator[tuple[Tensor, Metrics]]) -> dict[str, float]:
+    """One optimizer step; returns its row of the log."""
+    t, started = run.config.training, time.perf_counter()
+    factor = _rate(run)
+    optim.set_rate(run.optimizers, factor)
+    if t.compile:
+        refresh(run.model, run.plan.dtype)
+    total, metrics = torch.zeros((), device=run.world.device), {}
+    for _ in range(t.gradient_accumulation_steps):
+        loss, metrics = next(losses)
+        (loss / t.gradient_accumulation_steps).backward()
+        total += loss.detach() / t.gradient_accumulation_steps
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    distributed.average_gradients(parameters, run.world)
+    norm = nn.utils.clip_grad_norm_(parameters, t.gradient_clipping)
+    train_loss = distributed.mean(total, run.world).item()
+    if not (math.isfinite(train_loss) and math.isfinite(norm.item())):
+        raise UserError(_explain_nonfinite(run, train_loss))
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    tokens = run.world.size * t.gradient_accumulation_steps * run.last_batch["input_ids"].numel()
+    run.step += 1
+    run.tokens += tokens
+    return {
+        "train_loss": train_loss,
+        "lr": run.plan.lr * factor,
+        "grad_norm": norm.item(),
+        "tokens": run.tokens,
+        "tokens_per_sec": tokens / (time.perf_counter() - started),
+        **{f"train_{name}": value.item() for name, value in metrics.items()},
+    }
+
+
+def _rate(run: Run) -> float:
+    s = run.config.training.scheduler
+    return schedule.rate(
+        s.name, run.step, run.plan.max_steps, warmup=s.warmup_ratio, decay=s.decay_ratio, floor=s.min_lr_ratio
+    )
+
+
+def _evaluate(run: Run, evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Held-out figures; with `keep_best`, the best model so far is kept in `best/`."""
+    run.model.eval()
+    with run.autocast():
+        values = evaluate(run.model)
+    run.model.train()
+    better = values["eval_loss"] < run.best_loss
+    run.best_loss = min(run.best_loss, values["eval_loss"])
+    if better and run.config.training.keep_best and run.world.is_main:
+        checkpoint.save(Path(run.config.output_dir) / "best", run.model, tokenizer, run.config, None)
+    return values
+
+
+def _save(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
+    state, folder = run.state(), Path(run.config.output_dir) / "checkpoints"
+    if run.world.is_main:
+        checkpoint.save(folder / f"step_{run.step}", run.model, tokenizer, run.config, state)
+        checkpoint.prune(folder, run.config.training.save_total_limit)
+    distributed.barrier(run.world)
+
+
+def _finish(run: Run, tokenizer: PreTrainedTokenizerBase) -> Path:
+    out = Path(run.config.output_dir)
+    best = out / "best"
+    if run.config.training.keep_best and best.is_dir():
+        checkpoint.load_weights(best, run.model)
+    if run.world.is_main:
+        checkpoint.save(out / "final", run.model, tokenizer, run.config, None)
+    distributed.barrier(run.world)
+    return out / "final"
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks for a stop at the end of the step; the second stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, before)
+        log.warning("stopping after this step (Ctrl-C again stops at once, without saving)")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _explain_nonfinite(run: Run, loss: float) -> str:
+    newest = checkpoint.step_folders(Path(run.config.output_dir) / "checkpoints")
+    good = f"last good checkpoint: {newest[-1]}" if newest else "no checkpoint was saved yet"
+    return f"step {run.step + 1}: loss is {loss}, {_first_nonfinite(run)}; {good}; try a lower training.lr"
+
+
+@torch.no_grad()
+def _first_nonfinite(run: Run) -> str:
+    """Where values that are not finite first appear: weights, then outputs in forward order, then gradients."""
+    for name, parameter in run.model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"weight {name} is not finite"
+    with _first_bad_output(run.model) as bad, run.autocast():
+        for _ in run.objective(run.model, run.last_batch):
+            pass
+    if bad:
+        return f"layer {bad[0]} gives values that are not finite"
+    grads = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"gradient of {grads[-1]} is not finite" if grads else "the loss itself overflows"
+
+
+@contextmanager
+def _first_bad_output(model: nn.Module) -> Iterator[list[str]]:
+    """Collects the names of innermost modules whose output is not finite, in forward order."""
+    bad: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                bad.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if not any(m.children())]
+    try:
+        yield bad
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,254 @@
+"""The command line as a person meets it: help, mistakes, exit codes, tables."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from wrinklefree.cli import app
+from wrinklefree.core.errors import UserError
+
+VERBS = ["fairy2", "train", "pretrain", "eval", "plot", "generate", "export", "config", "methods", "doctor", "runs"]
+
+NOW = time.time()
+LOG = "step,train_loss,eval_loss,lr,elapsed_sec,grad_norm,tokens,tokens_per_sec\n"
+
+
+def wf(*args: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `wf args`."""
+    result = CliRunner().invoke(app, list(args))
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[object, ...], dict[str, object]]]:
+    """What the verbs hand to `commands.<name>.run`, in place of running it."""
+    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
+
+    def run(*args: object, **kwargs: object) -> None:
+        calls.append((args, kwargs))
+
+    for name in ("train", "pretrain", "export"):
+        monkeypatch.setitem(sys.modules, f"wrinklefree.commands.{name}", types.SimpleNamespace(run=run))
+    return calls
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Let `wf doctor` raise."""
+
+    def run() -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "wrinklefree.commands.doctor", types.SimpleNamespace(run=run))
+
+
+def test_help_lists_every_verb() -> None:
+    code, out, _ = wf("--help")
+    assert code == 0
+    assert "Example" in out
+    assert {line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()} == set(VERBS)
+    assert "..." not in out.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_help_has_an_example_that_starts_with_the_verb(verb: str) -> None:
+    code, out, _ = wf(verb, "--help")
+    assert code == 0
+    assert f"\n    wf {verb}" in out.partition("Example:")[2]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ["torch", "transformers", "hydra", "omegaconf", "pydantic", "datasets", "matplotlib", "numpy", "rich"]
+    code = (
+        "import sys; from wrinklefree.cli import main\n"
+        "try: main(['--help'])\n"
+        f"except SystemExit: sys.exit(' '.join(m for m in {heavy} if m in sys.modules) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+    assert result.returncode == 0
+
+
+def test_fairy2_is_train_with_two_overrides_first(received) -> None:
+    code, _, err = wf(
+        "fairy2", "training.lr=1e-4", "-m", "org/name", "--dry-run", "a.b=c", "--mode", "w1", "--scale", "dev"
+    )
+    assert (code, err) == (0, "")
+    overrides = ["model=org/name", "training=fairy2_w1", "training.lr=1e-4", "a.b=c"]
+    assert received == [((overrides,), {"dry_run": True, "force": False, "scale": "dev"})]
+
+
+def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
+    assert wf("train", "model=tiny", "--force")[0] == 0
+    assert wf("pretrain", "--force", "seed=1")[0] == 0
+    assert wf("export", "run", "--format", "hf", "--out", "small")[0] == 0
+    assert received == [
+        ((["model=tiny"],), {"dry_run": False, "force": True, "scale": None}),
+        ((["seed=1"],), {"force": True}),
+        ((Path("run"), "hf", Path("small"), False), {}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["fairy2", "-m", "tiny", "--sclae", "dev"],
+        ["fairy2", "-m", "tiny", "--mode", "w3"],
+        ["fairy2"],
+        ["train", "--nope", "model=tiny"],
+        ["evaluate"],
+    ],
+)
+def test_wrong_flags_are_errors(args: list[str], received) -> None:
+    code, out, err = wf(*args)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert received == []
+
+
+def test_several_mistakes_are_reported_together() -> None:
+    code, out, err = wf("config", "training.max_stepz=10", "training.batch_size=many", "data.shufle_buffer=1")
+    assert (code, out) == (2, "")
+    lines = err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("error: ") for line in lines)
+    assert "error: training.max_stepz: unknown key (did you mean 'training.max_steps'?)" in lines
+
+
+def test_config_prints_what_it_was_given() -> None:
+    code, out, err = wf("config", "training.max_steps=7")
+    assert (code, err) == (0, "")
+    assert "max_steps: 7" in out
+
+
+def test_user_error_is_a_line_per_problem(monkeypatch) -> None:
+    raising(monkeypatch, UserError("first\nsecond"))
+    assert wf("doctor") == (2, "", "error: first\nerror: second\n")
+
+
+def test_ctrl_c_exits_with_130(monkeypatch) -> None:
+    raising(monkeypatch, KeyboardInterrupt())
+    assert wf("doctor") == (130, "", "interrupted\n")
+
+
+def test_our_own_defects_are_short_unless_debugging(monkeypatch) -> None:
+    raising(monkeypatch, ValueError("boom"))
+    monkeypatch.delenv("WF_DEBUG", raising=False)
+    code, _, err = wf("doctor")
+    assert code == 1
+    assert err.startswith("internal error: ValueError: boom\n")
+    assert "Traceback" not in err
+    monkeypatch.setenv("WF_DEBUG", "1")
+    assert "Traceback" in wf("doctor")[2]
+
+
+def test_methods_names_every_training_config_of_fairy2() -> None:
+    code, out, _ = wf("methods")
+    assert code == 0
+    assert "fairy2_w1, fairy2_w2" in out
+
+
+def test_doctor_reports_line_by_line(monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, err = wf("doctor")
+    assert (code, err) == (0, "")
+    assert {line.split()[0] for line in out.splitlines()} <= {"OK", "missing"}
+    assert "missing  hub" in out
+
+
+def test_runs_shows_last_figures_newest_first(tmp_path: Path) -> None:
+    for age, name, last in ((900, "old", ""), (0, "new", "10,2.25,,1e-4,3,0.5,80,20\n")):
+        run = tmp_path / name
+        (run / "final").mkdir(parents=True)
+        (run / "training_log.csv").write_text(LOG + "5,2.75,2.5,1e-4,1,0.5,40,20\n" + last)
+        os.utime(run / "training_log.csv", (NOW - age, NOW - age))
+        (run / "final" / "wrinklefree.yaml").write_text("method: {name: fairy2}\n")
+    code, out, _ = wf("runs", str(tmp_path))
+    assert code == 0
+    rows = {line.split()[0]: line.split() for line in out.splitlines()[1:]}
+    assert list(rows) == ["new", "old"]
+    assert rows["new"][1:5] == ["fairy2", "10", "2.250", "2.500"]
+    assert rows["old"][1:5] == ["fairy2", "5", "2.750", "2.500"]
+    assert rows["new"][-1] == "done"
+
+
+def test_runs_says_where_there_are_none(tmp_path: Path) -> None:
+    code, _, err = wf("runs", str(tmp_path))
+    assert code == 2
+    assert "no runs here" in err
+
+
+def test_plot_takes_a_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "training_log.csv").write_text(LOG + "1,2.5,,1e-4,1,0.5,40,20\n2,2.25,2.5,1e-4,2,0.5,80,20\n")
+    code, out, _ = wf("plot", str(tmp_path))
+    assert code == 0
+    assert (tmp_path / "plots" / "loss.png").is_file()
+    assert str(tmp_path / "plots" / "loss.png") in out
+
+
+def test_generate_wants_a_prompt_or_a_conversation() -> None:
+    code, _, err = wf("generate", "tiny")
+    assert code == 2
+    assert "--prompt" in err
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose `final/` is a model of random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from wrinklefree.data.tokenizer import train_tokenizer
+
+    run = tmp_path_factory.mktemp("run")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=64, **sizes))
+    model.lm_head.weight.data.zero_()
+    model.save_pretrained(run / "final")
+    train_tokenizer(["some text, any text\n"], 300).save_pretrained(run / "final")
+    return run
+
+
+def test_eval_of_a_model_that_knows_nothing_is_its_vocabulary(random_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("what a uniform guess costs does not depend on the text " * 20)
+    code, out, err = wf("eval", str(random_model), "--data", str(text), "--tokens", "128", "--json")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert figures["perplexity"] == pytest.approx(300, rel=1e-4)
+    assert figures["context"] == 64
+    assert figures["bits_per_byte"] > 1
+
+
+def test_eval_refuses_what_does_not_fit(random_model: Path) -> None:
+    code, out, err = wf("eval", str(random_model), "--context", "65")
+    assert (code, out) == (2, "")
+    assert "the model has 64 positions" in err
+    assert wf("eval", str(random_model), "--data", "nowhere.txt")[0] == 2
+
+
+def test_missing_lm_eval_names_the_extra(random_model: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, _, err = wf("eval", str(random_model), "--tasks", "piqa")
+    assert code == 2
+    assert "pip install 'wrinklefree[eval]'" in err
+
+
+def test_generate_prints_prompt_and_text(random_model: Path) -> None:
+    code, out, err = wf("generate", str(random_model / "final"), "--prompt", "some", "--max-new-tokens", "4")
+    assert (code, err) == (0, "")
+    assert out.startswith("some")
+
+
+def test_a_model_config_name_stands_for_its_model() -> None:
+    from wrinklefree.locate import locate
+
+    assert locate("tiny") == "builtin:tiny"
+    assert locate("smollm2_135m") == "HuggingFaceTB/SmolLM2-135M"
+    assert locate("org/other") == "org/other"

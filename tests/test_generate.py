@@ -1,0 +1,85 @@
+"""Text generation: repeatable, within the context, and a conversation that ends when told."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.data.tokenizer import train_tokenizer
+from wrinklefree.generate import complete, interactive, stream
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(["def main():\n    return 0\n"], 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=CONTEXT, **sizes)).eval()
+
+
+def lines(*texts: str) -> Callable[[str], str]:
+    """A reader that gives `texts`, then the end of input."""
+    left: Iterator[str] = iter(texts)
+
+    def read(prompt: str) -> str:
+        for line in left:
+            return line
+        raise EOFError
+
+    return read
+
+
+def test_same_seed_same_text_and_no_trace_in_the_random_state(model, tokenizer) -> None:
+    before = torch.get_rng_state()
+    texts = [complete(model, tokenizer, "def", 12, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_greedy_ignores_the_seed(model, tokenizer) -> None:
+    assert complete(model, tokenizer, "def", 12, seed=1) == complete(model, tokenizer, "def", 12, seed=2)
+
+
+def test_stream_prints_the_prompt_and_what_complete_returns(model, tokenizer, capsys) -> None:
+    text = stream(model, tokenizer, "def", 12)
+    assert text == complete(model, tokenizer, "def", 12)
+    assert capsys.readouterr().out == f"def{text}\n"
+
+
+def test_text_ends_with_the_context(model, tokenizer) -> None:
+    prompt = "z" * (CONTEXT - 4)
+    assert len(tokenizer(complete(model, tokenizer, prompt, 1000)).input_ids) <= 4
+    with pytest.raises(UserError, match="context is 64"):
+        complete(model, tokenizer, "z" * CONTEXT, 1)
+
+
+def test_an_empty_prompt_is_an_error(model, tokenizer) -> None:
+    with pytest.raises(UserError, match="empty"):
+        complete(model, tokenizer, "")
+
+
+def test_interactive_answers_until_exit_or_end_of_input(model, tokenizer, capsys) -> None:
+    sampling = {"max_new_tokens": 5, "temperature": 0.0}
+    interactive(model, tokenizer, read=lines("def", "", "/exit", "never"), **sampling)
+    out = capsys.readouterr().out
+    assert complete(model, tokenizer, "def", 5) in out
+    interactive(model, tokenizer, read=lines("def"), **sampling)
+    assert complete(model, tokenizer, "def", 5) in capsys.readouterr().out
+
+
+def test_chat_goes_on_past_the_context(model, tokenizer) -> None:
+    interactive(model, tokenizer, chat=True, max_new_tokens=8, read=lines(*["def main"] * 6))
+
+
+def test_chat_needs_a_template(model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(UserError, match="no chat template"):
+        interactive(model, tokenizer, chat=True, read=lines())

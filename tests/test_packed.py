@@ -1,0 +1,178 @@
+"""Packed layers and the transformers plug-in: what was trained is what is read back, whatever the model is cast to."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import batches, ids, llama, qwen, tokenizer, toy
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from wrinklefree.core.codes import Codes
+from wrinklefree.core.method import quant_layers
+from wrinklefree.export import hf
+from wrinklefree.export.certify import same_codes
+from wrinklefree.packed.linear import LayerSpec, PackedLinear, packed_layers
+from wrinklefree.packed.quantizer import FORMAT, WrinkleFreeConfig
+
+torch.set_num_threads(1)
+
+TRAINED = {"tied": lambda: toy().prepare(llama()), "biased": lambda: toy(int8=True).prepare(qwen())}
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """A trained model and its packed folder, everything in fp32."""
+    trained = TRAINED[request.param]()
+    method = next(iter(quant_layers(trained).values())).config
+    folder = tmp_path_factory.mktemp(request.param) / "packed"
+    hf.export(
+        trained, tokenizer(), method, folder, card="", force=False, batches=batches(), dense_dtype="float32"
+    )
+    return trained, folder
+
+
+def read(folder: Path, **options: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def scale_bits(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every buffer of every packed layer as raw bytes."""
+    return {
+        f"{fqn}.{name}": buffer.cpu().contiguous().view(torch.uint8)
+        for fqn, layer in packed_layers(model).items()
+        for name, buffer in layer.named_buffers()
+    }
+
+
+def assert_same_bits(a: PreTrainedModel, b: PreTrainedModel) -> None:
+    left, right = scale_bits(a), scale_bits(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@torch.no_grad()
+def test_packed_equals_trained_bit_for_bit(pair: tuple[PreTrainedModel, Path]) -> None:
+    trained, folder = pair
+    packed = read(folder)
+    layers = packed_layers(packed)
+    assert layers.keys() == quant_layers(trained).keys()
+    assert all(same_codes(layer.encode(), layers[fqn].codes()) for fqn, layer in quant_layers(trained).items())
+    assert torch.equal(packed(ids()).logits, trained(ids()).logits)
+
+
+def test_generate_gives_the_same_tokens(pair: tuple[PreTrainedModel, Path]) -> None:
+    trained, folder = pair
+    prompt, options = ids(1, 5), {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(read(folder).generate(prompt, **options), trained.generate(prompt, **options))
+
+
+def test_save_and_reload_again_is_identical(pair: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    packed = read(pair[1])
+    packed.save_pretrained(tmp_path / "again")
+    again = read(tmp_path / "again")
+    assert_same_bits(packed, again)
+    assert torch.equal(packed(ids()).logits, again(ids()).logits)
+    assert "auto_map" not in (tmp_path / "again" / "config.json").read_text()  # the loader was not copied
+
+
+def test_tied_embeddings_stay_tied(pair: tuple[PreTrainedModel, Path]) -> None:
+    packed = read(pair[1])
+    assert (packed.lm_head.weight is packed.model.embed_tokens.weight) == packed.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_keep_codes_and_scales(pair: tuple[PreTrainedModel, Path], dtype: torch.dtype) -> None:
+    packed = read(pair[1])
+    reference = copy.deepcopy(packed)
+    assert_same_bits(read(pair[1], dtype=dtype), reference)
+    assert_same_bits(packed.to(dtype), reference)
+    assert packed.model.embed_tokens.weight.dtype == dtype
+    layer = next(iter(packed_layers(packed).values()))
+    assert layer.bias is None or layer.bias.dtype == dtype
+    assert torch.equal(packed.float().to(dtype)(ids()).logits, packed(ids()).logits)
+
+
+def test_half_float_and_type_keep_codes_and_scales(pair: tuple[PreTrainedModel, Path]) -> None:
+    packed = read(pair[1])
+    reference = copy.deepcopy(packed)
+    for layer in packed_layers(packed).values():  # transformers forbids some of these on whole quantized models
+        layer.half().bfloat16().double().type(torch.bfloat16)
+    assert_same_bits(packed, reference)
+
+
+def test_moves_to_other_devices_still_work(pair: tuple[PreTrainedModel, Path]) -> None:
+    layer = next(iter(packed_layers(read(pair[1], device_map="cpu")).values()))
+    layer(torch.zeros(1, layer.in_features))
+    assert layer.dense is not None
+    moved = layer.to("meta")
+    assert moved.dense is None
+    assert {buffer.device.type for buffer in moved.buffers()} == {"meta"}
+    assert moved.weight.dtype == torch.uint8
+
+
+def test_bf16_output_is_near_the_fp32_one(pair: tuple[PreTrainedModel, Path]) -> None:
+    expected, got = read(pair[1])(ids()).logits, read(pair[1], dtype=torch.bfloat16)(ids()).logits
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).norm() / expected.norm() < 0.03
+
+
+def test_decodes_once_and_again_after_new_codes() -> None:
+    codes = Codes(torch.tensor([[0, 1, 2, 1, 0]], dtype=torch.uint8), 2, {"scales": torch.tensor([[0.5]])}, (1, 5))
+    codes.tensors["table"] = torch.tensor([-1.0, 0.0, 1.0, 0.0])
+    layer = PackedLinear.from_codes(toy(), codes, None)
+    x = torch.eye(5)
+    assert layer(x).flatten().tolist() == [-0.5, 0.0, 0.5, 0.0, -0.5]
+    first = layer.dense
+    assert layer(x) is not None
+    assert layer.dense is first
+    layer.load_state_dict(layer.state_dict() | {"scales": torch.tensor([[2.0]])})
+    assert layer(x).flatten().tolist() == [-2.0, 0.0, 2.0, 0.0, -2.0]
+
+
+def test_first_use_under_inference_mode_does_not_spoil_gradients() -> None:
+    trained = toy().prepare(llama())
+    layer = PackedLinear.from_codes(toy(), quant_layers(trained)["model.layers.0.mlp.up_proj"].encode(), None)
+    x = torch.ones(2, 64, requires_grad=True)
+    with torch.inference_mode():
+        layer(torch.ones(2, 64))
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_autocast_multiplies_in_its_dtype(pair: tuple[PreTrainedModel, Path]) -> None:
+    layer = next(iter(packed_layers(read(pair[1])).values()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(1, layer.in_features)).dtype == torch.bfloat16
+
+
+def test_a_scale_that_fp16_cannot_hold_is_refused() -> None:
+    codes = Codes(torch.zeros(1, 4, dtype=torch.uint8), 2, {"scales": torch.tensor([0.1])}, (1, 4))
+    with pytest.raises(ValueError, match="scales: not representable in fp16"):
+        PackedLinear.from_codes(toy(), codes, None)
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(1, 2), (2, 3), (4, 5), (8, 9)])
+def test_an_odd_width_takes_the_bytes_it_needs(bits: int, expected: int) -> None:
+    assert LayerSpec([3, 9], bits, [3, 9], {}, False).packed_shape == [3, expected]
+
+
+def test_a_newer_format_is_refused() -> None:
+    with pytest.raises(ValueError, match="upgrade"):
+        WrinkleFreeConfig({"name": "toy"}, {}, format=FORMAT + 1)
+
+
+IMPORT_ORDERS = {
+    "package first": "import wrinklefree; assert 'torch' not in sys.modules; import transformers.quantizers.auto as a",
+    "transformers first": "import transformers.quantizers.auto as a; import wrinklefree",
+    "plug-in first": "import wrinklefree.packed.linear; import transformers.quantizers.auto as a",
+}
+
+
+@pytest.mark.parametrize("order", IMPORT_ORDERS)
+def test_import_registers_the_plug_in_in_any_order(order: str) -> None:
+    check = "assert a.AUTO_QUANTIZER_MAPPING['wrinklefree'] and a.AUTO_QUANTIZATION_CONFIG_MAPPING['wrinklefree']"
+    subprocess.run([sys.executable, "-c", f"import sys; {IMPORT_ORDERS[order]}; {check}"], check=True, timeout=60)

@@ -1,0 +1,63 @@
+"""Tiny random models, a tokenizer without training, and a method of the tests' own for whatever packs and loads."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import wrinklefree.methods
+from wrinklefree.core.method import QuantMethod, find
+
+VOCAB = 96
+
+# A method is a file: this folder of them joins the package's own.
+if (folder := str(Path(__file__).parent / "toy_methods")) not in wrinklefree.methods.__path__:
+    wrinklefree.methods.__path__.append(folder)
+
+
+def toy(**values: Any) -> QuantMethod:
+    config = find("toy")(**values)
+    assert isinstance(config, QuantMethod)
+    return config
+
+
+def llama(**values: Any) -> LlamaForCausalLM:
+    """Hidden 64, two layers, tied embeddings."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        **(shape | {"vocab_size": VOCAB, "max_position_embeddings": 64, "tie_word_embeddings": True} | values)
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def qwen(**values: Any) -> Qwen2ForCausalLM:
+    """With biases in attention, an odd width in the MLP, and a head of its own."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 77, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {"vocab_size": VOCAB, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False}
+    model = Qwen2ForCausalLM(Qwen2Config(**(shape | more | values))).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word."""
+    words = {f"w{i}": i for i in range(VOCAB - 2)} | {"<unk>": VOCAB - 2, "<eos>": VOCAB - 1}
+    inner = Tokenizer(models.WordLevel(words, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+
+
+def ids(batch: int = 2, length: int = 24) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, VOCAB, (batch, length), generator=generator)
+
+
+def batches() -> list[dict[str, Tensor]]:
+    return [{"input_ids": ids()}]
