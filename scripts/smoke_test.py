@@ -11,9 +11,9 @@ import math
 import sys
 from pathlib import Path
 
-from wrinklefree.commands import train
-from wrinklefree.core.errors import UserError
-from wrinklefree.terminal import show_log_lines
+import typer
+
+from wrinklefree.cli import call
 
 # Small enough for a laptop, and every step is logged.
 SETTINGS = [
@@ -31,13 +31,12 @@ def main() -> int:
     parser.add_argument("--mode", choices=["w1", "w2"], default="w2")
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
-    show_log_lines()
     out = Path("outputs") / f"smoke_test_{Path(args.model).name}_{args.mode}"
     flags = [f"model={args.model}", f"training=fairy2_{args.mode}", f"training.max_steps={args.steps}"]
     try:
-        train.run([*flags, *SETTINGS, f"output_dir={out}"], dry_run=False, force=True, scale=None)
-    except UserError as error:
-        print(f"FAILED: {error}")
+        call("train", [*flags, *SETTINGS, f"output_dir={out}"], dry_run=False, force=True, scale=None)
+    except typer.Exit:
+        print("FAILED: the training stopped")
         return 1
     return judge(out / "training_log.csv", args.steps)
 

@@ -150,9 +150,11 @@ def test_wandb_gets_every_number_and_the_same_run_on_resume(tmp_path: Path, conf
     assert ROW.items() <= logged.items()
 
 
-def test_plot_writes_a_png(tmp_path: Path, config: configs.Config) -> None:
-    for name in ("w1", "w2"):
-        record(tmp_path / name, config, range(1, 30))
+def test_plot_of_runs_with_and_without_a_teacher_is_a_png(tmp_path: Path, config: configs.Config) -> None:
+    record(tmp_path / "w1", config, range(1, 30))
+    with Tracker(tmp_path / "w2", 30, config) as tracker:
+        for step in range(1, 30):
+            tracker.log(step, ROW | {"train_ce": 3.0 / step, "train_kl": 1.0 / step, "eval_loss": 4.0 / step})
     out = tmp_path / "plots" / "loss.png"
     plot_runs([tmp_path / name / CSV_NAME for name in ("w1", "w2")], out)
     assert out.read_bytes().startswith(b"\x89PNG")

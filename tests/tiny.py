@@ -1,5 +1,7 @@
 """Tiny random models, a tokenizer without training, and a method of the tests' own for whatever packs and loads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,16 @@ from wrinklefree.core.method import QuantMethod, find
 
 VOCAB = 96
 
-# A method is a file: this folder of them joins the package's own.
-if (folder := str(Path(__file__).parent / "toy_methods")) not in wrinklefree.methods.__path__:
+
+@contextmanager
+def with_toy_method() -> Iterator[None]:
+    """A method is a file: a folder of them joins the package's own for a while."""
+    folder = str(Path(__file__).parent / "toy_methods")
     wrinklefree.methods.__path__.append(folder)
+    try:
+        yield
+    finally:
+        wrinklefree.methods.__path__.remove(folder)
 
 
 def toy(**values: Any) -> QuantMethod:

@@ -90,7 +90,7 @@ class OptimizerConfig(Node):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     muon_lr: PositiveFloat = 0.02  # matrices, where name is muon
-    scale_lr_factor: PositiveFloat = 1.0  # lr of trained quantization scales, relative to lr
+    scale_lr_factor: PositiveFloat = 0.2  # lr of trained quantization scales, relative to lr (LOG.md)
 
 
 @dataclass(kw_only=True)

@@ -43,7 +43,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_cod
     """
     source = resolve_pretrained(str(path))
     folder = model_folder(Path(source))
-    if folder.is_dir():
+    if folder.exists():
         check_folder(folder)
         if _is_training_checkpoint(folder):
             return _load_checkpoint(folder, dtype)

@@ -1,6 +1,5 @@
-"""Which model a person means: by a config's name, a run's folder, or anything that `load` reads."""
+"""Which model a person means, by the name of a model config or by anything that `load` reads."""
 
-import logging
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -8,18 +7,12 @@ from omegaconf import OmegaConf
 from wrinklefree import distributed, load
 from wrinklefree.config import CONFIGS, options
 
-log = logging.getLogger("wrinklefree")
-
 
 def locate(name: str) -> str:
-    """`final/` of a run folder, `pretrained` of a model config (`tiny`), or else `name` itself."""
-    folder = Path(name)
-    if not folder.exists() and name in options("model"):
-        return str(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml")["pretrained"])
-    if (folder / "final" / "config.json").is_file() and not (folder / "config.json").is_file():
-        log.info("%s is a run: using %s", name, folder / "final")
-        return str(folder / "final")
-    return name
+    """`pretrained` of the model config `name` (`tiny`), unless a folder has that name; else `name` itself."""
+    if Path(name).exists() or name not in options("model"):
+        return name
+    return str(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml").pretrained)
 
 
 def open_model(name: str) -> load.Loaded:

@@ -1,4 +1,4 @@
-"""Curves of runs: loss and learning rate over steps, one PNG for any number of runs."""
+"""Curves of runs: loss, distance to the teacher and learning rate over steps, one PNG for any number of runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,10 @@ _SMOOTHING = 0.02
 
 
 def plot_runs(csvs: list[Path], out: Path) -> None:
-    """Draw train loss (smoothed; raw behind it where one run is shown), eval loss and learning rate into `out`.
+    """Draw loss, KL to the teacher where one was logged, and learning rate of the runs into `out`.
 
+    Training curves are smoothed, with the raw one behind where a single run is shown; evaluations are points. The loss
+    is the cross entropy where that was logged beside the distillation loss, so that it compares with the evaluations.
     A run is named by its folder. Raises UserError for a log that is missing, has no rows or other columns.
     """
     import matplotlib
@@ -24,33 +26,46 @@ def plot_runs(csvs: list[Path], out: Path) -> None:
     from matplotlib import pyplot
 
     runs = dict(zip(_names(csvs), [_read(path) for path in csvs], strict=True))
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1), layout="constrained"
+    panels = {"loss (nats per token)": 3, "learning rate": 1}
+    if any(_logged(rows, "train_kl") for rows in runs.values()):
+        panels = {"loss (nats per token)": 3, "KL to the teacher": 2, "learning rate": 1}
+    figure, axes = pyplot.subplots(
+        len(panels), 1, sharex=True, figsize=(8, 1.5 * sum(panels.values())), height_ratios=[*panels.values()]
     )
+    figure.set_layout_engine("constrained")
     for i, (name, rows) in enumerate(runs.items()):
-        _draw(top, bottom, name, rows, color=f"C{i % 10}", raw=len(runs) == 1)
-    top.set_ylabel("loss (nats per token)")
-    bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("optimizer step")
-    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axis in (top, bottom):
+        _draw(axes, name, rows, color=f"C{i % 10}", raw=len(runs) == 1)
+    for axis, label in zip(axes, panels, strict=True):
+        axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    top.legend()
+    axes[0].legend()
+    axes[-1].set_xlabel("optimizer step")
+    axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150, format="png")
     pyplot.close(figure)
 
 
-def _draw(top: Any, bottom: Any, name: str, rows: list[dict[str, str]], color: str, raw: bool) -> None:
-    """One run: two or three lines in the loss axes, one below."""
-    steps, losses = series(rows, "train_loss")
+def _draw(axes: Sequence[Any], name: str, rows: list[dict[str, str]], color: str, raw: bool) -> None:
+    """One run: its loss and evaluations in the first axes, the learning rate in the last, KL in those between."""
+    column = "train_ce" if _logged(rows, "train_ce") else "train_loss"
+    _curve(axes[0], series(rows, column), raw, color=color, label=f"{name}, train")
+    if _logged(rows, "eval_loss"):
+        axes[0].plot(*series(rows, "eval_loss"), "o", color=color, markeredgecolor="white", label=f"{name}, eval")
+    if _logged(rows, "train_kl"):
+        _curve(axes[1], series(rows, "train_kl"), raw, color=color)
+    axes[-1].plot(*series(rows, "lr"), color=color)
+
+
+def _curve(axis: Any, points: Series, raw: bool, **style: Any) -> None:
+    steps, values = points
     if raw:
-        top.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
-    top.plot(steps, smooth(losses, round(len(losses) * _SMOOTHING)), color=color, label=f"{name}, train")
-    evaluated = series(rows, "eval_loss")
-    if evaluated[0]:
-        top.plot(*evaluated, "o", color=color, markersize=5, markeredgecolor="white", label=f"{name}, eval")
-    bottom.plot(*series(rows, "lr"), color=color)
+        axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
+    axis.plot(steps, smooth(values, round(len(values) * _SMOOTHING)), **style)
+
+
+def _logged(rows: list[dict[str, str]], column: str) -> bool:
+    return any(row.get(column) for row in rows)
 
 
 def series(rows: list[dict[str, str]], column: str) -> Series:

@@ -7,6 +7,7 @@ without one, put there by other tools, are taken as they are.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -77,6 +78,7 @@ def _connect(url: str) -> tuple[Any, str]:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback per retry; the last error is raised
     try:
         files, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -151,7 +153,7 @@ def _refusals_explained(url: str) -> Iterator[None]:
         raise UserError(f"{url}: nothing there") from error
     except _refusals() as error:
         line = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{url}: {line}; are you logged in, and may you use it?") from error
+        raise UserError(f"{url}: {line}; is the service reachable, are you logged in?") from error
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -27,6 +28,13 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
     console().print(table)
+
+
+def print_hanging(label: str, text: str) -> None:
+    """Print `label` and `text` beside it, wrapped on a terminal so that the text keeps to its own column."""
+    indent = " " * len(label)
+    wrapper = textwrap.TextWrapper(console().width, label, indent, break_long_words=False, break_on_hyphens=False)
+    print("\n".join(wrapper.wrap(text)), flush=True)
 
 
 def short_number(value: float) -> str:

@@ -1,9 +1,10 @@
 """A small ternary method with everything a method may have: trained scales, a table, odd widths, activations."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from wrinklefree.core import ste
@@ -32,6 +33,7 @@ class Config(QuantMethod):
 
     name: Literal["toy"] = "toy"
     int8: bool = False
+    levels: Annotated[int, Field(ge=1, le=1)] = 1
 
     def activation(self, x: Tensor) -> Tensor:
         return ste.int8_per_token(x) if self.int8 else x

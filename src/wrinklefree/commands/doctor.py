@@ -17,7 +17,7 @@ import torch
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import stdlib
-from wrinklefree.terminal import short_size
+from wrinklefree.terminal import print_hanging, short_size
 
 PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "matplotlib")
@@ -49,7 +49,7 @@ def run() -> None:
     """Print one line per check. Raises UserError where something is missing that everything needs."""
     broken = []
     for check in checks():
-        print(f"{'OK' if check.ok else 'missing':8} {check.name:14} {check.text}", flush=True)
+        print_hanging(f"{'OK' if check.ok else 'missing':7} {check.name:12} ", check.text)
         if check.needed and not check.ok:
             broken.append(check.name)
     if broken:
@@ -81,7 +81,7 @@ def _devices() -> Iterator[Check]:
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16, so fp32"
         yield Check(f"cuda:{i}", True, f"{properties.name}, {short_size(properties.total_memory)}, {bf16}")
     if not torch.cuda.is_available():
-        yield Check("cuda", False, "no GPU that this torch can use: small models train on the CPU")
+        yield Check("cuda", False, "no GPU that torch can use: small models train on the CPU")
     if torch.backends.mps.is_available():
         yield Check("mps", True, "Apple GPU found; training uses the CPU")
     bf16 = "bf16" if torch.cpu._is_avx512_bf16_supported() else "no fast bf16, so fp32"
@@ -102,7 +102,7 @@ def _library(name: str) -> Check:
 
 def _extra(module: str, extra: str, what: str) -> Check:
     found = importlib.util.find_spec(module) is not None
-    return Check(module, found, what if found else f"optional, for {what}: pip install 'wrinklefree[{extra}]'")
+    return Check(module, found, what if found else f"for {what}: pip install 'wrinklefree[{extra}]'")
 
 
 def _disk(folder: Path) -> Check:
@@ -114,10 +114,10 @@ def _disk(folder: Path) -> Check:
 def _hub() -> Check:
     url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return Check("hub", False, "HF_HUB_OFFLINE=1 is set: unset it, or use -m tiny or a local folder")
+        return Check("hub", False, "HF_HUB_OFFLINE=1 is set; -m tiny and local folders work")
     if _reachable(url):
         return Check("hub", True, url)
-    return Check("hub", False, f"{url} does not answer: use -m tiny or a local folder")
+    return Check("hub", False, f"{url} does not answer; -m tiny and local folders work")
 
 
 def _reachable(url: str) -> bool:

@@ -41,7 +41,7 @@ def run(
 
 
 def perplexity(model: Any, tokenizer: Any, data: Path | None, context: int, tokens: int) -> dict[str, Any]:
-    """Perplexity, its logarithm and bits per byte of windows of `context` tokens, each scored with no text before it."""
+    """Perplexity, its logarithm and bits per byte of windows of `context` tokens, each with no text before it."""
     batches = _batches(tokenizer, data, context, tokens)
     quality = measure(model, batches)
     return {

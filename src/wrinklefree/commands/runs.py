@@ -18,7 +18,7 @@ def run(folder: Path) -> None:
     logs = sorted(folder.glob(f"*/{CSV_NAME}"), key=lambda path: path.stat().st_mtime, reverse=True)
     if not logs:
         raise UserError(f"{folder}: no runs here (a run is a folder with {CSV_NAME})")
-    print_table(["run", "method", "steps", "loss", "eval loss", "date", "status"], [_row(path) for path in logs])
+    print_table(["run", "method", "steps", "loss", "eval", "date", "status"], [_row(path) for path in logs])
 
 
 def _row(log: Path) -> list[str]:
@@ -30,7 +30,7 @@ def _row(log: Path) -> list[str]:
         rows[-1]["step"] if rows else "0",
         _last(rows, "train_loss"),
         _last(rows, "eval_loss"),
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(written)),
+        time.strftime("%m-%d %H:%M", time.localtime(written)),
         _status(out, written),
     ]
 

@@ -10,8 +10,8 @@ them; Debian's does not) only ever train, so held-out figures compare between Py
 Left out:
 - packages that are not the library (`site-packages`) and files about one machine (`_sysconfigdata*`, `config-*`);
 - packages that are mostly data, or gone from newer Pythons (see `_EXCLUDED_TOP`);
-- lookup tables (see `_is_table`), empty files, files that are not UTF-8, and copies: a held-out text stays held out, and
-  among equal texts of one split the library's file, then the first path, stays.
+- lookup tables (see `_is_table`), empty files, files that are not UTF-8, and copies: a held-out text stays held out,
+  and among equal texts of one split the library's file, then the first path, stays.
 """
 
 import hashlib

@@ -15,6 +15,17 @@ PACKAGE = "wrinklefree"
 ENTRY = "modeling_wrinklefree"
 QUANTIZER = "wrinklefree.packed.quantizer"
 
+# Methods state the limits of their settings with pydantic, which transformers does not need. In the folder nothing is
+# checked: the settings passed before training.
+CHECKER = "pydantic"
+CHECKER_STUB = '''\
+"""Stands in for pydantic: the settings in this folder were checked before training."""
+
+
+def Field(**limits):
+    return None
+'''
+
 LOADER = '''\
 """Reads this folder without the wrinklefree package: from_pretrained(folder, trust_remote_code=True).
 
@@ -51,9 +62,9 @@ def files(method: QuantMethod, model: str) -> dict[str, str]:
     method_module = type(method).__module__
     modules = _closure([QUANTIZER, method_module])
     texts = {f"{_flat(m)}.py": f"# Copy of {m}\n{_relative(_source(m))}" for m in modules}
-    imports = "\n".join(f"from .{_flat(m)} import __name__ as _{_flat(m)}" for m in modules)
+    imports = "\n".join(f"from .{_flat(m)} import __name__ as _{_flat(m)}" for m in [*modules, CHECKER])
     entry = LOADER.format(imports=imports, quantizer=_flat(QUANTIZER), method=_flat(method_module), model=model)
-    return {f"{ENTRY}.py": entry, **texts}
+    return {f"{ENTRY}.py": entry, f"{_flat(CHECKER)}.py": CHECKER_STUB, **texts}
 
 
 def _closure(modules: list[str]) -> list[str]:
@@ -79,6 +90,13 @@ def _own_imports(source: str) -> list[ast.ImportFrom]:
     return [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == PACKAGE]
 
 
+def _checker_imports(source: str) -> list[ast.ImportFrom]:
+    """The `from pydantic import Field` statements."""
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module == CHECKER]
+    assert all(alias.name == "Field" for n in nodes for alias in n.names), "the stub in the folder has `Field` alone"
+    return nodes
+
+
 def _targets(node: ast.ImportFrom) -> list[tuple[str, str, str]]:
     """(module, name, alias) of each imported name; the name is empty where the module itself is imported."""
     assert node.module is not None
@@ -91,6 +109,9 @@ def _targets(node: ast.ImportFrom) -> list[tuple[str, str, str]]:
 
 
 def _is_module(name: str) -> bool:
+    """Whether `name`, as in `from parent import name`, is a module of this package."""
+    if not name.startswith(f"{PACKAGE}."):
+        return False
     parent = importlib.util.find_spec(name.rpartition(".")[0])
     is_package = parent is not None and parent.submodule_search_locations is not None
     return is_package and importlib.util.find_spec(name) is not None
@@ -99,7 +120,7 @@ def _is_module(name: str) -> bool:
 def _relative(source: str) -> str:
     """The same source, its imports from this package pointing at the flat copies."""
     lines = source.splitlines()
-    for node in _own_imports(source):
+    for node in _own_imports(source) + _checker_imports(source):
         indent = " " * node.col_offset
         statements = [indent + _statement(*target) for target in _targets(node)]
         assert node.end_lineno is not None

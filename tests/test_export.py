@@ -1,0 +1,257 @@
+"""The packed folder: true sizes, a proof that can fail, a loader that needs no package, and nothing half-written."""
+
+import ast
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny import batches, ids, llama, qwen, tokenizer, toy, with_toy_method
+from torch import nn
+from transformers import PreTrainedModel
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import QuantMethod, available, find, quant_layers
+from wrinklefree.export import bundle, certify, hf
+from wrinklefree.export.certify import CertificateError
+from wrinklefree.load import load
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _method() -> Iterator[None]:
+    with with_toy_method():
+        yield
+
+
+def export(trained: PreTrainedModel, out: Path, force: bool = False, **options: Any) -> hf.PackedReport:
+    method = next(iter(quant_layers(trained).values())).config
+    return hf.export(trained, tokenizer(), method, out, card="# Card", force=force, batches=batches(), **options)
+
+
+def test_the_folder_is_complete_and_its_card_states_the_figures(tmp_path: Path) -> None:
+    report = export(toy().prepare(llama()), tmp_path / "packed")
+    names = {path.name for path in (tmp_path / "packed").iterdir()}
+    assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"}
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "wrinklefree"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert card.startswith("# Card")
+    assert "import wrinklefree" in card
+    assert f"{report.bits_per_weight:.4f}" in card
+    assert f"{report.certificate.kl_mean:.1e}" in card
+
+
+def test_sizes_are_those_on_the_disk(tmp_path: Path) -> None:
+    trained = toy().prepare(llama())
+    weights = sum(layer.weight.numel() for layer in quant_layers(trained).values())
+    report = export(trained, tmp_path / "packed")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    scales = sum(layer.out_features + 4 for layer in quant_layers(trained).values())
+    assert report.num_quantized == weights
+    assert report.num_parameters == llama().num_parameters()
+    assert report.file_bytes == (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert report.linear_bytes == sum(t.nbytes for name, t in tensors.items() if "proj" in name)
+    assert report.bits_per_quantized_weight == 2 + 16 * scales / weights  # two bits and fp16 scales, nothing else
+
+
+def test_dense_weights_are_bf16_and_tied_ones_stored_once(tmp_path: Path) -> None:
+    trained = toy().prepare(llama())
+    export(trained, tmp_path / "packed")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    assert torch.equal(tensors["model.embed_tokens.weight"], trained.model.embed_tokens.weight.bfloat16())
+    assert tensors["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_certificate_is_exact_and_counts_the_rounding_of_dense_weights(tmp_path: Path) -> None:
+    certificate = export(toy().prepare(qwen()), tmp_path / "packed").certificate
+    assert (certificate.layers, certificate.tokens) == (7, ids().numel())
+    assert certificate.max_weight_difference == 0
+    assert certificate.max_logit_difference <= 1e-6
+    assert 0 < certificate.kl_mean <= certificate.kl_max < 1e-3
+    exact = export(toy().prepare(qwen()), tmp_path / "exact", dense_dtype="float32").certificate
+    assert exact.kl_max < 1e-12
+
+
+def test_a_quantized_head_is_packed_and_no_longer_tied(tmp_path: Path) -> None:
+    trained = toy(exclude_names=["embed_tokens"]).prepare(llama())
+    assert export(trained, tmp_path / "packed").certificate.layers == 15
+    assert not load(tmp_path / "packed")[0].config.tie_word_embeddings
+
+
+def damage(name: str, model: PreTrainedModel) -> None:
+    layer = quant_layers(model)["model.layers.0.mlp.up_proj"]
+    with torch.no_grad():
+        if name == "one code":
+            layer.weight[0, 0] = -10 * layer.weight[0, 0].sign()
+        elif name == "one scale":
+            layer.scales[3] *= 2
+        else:
+            model.model.norm.weight *= 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one code", "codes or scales differ in model.layers.0.mlp.up_proj"),
+        ("one scale", "codes or scales differ in model.layers.0.mlp.up_proj"),
+        ("a norm", "KL"),
+    ],
+)
+def test_certify_refuses_a_model_that_is_not_the_trained_one(name: str, message: str, tmp_path: Path) -> None:
+    trained = toy().prepare(llama(initializer_range=0.2))
+    export(trained, tmp_path / "packed")
+    packed = load(tmp_path / "packed", dtype=torch.float32)[0]
+    certify.certify(trained, packed, batches())
+    damage(name, trained)
+    with pytest.raises(CertificateError, match=message):
+        certify.certify(trained, packed, batches())
+
+
+def test_certify_refuses_logits_that_differ_at_equal_rounding(tmp_path: Path) -> None:
+    trained = toy().prepare(llama())
+    export(trained, tmp_path / "packed")
+    packed = load(tmp_path / "packed", dtype=torch.float32)[0]
+    packed.model.layers[0].mlp.act_fn = nn.ReLU()
+    with pytest.raises(CertificateError, match="at equal rounding"):
+        certify.certify(trained, packed, batches())
+
+
+def test_a_failed_proof_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certify, "KL", -1.0)
+    with pytest.raises(CertificateError):
+        export(toy().prepare(llama()), tmp_path / "packed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
+    trained, out = toy().prepare(llama()), tmp_path / "packed"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="--force"):
+        export(trained, out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    export(trained, out, force=True)
+    assert not (out / "mine.txt").exists()
+    assert (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["file", "safetensors"],
+)
+def test_a_full_disk_leaves_the_old_folder_and_no_half_one(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, out = toy().prepare(llama()), tmp_path / "packed"
+    export(trained, out)
+    before = (out / "model.safetensors").read_bytes()
+
+    def full(folder: Path, *args: object) -> None:
+        (folder / "half.txt").write_text("half")
+        raise error
+
+    monkeypatch.setattr(bundle, "write", full)
+    with pytest.raises(UserError, match="disk full"):
+        export(trained, out, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_an_unquantized_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to pack"):
+        hf.export(llama(), tokenizer(), toy(), tmp_path / "packed", card="", force=False, batches=batches())
+
+
+def test_a_weight_that_the_format_has_no_place_for_is_named(tmp_path: Path) -> None:
+    trained = toy().prepare(llama())
+    trained.model.layers[0].extra = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"model\.layers\.0\.extra"):
+        export(trained, tmp_path / "packed")
+
+
+def test_a_model_whose_code_is_not_in_transformers_is_refused(tmp_path: Path) -> None:
+    trained = toy().prepare(llama())
+    trained.__class__ = type("Mine", (type(trained),), {"__module__": "elsewhere"})
+    with pytest.raises(UserError, match="not part of transformers"):
+        export(trained, tmp_path / "packed")
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["wrinklefree"] = sys.modules["pydantic"] = None  # importing them fails
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+folder, again, other, out = sys.argv[1:]
+ids = torch.load(out, weights_only=True)
+try:
+    AutoModelForCausalLM.from_pretrained(folder)
+    raise SystemExit("a random model was loaded in silence")
+except RuntimeError as error:
+    assert "mismatched" in str(error)
+options = {"trust_remote_code": True, "dtype": torch.float32}
+model = AutoModelForCausalLM.from_pretrained(folder, **options)
+AutoModelForCausalLM.from_pretrained(other, **options)  # another model class, in the same process
+model.save_pretrained(again)
+twice = AutoModelForCausalLM.from_pretrained(again, **options)
+assert torch.equal(model(ids).logits, twice(ids).logits)
+assert "wrinklefree" not in AUTO_QUANTIZER_MAPPING
+torch.save(model.eval()(ids).logits, out)
+"""
+
+
+def test_the_folder_loads_without_the_package_and_is_refused_without_its_loader(tmp_path: Path) -> None:
+    """Plain loading stops on the shapes, trust_remote_code=True works, saving again takes the loader along."""
+    trained = toy().prepare(llama())
+    export(trained, tmp_path / "packed", dense_dtype="float32")
+    export(toy().prepare(qwen()), tmp_path / "other")
+    torch.save(ids(), tmp_path / "io.pt")
+    arguments = [str(tmp_path / name) for name in ("packed", "again", "other", "io.pt")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *arguments], env=environment, check=True, timeout=120)
+    assert torch.equal(torch.load(tmp_path / "io.pt"), trained(ids()).logits)
+
+
+def test_remote_code_beside_the_package_keeps_the_package_registered(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    export(toy().prepare(llama()), tmp_path / "packed")
+    before = AUTO_QUANTIZER_MAPPING["wrinklefree"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", trust_remote_code=True)
+    assert torch.equal(model(ids()).logits, load(tmp_path / "packed")[0](ids()).logits)
+    assert AUTO_QUANTIZER_MAPPING["wrinklefree"] is before
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_method_fits_in_the_folders_loader(name: str) -> None:
+    """Its copies import each other, torch, transformers, typing_extensions and the standard library, nothing else."""
+    method = find(name)
+    if not issubclass(method, QuantMethod):
+        pytest.skip("does not quantize")
+    files = bundle.files(method(name=name), "LlamaForCausalLM")
+    known = set(sys.stdlib_module_names) | {"torch", "transformers", "typing_extensions"}
+    for file, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= known, file
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert (node.module or "").split(".")[0] in known, f"{file}: {node.module}"
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                assert f"{node.module}.py" in files, file
