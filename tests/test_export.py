@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny import batches, ids, llama, qwen, tokenizer, toy, with_toy_method
+from tiny import batches, ids, llama, qwen, shipped_methods, tokenizer, toy, with_toy_method
 from torch import nn
 from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import QuantMethod, available, find, quant_layers
+from wrinklefree.core.method import QuantMethod, quant_layers
 from wrinklefree.export import bundle, certify, hf
 from wrinklefree.export.certify import CertificateError
 from wrinklefree.load import load
@@ -198,7 +198,7 @@ sys.modules["wrinklefree"] = sys.modules["pydantic"] = None  # importing them fa
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-folder, again, other, out = sys.argv[1:]
+folder, again, out, *others = sys.argv[1:]
 ids = torch.load(out, weights_only=True)
 try:
     AutoModelForCausalLM.from_pretrained(folder)
@@ -207,7 +207,9 @@ except RuntimeError as error:
     assert "mismatched" in str(error)
 options = {"trust_remote_code": True, "dtype": torch.float32}
 model = AutoModelForCausalLM.from_pretrained(folder, **options)
-AutoModelForCausalLM.from_pretrained(other, **options)  # another model class, in the same process
+for other in others:  # another model class, other methods, in the same process
+    other_model = AutoModelForCausalLM.from_pretrained(other, **options)
+    torch.save(other_model(ids).logits, f"{other}/logits.pt")
 model.save_pretrained(again)
 twice = AutoModelForCausalLM.from_pretrained(again, **options)
 assert torch.equal(model(ids).logits, twice(ids).logits)
@@ -220,12 +222,16 @@ def test_the_folder_loads_without_the_package_and_is_refused_without_its_loader(
     """Plain loading stops on the shapes, trust_remote_code=True works, saving again takes the loader along."""
     trained = toy().prepare(llama())
     export(trained, tmp_path / "packed", dense_dtype="float32")
-    export(toy().prepare(qwen()), tmp_path / "other")
+    others = {method.name: method.prepare(qwen()) for method in shipped_methods()}
+    for name, other in others.items():
+        export(other, tmp_path / name, dense_dtype="float32")
     torch.save(ids(), tmp_path / "io.pt")
-    arguments = [str(tmp_path / name) for name in ("packed", "again", "other", "io.pt")]
+    arguments = [str(tmp_path / name) for name in ("packed", "again", "io.pt", *others)]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *arguments], env=environment, check=True, timeout=120)
     assert torch.equal(torch.load(tmp_path / "io.pt"), trained(ids()).logits)
+    for name, other in others.items():
+        assert torch.equal(torch.load(tmp_path / name / "logits.pt"), other(ids()).logits)
 
 
 def test_remote_code_beside_the_package_keeps_the_package_registered(tmp_path: Path) -> None:
@@ -239,13 +245,10 @@ def test_remote_code_beside_the_package_keeps_the_package_registered(tmp_path: P
     assert AUTO_QUANTIZER_MAPPING["wrinklefree"] is before
 
 
-@pytest.mark.parametrize("name", available())
-def test_every_method_fits_in_the_folders_loader(name: str) -> None:
+@pytest.mark.parametrize("method", shipped_methods(), ids=lambda method: method.name)
+def test_every_method_fits_in_the_folders_loader(method: QuantMethod) -> None:
     """Its copies import each other, torch, transformers, typing_extensions and the standard library, nothing else."""
-    method = find(name)
-    if not issubclass(method, QuantMethod):
-        pytest.skip("does not quantize")
-    files = bundle.files(method(name=name), "LlamaForCausalLM")
+    files = bundle.files(method, "LlamaForCausalLM")
     known = set(sys.stdlib_module_names) | {"torch", "transformers", "typing_extensions"}
     for file, text in files.items():
         for node in ast.walk(ast.parse(text)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import batches, ids, llama, qwen, tokenizer, toy, with_toy_method
+from tiny import batches, ids, llama, qwen, shipped_methods, tokenizer, toy, with_toy_method
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wrinklefree.core.codes import Codes
@@ -28,6 +28,7 @@ def _method() -> Iterator[None]:
 
 
 TRAINED = {"tied": lambda: toy().prepare(llama()), "biased": lambda: toy(int8=True).prepare(qwen())}
+TRAINED |= {m.name: lambda m=m: m.prepare(qwen()) for m in shipped_methods()}
 
 
 @pytest.fixture(scope="module", params=TRAINED)

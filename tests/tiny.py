@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import wrinklefree.methods
-from wrinklefree.core.method import QuantMethod, find
+from wrinklefree.core.method import QuantMethod, available, find
 
 VOCAB = 96
 
@@ -31,6 +31,12 @@ def toy(**values: Any) -> QuantMethod:
     config = find("toy")(**values)
     assert isinstance(config, QuantMethod)
     return config
+
+
+def shipped_methods() -> list[QuantMethod]:
+    """One of every method in the package that quantizes, with its default settings."""
+    found = [find(name)(name=name) for name in available()]
+    return [method for method in found if isinstance(method, QuantMethod)]
 
 
 def llama(**values: Any) -> LlamaForCausalLM:

@@ -47,17 +47,21 @@ def written_aside(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         if _disk_full(error):
-            raise UserError(f"disk full while writing {path}: free some space; earlier checkpoints are untouched") from error
+            raise UserError(
+                f"disk full while writing {path}: free some space; earlier checkpoints are untouched"
+            ) from error
         raise
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
-def _disk_full(error: Exception) -> bool:
+def _disk_full(error: OSError | SafetensorError) -> bool:
     """safetensors hands the operating system's error on as text alone."""
     codes = (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, OSError) and error.errno in codes or any(f"(os error {code})" in str(error) for code in codes)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(f"(os error {code})" in str(error) for code in codes)
 
 
 def _flush(folder: Path) -> None:

@@ -141,7 +141,8 @@ class TrainingConfig(Node):
     save_total_limit: Positive = 2
     keep_best: bool = False  # final/ is the model of the lowest held-out loss
     eval_interval: Positive = 500
-    eval_tokens: Positive = 32768
+    eval_tokens: Positive = 16384  # during training
+    final_eval_tokens: Positive = 131072  # before and after
     resume_from: str | None = None
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -205,7 +206,12 @@ def compose(overrides: list[str], config_name: str = "config") -> dict[str, Any]
     from omegaconf.errors import OmegaConfBaseException
 
     store = ConfigStore.instance()
-    sections = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig, "distillation": DistillationConfig}
+    sections = {
+        "model": ModelConfig,
+        "training": TrainingConfig,
+        "data": DataConfig,
+        "distillation": DistillationConfig,
+    }
     store.store("schema", {"seed": 42, **{name: defaults(cls) for name, cls in sections.items()}})
     for name in methods.available():
         store.store(name, defaults(methods.find(name)), group="method")

@@ -80,9 +80,7 @@ class HeadLoss(torch.autograd.Function):
     """Sum of `chunk_loss(states @ head.T, rows)` over chunks of rows, keeping one chunk of logits at a time."""
 
     @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, head: Tensor, chunk_loss: ChunkLoss, trains: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, states: Tensor, head: Tensor, chunk_loss: ChunkLoss, trains: bool) -> tuple[Tensor, Tensor]:
         total, sums = states.new_zeros((), dtype=torch.float32), states.new_zeros(3, dtype=torch.float32)
         grad_states = torch.empty_like(states) if trains else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if trains else None

@@ -4,6 +4,7 @@ Yielding more than once lets deep supervision and policy gradients share the one
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from wrinklefree.config import DistillationConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import QuantLinear, compute_dtype
+from wrinklefree.core.method import compute_dtype
 from wrinklefree.losses import TokenLosses, shifted, token_losses
 
 Batch = dict[str, Tensor]
@@ -24,7 +25,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
         """Raises UserError where the logits are not simply the head's product with the last hidden state."""
-        self.head: nn.Linear = model.get_output_embeddings()
+        self.head: Any = model.get_output_embeddings()  # nn.Linear, QuantLinear or PackedLinear
         self.body = model.base_model
         _check_head(model, self)
         if compiled:
@@ -39,9 +40,9 @@ class Decoder:
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """The operands of the last product: states [N, D] as the head sees them, and the head's weight [V, D]."""
         dtype = compute_dtype(states)
-        if isinstance(self.head, QuantLinear):
-            return self.head.config.activation(states).to(dtype), self.head.effective_weight(dtype)
-        return states.to(dtype), self.head.weight
+        if type(self.head) is nn.Linear:
+            return states.to(dtype), self.head.weight
+        return self.head.config.activation(states).to(dtype), self.head.effective_weight(dtype)
 
 
 @torch.no_grad()
@@ -59,7 +60,11 @@ class LanguageModelling:
     """Cross entropy, KL to a teacher, or both, on next tokens."""
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | None, config: DistillationConfig, compiled: bool = False
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        config: DistillationConfig,
+        compiled: bool = False,
     ) -> None:
         self.student = Decoder(student, compiled)
         self.teacher = None if teacher is None else Decoder(teacher, compiled)

@@ -123,7 +123,9 @@ class QuantMethod(Method):
         if kept:
             log.warning("kept in full precision, not linear layers: %s", ", ".join(kept))
         if not found and not quant_layers(model):
-            raise UserError(f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)")
+            raise UserError(
+                f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)"
+            )
         for fqn, linear in found:
             model.set_submodule(fqn, self.layer(linear, self.config_for(fqn)))
         return model
