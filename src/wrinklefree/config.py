@@ -186,8 +186,23 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def options(group: str) -> list[str]:
-    """The YAML files of a group."""
+    """The choices of a group: its YAML files, or every method found."""
+    if group == "method":
+        return methods.available()
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def resolve_model(override: str) -> list[str]:
+    """`model=NAME` for a name without a YAML is a local folder or a hub id."""
+    key, _, value = override.partition("=")
+    if key != "model" or value in options("model") or not _names_a_model(value):
+        return [override]
+    return ["model=pretrained", f"model.name={Path(value).resolve().name}", f"model.pretrained={value}"]
+
+
+def _names_a_model(value: str) -> bool:
+    """Whether it looks like a path or a hub id, not like a misspelt config."""
+    return "/" in value or value.startswith((".", "~")) or Path(value).is_dir()
 
 
 def load(overrides: list[str], config_name: str = "config") -> Config:
@@ -217,7 +232,8 @@ def compose(overrides: list[str], config_name: str = "config") -> dict[str, Any]
         store.store(name, defaults(methods.find(name)), group="method")
     try:
         with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-            composed = hydra_compose(config_name, [_soften(o) for o in overrides] + _search_path())
+            given = [_soften(resolved) for o in overrides for resolved in resolve_model(o)]
+            composed = hydra_compose(config_name, given + _search_path())
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
@@ -236,7 +252,7 @@ def _soften(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r} is not key=value")
-    if (CONFIGS / key.lstrip("+~")).is_dir():
+    if (CONFIGS / key.lstrip("+~")).is_dir() or key == "method":
         return override
     if "=" in value and not value.startswith(("'", '"', "[", "{")):
         value = f"'{value}'"
@@ -250,13 +266,16 @@ def _one_line(error: Exception) -> str:
     if choice:
         group, name = choice.groups()
         return f"{group}={name}: no such option{methods.did_you_mean(name, options(group))}; available: {', '.join(options(group))}"
+    missing = re.search(r"Missing mandatory value: (\S+)", text)
+    if missing:
+        return f"{missing.group(1)}: a value is required"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def validate(values: Mapping[str, Any]) -> Config:
     """Check plain values against the schema. Raises UserError with one line per mistake."""
     problems: list[str] = []
-    config = _check(Config, dict(values) | {"method": None}, "", problems)
+    config: Config = _check(Config, dict(values) | {"method": None}, "", problems)
     method = values.get("method")
     if method is not None:
         checked = _check(methods.find(method["name"]), method, "method.", problems)
@@ -271,7 +290,9 @@ def _check(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        problems += dict.fromkeys(_describe(cls, prefix, e) for e in error.errors())
+        lines = [_describe(cls, prefix, e) for e in error.errors()]
+        problems += {line.partition(":")[0]: line for line in reversed(lines)}.values()  # one a path: unions give two
+        return None
 
 
 def _describe(cls: type, prefix: str, error: Any) -> str:

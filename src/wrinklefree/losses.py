@@ -102,6 +102,6 @@ class HeadLoss(torch.autograd.Function):
         return total, sums
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, grad_sums: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, grad_sums: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_states, grad_head = ctx.saved_tensors
         return grad_states * grad_total.to(grad_states.dtype), (grad_head * grad_total).to(ctx.head_dtype), None, None

@@ -111,7 +111,8 @@ def fit(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     losses = _losses(run)
     model.train()
-    first, row = run.step, {}
+    first = run.step
+    row: dict[str, float] = {}
     with Tracker(out, plan.max_steps, config, run.step) as tracker, _interruptible() as stopped:
         while True:
             last = run.step == plan.max_steps
@@ -165,7 +166,8 @@ def _step(run: Run, losses: Iterator[tuple[Tensor, Metrics]]) -> dict[str, float
     optim.set_rate(run.optimizers, factor)
     if t.compile:
         refresh(run.model, run.plan.dtype)
-    total, metrics = torch.zeros((), device=run.world.device), {}
+    total = torch.zeros((), device=run.world.device)
+    metrics: Metrics = {}
     for _ in range(t.gradient_accumulation_steps):
         loss, metrics = next(losses)
         (loss / t.gradient_accumulation_steps).backward()

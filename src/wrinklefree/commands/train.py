@@ -47,7 +47,6 @@ def run(overrides: list[str], *, dry_run: bool = False, force: bool = False, sca
         processes, batch_size, accumulation = SCALES[scale]
         sizes = [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulation}"]
         overrides = [*overrides[:2], *sizes, *overrides[2:]]
-    overrides = [resolved for o in overrides for resolved in resolve_model(o)]
     config = configs.load(overrides)
     if dry_run:
         show(config, processes)
@@ -58,19 +57,6 @@ def run(overrides: list[str], *, dry_run: bool = False, force: bool = False, sca
         launch(processes, overrides, force)
         return
     train(config, force)
-
-
-def resolve_model(override: str) -> list[str]:
-    """`model=NAME` for a name without a YAML is a local folder or a hub id."""
-    key, _, value = override.partition("=")
-    if key != "model" or value in configs.options("model") or not _names_a_model(value):
-        return [override]
-    return ["model=pretrained", f"model.name={Path(value).resolve().name}", f"model.pretrained={value}"]
-
-
-def _names_a_model(value: str) -> bool:
-    """Whether it looks like a path or a hub id, not like a misspelt config."""
-    return "/" in value or value.startswith((".", "~")) or Path(value).is_dir()
 
 
 def show(config: Config, processes: int) -> None:

@@ -160,7 +160,7 @@ class Dequantize(torch.autograd.Function):
         return Z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         index, scales = ctx.saved_tensors
         grads = [
             [(blocks(unit * grad[:, axis], scales)).sum(dim=(-3, -1)) for axis, unit in enumerate(units(index[:, t]))]

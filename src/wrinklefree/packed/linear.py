@@ -101,7 +101,7 @@ class PackedLinear(nn.Module):
             return tensor.to(moved.device) if id(tensor) in keep and moved.dtype != tensor.dtype else moved
 
         self.dense = None
-        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(apply, recurse)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,265 @@
+"""Quality and cost of Fairy2i, side by side: ours, the paper's preset, and full precision, in one run.
+
+    python benchmarks/quality.py [--quick] [--json] [--parts tiny,demo,story,cost] [--steps 1500] [--story FOLDER]
+
+tiny   held-out perplexity and KL of `-m tiny` after equal steps: W1 and W2, ours and the paper's preset, and the control,
+       the full-precision model trained for the same extra steps on the same data. Finished runs are kept and not repeated.
+demo   the same for what `make demo` runs.
+story  KL to the original after 250 steps of 12 x 128 tokens sampled from it, three seeds; needs a folder with a model.
+cost   time and peak memory of one training step, quantized against unquantized, alternating in one run.
+
+Ratios come first in the JSON; the raw numbers stand beside them. LOG.md says what was measured, when, and how.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wrinklefree import config as configs
+from wrinklefree import distributed, load, optim, report, session
+from wrinklefree.commands import train as train_command
+from wrinklefree.objectives import Batch, LanguageModelling
+from wrinklefree.trainer import fit
+
+PAPER = ["method.preset=paper"]
+Figures = dict[str, Any]
+
+
+def tiny(steps: int, out: Path) -> Figures:
+    """Ours, the paper's preset and the control at equal steps; all of the held-out text."""
+    length = [f"training.max_steps={steps}", "training.final_eval_tokens=1000000", "training.eval_interval=1000000"]
+    runs = {
+        "w2": ["training=fairy2_w2"],
+        "w1": ["training=fairy2_w1"],
+        "w2_paper": ["training=fairy2_w2", *PAPER],
+        "w1_paper": ["training=fairy2_w1", *PAPER],
+        "control": ["training=full_precision"],
+    }
+    results = {name: run(["model=tiny", *o, *length], out / f"{name}_{steps}") for name, o in runs.items()}
+    figures: Figures = {}
+    for mode in ("w2", "w1"):
+        figures[f"{mode}_ppl_ratio"] = ratio(results[mode])
+        figures[f"{mode}_paper_ppl_ratio"] = ratio(results[f"{mode}_paper"])
+        figures[f"{mode}_kl_over_paper"] = results[mode]["trained"]["kl"] / results[f"{mode}_paper"]["trained"]["kl"]
+    figures["control_ppl_ratio"] = ratio(results["control"])
+    return figures | {f"tiny_{name}": summary(result) for name, result in results.items()}
+
+
+def demo(out: Path, overrides: list[str]) -> Figures:
+    """What `make demo` runs."""
+    result = run(["model=tiny", "training=fairy2_w2", *overrides], out / "demo")
+    return {"demo_w2_ppl_ratio": ratio(result), "demo_w2": summary(result)}
+
+
+def run(overrides: list[str], out: Path) -> Figures:
+    """The figures of one training, from its folder where it has been run before."""
+    if not (out / "results.json").exists():
+        resume = ["training.resume_from=latest"] if list(out.glob("checkpoints/step_*")) else []
+        train_command.train(configs.load([*overrides, f"output_dir={out}", *resume]), force=False)
+    return report.load(out / "results.json")
+
+
+def ratio(result: Figures) -> float:
+    """Held-out perplexity after training over the full-precision original's."""
+    return float(result["trained"]["ppl"] / result["full_precision"]["ppl"])
+
+
+def summary(result: Figures) -> Figures:
+    kept = {
+        f"ppl_{state}": result[state]["ppl"] for state in ("full_precision", "one_shot", "trained") if result[state]
+    }
+    return kept | {"kl": result["trained"]["kl"], "bits": result["bits_per_quantized_weight"]}
+
+
+def story(folder: Path, steps: int, seeds: list[int]) -> Figures:
+    """Mean final KL over the seeds, ours and the paper's preset, and each one's true bits."""
+    figures: Figures = {}
+    settings = {
+        "w2": ["training=fairy2_w2", "training.lr=2.5e-3"],
+        "w2_paper": ["training=fairy2_w2", "training.lr=2.5e-3", *PAPER],
+        "w1": ["training=fairy2_w1", "training.lr=5e-3"],
+        "w1_paper": ["training=fairy2_w1", "training.lr=5e-3", *PAPER],
+    }
+    teacher, tokenizer = load.load(folder, dtype=torch.float32)
+    teacher.requires_grad_(False)
+    heldout = sampled(teacher, batches=4, rows=12, length=256, seed=10_000)
+    data = {seed: sampled(teacher, steps, rows=12, length=128, seed=seed) for seed in seeds}
+    for name, overrides in settings.items():
+        values = [story_run(folder, overrides, teacher, tokenizer, data[s], heldout, steps, s) for s in seeds]
+        figures[f"story_{name}_kl"] = statistics.mean(values)
+        figures[f"story_{name}_kl_seeds"] = values
+    for mode in ("w2", "w1"):
+        figures[f"story_{mode}_kl_over_paper"] = figures[f"story_{mode}_kl"] / figures[f"story_{mode}_paper_kl"]
+    return figures
+
+
+@torch.no_grad()
+def sampled(model: Any, batches: int, rows: int, length: int, seed: int) -> list[Batch]:
+    """Batches [rows, length] of tokens drawn from the model itself, from its begin-of-sequence token on."""
+    torch.manual_seed(seed)
+    start = torch.full((batches * rows, 1), model.config.bos_token_id)
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": length - 1, "min_new_tokens": length - 1}
+    ids = torch.cat([model.generate(s, attention_mask=torch.ones_like(s), **settings) for s in start.split(256)])
+    return [{"input_ids": part, "labels": part} for part in ids.split(rows)]
+
+
+class Fixed(Iterator[Batch]):
+    """A list of batches as a training stream."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches, self.served = batches, 0
+
+    def __next__(self) -> Batch:
+        self.served += 1
+        return self.batches[(self.served - 1) % len(self.batches)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.served = state["served"]
+
+
+def story_run(
+    folder: Path,
+    overrides: list[str],
+    teacher: Any,
+    tokenizer: Any,
+    data: list[Batch],
+    heldout: list[Batch],
+    steps: int,
+    seed: int,
+) -> float:
+    """Final held-out KL to the original of one training in fp32, embeddings and head frozen."""
+    recipe = [f"training.max_steps={steps}", f"seed={seed}", "training.precision=fp32", "training.batch_size=12"]
+    recipe += ["training.max_seq_length=128", "training.eval_interval=1000000", "training.save_interval=1000000"]
+    recipe += ["training.scheduler.warmup_ratio=0.08", "training.scheduler.decay_ratio=0.2"]
+    recipe += ["training.freeze_names=[embed_tokens,lm_head]"]
+    with tempfile.TemporaryDirectory() as out:
+        config = configs.load([f"model={folder}", *overrides, *recipe, f"output_dir={out}"])
+        world = distributed.start()
+        torch.manual_seed(seed)
+        student = train_command.prepare(config, teacher)
+        plan = session.make_plan(config, student, world)
+        objective = LanguageModelling(student, teacher, config.distillation)
+        extra = {"tokenizer": tokenizer, "world": world, "evaluate": lambda model: {"eval_loss": math.nan}}
+        fit(student, objective, Fixed(data), config, plan, **extra)
+        return session.quality(student, heldout, plan, teacher).kl
+
+
+def cost(repeats: int) -> Figures:
+    """Median step time and peak memory of Fairy2i W2 over those of the unquantized model, at the default batch."""
+    times: dict[str, list[float]] = {"dense": [], "fairy2": []}
+    steppers = {name: stepper(name) for name in times}
+    for i in range(repeats + 2):
+        for name, step in steppers.items():
+            started = time.perf_counter()
+            step()
+            if i >= 2:
+                times[name].append(time.perf_counter() - started)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    memory = {name: peak_memory(name) for name in times}
+    return {
+        "step_time_ratio": median["fairy2"] / median["dense"],
+        "step_memory_ratio": memory["fairy2"] / memory["dense"],
+        "step_seconds": median,
+        "step_peak_bytes": memory,
+    }
+
+
+def stepper(name: str) -> Any:
+    """A function that does one optimizer step of `-m tiny` on the labels alone."""
+    overrides = ["training=fairy2_w2"] if name == "fairy2" else ["training=full_precision"]
+    config = configs.load(["model=tiny", *overrides, "distillation=none"])
+    model, tokenizer = load.load_pretrained(config.model)
+    model = train_command.prepare(config, model).train()
+    plan = session.make_plan(config, model, distributed.World(0, 1, torch.device("cpu")))
+    stream = session.open_stream(config, tokenizer, distributed.World(0, 1, torch.device("cpu")))
+    objective = LanguageModelling(model, None, config.distillation)
+    o = dataclasses.asdict(config.training.optimizer) | {"lr": plan.lr}
+    optimizers = optim.build(model, **o)
+
+    def step() -> None:
+        with torch.autocast("cpu", plan.dtype, enabled=plan.dtype != torch.float32):
+            loss, _ = next(objective(model, next(stream)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peak_memory(name: str) -> int:
+    """Peak resident bytes that three steps add to those of a process with the modules imported."""
+    code = f"import benchmarks.quality as q; q.print_peak({name!r})"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def print_peak(name: str) -> None:
+    """Run by `peak_memory` in a process of its own."""
+    before = resident()
+    step = stepper(name)
+    for _ in range(3):
+        step()
+    print(resident() - before)
+
+
+def resident() -> int:
+    """Peak resident bytes of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a minute's version: few steps, one seed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--parts", default="tiny,demo,cost", help="of tiny, demo, story, cost; comma-separated")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of part tiny")
+    parser.add_argument("--story", type=Path, help="a folder with a small pretrained model, for part story")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="where runs are kept")
+    args = parser.parse_args()
+    stdout = sys.stdout
+    if args.json:
+        sys.stdout = sys.stderr  # progress and tables of the runs
+    figures = measure(args)
+    print(
+        json.dumps(figures, indent=2) if args.json else "\n".join(f"{k}: {v}" for k, v in figures.items()), file=stdout
+    )
+
+
+def measure(args: argparse.Namespace) -> Figures:
+    parts = args.parts.split(",") + (["story"] if args.story and "story" not in args.parts else [])
+    quick = args.quick
+    figures: Figures = {}
+    if "tiny" in parts:
+        figures |= tiny(5 if quick else args.steps, args.out)
+    if "demo" in parts:
+        figures |= demo(args.out / ("quick" if quick else "full"), ["training.max_steps=5"] if quick else [])
+    if "story" in parts:
+        if args.story is None:
+            sys.exit("part story needs --story FOLDER")
+        figures |= story(args.story, 20 if quick else 250, [0] if quick else [0, 1, 2])
+    if "cost" in parts:
+        figures |= cost(3 if quick else 15)
+    return figures
+
+
+if __name__ == "__main__":
+    main()
