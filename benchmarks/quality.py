@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py [--quick] [--json] [--parts tiny,demo,story,cost] [--steps 1500] [--story FOLDER]
 
-tiny   held-out perplexity and KL of `-m tiny` after equal steps: W1 and W2, ours and the paper's preset, and the control,
-       the full-precision model trained for the same extra steps on the same data. Finished runs are kept and not repeated.
+tiny   held-out perplexity and KL of `-m tiny` after equal steps: W1 and W2, ours and the paper's preset, and the
+       control, the full-precision model trained for the same extra steps on the same data. Finished runs are kept.
 demo   the same for what `make demo` runs.
 story  KL to the original after 250 steps of 12 x 128 tokens sampled from it, three seeds; needs a folder with a model.
 cost   time and peak memory of one training step, quantized against unquantized, alternating in one run.
@@ -24,13 +24,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from wrinklefree import config as configs
 from wrinklefree import distributed, load, optim, report, session
 from wrinklefree.commands import train as train_command
+from wrinklefree.core.method import QuantMethod, quant_layers
 from wrinklefree.objectives import Batch, LanguageModelling
 from wrinklefree.trainer import fit
 
@@ -98,9 +99,10 @@ def story(folder: Path, steps: int, seeds: list[int]) -> Figures:
     heldout = sampled(teacher, batches=4, rows=12, length=256, seed=10_000)
     data = {seed: sampled(teacher, steps, rows=12, length=128, seed=seed) for seed in seeds}
     for name, overrides in settings.items():
-        values = [story_run(folder, overrides, teacher, tokenizer, data[s], heldout, steps, s) for s in seeds]
-        figures[f"story_{name}_kl"] = statistics.mean(values)
-        figures[f"story_{name}_kl_seeds"] = values
+        runs = [story_run(folder, overrides, teacher, tokenizer, data[s], heldout, s) for s in seeds]
+        figures[f"story_{name}_kl"] = statistics.mean(run.kl for run in runs)
+        figures[f"story_{name}_kl_seeds"] = [run.kl for run in runs]
+        figures[f"story_{name}_bits"] = runs[0].bits
     for mode in ("w2", "w1"):
         figures[f"story_{mode}_kl_over_paper"] = figures[f"story_{mode}_kl"] / figures[f"story_{mode}_paper_kl"]
     return figures
@@ -133,6 +135,11 @@ class Fixed(Iterator[Batch]):
         self.served = state["served"]
 
 
+class StoryRun(NamedTuple):
+    kl: float  # held out, to the original, in nats per token
+    bits: float  # true bits per quantized weight, scales counted
+
+
 def story_run(
     folder: Path,
     overrides: list[str],
@@ -140,24 +147,28 @@ def story_run(
     tokenizer: Any,
     data: list[Batch],
     heldout: list[Batch],
-    steps: int,
     seed: int,
-) -> float:
-    """Final held-out KL to the original of one training in fp32, embeddings and head frozen."""
-    recipe = [f"training.max_steps={steps}", f"seed={seed}", "training.precision=fp32", "training.batch_size=12"]
+    method: QuantMethod | None = None,
+) -> StoryRun:
+    """One training in fp32, embeddings and head frozen; `method` in place of the config's."""
+    recipe = [f"training.max_steps={len(data)}", f"seed={seed}", "training.precision=fp32", "training.batch_size=12"]
     recipe += ["training.max_seq_length=128", "training.eval_interval=1000000", "training.save_interval=1000000"]
     recipe += ["training.scheduler.warmup_ratio=0.08", "training.scheduler.decay_ratio=0.2"]
     recipe += ["training.freeze_names=[embed_tokens,lm_head]"]
     with tempfile.TemporaryDirectory() as out:
         config = configs.load([f"model={folder}", *overrides, *recipe, f"output_dir={out}"])
+        config.method = method or config.method
         world = distributed.start()
         torch.manual_seed(seed)
         student = train_command.prepare(config, teacher)
+        session.choose_length(config, student)
         plan = session.make_plan(config, student, world)
         objective = LanguageModelling(student, teacher, config.distillation)
         extra = {"tokenizer": tokenizer, "world": world, "evaluate": lambda model: {"eval_loss": math.nan}}
         fit(student, objective, Fixed(data), config, plan, **extra)
-        return session.quality(student, heldout, plan, teacher).kl
+        layers = quant_layers(student).values()
+        bits = sum(layer.encode().num_bits() for layer in layers) / sum(layer.weight.numel() for layer in layers)
+        return StoryRun(session.quality(student, heldout, plan, teacher).kl, bits)
 
 
 def cost(repeats: int) -> Figures:
@@ -186,6 +197,7 @@ def stepper(name: str) -> Any:
     config = configs.load(["model=tiny", *overrides, "distillation=none"])
     model, tokenizer = load.load_pretrained(config.model)
     model = train_command.prepare(config, model).train()
+    session.choose_length(config, model)
     plan = session.make_plan(config, model, distributed.World(0, 1, torch.device("cpu")))
     stream = session.open_stream(config, tokenizer, distributed.World(0, 1, torch.device("cpu")))
     objective = LanguageModelling(model, None, config.distillation)

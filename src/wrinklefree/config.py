@@ -33,14 +33,6 @@ class Node:
 
 
 @dataclass(kw_only=True)
-class RecommendedConfig(Node):
-    """What `auto` means for this model; null leaves it to the tables by parameter count (`schedule.py`)."""
-
-    lr: PositiveFloat | None = None
-    total_tokens: Positive | None = None
-
-
-@dataclass(kw_only=True)
 class ArchitectureConfig(Node):
     """A Llama to build from scratch (`wf pretrain`)."""
 
@@ -61,7 +53,6 @@ class ModelConfig(Node):
     name: str
     pretrained: str
     trust_remote_code: bool = False
-    recommended: RecommendedConfig = field(default_factory=RecommendedConfig)
     architecture: ArchitectureConfig | None = None
 
 
@@ -126,7 +117,7 @@ class TrainingConfig(Node):
     total_tokens: Positive | Auto = "auto"
     max_steps: Natural | None = None  # wins over total_tokens; 0 prepares and saves
     batch_size: Positive = 8
-    max_seq_length: Positive = 2048
+    max_seq_length: Positive | Auto = "auto"  # auto: the model's positions, at most 2048
     gradient_accumulation_steps: Positive = 1
     gradient_clipping: PositiveFloat = 1.0
     gradient_checkpointing: bool = False
@@ -265,7 +256,8 @@ def _one_line(error: Exception) -> str:
     choice = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if choice:
         group, name = choice.groups()
-        return f"{group}={name}: no such option{methods.did_you_mean(name, options(group))}; available: {', '.join(options(group))}"
+        known = options(group)
+        return f"{group}={name}: no such option{methods.did_you_mean(name, known)}; available: {', '.join(known)}"
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing:
         return f"{missing.group(1)}: a value is required"

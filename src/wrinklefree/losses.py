@@ -32,7 +32,7 @@ class TokenLosses:
 
 
 def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair each state with the label of the next token: [B, L, D], [B, L] -> [N, D], [N] without the unlabelled (-100)."""
+    """Pair each state with the label of the next token: [B, L, D], [B, L] -> [N, D], [N] without labels of -100."""
     targets = labels[:, 1:].flatten()
     states = hidden[:, :-1].flatten(0, 1)
     kept = targets != -100

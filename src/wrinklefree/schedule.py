@@ -58,26 +58,20 @@ class Choice:
     reason: str
 
 
-def choose_lr(given: float | str, recommended: float | None, num_parameters: int) -> Choice:
-    """The peak learning rate: as given, else the model's own, else the guide's table."""
+def choose_lr(given: float | str, num_parameters: int) -> Choice:
+    """The peak learning rate: as given, or for `auto` by the guide's table."""
     if not isinstance(given, str):
         return Choice(given, "set")
-    if recommended is not None:
-        return Choice(recommended, "recommended for this model")
     value = next(lr for limit, lr, _ in TABLE if num_parameters < limit)
     return Choice(value, f"table, {num_parameters / 1e6:.0f} M parameters")
 
 
-def choose_steps(
-    max_steps: int | None, total_tokens: int | str, recommended: int | None, num_parameters: int, tokens_per_step: int
-) -> Choice:
-    """The number of optimizer steps: `max_steps`, else from `total_tokens`, the model's own, or the guide's table."""
+def choose_steps(max_steps: int | None, total_tokens: int | str, num_parameters: int, tokens_per_step: int) -> Choice:
+    """The number of optimizer steps: `max_steps`, else `total_tokens`' worth, for `auto` by the guide's table."""
     if max_steps is not None:
         return Choice(max_steps, "max_steps set")
     if not isinstance(total_tokens, str):
         tokens, reason = total_tokens, "total_tokens set"
-    elif recommended is not None:
-        tokens, reason = recommended, "recommended for this model"
     else:
         tokens = next(tokens for limit, _, tokens in TABLE if num_parameters < limit)
         reason = f"table, {num_parameters / 1e6:.0f} M parameters"

@@ -19,6 +19,8 @@ from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
 
 log = logging.getLogger("wrinklefree")
 
+MAX_LENGTH = 2048  # tokens: what `training.max_seq_length: auto` comes to at most
+
 # What a run leaves in its folder; `--force` removes these and nothing else.
 OUTPUTS = ["checkpoints", "best", "final", "packed", "shipped", "plots", "training_log.csv", "results.json"]
 
@@ -56,11 +58,11 @@ def claim(config: Config, force: bool) -> Path | None:
 
 def make_plan(config: Config, model: PreTrainedModel, world: World) -> Plan:
     """Resolve `auto` and say in the log what was chosen and why."""
-    t, recommended = config.training, config.model.recommended
+    t = config.training
     num_parameters = model.num_parameters()
-    per_step = t.batch_size * t.max_seq_length * t.gradient_accumulation_steps * world.size
-    lr = schedule.choose_lr(t.optimizer.lr, recommended.lr, num_parameters)
-    steps = schedule.choose_steps(t.max_steps, t.total_tokens, recommended.total_tokens, num_parameters, per_step)
+    per_step = t.batch_size * length(config) * t.gradient_accumulation_steps * world.size
+    lr = schedule.choose_lr(t.optimizer.lr, num_parameters)
+    steps = schedule.choose_steps(t.max_steps, t.total_tokens, num_parameters, per_step)
     dtype = choose_dtype(t.precision, world.device)
     log.info("learning rate %g (%s)", lr.value, lr.reason)
     log.info("%d steps of %s tokens (%s)", steps.value, f"{per_step:,}", steps.reason)
@@ -72,20 +74,26 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """`auto` is bf16 where the processor multiplies it natively (twice as fast), else fp32."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported()
-    else:
-        native = torch.cpu._is_avx512_bf16_supported()
+    cuda = device.type == "cuda"
+    native = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 
-def check_length(config: Config, model: PreTrainedModel) -> None:
-    """Raises UserError where the sequences are longer than the model's positions."""
+def choose_length(config: Config, model: PreTrainedModel) -> None:
+    """Resolve `training.max_seq_length: auto` in place. Raises UserError for sequences longer than the positions."""
     longest = model.config.max_position_embeddings
+    if config.training.max_seq_length == "auto":
+        config.training.max_seq_length = min(longest, MAX_LENGTH)
     if config.training.max_seq_length > longest:
         raise UserError(
             f"training.max_seq_length={config.training.max_seq_length}: {config.model.name} has {longest} positions"
         )
+
+
+def length(config: Config) -> int:
+    """The sequence length, resolved."""
+    assert not isinstance(config.training.max_seq_length, str)
+    return config.training.max_seq_length
 
 
 def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, world: World) -> BatchStream:
@@ -95,7 +103,7 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, world: World
         config.data,
         tokenizer,
         batch_size=t.batch_size,
-        length=t.max_seq_length,
+        length=length(config),
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
@@ -106,7 +114,7 @@ def heldout(config: Config, tokenizer: PreTrainedTokenizerBase, max_tokens: int 
     """Held-out batches at the training context length."""
     t = config.training
     return heldout_batches(
-        config.data, tokenizer, batch_size=t.batch_size, length=t.max_seq_length, max_tokens=max_tokens
+        config.data, tokenizer, batch_size=t.batch_size, length=length(config), max_tokens=max_tokens
     )
 
 

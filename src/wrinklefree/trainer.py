@@ -108,7 +108,7 @@ def fit(
         checkpoint.load_weights(resume, model)
         run.load_state(checkpoint.load_state(resume))
     if t.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     losses = _losses(run)
     model.train()
     first = run.step

@@ -27,8 +27,8 @@ CARD = """\
 # {name}: a small Llama for trying things out
 
 {parameters:.2f} M parameters, trained from nothing on the text of Python's own standard library ({train_files} files,
-{tokens:.1f} M tokens seen) by `wf pretrain model={name}`, seed {seed}, Python {python}. It writes text shaped like Python; it
-knows nothing.
+{tokens:.1f} M tokens seen) by `wf pretrain model={name}`, seed {seed}, Python {python}. It writes text shaped like
+Python; it knows nothing.
 
 | held-out text | value |
 |---|---|
@@ -52,6 +52,7 @@ def run(overrides: list[str], *, force: bool = False) -> None:
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(stdlib.documents("train"), config.model.architecture.vocab_size)
     model = build(config.model.architecture, tokenizer).to(world.device)
+    session.choose_length(config, model)
     plan = session.make_plan(config, model, world)
     fit(
         model,
@@ -140,12 +141,12 @@ def card(config: Config, model: LlamaForCausalLM, quality: Quality, plan: sessio
         name=config.model.name,
         parameters=model.num_parameters() / 1e6,
         train_files=len(stdlib.files("train")),
-        tokens=plan.max_steps * t.batch_size * t.max_seq_length * t.gradient_accumulation_steps / 1e6,
+        tokens=plan.max_steps * t.batch_size * session.length(config) * t.gradient_accumulation_steps / 1e6,
         seed=config.seed,
         python=platform.python_version(),
         heldout_files=len(stdlib.files("heldout")),
         heldout_tokens=quality.tokens,
-        context=t.max_seq_length,
+        context=session.length(config),
         nll=quality.nll,
         ppl=quality.ppl,
         vocab=model.config.vocab_size,

@@ -66,6 +66,7 @@ def show(config: Config, processes: int) -> None:
     if source.is_dir():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        session.choose_length(config, model)
         session.make_plan(config, model, World(0, processes, torch.device("cpu")))
     log.info("dry run: nothing was trained or written")
 
@@ -93,11 +94,11 @@ def train(config: Config, force: bool) -> None:
     torch.manual_seed(config.seed)
     log.info("loading %s", config.model.pretrained)
     teacher, tokenizer = load.load_pretrained(config.model)
-    session.check_length(config, teacher)
+    session.choose_length(config, teacher)
     teacher = teacher.to(world.device).requires_grad_(False)
     plan = session.make_plan(config, teacher, world)
     heldout = session.heldout(config, tokenizer, config.training.final_eval_tokens)
-    results = Results(context=config.training.max_seq_length)
+    results = Results(context=session.length(config))
     results.full_precision = session.quality(teacher, heldout, plan)
     log.info("full precision: held-out perplexity %.2f", results.full_precision.ppl)
 

@@ -1,9 +1,9 @@
 """The effective weight of a quantized layer, computed once per optimizer step.
 
-Weights change only when the optimizer steps. So `decode(encode(W))` is worked out at the first forward after a change and
-shared by all micro-batches, by the second forward of gradient checkpointing, by evaluation and by generation. The shared
-value is a leaf of the autograd graph; whenever a backward pass has added to its gradient, a hook hands that gradient on
-to the master weight and to the trained scales, so any training loop works unchanged.
+Weights change only when the optimizer steps. So `decode(encode(W))` is worked out at the first forward after a change
+and shared by all micro-batches, by the second forward of gradient checkpointing, by evaluation and by generation. The
+shared value is a leaf of the autograd graph; whenever a backward pass has added to its gradient, a hook hands that
+gradient on to the master weight and to the trained scales, so any training loop works unchanged.
 """
 
 from collections.abc import Callable

@@ -12,12 +12,12 @@ Each entry z of U and W becomes a sum of T terms, one of the four units in each,
 with scales s per tensor, row or group of columns, and for `scale_granularity: rank1` one factor per complex row j and
 column k beside the tensor's. `preset: paper` is the paper's setting: tensor scales, each stage the phase's nearest unit
 of what the stages before left over (real axis iff |Re| > |Im|, strictly), s the mean modulus along its axis. Otherwise
-all T codes of an entry are chosen together, as the nearest of the 4^T points, and the scales fitted by alternating least
-squares (ALS) before training, then left (`als`) or trained (`learned`). LOG.md has what each is worth.
+all T codes of an entry are chosen together, as the nearest of the 4^T points, and the scales fitted by alternating
+least squares (ALS) before training, then left (`als`) or trained (`learned`). LOG.md has what each is worth.
 
-Symbols: T stages, p in {U, W}, axis in {re, im}. Z [2 (p), 2 (axis), n, m]; codes uint8 [2 (p), T, n, m], entry k stands
-for i^k; scales [2 (p), T, 2 (axis), R, G], R 1 or n, G 1 or m / group_size; rows [n], columns [m]. An odd width is padded
-with a zero row or column, sliced off again.
+Symbols: T stages, p in {U, W}, axis in {re, im}. Z [2 (p), 2 (axis), n, m]; codes uint8 [2 (p), T, n, m], entry k
+stands for i^k; scales [2 (p), T, 2 (axis), R, G], R 1 or n, G 1 or m / group_size; rows [n], columns [m]. An odd width
+is padded with a zero row or column, sliced off again.
 """
 
 import itertools
@@ -102,7 +102,7 @@ def candidates(num_stages: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]
     found = []
     for axes in itertools.product((0, 1), repeat=num_stages):
         for signs in itertools.product((1, -1), repeat=num_stages):
-            first = {axis: sign for axis, sign in reversed(list(zip(axes, signs, strict=True)))}
+            first = dict(reversed(list(zip(axes, signs, strict=True))))
             if all(sign == 1 for sign in first.values()):
                 found.append((axes, signs))
     return found
@@ -138,12 +138,16 @@ def blocks(x: Tensor, like: Tensor) -> Tensor:
 
 
 def fit_scales(Z: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """The least-squares scales [2, T, 2, R, G] for given codes: T x T normal equations per part, axis, row and group."""
+    """The least-squares scales [2, T, 2, R, G] for given codes: T x T normal equations per part, axis, row, group."""
     axes = torch.stack(units(index), dim=2)  # [2, T, 2, n, m]
     gram = torch.einsum("ptarigj,psarigj->pargts", blocks(axes, like), blocks(axes, like))
     moment = torch.einsum("ptarigj,parigj->pargt", blocks(axes, like), blocks(Z, like))
-    ridge = 1e-6 * torch.eye(index.shape[1], device=Z.device) * Z.shape[-1]
-    return torch.linalg.solve(gram + ridge, moment).permute(0, 4, 1, 2, 3).contiguous()
+    entries = Z.shape[-2] * Z.shape[-1] / (like.shape[-2] * like.shape[-1])
+    ridge = (
+        1e-6 * entries * torch.eye(index.shape[1], device=Z.device)
+    )  # where two stages have the same codes throughout
+    scales = torch.linalg.solve(gram.double() + ridge, moment.double())
+    return scales.to(Z.dtype).permute(0, 4, 1, 2, 3).contiguous()
 
 
 class Dequantize(torch.autograd.Function):
