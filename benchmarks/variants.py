@@ -1,6 +1,6 @@
 """What each choice in Fairy2i is worth: final KL after the `story` training of quality.py, one variant after the other.
 
-    python benchmarks/variants.py --story FOLDER [--quick] [--json] [--seeds 0,1,2]
+    python -m benchmarks.variants --story FOLDER [--quick] [--json] [--seeds 0,1,2]
 
 Scale granularity and mode, the number of stages, the learning rate of scales, int8 activations, the optimizer; and the
 control outside of Fairy2i: residual sign quantization, T stages of one scale times a sign, at the same bits.

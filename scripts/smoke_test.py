@@ -21,6 +21,7 @@ SETTINGS = [
     "training.batch_size=2",
     "training.max_seq_length=128",
     "training.eval_tokens=4096",
+    "training.final_eval_tokens=4096",
     "training.log_interval=1",
 ]
 

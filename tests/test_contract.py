@@ -1,4 +1,4 @@
-"""What every quantization method promises, whatever it is: the suite runs over each file of `methods/` and its settings.
+"""What every quantization method promises: the suite runs over each file of `methods/` and its settings.
 
 A method's settings are its defaults and, one at a time, every other value of its fields with a list of choices.
 """
@@ -307,7 +307,7 @@ def test_gradients_under_autocast_are_close_and_fp32(model: Net) -> None:
 def test_a_step_encodes_every_layer_once(default: QuantMethod, encodes: list[QuantLinear]) -> None:
     """Micro-batches and the second forward of gradient checkpointing share the effective weight."""
     model = default.prepare(llama())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     layers = len(quant_layers(model))
@@ -384,15 +384,6 @@ def test_odd_widths(default: QuantMethod, inputs: int, outputs: int) -> None:
     assert layer.bias.grad.shape == (outputs,)
 
 
-def test_quantizing_quantized_weights_is_stable(model: Net) -> None:
-    """A point of the codebook is its own nearest point: writing the quantized weight into the master changes nothing."""
-    for layer in quant_layers(model).values():
-        first = layer.decode(layer.encode()).detach()
-        with torch.no_grad():
-            layer.weight.copy_(first)
-        assert torch.allclose(layer.decode(layer.encode()), first, rtol=2e-3, atol=1e-6)
-
-
 @pytest.mark.parametrize("value", [0.0, 1e-20, 1e4])
 def test_extreme_weights_stay_finite(method: QuantMethod, value: float) -> None:
     linear = nn.Linear(WIDTH, WIDTH)
@@ -406,5 +397,5 @@ def test_extreme_weights_stay_finite(method: QuantMethod, value: float) -> None:
 def test_an_unknown_setting_is_refused(default: QuantMethod) -> None:
     from wrinklefree import config as configs
 
-    with pytest.raises(UserError, match="method.num_stagez: unknown key"):
+    with pytest.raises(UserError, match=r"method\.num_stagez: unknown key"):
         configs.load([f"method={default.name}", "method.num_stagez=3"])

@@ -10,6 +10,7 @@ always a whole one, whatever stops the writing.
 
 import errno
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ CONFIG = "wrinklefree.yaml"
 WEIGHTS = "model.safetensors"
 TRAINER = "state/trainer.pt"
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -44,7 +47,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield aside
         _flush(aside)
         _replace(aside, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         if _disk_full(error):
             raise UserError(
@@ -56,12 +59,13 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise
 
 
-def _disk_full(error: OSError | SafetensorError) -> bool:
-    """safetensors hands the operating system's error on as text alone."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
+def _disk_full(error: BaseException) -> bool:
+    """safetensors hands the operating system's error on as text alone, torch.save as the context of another error."""
     if isinstance(error, OSError):
-        return error.errno in codes
-    return any(f"(os error {code})" in str(error) for code in codes)
+        return error.errno in FULL
+    if isinstance(error.__context__, OSError):
+        return _disk_full(error.__context__)
+    return any(f"(os error {code})" in str(error) for code in FULL)
 
 
 def _flush(folder: Path) -> None:
@@ -93,7 +97,8 @@ def save(
         (aside / CONFIG).write_text(configs.to_yaml(config))
         if state is not None:
             (aside / TRAINER).parent.mkdir()
-            torch.save(state, aside / TRAINER)
+            with (aside / TRAINER).open("wb") as file:  # given a path, torch.save does not say why it failed
+                torch.save(state, file)
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -156,6 +161,6 @@ def load_state(path: Path) -> State:
         state: State = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing; this checkpoint cannot be resumed from") from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise UserError(f"{file}: truncated or not a trainer state") from error
     return state

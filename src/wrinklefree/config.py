@@ -243,6 +243,8 @@ def _soften(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r} is not key=value")
+    if key == "method" and value == "null":
+        raise UserError("method=null: choose a training without a method, such as training=full_precision")
     if (CONFIGS / key.lstrip("+~")).is_dir() or key == "method":
         return override
     if "=" in value and not value.startswith(("'", '"', "[", "{")):
@@ -296,13 +298,14 @@ def _describe(cls: type, prefix: str, error: Any) -> str:
         return f"{path}: unknown key{_closest(path, list(known))}"
     if error["type"] == "missing" or error["input"] == "???":
         return f"{path}: a value is required"
+    if error["type"] == "value_error" and not where:  # two settings that do not go together
+        return f"{prefix.rstrip('.')}: {error['msg'].removeprefix('Value error, ')}"
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 
 def _closest(path: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(path, known, n=1) or [
-        k for k in known if k.rpartition(".")[2] == path.rpartition(".")[2]
-    ]
+    elsewhere = [k for k in known if k.rpartition(".")[2] == path.rpartition(".")[2]]
+    close = difflib.get_close_matches(path, elsewhere, n=1, cutoff=0) or difflib.get_close_matches(path, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

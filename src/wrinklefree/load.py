@@ -80,6 +80,17 @@ def resolve_pretrained(name: str) -> str:
     return _hub(name)
 
 
+def at_hand(name: str) -> Path | None:
+    """The folder of a model, without asking the hub: None for a hub id that is not in the cache.
+
+    Raises UserError for a path or a builtin that is not there.
+    """
+    if name.startswith("builtin:") or Path(name).expanduser().exists() or not _looks_like_hub_id(name):
+        return Path(resolve_pretrained(name))
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def _builtin(name: str) -> str:
     folder = BUILTIN / name
     if not folder.is_dir():

@@ -40,6 +40,7 @@ def plot_runs(csvs: list[Path], out: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     axes[-1].set_xlabel("optimizer step")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150, format="png")
@@ -61,7 +62,8 @@ def _curve(axis: Any, points: Series, raw: bool, **style: Any) -> None:
     steps, values = points
     if raw:
         axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
-    axis.plot(steps, smooth(values, round(len(values) * _SMOOTHING)), **style)
+    marker = "." if len(steps) < 3 else None  # a line of one point is invisible
+    axis.plot(steps, smooth(values, round(len(values) * _SMOOTHING)), marker=marker, **style)
 
 
 def _logged(rows: list[dict[str, str]], column: str) -> bool:

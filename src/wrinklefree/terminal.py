@@ -1,6 +1,7 @@
 """How results look on a terminal: tables and short numbers that fit in 80 columns, and plain log lines."""
 
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -74,7 +75,8 @@ class LineHandler(logging.Handler):
 def show_log_lines() -> None:
     """Let the `wrinklefree` logger print its lines, once, whatever the root logger does."""
     log = logging.getLogger("wrinklefree")
-    log.setLevel(logging.INFO)
+    is_main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one talks
+    log.setLevel(logging.INFO if is_main else logging.ERROR)
     log.propagate = False
     if not any(isinstance(handler, LineHandler) for handler in log.handlers):
         log.addHandler(LineHandler())

@@ -78,6 +78,22 @@ class Tracker:
         self.close()
 
 
+class Silent(Tracker):
+    """What the other processes of a distributed run hold: the main one does the talking."""
+
+    def __init__(self) -> None:
+        """Nothing to open."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """The main process logs."""
+
+    def update(self, step: int, loss: float, lr: float, tokens_per_sec: float) -> None:
+        """The main process shows progress."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 class CsvLog:
     """A CSV file with one row per logged step, each on disk as soon as it is written."""
 

@@ -25,7 +25,7 @@ from wrinklefree.core.method import refresh
 from wrinklefree.distributed import World
 from wrinklefree.objectives import Batch, Metrics, Objective
 from wrinklefree.session import Plan
-from wrinklefree.tracking import Tracker
+from wrinklefree.tracking import Silent, Tracker
 
 log = logging.getLogger("wrinklefree")
 
@@ -75,8 +75,13 @@ class Run:
                 f"resume_from: saved by {len(state['streams'])} processes, now {self.world.size}; start as many"
             )
         self.step, self.tokens, self.best_loss = state["step"], state["tokens"], state["best_loss"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        try:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                _load_optimizer(optimizer, saved)
+        except ValueError as error:
+            raise UserError(
+                f"resume_from: saved with other training.optimizer or freeze_names settings ({error})"
+            ) from error
         self.stream.load_state_dict(state["streams"][self.world.rank])
         torch.set_rng_state(state["rng"])
 
@@ -113,7 +118,8 @@ def fit(
     model.train()
     first = run.step
     row: dict[str, float] = {}
-    with Tracker(out, plan.max_steps, config, run.step) as tracker, _interruptible() as stopped:
+    tracker = Tracker(out, plan.max_steps, config, run.step) if world.is_main else Silent()
+    with tracker, _interruptible() as stopped:
         while True:
             last = run.step == plan.max_steps
             if run.step > first and (last or run.step % t.eval_interval == 0):
@@ -131,6 +137,14 @@ def fit(
             tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
     model.eval()
     return _finish(run, tokenizer)
+
+
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load moments and counters, but keep the settings of this run. Raises ValueError where the groups differ."""
+    settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+        group.update(mine)
 
 
 def _optimizers(model: PreTrainedModel, config: Config, plan: Plan) -> list[Optimizer]:

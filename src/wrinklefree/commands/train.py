@@ -39,6 +39,14 @@ PROMPTS = ["def ", "class ", "import "]
 CERTIFY_TOKENS = 8192
 SPEED_TOKENS = 64
 
+# What a run's folder holds in the end, as its last lines name it.
+PARTS = {
+    "final": "final/ (checkpoint)",
+    "packed": "packed/ (small file)",
+    "plots/loss.png": "plots/loss.png",
+    "results.json": "results.json",
+}
+
 
 def run(overrides: list[str], *, dry_run: bool = False, force: bool = False, scale: str | None = None) -> None:
     """Train as the overrides say. Raises UserError for anything the user can mend."""
@@ -62,8 +70,10 @@ def run(overrides: list[str], *, dry_run: bool = False, force: bool = False, sca
 def show(config: Config, processes: int) -> None:
     """`--dry-run`: the resolved config and, where the model is at hand, what `auto` means for it."""
     print(configs.to_yaml(config), end="")
-    source = Path(load.resolve_pretrained(config.model.pretrained))
-    if source.is_dir():
+    source = load.at_hand(config.model.pretrained)
+    if source is None:
+        log.info("%s is not at hand: what `auto` means depends on it", config.model.pretrained)
+    else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
         session.choose_length(config, model)
@@ -131,8 +141,9 @@ def prepare(config: Config, teacher: PreTrainedModel) -> PreTrainedModel:
     if config.method is not None:
         config.method.prepare(student)
         log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
+    named = list(student.named_parameters(remove_duplicate=False))  # tied weights go by either name
     for pattern in config.training.freeze_names:
-        frozen = [p for name, p in student.named_parameters() if surgery.matches(name, [pattern])]
+        frozen = [p for name, p in named if surgery.matches(name, [pattern])]
         if not frozen:
             raise UserError(f"training.freeze_names: {pattern!r} matches no parameter of {config.model.name}")
         for parameter in frozen:
@@ -160,13 +171,15 @@ def finish(
     out: Path,
 ) -> None:
     """Pack, prove, sample, plot and report."""
-    plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
+    if config.training.max_steps != 0:
+        plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
     if isinstance(config.method, QuantMethod):
         pack(config, teacher, student, tokenizer, heldout, results, out)
     results.save(out / "results.json")
     results.print()
-    print(f"\nwrote {out}/: final/ (checkpoint), packed/ (small file), plots/loss.png, results.json")
-    print(f"next: wf generate {out} --prompt 'def '    wf eval {out}/packed")
+    wrote = [text for name, text in PARTS.items() if (out / name).exists()]
+    print(f"\nwrote {out}/: {', '.join(wrote)}")
+    print(f"next: wf generate {out} --prompt 'def '    wf eval {out}{'/packed' * (out / 'packed').exists()}")
 
 
 def pack(

@@ -56,13 +56,19 @@ class EffectiveWeight:
         return self.leaf
 
     def _compute(self, device: str, compute: Callable[[], Tensor], dtype: torch.dtype, trains: bool) -> None:
-        with torch.autocast(device_type=device, enabled=False), torch.set_grad_enabled(trains):
+        # Under gradient checkpointing hooks count what a forward saves; this graph is made in the first forward alone.
+        unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+        with torch.autocast(device_type=device, enabled=False), torch.set_grad_enabled(trains), unseen:
             value = compute()
         self.graph = value if trains else None
         self.leaf = value.detach().to(dtype)
         if trains:
             self.leaf.requires_grad_()
             self.leaf.register_post_accumulate_grad_hook(partial(_hand_on, value))
+
+
+def _same(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _hand_on(graph: Tensor, leaf: Tensor) -> None:

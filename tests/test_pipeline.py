@@ -1,0 +1,278 @@
+"""The whole of `wf fairy2` and `wf train` on a toy model: what it leaves behind, and that it is what was trained."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ids
+from toyrun import CPU, overrides, resolved, rows, run, toy_files
+from typer.testing import CliRunner
+
+from wrinklefree import checkpoint, load, session
+from wrinklefree.cli import app
+from wrinklefree.config import Config, from_yaml
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import quant_layers
+from wrinklefree.data import Batch, BatchStream
+from wrinklefree.distributed import World
+from wrinklefree.export.certify import same_codes
+from wrinklefree.packed.linear import packed_layers
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def wf(*args: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(args))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def fairy2(folder: Path, *more: str, mode: str = "w2") -> tuple[int, str, str]:
+    """`wf fairy2 -m FOLDER --mode MODE ...` at a few steps."""
+    settings = [o for o in overrides(folder, *more) if not o.startswith(("model=", "training="))]
+    return wf("fairy2", "-m", str(folder / "toy"), "--mode", mode, *settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished W2 run and what it printed."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    toy_files(folder)
+    code, out, err = fairy2(folder, "training.save_interval=4")
+    assert (code, err.count("error")) == (0, 0), err
+    return folder, out
+
+
+def test_everything_promised_is_there(finished: tuple[Path, str]) -> None:
+    out = finished[0] / "run"
+    names = {path.name for path in out.iterdir()}
+    assert names == {"training_log.csv", "plots", "checkpoints", "final", "packed", "results.json"}
+    assert [path.name for path in checkpoint.step_folders(out / "checkpoints")] == ["step_4", "step_6"]
+    assert (out / "plots" / "loss.png").read_bytes().startswith(PNG)
+    assert len(rows(out)) == 6
+    assert from_yaml(out / "final" / "wrinklefree.yaml").method.num_stages == 2
+
+
+def test_the_packed_folder_is_the_trained_model(finished: tuple[Path, str]) -> None:
+    trained, _ = load.load(finished[0] / "run")
+    packed, tokenizer = load.load(finished[0] / "run" / "packed", dtype=torch.float32)
+    layers = packed_layers(packed)
+    assert len(layers) == 14
+    assert all(same_codes(layer.encode(), layers[fqn].codes()) for fqn, layer in quant_layers(trained).items())
+    with torch.no_grad():
+        difference = (trained(ids()).logits - packed(ids()).logits).abs().max()
+    assert difference < 0.02  # embeddings and norms are stored in bf16
+    assert tokenizer("w3").input_ids == [3]
+
+
+def test_results_are_measured_figures(finished: tuple[Path, str]) -> None:
+    folder = finished[0] / "run"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["context"] == 16
+    for state in ("full_precision", "one_shot", "trained"):
+        assert results[state]["ppl"] == pytest.approx(math.exp(results[state]["nll"]))
+        assert 0 < results[state]["tokens"] <= 64
+    assert results["full_precision"]["kl"] == 0
+    assert results["one_shot"]["kl"] > 0
+    files = sum(path.stat().st_size for path in (folder / "packed").glob("*.safetensors"))
+    assert results["packed_bytes"] == pytest.approx(files, rel=0.02)
+    assert 2 < results["bits_per_quantized_weight"] < 3  # 2 and the scales of a very small model
+    assert min(results["tokens_per_second"].values()) > 0
+
+
+def test_the_figure_before_training_is_that_of_the_quantized_model(finished: tuple[Path, str]) -> None:
+    config = resolved(finished[0], f"output_dir={finished[0] / 'again'}", "training.max_steps=0")
+    model = run(config)
+    _, words = load.load(finished[0] / "toy")
+    batches = session.heldout(config, words, config.training.final_eval_tokens)
+    plan = session.Plan(0, 1.0, torch.float32)
+    quality = session.quality(model, batches, plan)
+    results = json.loads((finished[0] / "run" / "results.json").read_text())
+    assert quality.nll == pytest.approx(results["one_shot"]["nll"], rel=1e-6)
+
+
+def test_the_table_and_the_next_steps_are_printed(finished: tuple[Path, str]) -> None:
+    out = finished[1]
+    for label in ("held-out perplexity", "bits per quantized weight", "whole file", "tokens/s"):
+        assert sum(line.startswith(label) for line in out.splitlines()) == 1
+    assert "step 6/6" in out
+    assert "wf generate" in out
+
+
+def test_the_card_shows_figures_and_a_sample(finished: tuple[Path, str]) -> None:
+    card = (finished[0] / "run" / "packed" / "README.md").read_text()
+    assert "import wrinklefree" in card
+    assert "held-out perplexity" in card
+    assert "## Sample" in card
+    results = json.loads((finished[0] / "run" / "results.json").read_text())
+    assert f"{results['trained']['ppl']:.2f}" in card
+
+
+def test_a_second_run_is_refused_and_force_starts_over(finished: tuple[Path, str], tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "training_log.csv").write_text("step,train_loss\n1,3\n")
+    code, _, err = fairy2(tmp_path)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "--force" in err
+    assert (tmp_path / "run" / "training_log.csv").read_text() == "step,train_loss\n1,3\n"
+    assert fairy2(tmp_path, "--force", "training.max_steps=1")[0] == 0
+    assert len(rows(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("settings", [["distillation=none"], ["method.preset=paper"], ["training.optimizer.name=muon"]])
+def test_other_settings_run_to_the_end(tmp_path: Path, settings: list[str]) -> None:
+    toy_files(tmp_path)
+    code, _, err = fairy2(tmp_path, "training.max_steps=2", *settings, mode="w1")
+    assert code == 0, err
+    assert (tmp_path / "run" / "packed" / "model.safetensors").is_file()
+    assert ("train_kl" in rows(tmp_path / "run")[0]) == (settings != ["distillation=none"])
+
+
+def test_the_control_trains_in_full_precision(tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    settings = [o.replace("fairy2_w2", "full_precision") for o in overrides(tmp_path, "training.max_steps=3")]
+    code, out, err = wf("train", *settings)
+    assert code == 0, err
+    model, _ = load.load(tmp_path / "run")
+    assert not quant_layers(model)
+    assert not (tmp_path / "run" / "packed").exists()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["one_shot"] is None
+    assert results["trained"]["nll"] != results["full_precision"]["nll"]
+    assert "packed/" not in out
+
+
+def test_another_teacher_and_a_foreign_vocabulary(tmp_path: Path) -> None:
+    from tiny import llama, tokenizer
+
+    toy_files(tmp_path)
+    for name, vocabulary in (("wider", 96), ("foreign", 128)):
+        llama(intermediate_size=160, vocab_size=vocabulary).save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    assert fairy2(tmp_path, "training.max_steps=1", f"distillation.teacher={tmp_path / 'wider'}")[0] == 0
+    code, _, err = fairy2(
+        tmp_path, f"distillation.teacher={tmp_path / 'foreign'}", f"output_dir={tmp_path / 'refused'}"
+    )
+    assert code == 2
+    assert "vocabulary of 128" in err.splitlines()[-1]
+
+
+MISTAKES = {
+    "a longer sequence than positions": (["training.max_seq_length=65"], "has 64 positions"),
+    "fewer tokens than a step": (["training.max_steps=null", "training.total_tokens=31"], "less than one step"),
+    "empty data": (["data.path=EMPTY"], "EMPTY: no"),
+    "no such data": (["data.path=/nowhere"], "no such file or folder"),
+    "all layers excluded": (["method.exclude_names=['*']"], "no linear layer to quantize"),
+    "an unread setting": (["data.subset=x"], "no effect"),
+    "a misspelt key": (["training.batchsize=2"], "did you mean 'training.batch_size'?"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_no_run(tmp_path: Path, mistake: str) -> None:
+    settings, message = MISTAKES[mistake]
+    toy_files(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    code, _, err = fairy2(tmp_path, *(s.replace("EMPTY", str(tmp_path / "EMPTY")) for s in settings))
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, len(errors)) == (2, 1)
+    assert message.replace("EMPTY", str(tmp_path / "EMPTY")) in errors[0]
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "final").exists()
+    assert not (tmp_path / "run" / "training_log.csv").exists()
+
+
+def test_dry_run_writes_nothing_and_says_what_auto_means(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    toy_files(tmp_path)
+    with caplog.at_level("INFO", "wrinklefree"):
+        code, out, _ = fairy2(tmp_path, "--dry-run", "training.lr=auto")
+    assert code == 0
+    assert "num_stages: 2" in out
+    assert "learning rate 0.0001 (table" in caplog.text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_scale_needs_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    toy_files(tmp_path)
+    code, _, err = fairy2(tmp_path, "--scale", "large")
+    assert code == 2
+    assert "--scale large needs 4 GPU(s), this machine has 0" in err
+    code, out, _ = fairy2(tmp_path, "--scale", "large", "--dry-run")
+    assert code == 0
+    assert "gradient_accumulation_steps: 2" in out
+
+
+class Alternating(Iterator[Batch]):
+    """The batches of two processes in turn."""
+
+    def __init__(self, streams: list[BatchStream]) -> None:
+        self.batches = (next(stream) for stream in itertools.cycle(streams))
+
+    def __next__(self) -> Batch:
+        return next(self.batches)
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        raise AssertionError
+
+
+def torchrun(*settings: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*command, "-m", "wrinklefree.cli", "train", *settings], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_with_both_their_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy_files(tmp_path)
+    torchrun(*overrides(tmp_path))
+    assert (tmp_path / "run" / "packed" / "model.safetensors").is_file()
+    opened = session.open_stream
+
+    def both(config: Config, tokenizer: object, world: World) -> Alternating:
+        return Alternating([opened(config, tokenizer, World(rank, 2, CPU.device)) for rank in (0, 1)])
+
+    monkeypatch.setattr(session, "open_stream", both)
+    run(resolved(tmp_path, "training.gradient_accumulation_steps=2", f"output_dir={tmp_path / 'one'}"))
+    for two, one in zip(rows(tmp_path / "run"), rows(tmp_path / "one"), strict=True):
+        assert two["tokens"] == one["tokens"]
+        for column in ("train_loss", "grad_norm"):
+            assert float(two[column]) == pytest.approx(float(one[column]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    torchrun(*overrides(tmp_path, "training.save_interval=3", f"output_dir={tmp_path / 'whole'}"))
+    middle = tmp_path / "whole" / "checkpoints" / "step_3"
+    torchrun(*overrides(tmp_path, f"training.resume_from={middle}"))
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")[3:]
+    with pytest.raises(UserError, match="saved by 2 processes, now 1"):
+        run(resolved(tmp_path, f"training.resume_from={middle}"))
+
+
+def test_the_shipped_model_goes_all_the_way(tmp_path: Path) -> None:
+    """The demo at two steps."""
+    settings = ["training.max_steps=2", "training.batch_size=2", "training.max_seq_length=64"]
+    settings += ["training.eval_tokens=256", "training.final_eval_tokens=256", f"output_dir={tmp_path / 'run'}"]
+    code, out, err = wf("fairy2", "-m", "tiny", "--mode", "w2", *settings)
+    assert code == 0, err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["full_precision"]["ppl"] < results["one_shot"]["ppl"]
+    assert 2 < results["bits_per_quantized_weight"] < 2.2
+    assert results["packed_linear_bytes"] < results["original_linear_bytes"] / 7
+    assert "held-out perplexity" in out

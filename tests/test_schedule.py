@@ -1,0 +1,73 @@
+"""Learning rates by real steps, and what `auto` comes to."""
+
+import pytest
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.schedule import SCHEDULES, choose_lr, choose_steps, rate
+
+
+def rates(name: str, max_steps: int, warmup: float = 0.05, decay: float = 0.15, floor: float = 0.0) -> list[float]:
+    return [rate(name, step, max_steps, warmup=warmup, decay=decay, floor=floor) for step in range(max_steps)]
+
+
+@pytest.mark.parametrize("max_steps", [100, 1000, 10_000])
+def test_wsd_is_5_80_15_by_real_steps(max_steps: int) -> None:
+    values = rates("wsd", max_steps)
+    stable = [step for step, value in enumerate(values) if value == 1]
+    assert stable == list(range(max_steps * 5 // 100, max_steps * 85 // 100))
+    assert values[: stable[0]] == sorted(values[: stable[0]])
+    assert values[stable[-1] :] == sorted(values[stable[-1] :], reverse=True)
+    middle = max_steps * 925 // 1000
+    assert values[middle] == pytest.approx(0.5, abs=10 / max_steps)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("max_steps", [1, 2, 10, 997])
+def test_no_step_is_wasted(name: str, max_steps: int) -> None:
+    """Every rate is above 0 and at most 1."""
+    assert all(0 < value <= 1 for value in rates(name, max_steps))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_floor_is_where_it_ends(name: str) -> None:
+    values = rates(name, 1000, floor=0.1)
+    assert values[-1] == pytest.approx(0.1, abs=0.004)
+    assert min(values[100:]) >= 0.1
+    assert max(values) == pytest.approx(1, abs=0.002)
+
+
+def test_cosine_and_linear_are_halfway_in_the_middle() -> None:
+    for name in ("cosine", "linear"):
+        assert rates(name, 1000, warmup=0.0)[500] == pytest.approx(0.5, abs=0.002)
+    assert rates("cosine", 1000, warmup=0.0)[250] > rates("linear", 1000, warmup=0.0)[250] + 0.09
+
+
+def test_without_warmup_and_decay_the_rate_is_constant() -> None:
+    assert set(rates("wsd", 50, warmup=0.0, decay=0.0)) == {1.0}
+
+
+# The training guide's tables.
+GUIDE = {135e6: (1e-4, 500e6), 499e6: (1e-4, 500e6), 500e6: (5e-5, 1e9), 1.7e9: (5e-5, 1e9)}
+GUIDE |= {4e9: (2e-5, 2e9), 7e9: (1e-5, 5e9), 70e9: (1e-5, 5e9)}
+
+
+@pytest.mark.parametrize("size", GUIDE)
+def test_auto_follows_the_guide_and_says_so(size: float) -> None:
+    lr = choose_lr("auto", int(size))
+    steps = choose_steps(None, "auto", int(size), 1_000_000)
+    assert (lr.value, steps.value) == (GUIDE[size][0], GUIDE[size][1] / 1e6)
+    assert "table" in lr.reason
+    assert "table" in steps.reason
+    assert f"{size / 1e6:.0f} M parameters" in lr.reason
+
+
+def test_what_is_set_wins() -> None:
+    assert choose_lr(3e-4, 10).value == 3e-4
+    assert choose_steps(7, 100, 10, 10).value == 7
+    assert choose_steps(0, "auto", 10, 10).value == 0
+    assert choose_steps(None, 105, 10, 10).value == 10
+
+
+def test_less_than_a_step_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"total_tokens=9 is less than one step \(10 tokens\)"):
+        choose_steps(None, 9, 10, 10)

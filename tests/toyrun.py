@@ -1,0 +1,105 @@
+"""A training run of seconds: a toy Llama saved to a folder, text of its own words, the settings to train it."""
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tiny import VOCAB, llama, tokenizer
+from torch import nn
+from transformers import PreTrainedModel
+
+from wrinklefree import config as configs
+from wrinklefree import load, session
+from wrinklefree.commands import train
+from wrinklefree.config import Config
+from wrinklefree.distributed import World
+from wrinklefree.objectives import LanguageModelling, Objective
+from wrinklefree.trainer import fit
+
+CPU = World(0, 1, torch.device("cpu"))
+CLOCKS = ("elapsed_sec", "tokens_per_sec")  # the columns that no two runs share
+
+
+def toy_files(folder: Path) -> tuple[Path, Path]:
+    """A model folder and a folder of text."""
+    model, text = folder / "toy", folder / "text"
+    llama().save_pretrained(model)
+    tokenizer().save_pretrained(model)
+    text.mkdir()
+    for number in range(60):  # the next word is mostly the next number
+        words = (7 * number + place + place // 5 for place in range(40))
+        (text / f"{number:02}.txt").write_text(" ".join(f"w{word % (VOCAB - 2)}" for word in words))
+    return model, text
+
+
+def overrides(folder: Path, *more: str) -> list[str]:
+    """Settings of a run in `folder`, where `toy_files` has been: 6 steps, everything logged."""
+    values = {"max_steps": 6, "batch_size": 2, "max_seq_length": 16, "lr": 1e-3, "precision": "fp32"}
+    values |= {"log_interval": 1, "eval_interval": 2, "eval_tokens": 64, "final_eval_tokens": 64}
+    return [
+        f"model={folder / 'toy'}",
+        "training=fairy2_w2",
+        "data=local",
+        f"data.path={folder / 'text'}",
+        f"output_dir={folder / 'run'}",
+        *(f"training.{key}={value}" for key, value in values.items()),
+        *more,
+    ]
+
+
+def resolved(folder: Path, *more: str) -> Config:
+    return configs.load(overrides(folder, *more))
+
+
+def nothing(model: nn.Module, step: int) -> None:
+    """An `on_step` that does nothing."""
+
+
+def run(
+    config: Config,
+    *,
+    on_step: Callable[[nn.Module, int], None] = nothing,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    objective: Callable[[PreTrainedModel, PreTrainedModel], Objective] | None = None,
+    world: World = CPU,
+) -> PreTrainedModel:
+    """What `wf train` does between loading and packing; returns the trained model."""
+    resume = session.claim(config, force=False)
+    torch.manual_seed(config.seed)
+    teacher, words = load.load_pretrained(config.model)
+    session.choose_length(config, teacher)
+    teacher.requires_grad_(False)
+    student = train.prepare(config, teacher)
+    make = objective or (lambda s, t: LanguageModelling(s, t, config.distillation, config.training.compile))
+    fit(
+        student,
+        make(student, teacher),
+        session.open_stream(config, words, world),
+        config,
+        session.make_plan(config, teacher, world),
+        tokenizer=words,
+        world=world,
+        evaluate=evaluate or session.evaluator(config, words),
+        resume=resume,
+        on_step=on_step,
+    )
+    return student
+
+
+def rows(run_folder: Path) -> list[dict[str, str]]:
+    """The log without clocks."""
+    with (run_folder / "training_log.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in CLOCKS} for row in csv.DictReader(file)]
+
+
+def tensors(tree: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a nested state."""
+    if isinstance(tree, torch.Tensor):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from tensors(value, f"{path}.{key}")
+    elif isinstance(tree, list | tuple):
+        for key, value in enumerate(tree):
+            yield from tensors(value, f"{path}.{key}")
