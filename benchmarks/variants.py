@@ -32,7 +32,7 @@ VARIANTS = {
     "w2 tensor learned": [*W2, "method.scale_granularity=tensor"],
     "w2 rank1 als": [*W2, "method.scale_mode=als"],
     "w2 rank1 learned (default)": W2,
-    "w2 rank1 learned, scale lr x 5": [*W2, "training.optimizer.scale_lr_factor=1"],
+    "w2 rank1 learned, scale lr x 5": [*W2, "training.optimizer.scale_lr=2.5e-3"],
     "w2 rank1 learned, muon": [*W2, "training.optimizer.name=muon"],
     "w2 rank1 learned, int8 activations": [*W2, "method.activation_bits=8"],
     "w2 row learned": [*W2, "method.scale_granularity=row"],

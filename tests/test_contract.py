@@ -17,6 +17,7 @@ from tiny import ids, llama, with_toy_method
 from torch import Tensor, nn
 
 from wrinklefree.core.codes import Codes, pack, unpack
+from wrinklefree.core.effective import EffectiveWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, QuantMethod, available, find, quant_layers
 
@@ -291,6 +292,13 @@ def test_quantizer_arithmetic_is_fp32_under_autocast(model: Net) -> None:
             assert layer(torch.randn(2, layer.in_features)).dtype == torch.bfloat16
 
 
+def test_autocast_is_off_while_effective_weights_are_computed() -> None:
+    layer = nn.Linear(8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = EffectiveWeight().get(layer, lambda: layer.weight @ layer.weight, torch.float32)
+    assert torch.equal(found, layer.weight @ layer.weight)
+
+
 def test_gradients_under_autocast_are_close_and_fp32(model: Net) -> None:
     model(TOKENS).square().mean().backward()
     exact = grads(model)
@@ -378,6 +386,7 @@ def test_odd_widths(default: QuantMethod, inputs: int, outputs: int) -> None:
     x = torch.randn(4, inputs)
     weight = layer.decode(layer.encode())
     assert weight.shape == (outputs, inputs)
+    assert (weight - layer.weight).norm() < 0.7 * layer.weight.norm()
     assert torch.equal(layer(x), F.linear(x, weight, linear.bias))
     layer(x).sum().backward()
     assert layer.weight.grad.shape == (outputs, inputs)

@@ -98,9 +98,18 @@ def test_the_log_has_a_row_per_step_and_evaluations_where_due(folder: Path) -> N
     assert all(float(row["lr"]) > 0 for row in logged)
 
 
-def test_gradient_checkpointing_gives_the_same_losses(folder: Path) -> None:
-    run(resolved(folder))
-    run(resolved(folder, "training.gradient_checkpointing=true", f"output_dir={folder / 'checkpointed'}"))
+def test_gradient_checkpointing_gives_the_same_losses_and_a_second_forward(folder: Path) -> None:
+    calls: list[int] = []
+
+    def watch(model: nn.Module) -> None:
+        model.get_submodule("model.layers.0.mlp").register_forward_hook(lambda *args: calls.append(1))
+
+    settings = ["training.eval_interval=9", "training.eval_tokens=32"]
+    run(resolved(folder, *settings), on_step=at(0, watch))
+    plain = len(calls)
+    more = [*settings, "training.gradient_checkpointing=true", f"output_dir={folder / 'checkpointed'}"]
+    run(resolved(folder, *more), on_step=at(0, watch))
+    assert len(calls) == 2 * plain + 6
     for plain, other in zip(rows(folder / "run"), rows(folder / "checkpointed"), strict=True):
         assert float(other["train_loss"]) == pytest.approx(float(plain["train_loss"]), rel=1e-5)
 
@@ -121,6 +130,7 @@ def test_accumulation_is_a_larger_batch(folder: Path) -> None:
         assert parts["tokens"] == whole["tokens"]
         # A mean of means: the halves have a few labels more or less.
         assert float(parts["train_loss"]) == pytest.approx(float(whole["train_loss"]), rel=5e-3)
+        assert float(parts["grad_norm"]) == pytest.approx(float(whole["grad_norm"]), rel=0.05)
 
 
 def test_ctrl_c_twice_stops_at_once(folder: Path) -> None:

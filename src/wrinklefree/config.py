@@ -81,7 +81,7 @@ class OptimizerConfig(Node):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     muon_lr: PositiveFloat = 0.02  # matrices, where name is muon
-    scale_lr_factor: PositiveFloat = 0.2  # lr of trained quantization scales, relative to lr (LOG.md)
+    scale_lr: PositiveFloat = 5e-4  # of trained quantization scales, which are logarithms: a relative step (LOG.md)
 
 
 @dataclass(kw_only=True)

@@ -47,11 +47,11 @@ def build(
     betas: tuple[float, float],
     weight_decay: float,
     muon_lr: float,
-    scale_lr_factor: float,
+    scale_lr: float,
 ) -> list[Optimizer]:
     """The optimizers of a model, one or two."""
     matrices, others, scales = split(model)
-    rest = [_group(others, lr, 0.0), _group(scales, lr * scale_lr_factor, 0.0)]
+    rest = [_group(others, lr, 0.0), _group(scales, scale_lr, 0.0)]
     if name == "adamw":
         return [_adamw([_group(matrices, lr, weight_decay), *rest], betas)]
     muon = torch.optim.Muon([_group(matrices, muon_lr, weight_decay)], lr=muon_lr, momentum=0.95)

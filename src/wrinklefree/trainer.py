@@ -156,7 +156,7 @@ def _optimizers(model: PreTrainedModel, config: Config, plan: Plan) -> list[Opti
         betas=o.betas,
         weight_decay=o.weight_decay,
         muon_lr=o.muon_lr,
-        scale_lr_factor=o.scale_lr_factor,
+        scale_lr=o.scale_lr,
     )
 
 

@@ -1,0 +1,59 @@
+"""The documents keep up with the code: every setting is described, every link, path and command in them exists."""
+
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from wrinklefree import config as configs
+from wrinklefree.cli import app
+from wrinklefree.core import method
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+
+
+def settings() -> list[str]:
+    """Every key with its full path, sections left out."""
+    keys = [key for key, _ in configs._paths(configs.Config)]
+    for name in method.available():
+        keys += [f"method.{field.name}" for field in dataclasses.fields(method.find(name))]
+    return [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
+
+
+@pytest.mark.parametrize("key", settings())
+def test_every_setting_is_described(key: str) -> None:
+    assert f"| `{key}` |" in CONFIGURATION
+
+
+def test_no_described_setting_is_unknown() -> None:
+    described = re.findall(
+        r"^\| `((?:model|data|training|distillation|method)\.[\w.]+)` \|", CONFIGURATION, re.MULTILINE
+    )
+    assert described
+    assert set(described) <= set(settings()) | {"model.architecture"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_exist(document: Path) -> None:
+    """`wf VERB` in code: planned commands are named as such in the README alone."""
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    planned = {"logs", "cancel", "wandb-status"} if document.name == "README.md" else set()
+    named = re.findall(
+        r"^(?:\$ )?wf ([a-z][\w-]*)|`wf ([a-z][\w-]*)", document.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert {a or b for a, b in named} <= verbs | planned
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("runs/*.sh")), ids=lambda path: path.name)
+def test_scripts_parse(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
