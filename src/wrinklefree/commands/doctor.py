@@ -6,17 +6,16 @@ import os
 import platform
 import shutil
 import sys
-import threading
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
+from huggingface_hub import constants
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import stdlib
+from wrinklefree.data.sources import hub_reachable
 from wrinklefree.terminal import print_hanging, short_size
 
 PACKAGE = Path(__file__).parents[1]
@@ -112,29 +111,11 @@ def _disk(folder: Path) -> Check:
 
 
 def _hub() -> Check:
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    if constants.HF_HUB_OFFLINE:
         return Check("hub", False, "HF_HUB_OFFLINE=1 is set; -m tiny and local folders work")
-    if _reachable(url):
-        return Check("hub", True, url)
-    return Check("hub", False, f"{url} does not answer; -m tiny and local folders work")
-
-
-def _reachable(url: str) -> bool:
-    """Whether anything answers; in a thread, since a name lookup heeds no timeout."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(url, timeout=_HUB_TIMEOUT):
-                answers.append(True)
-        except (URLError, OSError):
-            answers.append(False)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_HUB_TIMEOUT)
-    return answers == [True]
+    if hub_reachable(constants.ENDPOINT, timeout=_HUB_TIMEOUT):
+        return Check("hub", True, constants.ENDPOINT)
+    return Check("hub", False, f"{constants.ENDPOINT} does not answer; -m tiny and local folders work")
 
 
 def _builtin_model() -> Check:
