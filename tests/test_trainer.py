@@ -102,7 +102,7 @@ def test_gradient_checkpointing_gives_the_same_losses_and_a_second_forward(folde
     calls: list[int] = []
 
     def watch(model: nn.Module) -> None:
-        model.get_submodule("model.layers.0.mlp").register_forward_hook(lambda *args: calls.append(1))
+        model.get_submodule("model.layers.0.input_layernorm").register_forward_hook(lambda *args: calls.append(1))
 
     settings = ["training.eval_interval=9", "training.eval_tokens=32"]
     run(resolved(folder, *settings), on_step=at(0, watch))

@@ -116,9 +116,10 @@ def prune(folder: Path, keep: int) -> None:
 def find(resume_from: str, run: Path, fetch: Callable[[str], Path]) -> Path:
     """The checkpoint folder that `resume_from` names: `latest`, a folder, a run folder, or a URL that `fetch` copies.
 
-    Raises UserError where there is none.
+    `step_N.pt`, as the guide writes it, is the folder `step_N`. Raises UserError where there is none.
     """
-    path = run if resume_from == "latest" else fetch(resume_from) if "://" in resume_from else Path(resume_from)
+    name = resume_from.removesuffix(".pt")
+    path = run if name == "latest" else fetch(name) if "://" in name else Path(name)
     if (path / TRAINER).is_file():
         return path
     steps = step_folders(path / "checkpoints") or step_folders(path)

@@ -135,6 +135,7 @@ class TrainingConfig(Node):
     eval_tokens: Positive = 16384  # during training
     final_eval_tokens: Positive = 131072  # before and after
     resume_from: str | None = None
+    upload_to: str | None = None  # gs://, s3:// or another URL that gets a copy of every checkpoint
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 

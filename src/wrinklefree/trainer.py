@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import checkpoint, distributed, optim, schedule
+from wrinklefree import checkpoint, distributed, optim, schedule, storage
 from wrinklefree.config import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import refresh
@@ -124,7 +124,7 @@ def fit(
             last = run.step == plan.max_steps
             if run.step > first and (last or run.step % t.eval_interval == 0):
                 row |= _evaluate(run, evaluate, tokenizer)
-            if row and (last or "eval_loss" in row or run.step % t.log_interval == 0):
+            if row and (last or "eval_loss" in row or run.step == 1 or run.step % t.log_interval == 0):
                 tracker.log(run.step, row)
             if run.step > first and (last or stopped() or run.step % t.save_interval == 0):
                 _save(run, tokenizer)
@@ -233,6 +233,8 @@ def _save(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     if run.world.is_main:
         checkpoint.save(folder / f"step_{run.step}", run.model, tokenizer, run.config, state)
         checkpoint.prune(folder, run.config.training.save_total_limit)
+        if run.config.training.upload_to is not None:
+            storage.push(folder / f"step_{run.step}", f"{run.config.training.upload_to.rstrip('/')}/step_{run.step}")
     distributed.barrier(run.world)
 
 

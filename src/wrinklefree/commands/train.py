@@ -35,7 +35,7 @@ log = logging.getLogger("wrinklefree")
 # The guide's table: processes, batch size, accumulation; `dev` is for trying out, on whatever there is.
 SCALES = {"dev": (1, 8, 1), "small": (1, 8, 8), "medium": (2, 8, 4), "large": (4, 8, 2), "xlarge": (8, 8, 1)}
 
-PROMPTS = ["def ", "class ", "import "]
+NUM_SAMPLES, PROMPT_TOKENS = 3, 8  # what the packed model writes after the first tokens of held-out text
 CERTIFY_TOKENS = 8192
 SPEED_TOKENS = 64
 
@@ -193,8 +193,9 @@ def pack(
 ) -> None:
     """The packed folder with its certificate, sizes, speeds and a sample of what it writes."""
     some = heldout[: max(1, CERTIFY_TOKENS // heldout[0]["input_ids"].numel())]
-    sample = "\n\n".join(f"```python\n{p}{complete(student, tokenizer, p, 96, 0.7, seed=1)}\n```" for p in PROMPTS)
-    text = f"{card(config)}\n{results.markdown()}\n## Sample\n\n{sample}\n"
+    samples = [f"{p}{complete(student, tokenizer, p, 96, 0.7, seed=1)}" for p in prompts(heldout, tokenizer)]
+    fenced = "\n\n".join(f"~~~text\n{sample}\n~~~" for sample in samples)
+    text = f"{card(config)}\n{results.markdown()}\n## Samples at temperature 0.7\n\n{fenced}\n"
     report = hf.export(student, tokenizer, config.method, out / "packed", card=text, force=True, batches=some)
     packed, _ = load.load(out / "packed", dtype=torch.float32)
     results.original_bytes = 2 * teacher.num_parameters()
@@ -204,7 +205,15 @@ def pack(
     results.bits_per_weight = report.bits_per_weight
     for name, model in (("full_precision", teacher), ("packed", packed)):
         results.tokens_per_second[name] = speed(model, tokenizer)
-    print(f"sample of the packed model:\n\n{PROMPTS[0]}{complete(packed, tokenizer, PROMPTS[0], 96, 0.7, seed=1)}\n")
+    prompt = prompts(heldout, tokenizer)[0]
+    print(f"sample of the packed model:\n\n{prompt}{complete(packed, tokenizer, prompt, 96, 0.7, seed=1)}\n")
+
+
+def prompts(heldout: list[Batch], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The first tokens of some held-out windows, as text."""
+    rows = torch.cat([batch["input_ids"] for batch in heldout])
+    chosen = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES, :PROMPT_TOKENS]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in chosen]
 
 
 def speed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:

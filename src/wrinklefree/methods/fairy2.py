@@ -100,7 +100,7 @@ def residual_codes(Z: Tensor, num_stages: int) -> tuple[Tensor, Tensor]:
 def candidates(num_stages: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(axis, sign) of every stage, for one of each four points that mirror each other in the axes."""
     found = []
-    for axes in itertools.product((0, 1), repeat=num_stages):
+    for axes in itertools.product((1, 0), repeat=num_stages):
         for signs in itertools.product((1, -1), repeat=num_stages):
             first = dict(reversed(list(zip(axes, signs, strict=True))))
             if all(sign == 1 for sign in first.values()):
@@ -111,8 +111,8 @@ def candidates(num_stages: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]
 def nearest_codes(Z: Tensor, scales: Tensor) -> Tensor:
     """The codes [2, T, n, m] of the point nearest to Z among all 4^T that `scales` span.
 
-    By symmetry |re|, |im| decide, and signs follow. Maximizes x.q - |q|^2 / 2; the first candidate wins a tie. Choices
-    are made by masks, because `torch.where` on random conditions is 50 times slower on a CPU.
+    By symmetry |re|, |im| decide, and signs follow. Maximizes x.q - |q|^2 / 2; a tie goes to the imaginary axis.
+    Choices are made by masks, because `torch.where` on random conditions is 50 times slower on a CPU.
     """
     x, y = Z.abs().unbind(1)
     scales = spread(scales, *Z.shape[-2:])
@@ -143,9 +143,8 @@ def fit_scales(Z: Tensor, index: Tensor, like: Tensor) -> Tensor:
     gram = torch.einsum("ptarigj,psarigj->pargts", blocks(axes, like), blocks(axes, like))
     moment = torch.einsum("ptarigj,parigj->pargt", blocks(axes, like), blocks(Z, like))
     entries = Z.shape[-2] * Z.shape[-1] / (like.shape[-2] * like.shape[-1])
-    ridge = (
-        1e-6 * entries * torch.eye(index.shape[1], device=Z.device)
-    )  # where two stages have the same codes throughout
+    # Two stages may have the same codes throughout: equal rows, without a unique solution.
+    ridge = 1e-6 * entries * torch.eye(index.shape[1], device=Z.device)
     scales = torch.linalg.solve(gram.double() + ridge, moment.double())
     return scales.to(Z.dtype).permute(0, 4, 1, 2, 3).contiguous()
 
