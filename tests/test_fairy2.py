@@ -95,6 +95,12 @@ def test_nearest_codes_are_the_nearest_of_all_points(num_stages: int, grid: tupl
         assert distances[chosen] <= distances.min() + 1e-12
 
 
+def test_ties_are_broken_alike_by_both_quantizers() -> None:
+    z = torch.cartesian_prod(torch.arange(-4.0, 5.0), torch.arange(-4.0, 5.0))
+    Z = z.T.reshape(1, 2, 9, 9).repeat(2, 1, 1, 1)
+    assert torch.equal(fairy2.nearest_codes(Z, torch.ones(2, 1, 2, 1, 1))[:, 0], fairy2.nearest_unit(Z))
+
+
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
 def test_mirrored_candidates_stand_for_all_points(num_stages: int) -> None:
     found = fairy2.candidates(num_stages)

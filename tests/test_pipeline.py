@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from wrinklefree import checkpoint, load, session
 from wrinklefree.cli import app
+from wrinklefree.commands import train
 from wrinklefree.config import Config, from_yaml
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
@@ -263,6 +264,14 @@ def test_two_processes_resume_exactly(tmp_path: Path) -> None:
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")[3:]
     with pytest.raises(UserError, match="saved by 2 processes, now 1"):
         run(resolved(tmp_path, f"training.resume_from={middle}"))
+
+
+def test_a_window_of_special_tokens_still_gives_a_prompt() -> None:
+    from tiny import tokenizer
+
+    window = {"input_ids": torch.full((1, 16), 95)}
+    assert train.prompts([window], tokenizer()) == [" ".join(["<eos>"] * 8)]
+    assert train.prompts([window, {"input_ids": torch.arange(16)[None]}], tokenizer()) == ["w0 w1 w2 w3 w4 w5 w6 w7"]
 
 
 def test_the_shipped_model_goes_all_the_way(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from toyrun import CPU, resolved, rows, run, tensors, toy_files
 from transformers import PreTrainedTokenizerFast
 
-from wrinklefree import checkpoint, distributed, load, session, storage
+from wrinklefree import checkpoint, distributed, load, session
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
 
@@ -323,25 +323,29 @@ def test_resume_from_takes_a_run_or_a_checkpoint(interrupted: Path, where: str) 
     assert [row["step"] for row in rows(interrupted / "elsewhere")] == ["4", "5", "6"]
 
 
-def test_resume_from_a_url(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"memory://bucket/fairy2/{interrupted.name}/step_3"
-    monkeypatch.setenv("WRINKLEFREE_CACHE", str(interrupted / "cache"))
-    storage.push(interrupted / "run" / "checkpoints" / "step_3", url)
+def test_checkpoints_are_uploaded_and_resumed_from_their_url(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the guide's `.pt` at the end of the address, too."""
+    url = f"memory://bucket/fairy2/{folder.name}"
+    monkeypatch.setenv("WRINKLEFREE_CACHE", str(folder / "cache"))
+    expected = run(resolved(folder, "training.save_interval=3", f"training.upload_to={url}"))
     try:
-        found = run(resolved(interrupted, f"training.resume_from={url}", f"output_dir={interrupted / 'cloud'}"))
+        resumed = [f"training.resume_from={url}/step_3.pt", f"output_dir={folder / 'resumed'}"]
+        found = run(resolved(folder, *resumed))
+        with pytest.raises(UserError, match="nothing there"):
+            run(resolved(folder, f"training.resume_from={url}/step_4", f"output_dir={folder / 'none'}"))
     finally:
         fsspec.filesystem("memory").rm("/bucket", recursive=True)
-    expected = run(resolved(interrupted, "training.resume_from=latest"))
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
 
 
 def test_settings_changed_at_a_resume_take_effect(interrupted: Path) -> None:
     rate = "training.optimizer.lr=0.0005"
-    run(resolved(interrupted, "training.resume_from=latest", rate, "training.scheduler.warmup_ratio=0"))
+    scales = "training.optimizer.scale_lr=0.002"
+    run(resolved(interrupted, "training.resume_from=latest", rate, scales, "training.scheduler.warmup_ratio=0"))
     logged = rows(interrupted / "run")
     assert float(logged[3]["lr"]) == pytest.approx(0.0005)
     state = checkpoint.load_state(interrupted / "run" / "checkpoints" / "step_6")
-    assert {group["peak_lr"] for group in state["optimizers"][0]["param_groups"]} == {0.0005, 0.0001}
+    assert {group["peak_lr"] for group in state["optimizers"][0]["param_groups"]} == {0.0005, 0.002}
 
 
 BROKEN = {

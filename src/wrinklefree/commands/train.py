@@ -210,10 +210,11 @@ def pack(
 
 
 def prompts(heldout: list[Batch], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The first tokens of some held-out windows, as text."""
+    """The first tokens of some held-out windows, as text; a window may begin with nothing but special ones."""
     rows = torch.cat([batch["input_ids"] for batch in heldout])
     chosen = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES, :PROMPT_TOKENS]
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in chosen]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in chosen]
+    return [text for text in texts if text] or [tokenizer.decode(chosen[0])]
 
 
 def speed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
