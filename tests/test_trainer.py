@@ -35,7 +35,7 @@ def at(step: int, act: Callable[[nn.Module], None]) -> Callable[[nn.Module, int]
 
 
 def interrupt(model: nn.Module) -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)  # handled before it returns; two of os.kill may arrive as one
 
 
 def steps(folder: Path) -> list[str]:
