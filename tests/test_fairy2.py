@@ -1,5 +1,6 @@
 """Fairy2i: the paper's identities, its quantizer against brute force, true bits, and what people do with the model."""
 
+import gc
 import itertools
 from pathlib import Path
 
@@ -361,3 +362,18 @@ def test_a_dead_row_or_column_stays_dead(dim: int) -> None:
     assert weight.isfinite().all()
     assert weight.index_select(dim, dead).abs().max() < 1e-6
     assert relative_error(linear.weight.detach()) == pytest.approx(relative_error(torch.randn(62, 62)), rel=0.05)
+
+
+def test_graphs_of_earlier_steps_are_freed() -> None:
+    layer = fairy2.Fairy2Linear(nn.Linear(16, 16), fairy2.Config())
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-2)
+
+    def live_tensors_after_steps(count: int) -> int:
+        for _ in range(count):
+            layer(torch.ones(2, 16)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    assert live_tensors_after_steps(2) == live_tensors_after_steps(10)

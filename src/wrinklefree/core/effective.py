@@ -57,7 +57,7 @@ class EffectiveWeight:
 
     def _compute(self, device: str, compute: Callable[[], Tensor], dtype: torch.dtype, trains: bool) -> None:
         # Under gradient checkpointing hooks count what a forward saves; this graph is made in the first forward alone.
-        unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+        unseen = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _same)
         with torch.autocast(device_type=device, enabled=False), torch.set_grad_enabled(trains), unseen:
             value = compute()
         self.graph = value if trains else None
@@ -68,6 +68,7 @@ class EffectiveWeight:
 
 
 def _same(saved: Tensor) -> Tensor:
+    """Unpacking. Packing detaches: a node that kept its own output, graph and all, would never be freed."""
     return saved
 
 
