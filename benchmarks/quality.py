@@ -35,6 +35,7 @@ from wrinklefree.objectives import Batch, LanguageModelling
 from wrinklefree.trainer import fit
 
 PAPER = ["method.preset=paper"]
+MIXED_LR = {"w2": "training.lr=7e-4", "w1": "training.lr=1.5e-3"}  # peaks of a schedule that is 71 % over
 W1 = ["training=fairy2_w1", "training.lr=1e-3"]  # one bit wants a higher rate than tiny's 4e-4 (LOG.md)
 
 TINY = {
@@ -58,7 +59,23 @@ def tiny(steps: int, out: Path) -> Figures:
         figures[f"{mode}_paper_ppl_ratio"] = ratio(results[f"{mode}_paper"])
         figures[f"{mode}_kl_over_paper"] = results[mode]["trained"]["kl"] / results[f"{mode}_paper"]["trained"]["kl"]
     figures["control_ppl_ratio"] = ratio(results["control"])
+    for mode in ("w2", "w1"):
+        results[f"{mode}_mixed"] = mixed(mode, steps, out)
+        figures[f"{mode}_mixed_ppl_ratio"] = ratio(results[f"{mode}_mixed"])
     return figures | {f"tiny_{name}": summary(result) for name, result in results.items()}
+
+
+def mixed(name: str, steps: int, out: Path) -> Figures:
+    """The run `name` gone on with for 0.4 times its steps, on labels and teacher in equal parts, linearly to rate 0."""
+    target = out / f"{name}_{steps}_mixed"
+    if (target / "results.json").exists():
+        return report.load(target / "results.json")
+    more = ["distillation.ce_weight=0.5", "distillation.weight=0.5", "training.scheduler.name=linear"]
+    more += [MIXED_LR[name], f"training.max_steps={steps + 2 * steps // 5}", "training.final_eval_tokens=1000000"]
+    more += ["training.eval_interval=1000000", f"output_dir={target}"]
+    more += [f"training.resume_from={out / f'{name}_{steps}' / 'checkpoints' / f'step_{steps}'}"]
+    train_command.train(configs.load(["model=tiny", *TINY[name], *more]), force=False)
+    return report.load(target / "results.json")
 
 
 def demo(out: Path, overrides: list[str]) -> Figures:

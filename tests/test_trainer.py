@@ -3,7 +3,6 @@
 import errno
 import itertools
 import math
-import os
 import resource
 import signal
 import subprocess
