@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -31,6 +31,14 @@ def folder(tmp_path: Path) -> Path:
 def at(step: int, act: Callable[[nn.Module], None]) -> Callable[[nn.Module, int], None]:
     """An `on_step` that acts before step `step` + 1."""
     return lambda model, now: act(model) if now == step else None
+
+
+@pytest.fixture(autouse=True)
+def _heed_ctrl_c() -> Iterator[None]:
+    """A shell starts background jobs with SIGINT ignored; the tests below need Python's own handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt(model: nn.Module) -> None:
