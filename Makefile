@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all test-gguf lint format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,10 +25,15 @@ lint: $(VENV)/installed-dev
 
 # One thread a process: two processes with two threads each on two cores stall one another.
 test: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not llamacpp'
 
 test-all: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m 'not llamacpp'
+
+# Builds llama.cpp (minutes; needs cmake and a C++ compiler) and runs the exported files with it.
+test-gguf: $(VENV)/installed-dev
+	$(PIP) llama-cpp-python
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -28,8 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from wrinklefree import config as configs
-from wrinklefree import distributed, load, optim, report, session
-from wrinklefree.commands import train as train_command
+from wrinklefree import distributed, load, optim, pipeline, report, session
 from wrinklefree.core.method import QuantMethod, quant_layers
 from wrinklefree.objectives import Batch, LanguageModelling
 from wrinklefree.trainer import fit
@@ -74,7 +73,7 @@ def mixed(name: str, steps: int, out: Path) -> Figures:
     more += [MIXED_LR[name], f"training.max_steps={steps + 2 * steps // 5}", "training.final_eval_tokens=1000000"]
     more += ["training.eval_interval=1000000", f"output_dir={target}"]
     more += [f"training.resume_from={out / f'{name}_{steps}' / 'checkpoints' / f'step_{steps}'}"]
-    train_command.train(configs.load(["model=tiny", *TINY[name], *more]), force=False)
+    pipeline.train(configs.load(["model=tiny", *TINY[name], *more]), force=False)
     return report.load(target / "results.json")
 
 
@@ -88,7 +87,7 @@ def run(overrides: list[str], out: Path) -> Figures:
     """The figures of one training, from its folder where it has been run before."""
     if not (out / "results.json").exists():
         resume = ["training.resume_from=latest"] if list(out.glob("checkpoints/step_*")) else []
-        train_command.train(configs.load([*overrides, f"output_dir={out}", *resume]), force=False)
+        pipeline.train(configs.load([*overrides, f"output_dir={out}", *resume]), force=False)
     return report.load(out / "results.json")
 
 
@@ -175,11 +174,11 @@ def story_run(
     recipe += ["training.scheduler.warmup_ratio=0.08", "training.scheduler.decay_ratio=0.2"]
     recipe += ["training.freeze_names=[embed_tokens,lm_head]"]
     with tempfile.TemporaryDirectory() as out:
-        config = configs.load([f"model={folder}", *overrides, *recipe, f"output_dir={out}"])
+        config = configs.load([f"model={folder}", *recipe, *overrides, f"output_dir={out}"])
         config.method = method or config.method
         world = distributed.start()
         torch.manual_seed(seed)
-        student = train_command.prepare(config, teacher)
+        student = pipeline.prepare(config, teacher, data[:4])
         session.choose_length(config, student)
         plan = session.make_plan(config, student, world)
         objective = LanguageModelling(student, teacher, config.distillation)
@@ -190,9 +189,9 @@ def story_run(
         return StoryRun(session.quality(student, heldout, plan, teacher).kl, bits)
 
 
-def cost(repeats: int) -> Figures:
-    """Median step time and peak memory of Fairy2i W2 over those of the unquantized model, at the default batch."""
-    times: dict[str, list[float]] = {"dense": [], "fairy2": []}
+def cost(repeats: int, quantized: str = "fairy2_w2") -> Figures:
+    """Median step time and peak memory of a training over those of the unquantized model, at the default batch."""
+    times: dict[str, list[float]] = {"full_precision": [], quantized: []}
     steppers = {name: stepper(name) for name in times}
     for i in range(repeats + 2):
         for name, step in steppers.items():
@@ -203,19 +202,18 @@ def cost(repeats: int) -> Figures:
     median = {name: statistics.median(values) for name, values in times.items()}
     memory = {name: peak_memory(name) for name in times}
     return {
-        "step_time_ratio": median["fairy2"] / median["dense"],
-        "step_memory_ratio": memory["fairy2"] / memory["dense"],
+        "step_time_ratio": median[quantized] / median["full_precision"],
+        "step_memory_ratio": memory[quantized] / memory["full_precision"],
         "step_seconds": median,
         "step_peak_bytes": memory,
     }
 
 
 def stepper(name: str) -> Any:
-    """A function that does one optimizer step of `-m tiny` on the labels alone."""
-    overrides = ["training=fairy2_w2"] if name == "fairy2" else ["training=full_precision"]
-    config = configs.load(["model=tiny", *overrides, "distillation=none"])
+    """A function that does one optimizer step of `-m tiny` on the labels alone, with the config `training=name`."""
+    config = configs.load(["model=tiny", f"training={name}", "distillation=none"])
     model, tokenizer = load.load_pretrained(config.model)
-    model = train_command.prepare(config, model).train()
+    model = pipeline.prepare(config, model).train()
     session.choose_length(config, model)
     plan = session.make_plan(config, model, distributed.World(0, 1, torch.device("cpu")))
     stream = session.open_stream(config, tokenizer, distributed.World(0, 1, torch.device("cpu")))

@@ -16,7 +16,20 @@ from wrinklefree import config as configs
 from wrinklefree.cli import app
 from wrinklefree.core.errors import UserError
 
-VERBS = ["fairy2", "train", "pretrain", "eval", "plot", "generate", "export", "config", "methods", "doctor", "runs"]
+VERBS = [
+    "fairy2",
+    "bitdistill",
+    "train",
+    "pretrain",
+    "eval",
+    "plot",
+    "generate",
+    "export",
+    "config",
+    "methods",
+    "doctor",
+    "runs",
+]
 
 NOW = time.time()
 LOG = "step,train_loss,eval_loss,lr,elapsed_sec,grad_norm,tokens,tokens_per_sec\n"
@@ -88,13 +101,13 @@ def test_fairy2_is_train_with_two_overrides_first(received) -> None:
 
 
 def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
-    assert wf("train", "model=tiny", "--force")[0] == 0
+    assert wf("train", "model=tiny", "--force", "--nproc", "2")[0] == 0
     assert wf("pretrain", "--force", "seed=1")[0] == 0
     assert wf("export", "run", "--format", "hf", "--out", "small")[0] == 0
     assert received == [
-        ((["model=tiny"],), {"dry_run": False, "force": True, "scale": None}),
-        ((["seed=1"],), {"force": True}),
-        ((Path("run"), "hf", Path("small"), False), {}),
+        ((["model=tiny"],), {"dry_run": False, "force": True, "scale": None, "processes": 2}),
+        ((["seed=1"],), {"force": True, "processes": None}),
+        ((Path("run"), "hf", Path("small"), False, "tq2_0"), {}),
     ]
 
 

@@ -81,6 +81,8 @@ def test_every_key_is_read(path: str) -> None:
         assert "lr: ${training.lr}" in (CONFIGS / "config.yaml").read_text()
     elif path == "training.stage":
         assert "${training.stage}" in (CONFIGS / "config.yaml").read_text()
+    elif path.startswith("model.quantization"):
+        assert "config.model.quantization" in (SRC / "config.py").read_text()
     else:
         assert FIELDS[path] in READ
 

@@ -62,12 +62,12 @@ class Net(nn.Module):
         self.embed_tokens = nn.Embedding(16, width)
         self.up = nn.Linear(width, inner)
         self.norm = nn.LayerNorm(inner)
-        self.down = nn.Linear(inner, width, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
         self.lm_head = nn.Linear(width, 16, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)
-        x = x + self.down(self.norm(self.up(x)))
+        x = x + self.down_proj(self.norm(self.up(x)))
         logits: Tensor = self.lm_head(x)
         return logits
 
@@ -134,7 +134,7 @@ def test_the_suite_covers_every_method_in_the_package() -> None:
 
 
 def test_only_linear_layers_that_are_not_excluded_change(model: Net) -> None:
-    assert quant_layers(model).keys() == {"up", "down"}
+    assert quant_layers(model).keys() == {"up", "down_proj"}
     assert type(model.lm_head) is nn.Linear
     assert type(model.embed_tokens) is nn.Embedding
     assert type(model.norm) is nn.LayerNorm
@@ -142,7 +142,7 @@ def test_only_linear_layers_that_are_not_excluded_change(model: Net) -> None:
 
 def test_exclude_names_is_obeyed(default: QuantMethod) -> None:
     prepared = dataclasses.replace(default, exclude_names=["up"]).prepare(net())
-    assert quant_layers(prepared).keys() == {"down", "lm_head"}
+    assert quant_layers(prepared).keys() == {"down_proj", "lm_head"}
 
 
 def test_masters_keep_names_shapes_and_values_in_fp32(method: QuantMethod) -> None:
@@ -151,8 +151,8 @@ def test_masters_keep_names_shapes_and_values_in_fp32(method: QuantMethod) -> No
     after = prepared.state_dict()
     assert before.keys() <= after.keys()
     assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
-    assert {after["up.weight"].dtype, after["down.weight"].dtype} == {torch.float32}
-    added = {name.rpartition(".")[0] for name in after.keys() - before.keys()}
+    assert {after["up.weight"].dtype, after["down_proj.weight"].dtype} == {torch.float32}
+    added = {name.rpartition(".")[0].removesuffix(".rms_norm") for name in after.keys() - before.keys()}
     assert added <= quant_layers(prepared).keys()
     assert prepared(TOKENS).dtype == torch.bfloat16
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_converted_is_named(default: QuantMethod, caplog: pytest.
     holder = nn.Module()
     holder.experts = nn.Module()
     holder.experts.gate_up_proj = nn.Parameter(torch.randn(4, 8, 8))
-    holder.linear = nn.Linear(16, 16)
+    holder.down_proj = nn.Linear(16, 16)
     with caplog.at_level(logging.WARNING, "wrinklefree"):
         default.prepare(holder)
     assert "experts.gate_up_proj" in caplog.text
@@ -210,7 +210,7 @@ def test_decode_of_encode_is_the_effective_weight(model: Net) -> None:
 def test_forward_is_a_linear_with_the_effective_weight(model: Net) -> None:
     for layer in quant_layers(model).values():
         x = torch.randn(5, layer.in_features)
-        expected = F.linear(layer.config.activation(x), layer.decode(layer.encode()), layer.bias)
+        expected = F.linear(layer.inputs(x), layer.decode(layer.encode()), layer.bias)
         assert torch.equal(layer(x), expected)
 
 
@@ -221,7 +221,7 @@ def test_gradients_are_those_of_plain_autograd(model: Net) -> None:
         (layer(x) * target).sum().backward()
         ours = grads(layer)
         layer.zero_grad()
-        plain = F.linear(layer.config.activation(x), layer.quantized_weight(), layer.bias)
+        plain = F.linear(layer.inputs(x), layer.quantized_weight(), layer.bias)
         (plain * target).sum().backward()
         trained = {name for name, p in layer.named_parameters() if p.requires_grad}
         assert ours.keys() == grads(layer).keys() == trained
@@ -235,7 +235,7 @@ def test_the_master_gets_the_gradient_of_the_effective_weight(model: Net) -> Non
         x = torch.randn(5, layer.in_features)
         layer(x).sum().backward()
         assert layer.weight.grad is not None
-        expected = layer.config.activation(x).sum(0).expand_as(layer.weight)
+        expected = layer.inputs(x).sum(0).expand_as(layer.weight)
         assert torch.allclose(layer.weight.grad, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -306,7 +306,7 @@ def test_gradients_under_autocast_are_close_and_fp32(model: Net) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(TOKENS).square().mean()
     loss.backward()
-    for name in ("up.weight", "down.weight"):
+    for name in ("up.weight", "down_proj.weight"):
         gradient = grads(model)[name]
         assert gradient.dtype == torch.float32
         assert (gradient - exact[name]).norm() < 0.05 * exact[name].norm()
@@ -372,9 +372,9 @@ def test_two_micro_batches_give_the_gradients_of_one_double_batch(method: QuantM
 
 def test_a_frozen_layer_gets_no_gradient_but_passes_one_on(default: QuantMethod) -> None:
     model = default.prepare(net())
-    model.down.requires_grad_(False)
+    model.down_proj.requires_grad_(False)
     model(TOKENS).sum().backward()
-    assert all(p.grad is None for p in model.down.parameters())
+    assert all(p.grad is None for p in model.down_proj.parameters())
     assert model.up.weight.grad.abs().sum() > 0
 
 
@@ -387,7 +387,7 @@ def test_odd_widths(default: QuantMethod, inputs: int, outputs: int) -> None:
     weight = layer.decode(layer.encode())
     assert weight.shape == (outputs, inputs)
     assert (weight - layer.weight).norm() < 0.7 * layer.weight.norm()
-    assert torch.equal(layer(x), F.linear(x, weight, linear.bias))
+    assert torch.equal(layer(x), F.linear(layer.inputs(x), weight, linear.bias))
     layer(x).sum().backward()
     assert layer.weight.grad.shape == (outputs, inputs)
     assert layer.bias.grad.shape == (outputs,)

@@ -1,4 +1,7 @@
-"""Data: what a batch is, that a position is exact, how sources split and shuffle, and what is said of bad input."""
+"""Data: what a batch is, that a position is exact, how sources split and shuffle, and what is said of bad input.
+
+Tasks, examples and their labels have a file of their own: test_tasks.py.
+"""
 
 import io
 import json
@@ -71,7 +74,7 @@ def documents_of_epoch(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *
 
 
 def blocks(*documents: list[int], length: int) -> torch.Tensor:
-    return packing.pack([packing._document(ids, None, 0) for ids in documents], length, pad=0)
+    return packing.pack([packing._document([*ids, 0], prompt=0) for ids in documents], length, pad=0)
 
 
 def test_batch_is_documents_end_to_end() -> None:
@@ -210,16 +213,35 @@ def test_epochs_and_seeds_differ_in_order_only(corpus: Path, tokenizer: PreTrain
     assert not torch.equal(next(batches)["input_ids"], opening)
 
 
-def test_ranks_share_no_document_and_leave_none_out(corpus: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 3), (3, 2), (6, 1)])
+def test_processes_share_the_batches_of_one(
+    world_size: int, batch_size: int, corpus: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     config = DataConfig(source="local", path=str(corpus), shuffle_buffer=10)
-    shares = [documents_of_epoch(config, tokenizer, rank=rank, world_size=3) for rank in range(3)]
-    assert sorted(text for share in shares for text in share) == sorted(documents_of_epoch(config, tokenizer))
+    one = take(stream(config, tokenizer, batch_size=6), 30)
+    ranks = [
+        stream(config, tokenizer, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    assert torch.equal(torch.cat([take(batches, 30) for batches in ranks], dim=2), one)
+    states = [batches.state_dict() for batches in ranks]
+    assert all(state == states[0] for state in states)
+    assert not {"rank", "world_size"} & states[0].keys()
 
 
-def test_more_ranks_than_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_position_of_two_processes_is_one_for_any_number(corpus: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = DataConfig(source="local", path=str(corpus), shuffle_buffer=10)
+    second = stream(config, tokenizer, batch_size=2, rank=1, world_size=2)
+    take(second, 25)
+    one, third = stream(config, tokenizer, batch_size=6), stream(config, tokenizer, rank=2, world_size=3)
+    one.load_state_dict(second.state_dict())
+    third.load_state_dict(second.state_dict())
+    assert torch.equal(take(third, 40), take(one, 40)[:, :, 4:])
+
+
+def test_more_processes_than_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    with pytest.raises(UserError, match="1 documents for 4 processes"):
-        next(stream(DataConfig(source="local", path=str(tmp_path)), tokenizer, world_size=4))
+    batches = stream(DataConfig(source="local", path=str(tmp_path)), tokenizer, length=8, rank=3, world_size=4)
+    assert tokenizer.decode(next(batches)["input_ids"][0]).count("two<|endoftext|>") >= 1
 
 
 def test_stdlib_heldout_is_cut_evenly_and_the_same_each_time(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -292,9 +314,13 @@ def test_chat_rows_are_written_by_the_template(tmp_path: Path, tokenizer: PreTra
     assert text.startswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n<|endoftext|>")
 
 
-def test_begin_of_sequence_is_written_once(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert packing._document([7, 7, 1], bos=7, eos=0)[0].tolist() == [7, 1, 0]
-    assert packing._document([7, 1, 0], bos=7, eos=0)[0].tolist() == [7, 1, 0]
+def test_begin_and_end_of_sequence_are_written_once() -> None:
+    tokenizer = train_tokenizer(WORDS, vocab_size=400)
+    tokenizer.bos_token = tokenizer.eos_token
+    begin, text = tokenizer.bos_token or "", "word1"
+    alone = tokenizer(text)["input_ids"]
+    encoded = packing.encode(tokenizer, [begin + begin + text, begin + text + begin, text])
+    assert [document[0].tolist() for document in encoded] == [[0, *alone, 0], [0, *alone, 0], [*alone, 0]]
 
 
 def test_empty_rows_are_no_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -308,7 +334,7 @@ def test_every_data_yaml_is_a_data_config() -> None:
     from omegaconf import OmegaConf
 
     found = {path.stem: DataConfig(**OmegaConf.load(path)) for path in (CONFIGS / "data").glob("*.yaml")}
-    assert {"stdlib", "local", "hub", "fineweb_edu"} <= set(found)
+    assert {"stdlib", "local", "hub", "fineweb", "fineweb_edu", "downstream"} <= set(found)
     for config in found.values():
         data._refuse_unread(config)
 

@@ -13,13 +13,18 @@ ROOT = Path(wrinklefree.__file__).parent
 # By the first component of the name. Within a rank of the design, what builds on another has a later decimal.
 RANKS = {
     "core": 0,
+    "bitnet": 0.5,
+    "workers": 0.5,
     **dict.fromkeys(["methods", "losses", "schedule", "optim", "storage", "data", "terminal"], 1),
     **dict.fromkeys(["config", "distributed", "packed"], 2),
+    "sharding": 2.05,
     **dict.fromkeys(["checkpoint", "objectives", "tracking"], 2.1),
     "plotting": 2.2,
     **dict.fromkeys(["load", "evaluate", "export", "generate"], 3),
-    **dict.fromkeys(["locate", "session", "report"], 3.1),
+    **dict.fromkeys(["locate", "session", "report", "stages"], 3.1),
     "trainer": 4,
+    "pipeline": 4.1,
+    "launch": 4.2,
     "commands": 5,
     "cli": 6,
 }

@@ -20,6 +20,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import Method, quant_layers
 from wrinklefree.export import hf
 from wrinklefree.load import load, load_pretrained, resolve_pretrained
+from wrinklefree.packed.quantizer import FORMAT
 
 torch.set_num_threads(1)
 
@@ -113,7 +114,7 @@ def test_export_command_packs_a_run_and_refuses_twice(tmp_path: Path, trained: t
         export_command.run(tmp_path, "hf", None, False)
     with pytest.raises(UserError, match="available: hf"):
         export_command.run(tmp_path, "hff", None, False)
-    assert export_command.default_out(tmp_path / "final") == tmp_path / "final-packed"
+    assert export_command.default_out(tmp_path / "final", "hf") == tmp_path / "final-packed"
 
 
 def test_export_command_refuses_what_was_not_quantized(tmp_path: Path, plain: Path) -> None:
@@ -191,7 +192,7 @@ def test_a_checkpoint_of_another_method_or_with_a_tensor_missing_is_refused(tmp_
 
 def test_a_packed_folder_of_a_newer_format_is_refused(packed: Path) -> None:
     values = json.loads((packed / "config.json").read_text())["quantization_config"]
-    edit(packed / "config.json", quantization_config=values | {"format": 2})
+    edit(packed / "config.json", quantization_config=values | {"format": FORMAT + 1})
     with pytest.raises(UserError, match="upgrade"):
         load(packed)
 

@@ -1,27 +1,20 @@
 """The whole of `wf fairy2` and `wf train` on a toy model: what it leaves behind, and that it is what was trained."""
 
-import itertools
 import json
 import math
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import ids
-from toyrun import CPU, overrides, resolved, rows, run, toy_files
+from toyrun import overrides, resolved, rows, run, toy_files
 from typer.testing import CliRunner
 
 from wrinklefree import checkpoint, load, session
+from wrinklefree import pipeline as train
 from wrinklefree.cli import app
-from wrinklefree.commands import train
-from wrinklefree.config import Config, from_yaml
-from wrinklefree.core.errors import UserError
+from wrinklefree.config import from_yaml
 from wrinklefree.core.method import quant_layers
-from wrinklefree.data import Batch, BatchStream
-from wrinklefree.distributed import World
 from wrinklefree.export.certify import same_codes
 from wrinklefree.packed.linear import packed_layers
 
@@ -209,61 +202,6 @@ def test_a_scale_needs_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     code, out, _ = fairy2(tmp_path, "--scale", "large", "--dry-run")
     assert code == 0
     assert "gradient_accumulation_steps: 2" in out
-
-
-class Alternating(Iterator[Batch]):
-    """The batches of two processes in turn."""
-
-    def __init__(self, streams: list[BatchStream]) -> None:
-        self.batches = (next(stream) for stream in itertools.cycle(streams))
-
-    def __next__(self) -> Batch:
-        return next(self.batches)
-
-    def state_dict(self) -> dict[str, object]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        raise AssertionError
-
-
-def torchrun(*settings: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [*command, "-m", "wrinklefree.cli", "train", *settings], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one_with_both_their_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    toy_files(tmp_path)
-    torchrun(*overrides(tmp_path))
-    assert (tmp_path / "run" / "packed" / "model.safetensors").is_file()
-    opened = session.open_stream
-
-    def both(config: Config, tokenizer: object, world: World) -> Alternating:
-        return Alternating([opened(config, tokenizer, World(rank, 2, CPU.device)) for rank in (0, 1)])
-
-    monkeypatch.setattr(session, "open_stream", both)
-    run(resolved(tmp_path, "training.gradient_accumulation_steps=2", f"output_dir={tmp_path / 'one'}"))
-    for two, one in zip(rows(tmp_path / "run"), rows(tmp_path / "one"), strict=True):
-        assert two["tokens"] == one["tokens"]
-        for column in ("train_loss", "grad_norm"):
-            assert float(two[column]) == pytest.approx(float(one[column]), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_two_processes_resume_exactly(tmp_path: Path) -> None:
-    toy_files(tmp_path)
-    torchrun(*overrides(tmp_path, "training.save_interval=3", f"output_dir={tmp_path / 'whole'}"))
-    middle = tmp_path / "whole" / "checkpoints" / "step_3"
-    torchrun(*overrides(tmp_path, f"training.resume_from={middle}"))
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")[3:]
-    with pytest.raises(UserError, match="saved by 2 processes, now 1"):
-        run(resolved(tmp_path, f"training.resume_from={middle}"))
 
 
 def test_a_window_of_special_tokens_still_gives_a_prompt() -> None:

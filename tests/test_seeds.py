@@ -1,4 +1,4 @@
-"""The Fairy2i guide's commands, line by line as it prints them. Cloud commands have their own tests.
+"""The guides' commands, line by line as it prints them. Cloud commands have their own tests.
 
 `wf` lines run with `--dry-run` and without a network: the config must come out as the guide says.
 """
@@ -67,6 +67,52 @@ LINES: dict[str, dict[str, object]] = {
         "model.name": "smollm2_135m",
     },
     "uv run python scripts/train.py model=qwen3_4b training=fairy2_w1": {"method.num_stages": 1},
+    # BitDistill
+    "uv run python scripts/train.py model=smollm2_135m training=stage1_subln distributed=single_gpu": {
+        "output_dir": "outputs/bitdistill_smollm2_135m_stage1_subln",
+        "method.name": "bitdistill",
+        "training.max_steps": 0,
+    },
+    """uv run python scripts/train.py \\
+    model=smollm2_135m \\
+    training=stage2_pretrain \\
+    distributed=single_gpu \\
+    training.max_steps=10""": {
+        "output_dir": "outputs/bitdistill_smollm2_135m_stage2_pretrain",
+        "training.max_steps": 10,
+        "training.start_from": ["stage1_9_layerwise", "stage1_subln"],
+    },
+    "uv run python scripts/train.py model=qwen3_4b training=stage1_subln distributed=single_gpu": {
+        "model.pretrained": "Qwen/Qwen3-4B"
+    },
+    """uv run python scripts/train.py \\
+    model=qwen3_4b \\
+    training=stage2_pretrain \\
+    distributed=fsdp_multi""": {"distributed.strategy": "fsdp"},
+    """uv run python scripts/train.py \\
+    model=smollm2_135m \\
+    training.batch_size=32 \\
+    training.lr=1e-4""": {"training.batch_size": 32, "training.lr": 1e-4, "training.optimizer.lr": 1e-4},
+    """uv run python scripts/train.py \\
+    model=smollm2_135m \\
+    model.quantization.weight_bits=1.58""": {"model.quantization.weight_bits": 1.58, "method.name": "bitdistill"},
+    "uv run python scripts/train.py model=smollm2_135m training.gradient_accumulation_steps=16": {
+        "training.gradient_accumulation_steps": 16
+    },
+    "uv run python scripts/train.py model=smollm2_135m data=fineweb": {"data.path": "HuggingFaceFW/fineweb"},
+    "uv run python scripts/train.py model=smollm2_135m training=stage3_distill data=downstream": {
+        "data.source": "downstream",
+        "data.task": "sst2",
+    },
+    "uv run python scripts/train.py model=smollm2_135m training=stage3_distill_smollm2 distillation=classification": {
+        "training.max_seq_length": 1024,
+        "distillation.attention.weight": 1e5,
+        "data.source": "downstream",
+    },
+    "uv run python scripts/train.py model=llama_7b training=stage1_9_layerwise distributed=fsdp_large": {
+        "distributed.cpu_offload": True,
+        "distillation.hidden.enabled": True,
+    },
 }
 
 

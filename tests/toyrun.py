@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from wrinklefree import config as configs
-from wrinklefree import load, session
-from wrinklefree.commands import train
+from wrinklefree import distributed, load, session, sharding
+from wrinklefree import pipeline as train
 from wrinklefree.config import Config
 from wrinklefree.distributed import World
 from wrinklefree.objectives import LanguageModelling, Objective
@@ -65,22 +65,27 @@ def run(
     world: World = CPU,
 ) -> PreTrainedModel:
     """What `wf train` does between loading and packing; returns the trained model."""
-    resume = session.claim(config, force=False)
+    resume = distributed.gather(session.claim(config, force=False) if world.is_main else None, world)[0]
     torch.manual_seed(config.seed)
     teacher, words = load.load_pretrained(config.model)
     session.choose_length(config, teacher)
     teacher.requires_grad_(False)
     student = train.prepare(config, teacher)
     make = objective or (lambda s, t: LanguageModelling(s, t, config.distillation, config.training.compile))
+    placement = sharding.choose(config, world)
+    made = make(student, teacher)
+    placement.place(student)
+    placement.place(teacher)
     fit(
         student,
-        make(student, teacher),
+        made,
         session.open_stream(config, words, world),
         config,
         session.make_plan(config, teacher, world),
         tokenizer=words,
         world=world,
         evaluate=evaluate or session.evaluator(config, words),
+        placement=placement,
         resume=resume,
         on_step=on_step,
     )

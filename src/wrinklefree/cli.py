@@ -32,6 +32,7 @@ app = typer.Typer(
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings; `wf config` shows all.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output folder.")]
+Processes = Annotated[int | None, typer.Option("--nproc", min=1, help="Processes to train in, started by torchrun.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, then stop.")]
 ModelFolder = Annotated[str, typer.Argument(metavar="PATH", help="A run, a model folder, a config's name or a hub id.")]
 Scale = Literal["dev", "small", "medium", "large", "xlarge"]
@@ -58,25 +59,51 @@ def fairy2(
 
 
 @app.command()
-def train(overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+def bitdistill(
+    model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
+    task: Annotated[
+        str | None, typer.Option(help="sst2, mnli, qnli, cnn_dailymail or stdlib_kind; default: the model's own.")
+    ] = None,
+    stages: Annotated[str, typer.Option(help="Which stages, of 0, 1, 1.9, 2, 3.")] = "0,1,2,3",
+    nproc: Processes = None,
+    force: Force = False,
+    overrides: Overrides = None,
+) -> None:
+    """Make a model ternary with BitDistill, stage by stage.
+
+    What is done is skipped, what was interrupted goes on.
+
+    A setting goes to every stage that it means something to; 3:KEY=VALUE to stage 3 alone.
+
+    \b
+    Example:
+      wf bitdistill -m tiny --task stdlib_kind
+      wf bitdistill -m smollm2_135m --task sst2 --stages 0,1,3 3:training.lr=1e-4
+    """
+    call("bitdistill", model, task=task, numbers=stages, overrides=overrides or [], force=force, processes=nproc)
+
+
+@app.command()
+def train(overrides: Overrides = None, nproc: Processes = None, dry_run: DryRun = False, force: Force = False) -> None:
     """Run any training stage, spelled out in settings.
 
     \b
     Example:
       wf train model=tiny training=fairy2_w2 training.max_steps=100
+      wf train model=qwen3_4b training=stage2_pretrain distributed=fsdp_multi --nproc 8
     """
-    call("train", overrides or [], dry_run=dry_run, force=force, scale=None)
+    call("train", overrides or [], dry_run=dry_run, force=force, scale=None, processes=nproc)
 
 
 @app.command()
-def pretrain(overrides: Overrides = None, force: Force = False) -> None:
+def pretrain(overrides: Overrides = None, nproc: Processes = None, force: Force = False) -> None:
     """Train a small model from nothing, on Python's own text.
 
     \b
     Example:
       wf pretrain model=tiny training.max_steps=200
     """
-    call("pretrain", overrides or [], force=force)
+    call("pretrain", overrides or [], force=force, processes=nproc)
 
 
 @app.command("eval")
@@ -140,17 +167,23 @@ def generate(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or checkpoint folder.")],
-    format: Annotated[str, typer.Option("--format", help="hf: packed safetensors for transformers.")] = "hf",
+    format: Annotated[
+        str, typer.Option("--format", help="hf (packed), dense, bitnet, gguf or compressed-tensors.")
+    ] = "hf",
+    gguf_type: Annotated[
+        Literal["tq2_0", "tq1_0"], typer.Option(help="Of ternary layers in a GGUF file: 2.06 or 1.69 bits a weight.")
+    ] = "tq2_0",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default RUN/packed.")] = None,
     force: Force = False,
 ) -> None:
-    """Pack a trained run into a small folder that runs.
+    """Write a trained run in a format that others run, and prove it.
 
     \b
     Example:
       wf export outputs/fairy2_tiny_w2 --format hf --out tiny-w2
+      wf export outputs/bitdistill_tiny_stage2_pretrain --format gguf
     """
-    call("export", run, format, out, force)
+    call("export", run, format, out, force, gguf_type)
 
 
 @app.command()

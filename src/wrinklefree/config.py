@@ -5,6 +5,7 @@ Every key of every YAML under `configs/` is a field of a dataclass below or of a
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from wrinklefree.core.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Auto = Literal["auto"]
 
@@ -47,6 +49,14 @@ class ArchitectureConfig(Node):
 
 
 @dataclass(kw_only=True)
+class QuantizationConfig(Node):
+    """Bits by their usual names, for whichever method is chosen; null leaves them to the method's own settings."""
+
+    weight_bits: PositiveFloat | None = None  # checked: 1.58 is ternary, Fairy2i has 1, 2, 3, 4
+    activation_bits: Literal[8, "none"] | None = None  # read: the method's activation_bits
+
+
+@dataclass(kw_only=True)
 class ModelConfig(Node):
     """Which model. `pretrained` is a hub id, a local folder, or `builtin:NAME` for one shipped in this package."""
 
@@ -54,13 +64,15 @@ class ModelConfig(Node):
     pretrained: str
     trust_remote_code: bool = False
     architecture: ArchitectureConfig | None = None
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
 
 
 @dataclass(kw_only=True)
 class DataConfig(Node):
     """Which text. See docs/configuration.md for what each source reads."""
 
-    source: Literal["stdlib", "local", "hub"]
+    source: Literal["stdlib", "local", "hub", "downstream"]
+    task: str | None = None  # downstream: sst2, mnli, qnli, cnn_dailymail or stdlib_kind
     tests: bool = False  # stdlib: with the library's own tests, where this Python ships them
     path: str | None = None  # local: file or folder; hub: dataset id
     subset: str | None = None
@@ -79,7 +91,7 @@ class OptimizerConfig(Node):
     name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat | Auto = "auto"
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegative = 0.0
     muon_lr: PositiveFloat = 0.02  # matrices, where name is muon
     scale_lr: PositiveFloat = 5e-4  # of trained quantization scales, which are logarithms: a relative step (LOG.md)
 
@@ -114,6 +126,7 @@ class TrainingConfig(Node):
     """One stage of training."""
 
     stage: str
+    start_from: list[str] = field(default_factory=list)  # earlier stages or folders; the first that is there
     total_tokens: Positive | Auto = "auto"
     max_steps: Natural | None = None  # wins over total_tokens; 0 prepares and saves
     batch_size: Positive = 8
@@ -130,24 +143,61 @@ class TrainingConfig(Node):
     log_interval: Positive = 10
     save_interval: Positive = 1000
     save_total_limit: Positive = 2
+    pack: bool = True  # pack and prove the trained model, where a method quantizes
     keep_best: bool = False  # final/ is the model of the lowest held-out loss
     eval_interval: Positive = 500
     eval_tokens: Positive = 16384  # during training
     final_eval_tokens: Positive = 131072  # before and after
+    eval_examples: Positive = 2000  # of a task, before and after
     resume_from: str | None = None
     upload_to: str | None = None  # gs://, s3:// or another URL that gets a copy of every checkpoint
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
 @dataclass(kw_only=True)
-class DistillationConfig(Node):
-    """The loss: `ce_weight` x cross entropy + `weight` x KL to the teacher at `temperature`."""
+class AttentionConfig(Node):
+    """Relations among the queries, keys and values of one layer, as the teacher has them (MiniLM, BitDistill)."""
 
-    name: Literal["none", "logits"]
-    weight: Annotated[float, Field(ge=0)] = 0.0
-    ce_weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: NonNegative = 0.0  # gamma
+    layer: int = -1  # of the student; the teacher's at the same depth
+    split_heads: Positive = 8  # relation heads; divides the widths of Q, K and V in both models
     temperature: PositiveFloat = 1.0
-    teacher: str | None = None  # hub id or folder; null is the model itself in full precision
+
+
+@dataclass(kw_only=True)
+class HiddenConfig(Node):
+    """Hidden states after every layer, as the teacher has them; its share of the loss follows a schedule."""
+
+    enabled: bool = False
+    layer_weights: Literal["uniform", "progressive", "exponential"] | list[NonNegative] = "progressive"
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    initial_weight: Fraction = 0.5  # d: the loss is d x hidden + (1 - d) x the rest
+    final_weight: Fraction = 0.0
+    warmup_steps: Natural = 0  # at the initial weight
+
+
+@dataclass(kw_only=True)
+class DistillationConfig(Node):
+    """The loss: `ce_weight` x cross entropy + `weight` x KL to the teacher at `temperature`, and what is below."""
+
+    name: Literal["none", "logits", "layerwise", "classification", "summarization"]
+    weight: NonNegative = 0.0
+    ce_weight: NonNegative = 1.0
+    temperature: PositiveFloat = 1.0
+    tau_squared: bool = True  # multiply the KL by temperature^2, so that its gradient keeps its size
+    teacher: str | None = None  # hub id, folder or earlier stage; null is the model itself in full precision
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
+
+
+@dataclass(kw_only=True)
+class DistributedConfig(Node):
+    """How several processes share a model; the settings below `strategy` are for fsdp."""
+
+    strategy: Literal["replicate", "fsdp"] = "replicate"  # the whole model on each, or a share of every parameter
+    reshard_after_forward: bool = True  # let a layer go after its forward; false gathers it once, and keeps it
+    prefetch: Natural = 0  # layers gathered ahead of their turn; 0 leaves it to torch
+    cpu_offload: bool = False  # masters, gradients and optimizer state stay in the CPU's memory
 
 
 @dataclass(kw_only=True)
@@ -155,11 +205,15 @@ class Config(Node):
     """One run, resolved."""
 
     seed: int = 42
+    output_root: str = "outputs"
+    experiment: str = ""  # the stages of one experiment stand side by side: output_root/experiment_stage
     output_dir: str
+    auto_prereq: bool = False  # run the earlier stages that are missing
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
     distillation: DistillationConfig
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     method: Any = None  # the typed config of the method; null trains in full precision
 
 
@@ -185,8 +239,10 @@ def options(group: str) -> list[str]:
 
 
 def resolve_model(override: str) -> list[str]:
-    """`model=NAME` for a name without a YAML is a local folder or a hub id."""
+    """`model=NAME` for a name without a YAML is a local folder or a hub id; `task=NAME` is short for `data.task`."""
     key, _, value = override.partition("=")
+    if key == "task":
+        return [f"data.task={value}"]
     if key != "model" or value in options("model") or not _names_a_model(value):
         return [override]
     return ["model=pretrained", f"model.name={Path(value).resolve().name}", f"model.pretrained={value}"]
@@ -218,13 +274,16 @@ def compose(overrides: list[str], config_name: str = "config") -> dict[str, Any]
         "training": TrainingConfig,
         "data": DataConfig,
         "distillation": DistillationConfig,
+        "distributed": DistributedConfig,
     }
-    store.store("schema", {"seed": 42, **{name: defaults(cls) for name, cls in sections.items()}})
+    plain = {f.name: f.default for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING}
+    store.store("schema", {**plain, **{name: defaults(cls) for name, cls in sections.items()}})
     for name in methods.available():
         store.store(name, defaults(methods.find(name)), group="method")
     try:
         with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-            given = [_soften(resolved) for o in overrides for resolved in resolve_model(o)]
+            everything = [*local_overrides(overrides), *overrides]
+            given = [_soften(resolved) for o in everything for resolved in resolve_model(o)]
             composed = hydra_compose(config_name, given + _search_path())
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
@@ -237,6 +296,43 @@ def _search_path() -> list[str]:
     """A folder `configs/` where the user stands adds groups of their own."""
     mine = Path.cwd() / "configs"
     return [f"hydra.searchpath=[file://{mine}]"] if mine.is_dir() else []
+
+
+def local_overrides(given: list[str]) -> list[str]:
+    """The settings of `local.yaml` where the user stands, as overrides, but for keys that are `given`.
+
+    A name for a group chooses (`model: smollm2_135m`), a mapping sets (`training: {batch_size: 4}`).
+    Raises UserError where the file is not such a mapping.
+    """
+    file = Path("local.yaml")
+    if not file.is_file():
+        return []
+    values = _read_yaml(file)
+    taken = {override.partition("=")[0].lstrip("+~") for override in given}
+    flat = [(key, value) for key, value in _flatten(values) if key not in taken]
+    return [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in flat]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Raises UserError where the file is not a YAML mapping."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable YAML file ({error.__class__.__name__})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a wrinklefree config")
+    return {str(key): value for key, value in values.items()}
 
 
 def _soften(override: str) -> str:
@@ -274,11 +370,27 @@ def validate(values: Mapping[str, Any]) -> Config:
     method = values.get("method")
     if method is not None:
         checked = _check(methods.find(method["name"]), method, "method.", problems)
+    if not problems:
+        config.method = None if method is None else _quantization(checked, config.model.quantization, problems)
     if problems:
         raise UserError("\n".join(problems))
-    if method is not None:
-        config.method = checked
     return config
+
+
+def _quantization(method: Any, given: QuantizationConfig, problems: list[str]) -> Any:
+    """The method with `model.quantization` applied, which must name what the method can do."""
+    own = {f.name for f in dataclasses.fields(method)}
+    if given.weight_bits is not None and given.weight_bits != method.weight_bits:
+        problems.append(f"model.quantization.weight_bits={given.weight_bits:g}: {method.name} has {method.weight_bits}")
+    if given.activation_bits is None:
+        return method
+    if "activation_bits" not in own:
+        problems.append(
+            f"model.quantization.activation_bits={given.activation_bits}: {method.name} has no such setting"
+        )
+        return method
+    bits = None if given.activation_bits == "none" else given.activation_bits
+    return dataclasses.replace(method, activation_bits=bits)
 
 
 def _check(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
@@ -336,13 +448,4 @@ def to_yaml(config: Config) -> str:
 
 def from_yaml(path: Path) -> Config:
     """Read a `wrinklefree.yaml`. Raises UserError where it is not one of ours."""
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable YAML file ({error.__class__.__name__})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a wrinklefree config")
-    return validate({str(key): value for key, value in values.items()})
+    return validate(_read_yaml(path))

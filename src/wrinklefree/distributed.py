@@ -1,11 +1,12 @@
 """Processes: one, or several started by torchrun, each with its own share of the data.
 
-Data parallel: every process holds the whole model; gradients are averaged once per optimizer step, after the last
-micro-batch. Works with nccl on GPUs and gloo on CPUs.
+What they say to each other: sums, objects, agreements. With one process all of it is free and changes nothing. Tensors
+on a GPU go through nccl, those on a CPU through gloo, in one and the same group.
 """
 
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ class World:
         return self.rank == 0
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def start() -> World:
     """Join the processes that torchrun started, or be the only one."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -35,7 +39,9 @@ def start() -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if rank:  # the main process does the talking
+        logging.getLogger("wrinklefree").setLevel(logging.ERROR)
     return World(rank, size, device)
 
 
@@ -44,23 +50,27 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def average_gradients(parameters: Iterable[Tensor], world: World) -> None:
-    """Replace every gradient by its mean over all processes."""
-    if world.size == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world.size
+def sum_gradient(parameter: Tensor) -> None:
+    """Replace a gradient by its sum over all processes; one that got none has zeros."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    dist.all_reduce(parameter.grad)
 
 
-def mean(value: Tensor, world: World) -> Tensor:
-    """The mean of a scalar over all processes."""
+def totals(values: Mapping[str, Tensor], world: World) -> dict[str, float]:
+    """The sum of each number over all processes, in one message; all of them bring the same names."""
+    stacked = torch.stack([value.double() for value in values.values()])
     if world.size > 1:
-        dist.all_reduce(value)
-        value /= world.size
-    return value
+        dist.all_reduce(stacked)
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def any_of(here: bool, world: World) -> bool:
+    """Whether it is so on any process."""
+    flag = torch.tensor(int(here))
+    if world.size > 1:
+        dist.all_reduce(flag)
+    return bool(flag)
 
 
 def gather(value: Any, world: World) -> list[Any]:
@@ -72,5 +82,4 @@ def gather(value: Any, world: World) -> list[Any]:
 
 
 def barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()
+    any_of(False, world)  # on the CPU: nccl's own barrier has a shorter patience than the writing of a large file takes

@@ -206,7 +206,7 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype | None) -> Loaded:
         )
     config = configs.from_yaml(folder / checkpoint.CONFIG)
     with _quiet():  # the method's own parameters are "unexpected" to the plain model
-        model = _open(str(folder), torch.float32, config.model.trust_remote_code)[0]
+        model = _open(str(folder), torch.float32, config.model.trust_remote_code, masters=True)[0]
     model = config.method.prepare(model)
     checkpoint.load_weights(folder, model)
     return model.eval(), _tokenizer(str(folder), config.model.trust_remote_code)
@@ -223,9 +223,14 @@ def _from_pretrained(source: str, dtype: torch.dtype | str, trust_remote_code: b
     return model.eval()
 
 
-def _open(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _open(
+    source: str, dtype: torch.dtype | str, trust_remote_code: bool, masters: bool = False
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and what transformers says of missing tensors; `masters` leaves it to the caller to quantize."""
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if masters:
+            vars(config).pop("quantization_config", None)
         if not Path(source).is_dir():
             _check_causal(Path(source), config.to_dict())
         model, info = AutoModelForCausalLM.from_pretrained(

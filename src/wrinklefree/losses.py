@@ -1,4 +1,4 @@
-"""Losses over the vocabulary, in chunks of tokens.
+"""Losses: over the vocabulary in chunks of tokens, between hidden states, between relations inside of attention.
 
 The logits of 2,048 tokens over 150,000 words take 1.2 GB in fp32, several times over in a plain loss. Here they exist
 for one chunk at a time: `HeadLoss` works out a chunk's loss and its gradients towards the hidden states and the head in
@@ -6,6 +6,13 @@ one go, then forgets the logits.
 
 With logits z of the student, y of the teacher, labels t, temperature T, over the N tokens that have a label:
     CE = -1/N sum log softmax(z)[t]            KL = T^2/N sum_v softmax(y/T) (log softmax(y/T) - log softmax(z/T))
+BitDistill leaves the T^2 out (`tau_squared=False`).
+
+Attention relations (arXiv 2510.13998, Algorithm 1): of one of Q, K, V, split into h relation heads, each vector a_i
+scaled to length 1, R_ij = softmax_j(a_i . a_j / t) over the tokens j of the document; KL(R teacher || R student), mean
+over tokens and heads. Only [L, L] matrices are compared, so the two models' widths and head counts may differ.
+
+Hidden states: 2 - 2 cos(s, t), which is |s/|s| - t/|t||^2 summed over the width: it does not shrink with it.
 """
 
 from collections.abc import Callable
@@ -48,10 +55,11 @@ def token_losses(
     ce_weight: float = 1.0,
     kl_weight: float = 0.0,
     temperature: float = 1.0,
+    tau_squared: bool = True,
 ) -> TokenLosses:
     """`ce_weight` CE + `kl_weight` KL of states [N, D] under a head [V, D] and targets [N].
 
-    `teacher` is the teacher's (states [N, D'], head [V, D']). Needs N > 0.
+    `teacher` is the teacher's (states [N, D'], head [V, D']). Without any, all are 0.
     """
 
     def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
@@ -60,20 +68,52 @@ def token_losses(
             return ce_weight * ce, torch.stack([ce.detach(), ce.new_zeros(()), ce.new_zeros(())])
         with torch.no_grad():
             other = F.linear(teacher[0][part], teacher[1]).float()
-        kl = kl_divergence(logits, other, temperature)
+        kl = kl_divergence(logits, other, temperature) * (temperature**2 if tau_squared else 1)
         agree = (logits.argmax(-1) == other.argmax(-1)).sum()
         return ce_weight * ce + kl_weight * kl, torch.stack([ce.detach(), kl.detach(), agree.to(ce.dtype)])
 
     loss, sums = HeadLoss.apply(states, head, chunk_loss, torch.is_grad_enabled())
-    ce, kl, agree = sums / len(targets)
-    return TokenLosses(loss / len(targets), ce, kl, agree)
+    count = max(1, len(targets))
+    ce, kl, agree = sums / count
+    return TokenLosses(loss / count, ce, kl, agree)
 
 
 def kl_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 times the sum over rows of KL(softmax(teacher/T) || softmax(logits/T)); [N, V] each."""
+    """The sum over rows of KL(softmax(teacher/T) || softmax(logits/T)); [N, V] each."""
     p = F.log_softmax(teacher / temperature, dim=-1)
     q = F.log_softmax(logits / temperature, dim=-1)
-    return F.kl_div(q, p, log_target=True, reduction="sum") * temperature**2
+    return F.kl_div(q, p, log_target=True, reduction="sum")
+
+
+def same_document(positions: Tensor) -> Tensor:
+    """Which tokens stand in one document, from positions [B, L] that restart at each: bool [B, L, L]."""
+    document = (positions == 0).cumsum(-1)
+    return document.unsqueeze(-1) == document.unsqueeze(-2)
+
+
+def attention_relation(student: Tensor, teacher: Tensor, mask: Tensor, split_heads: int, temperature: float) -> Tensor:
+    """KL(R teacher || R student) of one of Q, K, V [B, L, width], widths of their own; `mask` bool [B, L, L].
+
+    Tokens that stand alone, padding among them, have no relations and do not count.
+    """
+    p = _log_relations(teacher, mask, split_heads, temperature)
+    q = _log_relations(student, mask, split_heads, temperature)
+    divergence = (p.exp() * (p - q)).sum(-1)  # [B, h, L]; finite: masked entries are a large negative number, not -inf
+    related = (mask.sum(-1) > 1).unsqueeze(1)
+    return (divergence * related).sum() / (related.sum() * split_heads).clamp_min(1)
+
+
+def _log_relations(x: Tensor, mask: Tensor, split_heads: int, temperature: float) -> Tensor:
+    """log softmax of the cosines between the vectors of each relation head: fp32 [B, h, L, L]."""
+    heads = F.normalize(x.float().unflatten(-1, (split_heads, -1)).transpose(1, 2), dim=-1)
+    cosines = heads @ heads.transpose(-1, -2) / temperature
+    return F.log_softmax(cosines.masked_fill(~mask.unsqueeze(1), -1e4), dim=-1)
+
+
+def hidden_alignment(student: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
+    """Mean of 2 - 2 cos over the tokens that `kept` (bool [B, L]) marks, of states [B, L, D]."""
+    cosine = F.cosine_similarity(student[kept].float(), teacher[kept].float(), dim=-1)
+    return (2 - 2 * cosine).sum() / kept.sum().clamp_min(1)
 
 
 class HeadLoss(torch.autograd.Function):

@@ -3,17 +3,25 @@
 Yielding more than once lets deep supervision and policy gradients share the one training loop.
 """
 
+import logging
+import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wrinklefree.config import DistillationConfig
+from wrinklefree import losses
+from wrinklefree.config import AttentionConfig, DistillationConfig, HiddenConfig
+from wrinklefree.core import surgery
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import compute_dtype
 from wrinklefree.losses import TokenLosses, shifted, token_losses
+
+log = logging.getLogger("wrinklefree")
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
@@ -42,7 +50,7 @@ class Decoder:
         dtype = compute_dtype(states)
         if type(self.head) is nn.Linear:
             return states.to(dtype), self.head.weight
-        return self.head.config.activation(states).to(dtype), self.head.effective_weight(dtype)
+        return self.head.inputs(states).to(dtype), self.head.effective_weight(dtype)
 
 
 @torch.no_grad()
@@ -57,7 +65,7 @@ def _check_head(model: PreTrainedModel, decoder: Decoder) -> None:
 
 
 class LanguageModelling:
-    """Cross entropy, KL to a teacher, or both, on next tokens."""
+    """Cross entropy, KL to a teacher, and what `config` adds: attention relations, hidden states."""
 
     def __init__(
         self,
@@ -66,18 +74,216 @@ class LanguageModelling:
         config: DistillationConfig,
         compiled: bool = False,
     ) -> None:
+        """Raises UserError for a teacher that does not fit the student, and settings that need one without it."""
         self.student = Decoder(student, compiled)
         self.teacher = None if teacher is None else Decoder(teacher, compiled)
         self.config = config
-        if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
-            raise UserError(
-                f"distillation.teacher: vocabulary of {teacher.config.vocab_size} tokens, the model's has "
-                f"{student.config.vocab_size}: distillation needs the same tokenizer"
+        self.shares = Shares()
+        self.hidden_share = config.hidden.initial_weight
+        if teacher is not None:
+            check_vocabulary(student, teacher)
+        self.attention = self.hidden = None
+        if config.attention.weight:
+            self.attention = AttentionRelations(
+                student, _needed(teacher, "attention.weight", compiled), config.attention
             )
+        if config.hidden.enabled:
+            self.hidden = HiddenStates(student, _needed(teacher, "hidden.enabled", compiled), config.hidden)
+
+    def on_step(self, step: int, max_steps: int) -> None:
+        """Set what follows a schedule, for optimizer step `step` (from 0) of `max_steps`."""
+        self.hidden_share = hidden_share(self.config.hidden, step, max_steps)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
-        result = compare(self.student, self.teacher, batch, self.config)
-        yield result.loss, {"ce": result.ce} | ({"kl": result.kl} if self.teacher else {})
+        parts = [part for part in (self.attention, self.hidden) if part is not None]
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.watching())
+            result = compare(self.student, self.teacher, batch, self.config)
+        metrics = {"ce": result.ce} | ({"kl": result.kl} if self.teacher else {})
+        terms = self._vocabulary_terms(result)
+        loss = result.loss
+        if self.hidden is not None:
+            distance = self.hidden(batch)
+            terms = {name: (1 - self.hidden_share) * value for name, value in terms.items()}
+            terms["hidden"] = self.hidden_share * distance.detach()
+            loss = self.hidden_share * distance + (1 - self.hidden_share) * loss
+            metrics["cosine"] = 1 - distance.detach() / 2
+        if self.attention is not None:
+            relation = self.attention(batch)
+            terms["attention"] = self.config.attention.weight * relation.detach()
+            loss = loss + self.config.attention.weight * relation
+            metrics["attention"] = relation.detach()
+        self.shares.add(terms)
+        yield loss, metrics
+
+    def _vocabulary_terms(self, result: TokenLosses) -> dict[str, Tensor]:
+        """What cross entropy and KL add to the loss, each with its weight."""
+        c = self.config
+        terms = {"ce": c.ce_weight * result.ce} if c.ce_weight else {}
+        factor = c.temperature**2 if c.tau_squared else 1.0
+        return terms | ({"kl": c.weight * factor * result.kl} if self.teacher and c.weight else {})
+
+
+def check_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raises UserError where the two cannot have the same tokenizer."""
+    mine, other = student.config.vocab_size, teacher.config.vocab_size
+    if mine != other:
+        raise UserError(
+            f"distillation.teacher: vocabulary of {other} tokens, the model's has {mine}: "
+            f"distillation needs the same tokenizer"
+        )
+
+
+def _needed(teacher: PreTrainedModel | None, setting: str, compiled: bool) -> PreTrainedModel:
+    if teacher is None:
+        raise UserError(f"distillation.{setting}: needs a teacher, and distillation=none has none")
+    if compiled:
+        raise UserError(f"distillation.{setting}: watches layers inside of the model; set training.compile=false")
+    return teacher
+
+
+class Shares:
+    """Which share of the loss each term has, over the first batches; says once where one is next to nothing."""
+
+    BATCHES, LEAST = 20, 1e-3
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.seen = 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        if self.seen == self.BATCHES or len(terms) < 2:
+            return
+        self.seen += 1
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.item()
+        if self.seen == self.BATCHES:
+            self._report()
+
+    def _report(self) -> None:
+        total = sum(self.sums.values())
+        for name, value in self.sums.items():
+            if value < self.LEAST * total:
+                log.warning(
+                    "the %s term is %.2g %% of the loss: raise its weight under distillation, or leave it out",
+                    name,
+                    100 * value / total,
+                )
+
+
+class Watched:
+    """The outputs of some modules during a forward pass."""
+
+    def __init__(self, modules: list[Any]) -> None:
+        self.modules = modules
+        self.outputs: list[Tensor] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Collect `outputs`, one a module, while the block runs."""
+        self.outputs = [torch.empty(0)] * len(self.modules)
+
+        def keep(index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+            self.outputs[index] = output if isinstance(output, Tensor) else output[0]
+
+        handles = [m.register_forward_hook(partial(keep, i)) for i, m in enumerate(self.modules)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Pair:
+    """Modules of student and teacher whose outputs are compared."""
+
+    def __init__(self, student: list[Any], teacher: list[Any]) -> None:
+        self.student, self.teacher = Watched(student), Watched(teacher)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with self.student.watching(), self.teacher.watching():
+            yield
+
+    def outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(student's, teacher's), and forget them."""
+        pairs = list(zip(self.student.outputs, self.teacher.outputs, strict=True))
+        self.student.outputs, self.teacher.outputs = [], []
+        return iter(pairs)
+
+
+class AttentionRelations(Pair):
+    """`losses.attention_relation`, summed over Q, K and V of one layer, before rotary positions."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: AttentionConfig) -> None:
+        """Raises UserError where the layer is not there, has no separate projections, or does not split."""
+        self.config = config
+        mine, other = surgery.decoder_layers(student), surgery.decoder_layers(teacher)
+        if not -len(mine) <= config.layer < len(mine):
+            raise UserError(f"distillation.attention.layer={config.layer}: the model has {len(mine)} layers")
+        depth = config.layer % len(mine) + 1
+        super().__init__(_projections(mine[depth - 1]), _projections(other[round(depth * len(other) / len(mine)) - 1]))
+        for module in [*self.student.modules, *self.teacher.modules]:
+            if module.out_features % config.split_heads:
+                raise UserError(
+                    f"distillation.attention.split_heads={config.split_heads}: does not divide a projection to "
+                    f"{module.out_features} features"
+                )
+
+    def __call__(self, batch: Batch) -> Tensor:
+        mask = losses.same_document(batch["position_ids"])
+        c = self.config
+        terms = [losses.attention_relation(s, t, mask, c.split_heads, c.temperature) for s, t in self.outputs()]
+        return torch.stack(terms).sum()
+
+
+def _projections(layer: nn.Module) -> list[Any]:
+    """The projections to Q, K and V in a decoder layer."""
+    named = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
+    if not {"q_proj", "k_proj", "v_proj"} <= named.keys():
+        raise UserError("distillation.attention.weight: this architecture has no separate q_proj, k_proj, v_proj")
+    return [named["q_proj"], named["k_proj"], named["v_proj"]]
+
+
+class HiddenStates(Pair):
+    """`losses.hidden_alignment` after every decoder layer, weighted by layer."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: HiddenConfig) -> None:
+        """Raises UserError where the two models have other depths or widths, or `layer_weights` another length."""
+        mine, other = surgery.decoder_layers(student), surgery.decoder_layers(teacher)
+        shapes = [(len(x), m.config.hidden_size) for x, m in ((mine, student), (other, teacher))]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"distillation.hidden: the teacher has {shapes[1][0]} layers of {shapes[1][1]}, the model "
+                f"{shapes[0][0]} of {shapes[0][1]}: hidden states need equal shapes"
+            )
+        super().__init__(list(mine), list(other))
+        self.weights = layer_weights(config.layer_weights, len(mine))
+
+    def __call__(self, batch: Batch) -> Tensor:
+        kept = losses.same_document(batch["position_ids"]).sum(-1) > 1  # padding stands alone
+        terms = [losses.hidden_alignment(s, t, kept) for s, t in self.outputs()]
+        return torch.stack([w * term for w, term in zip(self.weights, terms, strict=True)]).sum()
+
+
+def layer_weights(given: str | list[float], num_layers: int) -> list[float]:
+    """Weights of the layers, first to last, that sum to 1. Raises UserError for a list of another length, or zeros."""
+    if isinstance(given, str):
+        rules = {"uniform": lambda i: 1.0, "progressive": lambda i: i + 1.0, "exponential": lambda i: 2.0**i}
+        given = [rules[given](i) for i in range(num_layers)]
+    if len(given) != num_layers or not sum(given):
+        raise UserError(f"distillation.hidden.layer_weights={given}: needs {num_layers} numbers, not all 0")
+    return [weight / sum(given) for weight in given]
+
+
+def hidden_share(config: HiddenConfig, step: int, max_steps: int) -> float:
+    """The share d of the hidden states in the loss of `step`: constant at first, then along its schedule to the end."""
+    if config.schedule == "constant" or step < config.warmup_steps:
+        return config.initial_weight
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.final_weight + (config.initial_weight - config.final_weight) * left
 
 
 def compare(student: Decoder, teacher: Decoder | None, batch: Batch, config: DistillationConfig) -> TokenLosses:
@@ -98,4 +304,5 @@ def compare(student: Decoder, teacher: Decoder | None, batch: Batch, config: Dis
         ce_weight=config.ce_weight,
         kl_weight=config.weight,
         temperature=config.temperature,
+        tau_squared=config.tau_squared,
     )

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.terminal import print_table, short_number, short_size
+
+STATES = ("full_precision", "one_shot", "trained")  # of the model, the columns of the table
 
 
 @dataclass
@@ -18,6 +21,7 @@ class Results:
     full_precision: Quality | None = None
     one_shot: Quality | None = None
     trained: Quality | None = None
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)  # on a task, by the names above
     original_bytes: int = 0  # the original's weights in bf16
     original_linear_bytes: int = 0  # of these, the layers that were quantized
     packed_bytes: int = 0
@@ -28,9 +32,11 @@ class Results:
 
     def save(self, path: Path) -> None:
         values = dataclasses.asdict(self)
-        for name in ("full_precision", "one_shot", "trained"):
+        for name in STATES:
             quality: Quality | None = getattr(self, name)
             values[name] = None if quality is None else {**values[name], "ppl": quality.ppl}
+        for name, accuracy in self.accuracy.items():
+            values["accuracy"][name] |= {"value": accuracy.value, "interval": accuracy.interval}
         path.write_text(json.dumps(values, indent=2) + "\n")
 
     def rows(self) -> list[list[str]]:
@@ -39,6 +45,8 @@ class Results:
             ["held-out perplexity", *(_ppl(q) for q in self._qualities())],
             ["KL to full precision, nats/token", *(_kl(q) for q in self._qualities())],
         ]
+        if self.accuracy:
+            table.append(["accuracy", *(_share(self.accuracy.get(name)) for name in STATES)])
         if self.packed_bytes:
             table += [
                 ["whole file", short_size(self.original_bytes), "", short_size(self.packed_bytes)],
@@ -73,6 +81,10 @@ def _ppl(quality: Quality | None) -> str:
 
 def _kl(quality: Quality | None) -> str:
     return "" if quality is None or quality.kl == 0 else f"{quality.kl:.4f}"
+
+
+def _share(accuracy: Accuracy | None) -> str:
+    return "" if accuracy is None else f"{accuracy.value:.1%}"
 
 
 def load(path: Path) -> dict[str, Any]:

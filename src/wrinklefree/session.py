@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree import checkpoint, schedule, storage
 from wrinklefree.config import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import Batch, BatchStream, heldout_batches, training_stream
+from wrinklefree.data import Batch, BatchStream, Example, heldout_batches, heldout_examples, training_stream
 from wrinklefree.distributed import World
+from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
 from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
 
 log = logging.getLogger("wrinklefree")
@@ -137,3 +138,18 @@ def quality(
     device = model.device.type
     with torch.autocast(device, plan.dtype, enabled=plan.dtype != torch.float32):
         return measure(model, batches, reference)
+
+
+def examples(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Held-out examples of a task with a fixed set of answers; none for other data."""
+    return choose(heldout_examples(config.data, tokenizer), config.training.eval_examples)
+
+
+def accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], config: Config, plan: Plan
+) -> Accuracy:
+    """Accuracy in the precision of the run."""
+    with torch.autocast(model.device.type, plan.dtype, enabled=plan.dtype != torch.float32):
+        return measure_accuracy(
+            model, tokenizer, examples, batch_size=4 * config.training.batch_size, length=length(config)
+        )

@@ -1,6 +1,10 @@
 """`fit`: the one training loop. Stages differ in their config and their objective, never in their loop.
 
 Evaluation and saving come before the step, so that the last pass does both and nothing needs a tail after the loop.
+
+An objective's loss is a mean over the labelled tokens of its batch. A step adds up loss x tokens over its micro-batches
+and processes and divides by all of their tokens once, so that however the same blocks are cut into micro-batches and
+processes, every token counts alike and the step is the same.
 """
 
 import logging
@@ -10,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,13 +23,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import checkpoint, distributed, optim, schedule, storage
+from wrinklefree import checkpoint, distributed, optim, schedule, sharding, storage
 from wrinklefree.config import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import refresh
 from wrinklefree.distributed import World
 from wrinklefree.objectives import Batch, Metrics, Objective
 from wrinklefree.session import Plan
+from wrinklefree.sharding import Sharded, Whole
 from wrinklefree.tracking import Silent, Tracker
 
 log = logging.getLogger("wrinklefree")
@@ -52,6 +58,7 @@ class Run:
     config: Config
     plan: Plan
     world: World
+    placement: Whole
     optimizers: list[Optimizer]
     step: int = 0
     tokens: int = 0
@@ -64,29 +71,33 @@ class Run:
             "tokens": self.tokens,
             "best_loss": self.best_loss,
             "optimizers": [o.state_dict() for o in self.optimizers],
-            "streams": distributed.gather(self.stream.state_dict(), self.world),
-            "rng": torch.get_rng_state(),
+            "stream": self.stream.state_dict(),  # the same on every process
+            "rng": distributed.gather(torch.get_rng_state(), self.world),
         }
 
-    def load_state(self, state: checkpoint.State) -> None:
-        """Raises UserError when the run had another number of processes: its data positions do not carry over."""
-        if len(state["streams"]) != self.world.size:
-            raise UserError(
-                f"resume_from: saved by {len(state['streams'])} processes, now {self.world.size}; start as many"
-            )
+    def load_state(self, path: Path) -> None:
+        """Go on from the checkpoint in `path`, which any number of processes may have saved.
+
+        Raises UserError where it is broken, or another run's.
+        """
+        state = checkpoint.load_state(path)
         self.step, self.tokens, self.best_loss = state["step"], state["tokens"], state["best_loss"]
         try:
+            checkpoint.place_moments(path, state, self.optimizers)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 _load_optimizer(optimizer, saved)
         except ValueError as error:
             raise UserError(
                 f"resume_from: saved with other training.optimizer or freeze_names settings ({error})"
             ) from error
-        self.stream.load_state_dict(state["streams"][self.world.rank])
-        torch.set_rng_state(state["rng"])
+        self.stream.load_state_dict(state["stream"])
+        torch.set_rng_state(state["rng"][self.world.rank % len(state["rng"])])
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.world.device.type, self.plan.dtype, enabled=self.plan.dtype != torch.float32)
+        # The cache would keep a bf16 copy of every weight of a plain layer; sharded, that is the whole model again.
+        cached = not isinstance(self.placement, Sharded)
+        on = self.plan.dtype != torch.float32
+        return torch.autocast(self.world.device.type, self.plan.dtype, enabled=on, cache_enabled=cached)
 
 
 def fit(
@@ -99,19 +110,22 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
     evaluate: Evaluate,
+    placement: Whole | None = None,
     resume: Path | None = None,
     on_step: Callable[[nn.Module, int], None] = lambda model, step: None,
 ) -> Path:
     """Train to `plan.max_steps` and return the folder `final/`, the model as trained (the best, with `keep_best`).
 
+    `placement` is where the model and its teacher have been placed; left out, each process has all of both.
     `resume` is a checkpoint to go on from, bit for bit. Ctrl-C finishes the step, saves and raises UserError, as does
     a loss that is not finite (the newest checkpoint is then the last good one).
     """
     t, out = config.training, Path(config.output_dir)
-    run = Run(model, objective, stream, config, plan, world, _optimizers(model, config, plan))
+    placement = placement or Whole(world)
+    run = Run(model, objective, stream, config, plan, world, placement, _optimizers(model, config, plan))
     if resume is not None:
         checkpoint.load_weights(resume, model)
-        run.load_state(checkpoint.load_state(resume))
+        run.load_state(resume)
     if t.gradient_checkpointing:
         model.activation_checkpointing_enable()
     losses = _losses(run)
@@ -126,11 +140,12 @@ def fit(
                 row |= _evaluate(run, evaluate, tokenizer)
             if row and (last or "eval_loss" in row or run.step == 1 or run.step % t.log_interval == 0):
                 tracker.log(run.step, row)
-            if run.step > first and (last or stopped() or run.step % t.save_interval == 0):
+            stop = distributed.any_of(stopped(), world)
+            if run.step > first and (last or stop or run.step % t.save_interval == 0):
                 _save(run, tokenizer)
             if last:
                 break
-            if stopped():
+            if stop:
                 raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
             on_step(model, run.step)
             row = _step(run, losses)
@@ -167,7 +182,7 @@ def _losses(run: Run) -> Iterator[tuple[Tensor, Metrics]]:
         results = run.objective(run.model, run.last_batch)
         while True:
             with run.autocast():  # not around the yield: backward runs outside of autocast
-                result = next(results, None)
+                result = run.placement.inside(partial(next, results, None))
             if result is None:
                 break
             yield result
@@ -180,18 +195,18 @@ def _step(run: Run, losses: Iterator[tuple[Tensor, Metrics]]) -> dict[str, float
     optim.set_rate(run.optimizers, factor)
     if t.compile:
         refresh(run.model, run.plan.dtype)
-    total = torch.zeros((), device=run.world.device)
-    metrics: Metrics = {}
+    sums: Metrics = {}
     for _ in range(t.gradient_accumulation_steps):
         loss, metrics = next(losses)
-        (loss / t.gradient_accumulation_steps).backward()
-        total += loss.detach() / t.gradient_accumulation_steps
+        count = _labelled(run.last_batch)
+        (loss * count).backward()
+        _add(sums, {"loss": loss.detach(), **metrics}, count)
+    means, total = _means(sums, run.world)
     parameters = [p for p in run.model.parameters() if p.requires_grad]
-    distributed.average_gradients(parameters, run.world)
-    norm = nn.utils.clip_grad_norm_(parameters, t.gradient_clipping)
-    train_loss = distributed.mean(total, run.world).item()
-    if not (math.isfinite(train_loss) and math.isfinite(norm.item())):
-        raise UserError(_explain_nonfinite(run, train_loss))
+    run.placement.finish_gradients(parameters, 1 / total)
+    norm = sharding.whole_scalar(nn.utils.clip_grad_norm_(parameters, t.gradient_clipping))
+    if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+        raise UserError(_explain_nonfinite(run, means["loss"]))
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -199,13 +214,32 @@ def _step(run: Run, losses: Iterator[tuple[Tensor, Metrics]]) -> dict[str, float
     run.step += 1
     run.tokens += tokens
     return {
-        "train_loss": train_loss,
+        "train_loss": means.pop("loss"),
         "lr": run.plan.lr * factor,
-        "grad_norm": norm.item(),
+        "grad_norm": norm,
         "tokens": run.tokens,
         "tokens_per_sec": tokens / (time.perf_counter() - started),
-        **{f"train_{name}": value.item() for name, value in metrics.items()},
+        **{f"train_{name}": value for name, value in means.items()},
     }
+
+
+def _labelled(batch: Batch) -> Tensor:
+    """How many tokens the loss of a batch is the mean over."""
+    return (batch["labels"][:, 1:] != -100).sum()
+
+
+def _add(sums: Metrics, values: Metrics, count: Tensor) -> None:
+    """Add values that are means over `count` tokens to sums over all of them."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value.double() * count
+    sums["count"] = sums.get("count", 0) + count
+
+
+def _means(sums: Metrics, world: World) -> tuple[dict[str, float], float]:
+    """Means over the tokens of all processes, and how many these are; 1 where there are none, and all means 0."""
+    totals = distributed.totals(sums, world)
+    count = max(1.0, totals.pop("count"))
+    return {name: value / count for name, value in totals.items()}, count
 
 
 def _rate(run: Run) -> float:
@@ -219,19 +253,19 @@ def _evaluate(run: Run, evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) 
     """Held-out figures; with `keep_best`, the best model so far is kept in `best/`."""
     run.model.eval()
     with run.autocast():
-        values = evaluate(run.model)
+        values = run.placement.inside(partial(evaluate, run.model))
     run.model.train()
     better = values["eval_loss"] < run.best_loss
     run.best_loss = min(run.best_loss, values["eval_loss"])
-    if better and run.config.training.keep_best and run.world.is_main:
-        checkpoint.save(Path(run.config.output_dir) / "best", run.model, tokenizer, run.config, None)
+    if better and run.config.training.keep_best:
+        checkpoint.save(Path(run.config.output_dir) / "best", run.model, tokenizer, run.config, None, run.world)
     return values
 
 
 def _save(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
-    state, folder = run.state(), Path(run.config.output_dir) / "checkpoints"
+    folder = Path(run.config.output_dir) / "checkpoints"
+    checkpoint.save(folder / f"step_{run.step}", run.model, tokenizer, run.config, run.state(), run.world)
     if run.world.is_main:
-        checkpoint.save(folder / f"step_{run.step}", run.model, tokenizer, run.config, state)
         checkpoint.prune(folder, run.config.training.save_total_limit)
         if run.config.training.upload_to is not None:
             storage.push(folder / f"step_{run.step}", f"{run.config.training.upload_to.rstrip('/')}/step_{run.step}")
@@ -243,9 +277,7 @@ def _finish(run: Run, tokenizer: PreTrainedTokenizerBase) -> Path:
     best = out / "best"
     if run.config.training.keep_best and best.is_dir():
         checkpoint.load_weights(best, run.model)
-    if run.world.is_main:
-        checkpoint.save(out / "final", run.model, tokenizer, run.config, None)
-    distributed.barrier(run.world)
+    checkpoint.save(out / "final", run.model, tokenizer, run.config, None, run.world)
     return out / "final"
 
 
@@ -276,15 +308,20 @@ def _explain_nonfinite(run: Run, loss: float) -> str:
 def _first_nonfinite(run: Run) -> str:
     """Where values that are not finite first appear: weights, then outputs in forward order, then gradients."""
     for name, parameter in run.model.named_parameters():
-        if not parameter.isfinite().all():
+        if not _finite(parameter, run.world):
             return f"weight {name} is not finite"
     with _first_bad_output(run.model) as bad, run.autocast():
-        for _ in run.objective(run.model, run.last_batch):
-            pass
-    if bad:
-        return f"layer {bad[0]} gives values that are not finite"
-    grads = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        run.placement.inside(lambda: [None for _ in run.objective(run.model, run.last_batch)])
+    found = [name for names in distributed.gather(bad[:1], run.world) for name in names]
+    if found:
+        return f"layer {found[0]} gives values that are not finite"
+    grads = [n for n, p in run.model.named_parameters() if p.grad is not None and not _finite(p.grad, run.world)]
     return f"gradient of {grads[-1]} is not finite" if grads else "the loss itself overflows"
+
+
+def _finite(tensor: Tensor, world: World) -> bool:
+    """Whether it is so on every process, of each one's share."""
+    return not distributed.any_of(not sharding.local(tensor).isfinite().all().item(), world)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""`wf export`: pack a trained run."""
+"""`wf export`: a trained run in the format of a target, read back with the target's own library and compared."""
 
+import importlib
 from pathlib import Path
 
 from wrinklefree import checkpoint, load
@@ -12,28 +13,59 @@ from wrinklefree.export import hf
 from wrinklefree.export.card import card
 from wrinklefree.terminal import print_table, short_size
 
-FORMATS = ["hf"]
+# `hf` is our own packed folder; the others are modules of `export/` with a function `write`.
+FORMATS = {
+    "hf": "",
+    "dense": "wrinklefree.export.dense",
+    "bitnet": "wrinklefree.export.bitnet",
+    "gguf": "wrinklefree.export.gguf",
+    "compressed-tensors": "wrinklefree.export.compressed",
+}
 CERTIFY_TOKENS = 8192
 
 
-def run(run: Path, format: str, out: Path | None, force: bool) -> None:
-    """Pack the trained model of a run or checkpoint folder. Raises UserError where it cannot be packed or proved."""
+def run(run: Path, format: str, out: Path | None, force: bool, gguf_type: str = "tq2_0") -> None:
+    """Export the trained model of a run or checkpoint folder. Raises UserError where it cannot be, or not be proved."""
     if format not in FORMATS:
         raise UserError(f"--format {format}: unknown{did_you_mean(format, FORMATS)}; available: {', '.join(FORMATS)}")
-    folder, target = load.model_folder(run), out or default_out(run)
+    folder, target = load.model_folder(run), out or default_out(run, format)
     config = _config(folder)
     if target.exists() and not force:  # before the minutes that loading a large model takes
         raise UserError(f"{target}: exists already; choose another with --out or give --force to replace it")
     model, tokenizer = load.load(folder)
     length = min(config.training.max_seq_length, model.config.max_position_embeddings)
     batches = heldout_batches(config.data, tokenizer, batch_size=1, length=length, max_tokens=CERTIFY_TOKENS)
-    report = hf.export(model, tokenizer, config.method, target, card=card(config), force=force, batches=batches)
-    print_table(["", str(target)], rows(report))
+    if format == "hf":
+        report = hf.export(model, tokenizer, config.method, target, card=card(config), force=force, batches=batches)
+        table = rows(report)
+    else:
+        write = importlib.import_module(FORMATS[format]).write
+        with checkpoint.written_aside(target) as aside:
+            table = write(model, tokenizer, aside, batches, gguf_type=gguf_type)
+            (aside / "README.md").write_text(f"{card(config)}\n{described(format, table)}", encoding="utf-8")
+    print_table(["", str(target)], table)
+    print(f"\nwrote {target}/; next: {NEXT[format].format(target=target)}")
 
 
-def default_out(run: Path) -> Path:
-    """`RUN/packed`, or a sibling where one checkpoint was named."""
-    return run / "packed" if load.model_folder(run) != run else run.with_name(f"{run.name}-packed")
+NEXT = {
+    "hf": "wf generate {target} --prompt 'def '",
+    "dense": "wf eval {target}",
+    "bitnet": "AutoModelForCausalLM.from_pretrained('{target}')",
+    "gguf": "llama-cli -m {target}/model.gguf -p 'def '",
+    "compressed-tensors": "vllm serve {target}",
+}
+
+
+def described(format: str, table: list[list[str]]) -> str:
+    """The comparison as a section of the model card."""
+    lines = "\n".join(f"| {name} | {value} |" for name, value in table)
+    return f"## Exported as {format}\n\n| read back and compared | value |\n|---|---|\n{lines}\n"
+
+
+def default_out(run: Path, format: str) -> Path:
+    """`RUN/packed`, `RUN/gguf` and so on, or a sibling where one checkpoint was named."""
+    name = "packed" if format == "hf" else format
+    return run / name if load.model_folder(run) != run else run.with_name(f"{run.name}-{name}")
 
 
 def _config(folder: Path) -> Config:
@@ -43,7 +75,9 @@ def _config(folder: Path) -> Config:
         raise UserError(f"{folder}: no {checkpoint.CONFIG}, so not a checkpoint that `wf train` wrote")
     config = configs.from_yaml(file)
     if not isinstance(config.method, QuantMethod):
-        raise UserError(f"{folder}: trained without quantization, so there is nothing to pack")
+        raise UserError(
+            f"{folder}: trained without quantization, so there is nothing to pack: {folder} is a plain model already"
+        )
     return config
 
 

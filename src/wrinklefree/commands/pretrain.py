@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import checkpoint, distributed, session
+from wrinklefree import checkpoint, distributed, launch, load, session, sharding
 from wrinklefree import config as configs
 from wrinklefree.config import ArchitectureConfig, Config
 from wrinklefree.core.errors import UserError
@@ -42,31 +42,45 @@ Byte-level BPE of {vocab:,} tokens with a ChatML template. The text is under the
 """
 
 
-def run(overrides: list[str], *, force: bool = False) -> None:
+def run(overrides: list[str], *, force: bool = False, processes: int | None = None) -> None:
     """Pretrain `model.architecture`; leaves `final/` (fp32) and `shipped/` (bf16, with a model card)."""
     config = configs.load(overrides, "pretrain")
     if config.model.architecture is None:
         raise UserError(f"model={config.model.name}: has no architecture to train from nothing; try model=tiny")
-    resume = session.claim(config, force)
+    number = launch.count_processes(config, processes)
+    if number > 1:
+        launch.torchrun("pretrain", number, overrides, force)
+    else:
+        train(config, force)
+
+
+def train(config: Config, force: bool) -> None:
+    """The same in this process, one of those that torchrun has started or the only one."""
+    assert config.model.architecture is not None
     world = distributed.start()
+    resume = distributed.gather(session.claim(config, force) if world.is_main else None, world)[0]
+    placement = sharding.choose(config, world)
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(stdlib.documents("train"), config.model.architecture.vocab_size)
-    model = build(config.model.architecture, tokenizer).to(world.device)
+    model = build(config.model.architecture, tokenizer)
     session.choose_length(config, model)
     plan = session.make_plan(config, model, world)
-    fit(
+    objective = LanguageModelling(model, None, config.distillation, config.training.compile)
+    placement.place(model)
+    final = fit(
         model,
-        LanguageModelling(model, None, config.distillation, config.training.compile),
+        objective,
         Curriculum(config, tokenizer, plan, world),
         config,
         plan,
         tokenizer=tokenizer,
         world=world,
         evaluate=session.evaluator(config, tokenizer),
+        placement=placement,
         resume=resume,
     )
     if world.is_main:
-        ship(config, model, tokenizer, plan)
+        ship(config, model if world.size == 1 else load.load(final)[0], tokenizer, plan)
     distributed.stop()
 
 
@@ -122,7 +136,7 @@ def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) 
     return model
 
 
-def ship(config: Config, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, plan: session.Plan) -> None:
+def ship(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: session.Plan) -> None:
     """Write `shipped/`: bf16 weights, tokenizer and a card with the perplexity of exactly these weights."""
     model = model.to(torch.bfloat16).float()
     quality = session.quality(model, session.heldout(config, tokenizer, None), plan)
@@ -134,7 +148,7 @@ def ship(config: Config, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
     log.info("held-out perplexity %.2f; wrote %s", quality.ppl, out)
 
 
-def card(config: Config, model: LlamaForCausalLM, quality: Quality, plan: session.Plan) -> str:
+def card(config: Config, model: PreTrainedModel, quality: Quality, plan: session.Plan) -> str:
     """The model card."""
     t = config.training
     return CARD.format(

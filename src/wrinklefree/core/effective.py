@@ -4,6 +4,9 @@ Weights change only when the optimizer steps. So `decode(encode(W))` is worked o
 and shared by all micro-batches, by the second forward of gradient checkpointing, by evaluation and by generation. The
 shared value is a leaf of the autograd graph; whenever a backward pass has added to its gradient, a hook hands that
 gradient on to the master weight and to the trained scales, so any training loop works unchanged.
+
+A sharded layer is whole during its own forward and backward alone, so nothing may outlive these: whoever shards it sets
+`cached` to False, and every forward quantizes anew, as a plain part of the graph.
 """
 
 from collections.abc import Callable
@@ -30,6 +33,7 @@ class EffectiveWeight:
     """A cache of one tensor: `get` returns it, recomputing only after the module's parameters have changed."""
 
     def __init__(self) -> None:
+        self.cached = True
         self.key: Key | None = None
         self.graph: Tensor | None = None  # fp32, depends on the parameters
         self.leaf: Tensor | None = None  # the same values in the compute dtype
@@ -47,6 +51,9 @@ class EffectiveWeight:
         """The value of `compute()` in `dtype`, with a gradient where the module trains and autograd records."""
         if torch.compiler.is_compiling() and self.leaf is not None:
             return self.leaf  # `refresh` has run before the compiled region
+        if not self.cached:
+            with torch.autocast(device_type=next(module.parameters(recurse=False)).device.type, enabled=False):
+                return compute().to(dtype)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters(recurse=False))
         key = state_key(module)
         if self.leaf is None or self.key != key or self.leaf.dtype != dtype or (trains and self.graph is None):

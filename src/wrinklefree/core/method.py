@@ -7,7 +7,7 @@ import difflib
 import importlib
 import logging
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,19 +20,25 @@ from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.effective import EffectiveWeight
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.norm import RMSNorm
 from wrinklefree.core.ste import straight_through
 
 log = logging.getLogger("wrinklefree")
 
 METHODS = "wrinklefree.methods"
 
+Batches = Iterable[Mapping[str, Tensor]]
+
 
 class QuantLinear(nn.Linear):
     """A linear layer whose weight is seen through `decode(encode(weight))`.
 
     The full-precision master stays in `weight` (fp32, [out, in]), under the pretrained checkpoint's name. A method
-    overrides `encode` and `decode`, and `setup` when it trains parameters of its own.
+    overrides `encode` and `decode`, and `setup` when it trains parameters of its own. A layer may own a norm of its
+    inputs, `rms_norm`, which the method puts there.
     """
+
+    rms_norm: RMSNorm | None
 
     def __init__(self, linear: nn.Linear, config: "QuantMethod") -> None:
         """Take over the weight and bias of `linear` (no copy beyond the cast to fp32) and its train/eval mode."""
@@ -42,6 +48,7 @@ class QuantLinear(nn.Linear):
         self.bias = linear.bias
         self.config = config
         self.effective = EffectiveWeight()
+        self.register_module("rms_norm", None)
         self.train(linear.training)
         self.setup()
 
@@ -70,8 +77,12 @@ class QuantLinear(nn.Linear):
             self.effective.clear()
         return super().train(mode)
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """What is multiplied with the weight: `x` through the layer's norm, if any, and the method's quantizer."""
+        return self.config.activation(x if self.rms_norm is None else self.rms_norm(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.config.activation(x)
+        x = self.inputs(x)
         return F.linear(x, self.effective_weight(compute_dtype(x)), self.bias)
 
 
@@ -89,8 +100,17 @@ class Method:
 
     name: str
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Change `model` in place so that it trains with this method, and return it."""
+    @property
+    def weight_bits(self) -> float | None:
+        """Bits per weight by their usual name, such as 1.58; None where a method has no such number."""
+        return None
+
+    def prepare(self, model: nn.Module, batches: Batches = ()) -> nn.Module:
+        """Make `model` train with this method: change it in place and return it, or a model that took over its weights.
+
+        `batches` (input_ids [B, L], perhaps position_ids) are a few to calibrate on; a model whose trained weights are
+        about to be loaded needs none.
+        """
         raise TypeError(f"method {self.name} must define prepare()")
 
     def on_step(self, model: nn.Module, step: int) -> None:
@@ -113,7 +133,7 @@ class QuantMethod(Method):
         """What a layer multiplies its weight with; override to quantize activations."""
         return x
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Batches = ()) -> nn.Module:
         """Swap every linear layer that `exclude_names` does not match; says what could not be converted.
 
         Raises UserError when nothing was converted.

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from wrinklefree.core.errors import UserError
+
 
 def matches(fqn: str, patterns: Iterable[str]) -> bool:
     """Whether a glob matches `fqn` or a run of whole components of it.
@@ -35,3 +37,14 @@ def unconvertible(model: nn.Module, exclude: Iterable[str]) -> list[str]:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim >= 2 and not isinstance(module, (nn.Linear, nn.Embedding)) and not matches(fqn, patterns)
     ]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a causal language model, first to last: its longest list of modules.
+
+    Raises UserError where it has none.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError(f"{type(model).__name__}: has no list of decoder layers")
+    return max(lists, key=len)

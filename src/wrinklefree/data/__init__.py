@@ -1,4 +1,4 @@
-"""Text to train and evaluate on, as packed batches.
+"""Text and tasks to train and evaluate on, as packed batches.
 
 A batch is `input_ids`, `labels` and `position_ids`, each int64 [batch, length]. Give a model all three, no
 `attention_mask`, and `use_cache=False`: `packing.py` says why.
@@ -8,29 +8,39 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import sources, stdlib
-from wrinklefree.data.packing import IGNORE, Batch, BatchStream, encode, make_batch, pack, spread
-from wrinklefree.data.sources import Source
+from wrinklefree.data import sources, stdlib, stdlib_kind, tasks
+from wrinklefree.data.packing import IGNORE, Batch, BatchStream, encode, make_batch, pack, pack_whole, spread
+from wrinklefree.data.sources import Document, Example, Source
 
 if TYPE_CHECKING:
     from wrinklefree.config import DataConfig
 
-__all__ = ["IGNORE", "Batch", "BatchStream", "file_batches", "heldout_batches", "training_stream"]
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "BatchStream",
+    "Example",
+    "file_batches",
+    "heldout_batches",
+    "heldout_examples",
+    "training_stream",
+]
 
 # The settings that only some sources read, and which.
 _READ_BY = {
     "tests": ("stdlib",),
-    "path": ("local", "hub"),
+    "path": ("local", "hub", "downstream"),
     "text_column": ("local", "hub"),
     "subset": ("hub",),
     "split": ("hub",),
     "heldout_split": ("hub",),
-    "heldout_path": ("local",),
+    "heldout_path": ("local", "downstream"),
+    "task": ("downstream",),
 }
 
 
@@ -59,6 +69,7 @@ def training_stream(
         world_size=world_size,
         shuffle_buffer=config.shuffle_buffer,
         document_mask=config.document_mask,
+        pad=tokenizer.eos_token_id if config.source == "downstream" else None,
     )
 
 
@@ -75,10 +86,20 @@ def heldout_batches(
     The last batch may be smaller. Raises UserError as `training_stream` does, and where nothing is held out.
     """
     source = _heldout_source(config, tokenizer)
-    texts = list(source.documents(None))
+    first = sources.HELDOUT_DOCUMENTS if _may_be_endless(config) else None
+    texts = list(islice(source.documents(None), first))
     if not texts:
         raise UserError(f"{source.name}: no text to evaluate on{source.hint}")
-    return _batches(texts, tokenizer, batch_size, length, max_tokens, config.document_mask)
+    whole = config.source == "downstream"
+    return _batches(texts, tokenizer, batch_size, length, max_tokens, config.document_mask, whole)
+
+
+def heldout_examples(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """All held-out examples that have a fixed set of answers to choose from; none for other data."""
+    if config.source != "downstream":
+        return []
+    documents = _heldout_source(config, tokenizer).documents(None)
+    return [example for example in documents if isinstance(example, Example) and example.choices]
 
 
 def file_batches(
@@ -97,63 +118,107 @@ def file_batches(
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     rows = sources.read(path, _render(tokenizer, text_column), piece=-1)
-    texts = [text for text in rows if text.strip()]
+    texts = [text for text in rows if not sources.is_blank(text)]
     if not texts:
         raise UserError(f"{path}: no text to evaluate on")
     return _batches(texts, tokenizer, batch_size, length, max_tokens, document_mask=True)
 
 
 def _batches(
-    texts: Sequence[str],
+    texts: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     length: int,
     max_tokens: int | None,
     document_mask: bool,
+    whole: bool = False,
 ) -> list[Batch]:
-    blocks = pack(encode(tokenizer, texts), length, pad=tokenizer.eos_token_id)
+    fill = pack_whole if whole else pack
+    blocks = fill(encode(tokenizer, texts), length, pad=tokenizer.eos_token_id)
     kept = spread(blocks, max_tokens)
     return [make_batch(kept[i : i + batch_size], document_mask) for i in range(0, len(kept), batch_size)]
+
+
+class _Rows(NamedTuple):
+    """Where rows are, how one becomes a document, and what to call them in messages and at a resume."""
+
+    name: str
+    render: sources.Render
+    path: str | None
+    subset: str | None
+    split: str
+    heldout_split: str | None
+    instead: str  # where the hub does not answer
+
+
+def _rows(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> _Rows:
+    if config.source != "downstream":
+        render = _render(tokenizer, config.text_column)
+        instead = "data=stdlib, or data=local data.path=FILE_OR_FOLDER"
+        return _Rows(
+            f"data.path={config.path}",
+            render,
+            config.path,
+            config.subset,
+            config.split,
+            config.heldout_split,
+            instead,
+        )
+    task = tasks.find(config.task)
+    name = f"data.task={task.name}" + (f" data.path={config.path}" if config.path else "")
+    instead = f"task={tasks.BUILTIN}, or data.path=FILE_OR_FOLDER with the columns of {task.name}"
+    render = partial(tasks.render, task)
+    return _Rows(name, render, config.path or task.path, task.subset, task.train, task.heldout, instead)
 
 
 def _training_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> Source:
     _refuse_unread(config)
     if config.source == "stdlib":
         return _library("train", config.tests)
-    render = _render(tokenizer, config.text_column)
-    name = f"data.path={config.path}"
-    if config.source == "local":
-        files = sources.find_files("data.path", config.path)
+    if _is_builtin(config):
+        return sources.Memory(f"data.task={config.task}", stdlib_kind.examples("train"))
+    rows = _rows(config, tokenizer)
+    if _is_local(config):
+        files = sources.find_files("data.path", rows.path)
         if config.heldout_path:
-            return sources.Files(name, files, render)
+            return sources.Files(rows.name, files, rows.render)
         hint = " (the first document is held out): add text, or name a held-out file with data.heldout_path"
-        return sources.Files(name, files, render, keep=lambda n: n % sources.HOLDOUT_EVERY != 0, hint=hint)
-    rows = sources.load_hub(config.path, config.subset, config.split)
-    if config.heldout_split:
-        return sources.Hub(name, rows, render)
+        return sources.Files(rows.name, files, rows.render, keep=lambda n: n % sources.HOLDOUT_EVERY != 0, hint=hint)
+    stream = sources.load_hub(rows.path, rows.subset, rows.split, rows.instead)
+    if rows.heldout_split:
+        return sources.Hub(rows.name, stream, rows.render)
     hint = f" (the first {sources.HELDOUT_DOCUMENTS} documents are held out): name a split with data.heldout_split"
-    return sources.Hub(name, rows, render, skip=sources.HELDOUT_DOCUMENTS, hint=hint)
+    return sources.Hub(rows.name, stream, rows.render, skip=sources.HELDOUT_DOCUMENTS, hint=hint)
 
 
 def _heldout_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> Source:
     _refuse_unread(config)
     if config.source == "stdlib":
         return _library("heldout", tests=False)
-    render = _render(tokenizer, config.text_column)
-    if config.source == "hub":
-        rows = sources.load_hub(config.path, config.subset, config.heldout_split or config.split)
-        return _first(sources.Hub(f"data.path={config.path}", rows, render))
+    if _is_builtin(config):
+        return sources.Memory(f"data.task={config.task}", stdlib_kind.examples("heldout"))
+    rows = _rows(config, tokenizer)
+    if not _is_local(config):
+        split = rows.heldout_split or rows.split
+        return sources.Hub(rows.name, sources.load_hub(rows.path, rows.subset, split, rows.instead), rows.render)
     if config.heldout_path:
         files = sources.find_files("data.heldout_path", config.heldout_path)
-        return sources.Files(f"data.heldout_path={config.heldout_path}", files, render)
-    files = sources.find_files("data.path", config.path)
-    name = f"data.path={config.path}"
-    return _first(sources.Files(name, files, render, keep=lambda n: n % sources.HOLDOUT_EVERY == 0))
+        return sources.Files(f"data.heldout_path={config.heldout_path}", files, rows.render)
+    files = sources.find_files("data.path", rows.path)
+    return sources.Files(rows.name, files, rows.render, keep=lambda n: n % sources.HOLDOUT_EVERY == 0)
 
 
-def _first(source: Source) -> Source:
-    """Its first documents: of a dataset that may be endless, enough to measure on."""
-    return sources.Memory(source.name, islice(source.documents(None), sources.HELDOUT_DOCUMENTS))
+def _is_builtin(config: "DataConfig") -> bool:
+    return config.source == "downstream" and config.task == tasks.BUILTIN
+
+
+def _may_be_endless(config: "DataConfig") -> bool:
+    """Whether the held-out text is more than a file that was named for it."""
+    return config.heldout_path is None and config.source != "stdlib" and not _is_builtin(config)
+
+
+def _is_local(config: "DataConfig") -> bool:
+    return config.source == "local" or (config.source == "downstream" and config.path is not None)
 
 
 def _library(split: stdlib.Split, tests: bool) -> Source:
@@ -170,6 +235,10 @@ def _refuse_unread(config: "DataConfig") -> None:
         value = vars(config)[key]
         if config.source not in readers and value != vars(defaults)[key]:
             raise UserError(f"data.{key}={value} has no effect with data.source={config.source}: leave it out")
+    if _is_builtin(config) and config.path is not None:
+        raise UserError(f"data.path={config.path} has no effect with task={config.task}: leave it out")
+    if config.source == "downstream" and config.heldout_path is not None and config.path is None:
+        raise UserError(f"data.heldout_path={config.heldout_path} has no effect without data.path: leave it out")
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, column: str) -> sources.Render:

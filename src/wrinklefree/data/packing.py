@@ -1,8 +1,10 @@
 """Documents to batches: tokenize, pack, and stream without end from any exact position.
 
-A tokenized document is an int64 tensor [2, n]: row 0 its token ids, the last of them end-of-sequence; row 1 is 1 at the
-first token and 0 elsewhere. Documents are laid end to end and cut into blocks of equal length. A document that is cut
-goes on in the next block, without the context before the cut.
+A tokenized document is an int64 tensor [3, n]: row 0 its token ids, the last of them end-of-sequence; row 1 is 1 at the
+first token and 0 elsewhere; row 2 is 1 where the token is learned: everywhere but at the start of a text, the answer
+alone of an example. Texts are laid end to end and cut into blocks of equal length; a text that is cut goes on in the
+next block, without the context before the cut. Examples stay whole: what does not fit begins the next block, and
+padding fills the rest.
 
 `position_ids` restart at each document, and from that transformers derives the block-diagonal mask, but only where
 `attention_mask` is None *and* `use_cache=False`: with a cache, even an empty one, transformers does not look for
@@ -19,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.sources import Position, Source
+from wrinklefree.data.sources import Document, Example, Position, Source
 
 Batch = dict[str, Tensor]
-Encode = Callable[[Sequence[str]], list[Tensor]]
+Encode = Callable[[Sequence[Document]], list[Tensor]]
 
 IGNORE = -100  # the label that PyTorch's and transformers' losses leave out
 
@@ -30,64 +32,111 @@ IGNORE = -100  # the label that PyTorch's and transformers' losses leave out
 _ENCODED_TOGETHER = 32
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tensor]:
-    """Each text as a tokenized document [2, n].
+def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[Tensor]:
+    """Each document as a tensor [3, n].
 
-    Tokens that the tokenizer itself adds (a Llama's begin-of-sequence) stay, as in pretraining.
+    Tokens that the tokenizer itself adds in front (a Llama's begin-of-sequence) stay, as in pretraining. An example is
+    tokenized as one text; as many tokens as its prompt has by itself are the prompt, the rest is the answer. That is
+    lm-evaluation-harness's way: what is scored is what was trained, also where a tokenizer merges over the border.
     Raises UserError where the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token to end documents with: set one in it")
+    wholes = _tokens(tokenizer, [d.prompt + d.answer if isinstance(d, Example) else d for d in documents])
+    prompts = iter(_tokens(tokenizer, [d.prompt for d in documents if isinstance(d, Example)]))
+    lengths = [len(next(prompts)) if isinstance(d, Example) else 0 for d in documents]
+    return [_document([*ids, tokenizer.eos_token_id], n) for ids, n in zip(wholes, lengths, strict=True)]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The token ids of each text, begin-of-sequence once at most, without end-of-sequence."""
     if not texts:
         return []
-    encoded = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    return [_document(ids, tokenizer.bos_token_id, tokenizer.eos_token_id) for ids in encoded["input_ids"]]
+    encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    return [_bare(ids, tokenizer.bos_token_id, tokenizer.eos_token_id) for ids in encoded]
 
 
-def _document(ids: list[int], bos: int | None, eos: int) -> Tensor:
+def _bare(ids: list[int], bos: int | None, eos: int) -> list[int]:
     if ids[:2] == [bos, bos]:  # written by the chat template, and again by the tokenizer
         ids = ids[1:]
-    if ids[-1:] != [eos]:
-        ids = [*ids, eos]
-    document = torch.zeros(2, len(ids), dtype=torch.int64)
+    return ids[:-1] if ids[-1:] == [eos] and len(ids) > 1 else ids
+
+
+def _document(ids: list[int], prompt: int) -> Tensor:
+    """Tokens from `prompt` on are learned, but never the first one."""
+    document = torch.zeros(3, len(ids), dtype=torch.int64)
     document[0] = torch.tensor(ids)
     document[1, 0] = 1
+    document[2, max(1, prompt) :] = 1
     return document
 
 
-def make_batch(blocks: Tensor, document_mask: bool = True) -> Batch:
-    """Blocks [batch, 2, length] as a model's arguments, each int64 [batch, length].
+def padding(length: int, pad: int) -> Tensor:
+    """Tokens [3, length], each a document of its own, none learned."""
+    return torch.tensor([[pad], [1], [0]]).expand(3, length)
 
-    Labels are the ids (the loss shifts them), -100 at the first token of a document: nothing is predicted across a
-    border. Without `document_mask` positions run through, and documents of a block attend to the ones before.
+
+def make_batch(blocks: Tensor, document_mask: bool = True) -> Batch:
+    """Blocks [batch, 3, length] as a model's arguments, each int64 [batch, length].
+
+    Labels are the ids of learned tokens (the loss shifts them), -100 elsewhere: nothing is predicted across a border.
+    Without `document_mask` positions run through, and documents of a block attend to the ones before.
     """
-    ids, starts = blocks.unbind(dim=1)
+    ids, starts, learned = blocks.unbind(dim=1)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     if document_mask:
         positions = positions - (positions * starts).cummax(dim=1).values
     return {
         "input_ids": ids.contiguous(),
-        "labels": ids.masked_fill(starts.bool(), IGNORE),
+        "labels": ids.masked_fill(learned == 0, IGNORE),
         "position_ids": positions.contiguous(),
     }
 
 
 def pack(documents: Iterable[Tensor], length: int, pad: int) -> Tensor:
-    """All documents [2, n] as blocks [num_blocks, 2, length].
+    """All documents [3, n], end to end, as blocks [num_blocks, 3, length].
 
-    The last, partial block is dropped where there is a whole one; alone, it is filled with `pad`, labels -100.
+    The last, partial block is dropped where there is a whole one; alone, it is filled with `pad`.
     """
     joined = torch.cat(list(documents), dim=1)
     missing = length - joined.shape[1]
     if missing > 0:
-        filler = torch.tensor([[pad], [1]]).expand(2, missing)  # each a document of its own: no labels
-        joined = torch.cat([joined, filler], dim=1)
+        joined = torch.cat([joined, padding(missing, pad)], dim=1)
     num_blocks = joined.shape[1] // length
-    return joined[:, : num_blocks * length].reshape(2, num_blocks, length).transpose(0, 1)
+    return joined[:, : num_blocks * length].reshape(3, num_blocks, length).transpose(0, 1)
+
+
+def pack_whole(documents: Iterable[Tensor], length: int, pad: int) -> Tensor:
+    """All documents [3, n], none of them cut, as blocks [num_blocks, 3, length]."""
+    blocks: list[list[Tensor]] = []
+    room = 0
+    for document in (shorten(d, length) for d in documents):
+        if document.shape[1] > room:
+            blocks.append([])
+            room = length
+        blocks[-1].append(document)
+        room -= document.shape[1]
+    return torch.stack([_filled(parts, length, pad) for parts in blocks])
+
+
+def shorten(document: Tensor, length: int) -> Tensor:
+    """At most the last `length` tokens of a document [3, n]: of an example, the beginning of the prompt goes.
+
+    What is then the first token cannot be predicted: an answer alone longer than that loses its own beginning.
+    """
+    if document.shape[1] <= length:
+        return document
+    document = document[:, -length:].clone()
+    document[1, 0], document[2, 0] = 1, 0
+    return document
+
+
+def _filled(parts: list[Tensor], length: int, pad: int) -> Tensor:
+    return torch.cat([*parts, padding(length - sum(part.shape[1] for part in parts), pad)], dim=1)
 
 
 def spread(blocks: Tensor, max_tokens: int | None) -> Tensor:
-    """At most `max_tokens` (but one block at least) of blocks [num_blocks, 2, length], evenly over all of them."""
+    """At most `max_tokens` (but one block at least) of blocks [num_blocks, 3, length], evenly over all of them."""
     total, _, length = blocks.shape
     if max_tokens is None or max_tokens >= total * length:
         return blocks
@@ -99,10 +148,12 @@ class BatchStream(Iterator[Batch]):
     """Batches without end, each epoch shuffled by (seed, epoch), from any exact position.
 
     Documents are shuffled in chunks of `shuffle_buffer`, not in a rolling buffer, so that a position is a few numbers:
-    where the chunk starts in the source, the document within this process's share of the shuffled chunk, the token
-    within that document. `batch_size` and `length` may change at a resume: no document is skipped or seen twice.
-    Process `rank` takes every `world_size`-th document, so two processes share none within an epoch; their positions
-    differ, each saves its own.
+    where the chunk starts in the source, the document within the shuffled chunk, the token within that document.
+    `batch_size`, `length` and `world_size` may change at a resume: no document is skipped or seen twice.
+
+    All processes walk the one order of blocks, and process `rank` keeps its `batch_size` rows of each global batch.
+    So any number of processes sees the same global batches, and their positions are equal. Each tokenizes everything:
+    a fast tokenizer does a million tokens a second, many times what a processor or a GPU trains on.
     """
 
     def __init__(
@@ -117,31 +168,30 @@ class BatchStream(Iterator[Batch]):
         world_size: int,
         shuffle_buffer: int,
         document_mask: bool,
+        pad: int | None = None,
     ):
+        """`pad` is the token to fill blocks with, for documents that must not be cut; None cuts them."""
         self._source, self._encode = source, encode
-        self._batch_size, self._length, self._document_mask = batch_size, length, document_mask
+        self._batch_size, self._length, self._document_mask, self._pad = batch_size, length, document_mask, pad
+        self._rank, self._world_size = rank, world_size
         # What a position means something under; a resume under other values is refused.
-        self._identity: dict[str, Any] = {
-            "source": source.name,
-            "seed": seed,
-            "rank": rank,
-            "world_size": world_size,
-            "shuffle_buffer": shuffle_buffer,
-        }
+        self._identity: dict[str, Any] = {"source": source.name, "seed": seed, "shuffle_buffer": shuffle_buffer}
         self._epoch = self._chunk = self._document = self._offset = 0
         self._chunk_start: Position | None = None
-        self._incoming: Iterator[str] | None = None  # None until the first batch is asked for
-        self._share: list[str] = []
+        self._incoming: Iterator[Document] | None = None  # None until the first batch is asked for
+        self._shuffled: list[Document] = []
         self._encoded: dict[int, Tensor] = {}
 
     def __next__(self) -> Batch:
-        """The next batch. Raises UserError where the source has no documents, or fewer than there are processes."""
+        """This process's rows of the next global batch. Raises UserError where the source has no documents."""
         if self._incoming is None:
             self._open_chunk()
-        return make_batch(torch.stack([self._block() for _ in range(self._batch_size)]), self._document_mask)
+        blocks = [self._block() for _ in range(self._world_size * self._batch_size)]
+        first = self._rank * self._batch_size
+        return make_batch(torch.stack(blocks[first : first + self._batch_size]), self._document_mask)
 
     def state_dict(self) -> dict[str, Any]:
-        """The exact position, in plain values."""
+        """The exact position, in plain values, the same in every process."""
         return {
             **self._identity,
             "epoch": self._epoch,
@@ -152,7 +202,7 @@ class BatchStream(Iterator[Batch]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises UserError where it was saved under another source, seed or process count."""
+        """Go to a saved position. Raises UserError where it was saved under another source, seed or shuffle buffer."""
         for key, value in self._identity.items():
             if state[key] != value:
                 raise UserError(
@@ -164,7 +214,10 @@ class BatchStream(Iterator[Batch]):
         self._incoming = None
 
     def _block(self) -> Tensor:
-        """The next block [2, length] of this process's documents."""
+        """The next block [3, length]."""
+        return self._cut_block() if self._pad is None else self._whole_block(self._pad)
+
+    def _cut_block(self) -> Tensor:
         parts: list[Tensor] = []
         missing = self._length
         while missing:
@@ -174,19 +227,28 @@ class BatchStream(Iterator[Batch]):
             parts.append(part)
         return torch.cat(parts, dim=1)
 
+    def _whole_block(self, pad: int) -> Tensor:
+        parts: list[Tensor] = []
+        room = self._length
+        while (document := shorten(self._current(), self._length)).shape[1] <= room:
+            self._offset = self._current().shape[1]  # used up
+            room -= document.shape[1]
+            parts.append(document)
+        return _filled(parts, self._length, pad)
+
     def _current(self) -> Tensor:
-        """The document [2, n] at the position, which moves on where the document before is used up."""
+        """The document [3, n] at the position, which moves on where the document before is used up."""
         tokens = self._tokens()
         while self._offset >= tokens.shape[1]:
             self._document, self._offset = self._document + 1, 0
-            while self._document == len(self._share):
+            while self._document == len(self._shuffled):
                 self._next_chunk()
             tokens = self._tokens()
         return tokens
 
     def _tokens(self) -> Tensor:
         if self._document not in self._encoded:
-            texts = self._share[self._document : self._document + _ENCODED_TOGETHER]
+            texts = self._shuffled[self._document : self._document + _ENCODED_TOGETHER]
             self._encoded = dict(enumerate(self._encode(texts), start=self._document))
         return self._encoded[self._document]
 
@@ -199,20 +261,12 @@ class BatchStream(Iterator[Batch]):
     def _open_chunk(self) -> None:
         """Start reading the source at the chunk's start."""
         self._incoming = self._source.documents(self._chunk_start)
-        num_documents = self._fill()
-        if num_documents == 0:
+        if not self._fill():
             raise UserError(f"{self._source.name}: no text to train on{self._source.hint}")
-        if self._chunk == 0 and num_documents < self._identity["world_size"]:
-            raise UserError(
-                f"{self._source.name}: {num_documents} documents for {self._identity['world_size']} processes: "
-                "use fewer processes or more text"
-            )
 
     def _fill(self) -> int:
-        """Read and shuffle one chunk, keep this process's share, return how many documents the chunk has."""
+        """Read and shuffle one chunk; return how many documents it has."""
         assert self._incoming is not None
-        rank, world_size = self._identity["rank"], self._identity["world_size"]
-        chunk = list(islice(self._incoming, max(self._identity["shuffle_buffer"], world_size)))
-        random.Random(f"{self._identity['seed']} {self._epoch} {self._chunk}").shuffle(chunk)
-        self._share, self._encoded = chunk[rank::world_size], {}
-        return len(chunk)
+        self._shuffled, self._encoded = list(islice(self._incoming, self._identity["shuffle_buffer"])), {}
+        random.Random(f"{self._identity['seed']} {self._epoch} {self._chunk}").shuffle(self._shuffled)
+        return len(self._shuffled)

@@ -13,15 +13,25 @@ import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from wrinklefree.core.errors import UserError
 
+
+class Example(NamedTuple):
+    """A question and its answer: only the answer is learned. Prompt and answer are one text, laid end to end."""
+
+    prompt: str
+    answer: str  # with the space before it
+    choices: tuple[str, ...] = ()  # the possible answers, where there are only so many
+
+
+Document = str | Example
 Position = dict[str, Any]
 Row = Mapping[str, Any]
-Render = Callable[[Row, str], str]  # a row and where it is from, for the error message -> its text
+Render = Callable[[Row, str], Document]  # a row and where it is from, for the error message -> its text
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
@@ -33,13 +43,18 @@ HELDOUT_DOCUMENTS = 512
 PIECE = 32768
 
 
+def is_blank(document: Document) -> bool:
+    """Whether there is nothing to learn in it."""
+    return not (document if isinstance(document, str) else document.answer).strip()
+
+
 class Source(Protocol):
     """Documents in a fixed order."""
 
     name: str  # the setting that names it, for messages and to recognize it at a resume
     hint: str  # what to do where it turns out empty: appended to a message
 
-    def documents(self, start: Position | None) -> Iterator[str]:
+    def documents(self, start: Position | None) -> Iterator[Document]:
         """The documents from `start` (None: the first) to the last, once."""
 
     def position(self) -> Position:
@@ -51,12 +66,12 @@ class Memory:
 
     hint = ""
 
-    def __init__(self, name: str, texts: Iterable[str]):
+    def __init__(self, name: str, texts: Iterable[Document]):
         self.name = name
         self._texts = list(texts)
         self._next = 0
 
-    def documents(self, start: Position | None) -> Iterator[str]:
+    def documents(self, start: Position | None) -> Iterator[Document]:
         self._next = start["document"] if start else 0
         while self._next < len(self._texts):
             self._next += 1
@@ -76,12 +91,12 @@ class Files:
         self._paths, self._render, self._keep = paths, render, keep
         self._position = {"file": 0, "row": 0, "document": 0}
 
-    def documents(self, start: Position | None) -> Iterator[str]:
+    def documents(self, start: Position | None) -> Iterator[Document]:
         at = self._position = dict(start or {"file": 0, "row": 0, "document": 0})
         while at["file"] < len(self._paths):
             for text in islice(read(self._paths[at["file"]], self._render), at["row"], None):
                 at["row"] += 1
-                if not text.strip():
+                if is_blank(text):
                     continue
                 at["document"] += 1
                 if self._keep(at["document"] - 1):
@@ -101,13 +116,13 @@ class Hub:
         self._seen = 0
         self._beginning = dataset.state_dict()
 
-    def documents(self, start: Position | None) -> Iterator[str]:
+    def documents(self, start: Position | None) -> Iterator[Document]:
         # Always a state, also for the start: without one, datasets goes on from the last state it was given.
         self._dataset.load_state_dict(start["rows"] if start else self._beginning)
         self._seen = start["document"] if start else 0
         for row in self._dataset:
             text = self._render(row, self.name)
-            if not text.strip():
+            if is_blank(text):
                 continue
             self._seen += 1
             if self._seen > self._skip:
@@ -117,7 +132,7 @@ class Hub:
         return {"document": self._seen, "rows": self._dataset.state_dict()}
 
 
-def row_text(row: Row, where: str, column: str, chat: Render) -> str:
+def row_text(row: Row, where: str, column: str, chat: Callable[[Row, str], str]) -> str:
     """The text of a row: its `column`, or else its `messages` written out by `chat`.
 
     Raises UserError naming the columns there are where it has neither, and where the text is no text.
@@ -157,7 +172,7 @@ def _is_hidden(relative: str) -> bool:
     return any(part.startswith(".") for part in relative.split("/"))
 
 
-def read(path: Path, render: Render, piece: int = PIECE) -> Iterator[str]:
+def read(path: Path, render: Render, piece: int = PIECE) -> Iterator[Document]:
     """The documents of one file: rows of .jsonl, .json and .parquet; any other file is text, in parts of `piece`.
 
     Raises UserError where the file is not what its name says, or not UTF-8.
@@ -166,7 +181,7 @@ def read(path: Path, render: Render, piece: int = PIECE) -> Iterator[str]:
         if path.suffix in (".jsonl", ".json"):
             yield from (render(row, f"{path}, row {number}") for number, row in enumerate(_json_rows(path), start=1))
         elif path.suffix == ".parquet":
-            yield from (render(row, str(path)) for row in _parquet_rows(path))
+            yield from (render(row, f"{path}, row {number}") for number, row in enumerate(_parquet_rows(path), start=1))
         else:
             yield from _pieces(path, piece)
     except UnicodeDecodeError as error:
@@ -225,10 +240,11 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: not a whole Parquet file: {_first_line(error)}") from error
 
 
-def load_hub(path: str | None, subset: str | None, split: str) -> Any:
+def load_hub(path: str | None, subset: str | None, split: str, instead: str) -> Any:
     """A hub dataset, or a local folder of one, as a streaming `datasets.IterableDataset`.
 
-    Raises UserError where the hub does not answer (within seconds) or has no such dataset, subset or split.
+    Raises UserError where the hub does not answer (within seconds), with what to use `instead`, or has no such
+    dataset, subset or split.
     """
     from datasets import load_dataset
     from huggingface_hub import constants
@@ -237,7 +253,7 @@ def load_hub(path: str | None, subset: str | None, split: str) -> Any:
         raise UserError("data.path: a value is required: a dataset on the hub, for example HuggingFaceFW/fineweb-edu")
     if not Path(path).exists() and (constants.HF_HUB_OFFLINE or not hub_reachable(constants.ENDPOINT)):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
-        raise UserError(f"data.path={path}: {why}: use data=stdlib, or data=local data.path=FILE_OR_FOLDER")
+        raise UserError(f"data.path={path}: {why}: use {instead}")
     try:
         return load_dataset(path, subset, split=split, streaming=True)
     except (OSError, ValueError) as error:  # no such dataset, no access; no such subset or split

@@ -57,6 +57,12 @@ def documents(split: Split, tests: bool = True) -> Iterator[str]:
         yield path.read_text(encoding="utf-8")
 
 
+def library() -> dict[str, str]:
+    """Relative POSIX path -> text of the library's own files, in path order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return {path: text for path, text in _texts(root).items() if not _is_test(path)}
+
+
 @cache
 def _split_paths(root: Path) -> dict[Split, tuple[str, ...]]:
     """Relative POSIX paths per split, without copies."""

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from wrinklefree.config import DistillationConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import quant_layers
 from wrinklefree.objectives import Batch, Decoder, compare
+from wrinklefree.sharding import whole_layers
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch], reference: PreTrai
 def quantization_error(model: torch.nn.Module) -> dict[str, float]:
     """Relative error |W - Q| / |W| (Frobenius) of every quantized layer by fqn, and their mean under `mean`."""
     errors = {}
-    for fqn, layer in quant_layers(model).items():
+    for fqn, layer in whole_layers(model):
         difference = layer.weight - layer.effective_weight(torch.float32)
         errors[fqn] = (difference.norm() / layer.weight.norm()).item()
     return errors | ({"mean": sum(errors.values()) / len(errors)} if errors else {})

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
 from wrinklefree.export import bundle
 from wrinklefree.export.certify import Certificate, CertificateError, certify
 from wrinklefree.packed.linear import PackedLinear, packed_layers
-from wrinklefree.packed.quantizer import WrinkleFreeConfig
+from wrinklefree.packed.quantizer import PLAIN, WITH_NORMS, WrinkleFreeConfig
 
 DenseDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -164,7 +164,8 @@ def pack_model(model: PreTrainedModel, method: QuantMethod, dense_dtype: DenseDt
 def _pack_layer(fqn: str, layer: QuantLinear, method: QuantMethod, dtype: torch.dtype) -> PackedLinear:
     bias = None if layer.bias is None else layer.bias.to(dtype)
     try:
-        return PackedLinear.from_codes(method.config_for(fqn), layer.encode(), bias)
+        eps = None if layer.rms_norm is None else layer.rms_norm.variance_epsilon
+        return PackedLinear.from_codes(method.config_for(fqn), layer.encode(), bias, eps)
     except ValueError as error:
         raise UserError(f"{fqn}.{error}") from error
 
@@ -176,20 +177,26 @@ def _skeleton(model: PreTrainedModel, method: QuantMethod, layers: Mapping[str, 
     config.auto_map = {"AutoModelForCausalLM": f"{bundle.ENTRY}.{type(model).__name__}"}
     with torch.device("meta"):
         packed = type(model)(config)
-    specs = {fqn: dataclasses.asdict(layer.spec) for fqn, layer in layers.items()}
-    packed.config.quantization_config = WrinkleFreeConfig(dataclasses.asdict(method), specs)
+    specs = {fqn: _spec(layer) for fqn, layer in layers.items()}
+    version = WITH_NORMS if any("norm_eps" in spec for spec in specs.values()) else PLAIN
+    packed.config.quantization_config = WrinkleFreeConfig(dataclasses.asdict(method), specs, version)
     packed.generation_config = copy.deepcopy(model.generation_config)
     for fqn, layer in layers.items():
         packed.set_submodule(fqn, layer)
     return packed
 
 
+def _spec(layer: PackedLinear) -> dict[str, Any]:
+    """The layer's spec as JSON; without a norm, without a word of it, as version 1 reads it."""
+    return {name: value for name, value in dataclasses.asdict(layer.spec).items() if value is not None}
+
+
 def _dense_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything outside of the quantized layers, floating-point parameters in `dtype`."""
+    """Everything outside of the quantized layers, and their norms; floating-point parameters in `dtype`."""
     inside = tuple(f"{fqn}." for fqn in quant_layers(model))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {
         name: tensor.to(dtype) if name in parameters and tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
-        if not name.startswith(inside)
+        if not name.startswith(inside) or name.endswith(".rms_norm.weight")
     }

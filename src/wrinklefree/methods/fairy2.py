@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
+from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
 from wrinklefree.core.ste import int8_per_token, round_fp16
 
 log = logging.getLogger("wrinklefree")
@@ -260,6 +260,10 @@ class Config(QuantMethod):
         if self.scale_mode == "mean" and self.scale_granularity != "tensor":
             raise ValueError("scale_mode=mean is the paper's and knows scale_granularity=tensor only")
 
+    @property
+    def weight_bits(self) -> float:
+        return float(self.num_stages)
+
     def grid(self, n: int, m: int) -> tuple[int, int]:
         """(R, G), the scales of an n x m complex matrix. Raises UserError where groups do not fill its rows."""
         if self.scale_granularity == "group" and m % self.group_size:
@@ -270,7 +274,7 @@ class Config(QuantMethod):
     def activation(self, x: Tensor) -> Tensor:
         return x if self.activation_bits is None else int8_per_token(x)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Batches = ()) -> nn.Module:
         model = super().prepare(model)
         odd = [fqn for fqn, layer in quant_layers(model).items() if layer.in_features % 2 or layer.out_features % 2]
         if odd:

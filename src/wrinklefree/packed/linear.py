@@ -5,6 +5,7 @@ Buffers, all of them in the saved file:
     weight      uint8 [..., ceil(n * bits / 8)]   the codes `index` [..., n], packed along the last dimension
     <name>      fp16, the method's shape          one for each of `Codes.tensors`: scales, tables
     bias        [out]                             a parameter, only where the trained layer has one
+    rms_norm.weight  [in]                         a parameter, only where the trained layer normalizes its inputs
 
 The codes are called `weight` on purpose: to a program that does not know this format they are a weight of the wrong
 shape, which transformers refuses. Under any other name it would start from random weights and say so in a warning.
@@ -21,6 +22,7 @@ from typing_extensions import Self
 
 from wrinklefree.core.codes import Codes, pack, packed_length, unpack
 from wrinklefree.core.method import QuantMethod, compute_dtype
+from wrinklefree.core.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,12 @@ class LayerSpec:
     index_shape: list[int]  # of the unpacked codes
     tensors: dict[str, list[int]]  # shape of each scale or table
     bias: bool
+    norm_eps: float | None = None  # of the norm of its inputs, where it has one
 
     @classmethod
-    def of(cls, codes: Codes, bias: bool) -> "LayerSpec":
+    def of(cls, codes: Codes, bias: bool, norm_eps: float | None = None) -> "LayerSpec":
         tensors = {name: list(tensor.shape) for name, tensor in codes.tensors.items()}
-        return cls(list(codes.shape), codes.bits, list(codes.index.shape), tensors, bias)
+        return cls(list(codes.shape), codes.bits, list(codes.index.shape), tensors, bias, norm_eps)
 
     @property
     def packed_shape(self) -> list[int]:
@@ -59,12 +62,18 @@ class PackedLinear(nn.Module):
         for name, shape in spec.tensors.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float16))
         self.bias = nn.Parameter(torch.empty(self.out_features)) if spec.bias else None
+        self.rms_norm = None if spec.norm_eps is None else RMSNorm(torch.empty(self.in_features), spec.norm_eps)
 
     @classmethod
-    def from_codes(cls, config: QuantMethod, codes: Codes, bias: Tensor | None) -> "PackedLinear":
-        """Pack `codes`. Raises ValueError where a scale is not exactly an fp16 number: it would change in the file."""
+    def from_codes(
+        cls, config: QuantMethod, codes: Codes, bias: Tensor | None, norm_eps: float | None = None
+    ) -> "PackedLinear":
+        """Pack `codes`; the gain of a norm is left on the meta device for its own tensor to take its place.
+
+        Raises ValueError where a scale is not exactly an fp16 number: it would change in the file.
+        """
         with torch.device("meta"):
-            layer = cls(config, LayerSpec.of(codes, bias is not None))
+            layer = cls(config, LayerSpec.of(codes, bias is not None, norm_eps))
         layer.weight = pack(codes.index, codes.bits)
         for name, tensor in codes.tensors.items():
             setattr(layer, name, _exact_fp16(name, tensor))
@@ -84,8 +93,12 @@ class PackedLinear(nn.Module):
                 self.dense = self.config.layer.decode(self.codes()).to(dtype)
         return self.dense
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """What is multiplied with the weight: `x` through the layer's norm, if any, and the method's quantizer."""
+        return self.config.activation(x if self.rms_norm is None else self.rms_norm(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.matmul(self.config.activation(x))
+        return self.matmul(self.inputs(x))
 
     def matmul(self, x: Tensor) -> Tensor:
         """x @ weight.T + bias: [..., in] -> [..., out]. Here native kernels take the place of the decoded weight."""

@@ -18,7 +18,8 @@ from wrinklefree.core.method import Method, QuantMethod, find
 from wrinklefree.packed.linear import LayerSpec, PackedLinear
 
 QUANT_METHOD = "wrinklefree"
-FORMAT = 1  # of the folder; a reader refuses newer ones
+FORMAT = 2  # the newest that is read; a reader refuses newer ones
+PLAIN, WITH_NORMS = 1, 2  # 2 since layers may have norms of their own; folders without them stay readable to version 1
 
 
 class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -28,7 +29,7 @@ class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # trans
         self,
         method: dict[str, Any],
         layers: dict[str, dict[str, Any]],
-        format: int = FORMAT,
+        format: int = PLAIN,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         """Raises ValueError for a folder that a newer version wrote."""

@@ -1,0 +1,148 @@
+"""BitDistill measured: what each stage is worth on a task, language modelling, cost of a step, size of the file.
+
+    python -m benchmarks.bitdistill [--quick] [--json] [--parts ablation,lm,story,cost] [--story FOLDER] [--seeds 0,1,2]
+
+ablation  `-m tiny` on `stdlib_kind`, the paper's arms: full precision fine-tuned; ternary fine-tuned directly; SubLN,
+          then distilled (stages 1 and 3); with continued pretraining between (1, 2 and 3). Accuracy and its spread over
+          seeds, and the share of the gap between the second and the first arm that BitDistill closes.
+lm        `-m tiny` ternary with int8 activations after KD on text: perplexity over full precision's, KL, and the
+          control, the full-precision model after the same steps. Whole-file size, embeddings included.
+story     KL to the original after 250 steps of 12 x 128 tokens sampled from it, activations in floating point.
+cost      time and memory of one training step over those of the unquantized model.
+
+Finished runs are kept under --out and not repeated. Ratios come first in the JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import quality
+from wrinklefree import config as configs
+from wrinklefree import launch, load, report, stages
+
+Figures = dict[str, Any]
+
+ARMS = ("fp", "direct", "stages_1_3", "bitdistill")
+DIRECT = ["training.start_from=[]", "distillation=none", "method.norm_mode=none", "experiment=direct"]
+
+PLAIN = ["training=stage2_pretrain", "training.start_from=[]", "method.norm_mode=none"]
+ROW = ["method.granularity=row", "method.scale_mode=learned"]
+PAPER = ["method.granularity=tensor", "method.scale_mode=absmean"]
+STORY = [*PLAIN, "method.activation_bits=null", "training.lr=8e-3", "training.optimizer.scale_lr=1e-2"]
+STORY += ["training.scheduler.decay_ratio=0.92", "training.gradient_accumulation_steps=1"]
+
+
+def ablation(seeds: list[int], out: Path, limits: list[str]) -> Figures:
+    """Accuracies of the arms by seed, and the share of the gap that BitDistill closes.
+
+    All arms of a seed see the same examples for the same number of steps; continued pretraining is run once for all.
+    """
+    pretrained = stage("stage2_pretrain", out / "shared", [*limits, "training.start_from=[]"])
+    accuracy: dict[str, list[float]] = {name: [] for name in ARMS}
+    for seed in seeds:
+        for name, run in arms(out / f"seed{seed}", pretrained, [*limits, f"seed={seed}"]).items():
+            accuracy[name].append(report.load(run / "results.json")["accuracy"]["trained"]["value"])
+    mean = {name: statistics.mean(values) for name, values in accuracy.items()}
+    gap = mean["fp"] - mean["direct"]
+    figures: Figures = {"gap_recovered": (mean["bitdistill"] - mean["direct"]) / gap}
+    figures |= {"gap_recovered_without_stage_2": (mean["stages_1_3"] - mean["direct"]) / gap}
+    figures |= {f"accuracy_{name}": mean[name] for name in ARMS}
+    for name, values in accuracy.items():
+        figures[f"accuracy_{name}_stdev"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        figures[f"accuracy_{name}_seeds"] = values
+    return figures
+
+
+def arms(root: Path, pretrained: Path, common: list[str]) -> dict[str, Path]:
+    """The run folder of each arm."""
+    stage("stage1_subln", root, common)
+    two = [f"training.start_from=[{pretrained / 'final'}]", f"output_dir={root / 'stages_1_2_3'}"]
+    return {
+        "fp": stage("stage0_sft", root, common),
+        "direct": stage("stage3_distill", root, [*common, *DIRECT]),
+        "stages_1_3": stage("stage3_distill", root, [*common, "training.start_from=[stage1_subln]"]),
+        "bitdistill": stage("stage3_distill", root, [*common, *two]),
+    }
+
+
+def stage(name: str, root: Path, settings: list[str]) -> Path:
+    """Run one stage unless it has been run; its folder."""
+    overrides = ["model=tiny", f"training={name}", f"output_root={root}", "training.pack=false"]
+    overrides += ["training.final_eval_tokens=16384", "training.eval_examples=768", *settings]
+    run = Path(configs.load(overrides).output_dir)
+    if not stages.is_done(run):
+        launch.run(overrides, force=True)
+    return run
+
+
+def lm(steps: int, out: Path) -> Figures:
+    """Ternary with int8 activations against full precision, and the control."""
+    length = [f"training.max_steps={steps}", "training.final_eval_tokens=1000000", "training.eval_interval=250"]
+    runs = {"ternary_row": [*PLAIN, *ROW], "ternary_tensor": PLAIN, "control": ["training=full_precision"]}
+    results = {name: quality.run(["model=tiny", *o, *length], out / f"lm_{name}_{steps}") for name, o in runs.items()}
+    best = results["ternary_row"]
+    figures: Figures = {"ppl_ratio_tiny": quality.ratio(best), "kl_tiny": best["trained"]["kl"]}
+    figures |= {"ppl_ratio_tiny_per_tensor": quality.ratio(results["ternary_tensor"])}
+    figures |= {"ppl_ratio_control": quality.ratio(results["control"])}
+    figures |= {"file_over_bf16": best["packed_bytes"] / best["original_bytes"], "file_bytes": best["packed_bytes"]}
+    return figures | {f"lm_{name}": quality.summary(result) for name, result in results.items()}
+
+
+def story(folder: Path, steps: int, seeds: list[int]) -> Figures:
+    """Mean final KL over the seeds: ours, and the quantizer of the paper, one absmean scale a tensor."""
+    teacher, tokenizer = load.load(folder, dtype=quality.torch.float32)
+    teacher.requires_grad_(False)
+    heldout = quality.sampled(teacher, batches=4, rows=12, length=256, seed=10_000)
+    data = {seed: quality.sampled(teacher, steps, rows=12, length=128, seed=seed) for seed in seeds}
+    figures: Figures = {}
+    for name, quantizer in {"kl_story": ROW, "kl_story_paper": PAPER}.items():
+        settings = [*STORY, *quantizer]
+        runs = [quality.story_run(folder, settings, teacher, tokenizer, data[s], heldout, s) for s in seeds]
+        figures[name] = statistics.mean(run.kl for run in runs)
+        figures[f"{name}_seeds"] = [run.kl for run in runs]
+        figures[f"{name}_bits"] = runs[0].bits
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a minute's version: few steps, one seed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--parts", default="ablation,lm,cost", help="of ablation, lm, story, cost; comma-separated")
+    parser.add_argument("--seeds", default="0,1,2", help="of ablation and story")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of part lm")
+    parser.add_argument("--story", type=Path, help="a folder with a small pretrained model, for part story")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_bitdistill"), help="where runs are kept")
+    args = parser.parse_args()
+    stdout = sys.stdout
+    if args.json:
+        sys.stdout = sys.stderr  # progress and tables of the runs
+    figures = measure(args)
+    text = json.dumps(figures, indent=2) if args.json else "\n".join(f"{k}: {v}" for k, v in figures.items())
+    print(text, file=stdout)
+
+
+def measure(args: argparse.Namespace) -> Figures:
+    parts = args.parts.split(",") + (["story"] if args.story and "story" not in args.parts else [])
+    seeds = [0] if args.quick else [int(seed) for seed in args.seeds.split(",")]
+    out = args.out / ("quick" if args.quick else "full")
+    figures: Figures = {}
+    if "ablation" in parts:
+        figures |= ablation(seeds, out, ["training.max_steps=3", "training.eval_examples=30"] if args.quick else [])
+    if "lm" in parts:
+        figures |= lm(3 if args.quick else args.steps, out)
+    if "story" in parts:
+        if args.story is None:
+            sys.exit("part story needs --story FOLDER")
+        figures |= story(args.story, 20 if args.quick else 250, seeds)
+    if "cost" in parts:
+        figures |= quality.cost(3 if args.quick else 15, "stage2_pretrain")
+    return figures
+
+
+if __name__ == "__main__":
+    main()

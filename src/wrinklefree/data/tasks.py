@@ -1,0 +1,133 @@
+"""Tasks to fine-tune on: rows of a dataset as questions with answers, in lm-evaluation-harness's own words.
+
+    sst2, mnli, qnli     GLUE: a class, named in words
+    cnn_dailymail        a news article and its highlights
+    stdlib_kind          which package of Python's standard library a piece of code is from; needs no download
+
+Prompt and answer are one text with a space between them, as the harness scores them, so that training and scoring see
+the same tokens. Local files have the columns of the dataset on the hub; a label is its number or its name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import did_you_mean
+from wrinklefree.data.sources import Example, Row
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's rows come from, and what they say."""
+
+    name: str
+    path: str  # on the hub
+    subset: str
+    train: str  # splits
+    heldout: str
+    columns: tuple[str, ...]  # that the prompt is made of
+    prompt: Callable[[Row], str]
+    target: str  # the column with the answer
+    classes: tuple[str, ...] = ()  # label names in the dataset's order
+    words: tuple[str, ...] = ()  # what the answer says for each
+
+
+def _glue(name: str, heldout: str, columns: tuple[str, ...], prompt: Callable[[Row], str], **labels: str) -> Task:
+    """`labels`: class name -> word, in the dataset's order."""
+    classes, words = tuple(labels), tuple(labels.values())
+    return Task(name, "nyu-mll/glue", name, "train", heldout, columns, prompt, "label", classes, words)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        _glue(
+            "sst2",
+            "validation",
+            ("sentence",),
+            lambda row: f"{row['sentence']}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+            negative="negative",
+            positive="positive",
+        ),
+        _glue(
+            "mnli",
+            "validation_matched",
+            ("premise", "hypothesis"),
+            lambda row: (
+                f"{row['premise']}\nQuestion: {_as_statement(row['hypothesis'])} True, False or Neither?\nAnswer:"
+            ),
+            entailment="True",
+            neutral="Neither",
+            contradiction="False",
+        ),
+        _glue(
+            "qnli",
+            "validation",
+            ("question", "sentence"),
+            lambda row: (
+                f"{row['question']}\n{row['sentence']}\nQuestion: Does this response answer the question?\nAnswer:"
+            ),
+            entailment="yes",
+            not_entailment="no",
+        ),
+        Task(
+            "cnn_dailymail",
+            "abisee/cnn_dailymail",
+            "3.0.0",
+            "train",
+            "validation",
+            ("article",),
+            lambda row: f"Summarize the following article:\n\n{row['article']}\n\nSummary:",
+            "highlights",
+        ),
+    )
+}
+
+BUILTIN = "stdlib_kind"
+
+
+def _as_statement(hypothesis: str) -> str:
+    """With a full stop at the end, whether it came with one or not."""
+    text = hypothesis.strip()
+    return text if text.endswith(".") else f"{text}."
+
+
+def find(name: str | None) -> Task:
+    """Raises UserError for an unknown name."""
+    known = [*TASKS, BUILTIN]
+    if name is None:
+        raise UserError(f"data.task: a value is required: one of {', '.join(known)}")
+    if name not in TASKS:
+        raise UserError(f"data.task={name}: no such task{did_you_mean(name, known)}; there are {', '.join(known)}")
+    return TASKS[name]
+
+
+def render(task: Task, row: Row, where: str) -> Example:
+    """A row as prompt and answer. Raises UserError naming file and row where a column or a known label is missing.
+
+    A row of a test split, whose label is -1, comes back without an answer: such rows are skipped.
+    """
+    missing = [column for column in (*task.columns, task.target) if column not in row]
+    if missing:
+        raise UserError(
+            f"{where}: no column {missing[0]!r}, which {task.name} needs; there are {', '.join(map(str, row))}"
+        )
+    texts = task.columns if task.classes else (*task.columns, task.target)
+    wrong = [column for column in texts if not isinstance(row[column], str)]
+    if wrong:
+        raise UserError(f"{where}: column {wrong[0]!r} holds {type(row[wrong[0]]).__name__}, not text")
+    if not task.classes:
+        return Example(task.prompt(row), f" {row[task.target]}")
+    if row[task.target] == -1:
+        return Example("", "")
+    choices = tuple(f" {word}" for word in task.words)
+    return Example(task.prompt(row), choices[_class(task, row[task.target], where)], choices)
+
+
+def _class(task: Task, label: object, where: str) -> int:
+    """The number of a label, which is that number or the class's name. Raises UserError for any other."""
+    known = [*range(len(task.classes)), *task.classes]
+    if label not in known:
+        names = ", ".join(task.classes)
+        raise UserError(f"{where}: label {label!r}; {task.name} has {names}, or 0 to {len(task.classes) - 1}")
+    return known.index(label) % len(task.classes)

@@ -1,0 +1,102 @@
+"""Accuracy on a task with a fixed set of answers: which of them does the model find likeliest after the question?
+
+The log-likelihood of an answer is the sum over its tokens, given the question, as lm-evaluation-harness's `acc` has it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.data import Example
+from wrinklefree.data.packing import encode, shorten
+from wrinklefree.objectives import Decoder
+
+Z = 1.959964  # of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers of `total`, and the 95 % interval of the share (Wilson)."""
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        n, p = self.total, self.value
+        center = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+        half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+        return center - half, center + half
+
+
+def choose(examples: Sequence[Example], count: int | None) -> list[Example]:
+    """At most `count` examples, evenly over all of them."""
+    if count is None or count >= len(examples):
+        return list(examples)
+    return [examples[(2 * i + 1) * len(examples) // (2 * count)] for i in range(count)]
+
+
+@torch.no_grad()
+def measure_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    length: int,
+) -> Accuracy:
+    """Score every choice of every example, the last `length` tokens of each, in the current autocast precision.
+
+    Raises UserError where there is no example, or one without choices.
+    """
+    if not examples or not all(e.choices for e in examples):
+        raise UserError("no accuracy without held-out examples that have a fixed set of answers")
+    answered = [e._replace(answer=choice) for e in examples for choice in e.choices]
+    documents = [shorten(d, length)[:, :-1] for d in encode(tokenizer, answered)]  # every choice ends alike
+    scores = log_likelihoods(Decoder(model), documents, batch_size, model.device)
+    by_example = scores.split([len(e.choices) for e in examples])
+    correct = sum(e.choices[int(s.argmax())] == e.answer for e, s in zip(examples, by_example, strict=True))
+    return Accuracy(correct, len(examples))
+
+
+def log_likelihoods(decoder: Decoder, documents: list[Tensor], batch_size: int, device: torch.device) -> Tensor:
+    """The log-probability of the learned tokens of each document [3, n], given the tokens before them: fp32 [N].
+
+    The last token is nobody's context, so documents that differ only there, the choices of one word, share a row.
+    """
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for number, document in enumerate(documents):
+        rows.setdefault(tuple(document[0, :-1].tolist()), []).append(number)
+    scores = torch.zeros(len(documents), device=device)
+    for batch in _batched(sorted(rows, key=len), batch_size):  # rows of like length: little padding
+        ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True)  # to the right: no token sees it
+        states = decoder.states({"input_ids": ids.to(device)})
+        scored = [
+            (number, row, int(column) - 1, int(documents[number][0, column]))
+            for row, key in enumerate(batch)
+            for number in rows[key]
+            for column in documents[number][2].nonzero()
+        ]
+        number, row, column, token = torch.tensor(scored, device=device).T
+        operand, head = decoder.project(states[row, column])
+        logits = F.linear(operand, head.to(operand.dtype)).float()
+        scores.index_add_(0, number, logits.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1))
+    return scores.cpu()
+
+
+def _batched(rows: Iterable[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch

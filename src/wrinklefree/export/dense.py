@@ -1,0 +1,78 @@
+"""`--format dense`: a plain Hugging Face model with the quantized weights written out, for any tool.
+
+The weights are what was trained, in fp32 so that they are so exactly; activations are no longer quantized, which such a
+folder cannot say. Norms that stand inside of layers have no place in a plain model.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import quant_layers
+from wrinklefree.export.agreement import compare, judge
+
+KL_WEIGHTS, KL_ACTIVATIONS = 1e-6, 0.05  # nats: the same computation; without the trained rounding of activations
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    batches: Iterable[Mapping[str, Tensor]],
+    **_: object,
+) -> list[list[str]]:
+    """Write the folder, read it back and compare. Raises UserError for a model that no plain class can hold."""
+    refuse_norms(model, "dense")
+    dense_model(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    back: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device)
+    agreement = compare(model, back, batches)
+    rounds = any(_quantizes_inputs(layer.config) for layer in quant_layers(model).values())
+    judge(agreement, KL_ACTIVATIONS if rounds else KL_WEIGHTS, "--format dense")
+    return agreement.rows()
+
+
+def _quantizes_inputs(config: object) -> bool:
+    return vars(config).get("activation_bits") is not None
+
+
+def refuse_norms(model: PreTrainedModel, target: str) -> None:
+    """Raises UserError where a quantized layer owns a norm."""
+    normed = [fqn for fqn, layer in quant_layers(model).items() if layer.rms_norm is not None]
+    if normed:
+        raise UserError(
+            f"--format {target}: {normed[0]} has a norm inside ({len(normed)} such layers), which a plain "
+            f"{type(model).__name__} has no place for: use --format hf"
+        )
+
+
+def unquantized_state(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, Tensor]:
+    """What is stored beside the quantized weights: biases, norms, embeddings; a tied head not again."""
+    own = {f"{fqn}.{name}" for fqn in layers for name, _ in quant_layers(model)[fqn].named_parameters(recurse=False)}
+    left_out = {name for name in own if not name.endswith(".bias")}
+    if model.config.tie_word_embeddings:
+        left_out.add("lm_head.weight")
+    return {n: t.detach().contiguous() for n, t in model.state_dict().items() if n not in left_out}
+
+
+@torch.no_grad()
+def dense_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class without quantization, its linear layers holding the effective weights in fp32."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    layers = quant_layers(model)
+    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head" not in layers
+    with torch.device("meta"):
+        plain = type(model)(config)
+    wanted = plain.state_dict().keys()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
+    state |= {f"{fqn}.weight": layer.effective_weight(torch.float32) for fqn, layer in layers.items()}
+    plain.load_state_dict({name: t.detach().float() for name, t in state.items()}, assign=True)
+    plain.tie_weights()
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain

@@ -1,0 +1,77 @@
+"""Quantized layers as plain ternary matrices, for targets that hold nothing else.
+
+Judged by the codes, not by the method: a layer is ternary where its weight is scale times {-1, 0, 1}, scales shared by
+the whole matrix, by a row or by equal groups of columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from wrinklefree.core.codes import Codes
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import QuantLinear, quant_layers
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """W = scales x codes: codes int8 [out, in] in {-1, 0, 1}, scales fp32 [1, 1], [out, 1] or [out, groups]."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def weight(self) -> Tensor:
+        """fp32 [out, in]."""
+        scales = self.scales.expand(len(self.codes), -1)
+        return (self.codes.float().unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)).flatten(1)
+
+
+@torch.no_grad()
+def ternary_layers(model: PreTrainedModel, target: str) -> dict[str, Ternary]:
+    """Every quantized layer by fqn. Raises UserError where one is not ternary, or nothing is quantized."""
+    layers = quant_layers(model)
+    if not layers:
+        raise UserError(f"--format {target}: nothing in this model is quantized; save it as it is with --format dense")
+    return {fqn: _ternary(fqn, layer, target) for fqn, layer in layers.items()}
+
+
+def _ternary(fqn: str, layer: QuantLinear, target: str) -> Ternary:
+    codes = layer.encode()
+    if not _looks_ternary(codes):
+        raise _not_ternary(fqn, layer, target)
+    found = Ternary((codes.index.to(torch.int8) - 1), codes.tensors["scales"].float())
+    if not torch.equal(found.weight(), layer.decode(codes)):
+        raise _not_ternary(fqn, layer, target)
+    return found
+
+
+def _looks_ternary(codes: Codes) -> bool:
+    scales = codes.tensors.get("scales")
+    return (
+        codes.tensors.keys() == {"scales"}
+        and codes.index.shape == codes.shape
+        and int(codes.index.max()) <= 2
+        and scales is not None
+        and scales.ndim == 2
+        and scales.shape[0] in (1, codes.shape[0])
+        and codes.shape[1] % scales.shape[1] == 0
+    )
+
+
+def _not_ternary(fqn: str, layer: QuantLinear, target: str) -> UserError:
+    return UserError(
+        f"--format {target}: {fqn} is not ternary ({layer.config.name}), and {target} holds nothing else: "
+        f"use --format hf, or --format dense"
+    )
+
+
+def one_scale(fqn: str, layer: Ternary, target: str) -> Tensor:
+    """The scale of a layer that has one, fp32 []. Raises UserError where it has more."""
+    if layer.scales.numel() != 1:
+        raise UserError(
+            f"--format {target}: {fqn} has {layer.scales.numel()} scales, the target one a matrix: "
+            f"train with method.granularity=tensor, or use --format hf, gguf or compressed-tensors"
+        )
+    return layer.scales.reshape(())

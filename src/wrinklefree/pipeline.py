@@ -1,0 +1,220 @@
+"""One stage from its config to its figures: what `wf train`, `wf fairy2` and `wf bitdistill` run.
+
+Evaluate the original (or the teacher), quantize or take up where an earlier stage ended, evaluate, train, evaluate,
+pack, read back, certify, sample, plot, report.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree import distributed, load, session, sharding, stages
+from wrinklefree.config import Config
+from wrinklefree.core import surgery
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import Batches, QuantMethod, quant_layers
+from wrinklefree.data import Batch
+from wrinklefree.distributed import World
+from wrinklefree.export import hf
+from wrinklefree.export.card import card
+from wrinklefree.generate import complete
+from wrinklefree.objectives import LanguageModelling, check_vocabulary
+from wrinklefree.plotting import plot_runs
+from wrinklefree.report import Results
+from wrinklefree.sharding import Sharded
+from wrinklefree.trainer import fit
+
+log = logging.getLogger("wrinklefree")
+
+ALONE = World(0, 1, torch.device("cpu"))
+NUM_SAMPLES, PROMPT_TOKENS = 3, 8  # what the packed model writes after the first tokens of held-out text
+CALIBRATION_BATCHES = 4
+CERTIFY_TOKENS = 8192
+SPEED_TOKENS = 64
+
+NAMES = {"full_precision": "original or teacher", "one_shot": "before training", "trained": "trained"}
+
+# What a run's folder holds in the end, as its last lines name it.
+PARTS = {
+    "final": "final/ (checkpoint)",
+    "packed": "packed/ (small file)",
+    "plots/loss.png": "plots/loss.png",
+    "results.json": "results.json",
+}
+
+
+def train(config: Config, force: bool) -> None:
+    """The whole of one stage. Raises UserError where an earlier stage is missing."""
+    start = stages.start(config)
+    world = distributed.start()
+    out = Path(config.output_dir)
+    resume = session.claim(config, force) if world.is_main else None
+    resume = distributed.gather(resume, world)[0]
+    torch.manual_seed(config.seed)
+    log.info("loading %s", config.model.pretrained)
+    original, tokenizer = load.load_pretrained(config.model)
+    session.choose_length(config, original)
+    placement = sharding.choose(config, world)
+    original = original.to(placement.workshop).requires_grad_(False)
+    plan = session.make_plan(config, original, world)
+    teacher = choose_teacher(config, original)
+    reference = original if teacher is None else teacher
+    heldout = session.heldout(config, tokenizer, config.training.final_eval_tokens)
+    examples = session.examples(config, tokenizer)
+    results = Results(context=session.length(config))
+
+    def judge(state: str, model: PreTrainedModel, against: PreTrainedModel | None) -> None:
+        """Measure one state of the model into `results`."""
+        quality = placement.inside(partial(session.quality, model, heldout, plan, against))
+        setattr(results, state, quality)
+        if examples:
+            score = partial(session.accuracy, model, tokenizer, examples, config, plan)
+            results.accuracy[state] = placement.inside(score)
+        right = f", accuracy {results.accuracy[state].value:.1%}" if examples else ""
+        log.info("%s: held-out perplexity %.2f%s", NAMES[state], quality.ppl, right)
+
+    student = prepare(config, original, calibration(config, tokenizer), start)
+    objective = LanguageModelling(student, teacher, config.distillation, config.training.compile)
+    placement.place(reference)
+    placement.place(student)
+    judge("full_precision", reference, None)
+    if config.method is not None or start is not None:
+        judge("one_shot", student, reference)
+
+    def on_step(model: nn.Module, step: int) -> None:
+        objective.on_step(step, plan.max_steps)
+        if config.method is not None:
+            config.method.on_step(model, step)
+
+    fit(
+        student,
+        objective,
+        session.open_stream(config, tokenizer, world),
+        config,
+        plan,
+        tokenizer=tokenizer,
+        world=world,
+        evaluate=session.evaluator(config, tokenizer),
+        placement=placement.of(student, teacher),
+        resume=resume,
+        on_step=on_step,
+    )
+    judge("trained", student, reference)
+    if world.is_main:
+        if isinstance(placement, Sharded):  # what follows looks at whole models
+            original, student = load.load_pretrained(config.model)[0], load.load(out / "final")[0]
+        finish(config, original, student, tokenizer, heldout, results, out)
+    distributed.stop()
+
+
+def prepare(
+    config: Config, original: PreTrainedModel, batches: Batches = (), start: Path | None = None
+) -> PreTrainedModel:
+    """The model to train: a copy of the original, or the model in `start`, quantized by the method.
+
+    `batches` are what a method may calibrate on.
+    Raises UserError for `freeze_names` that match nothing.
+    """
+    student = copy.deepcopy(original) if start is None else load.load(start)[0].to(original.device)
+    student.requires_grad_(True)
+    if config.method is not None:
+        student = config.method.prepare(student, batches)
+        log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
+    named = list(student.named_parameters(remove_duplicate=False))  # tied weights go by either name
+    for pattern in config.training.freeze_names:
+        frozen = [p for name, p in named if surgery.matches(name, [pattern])]
+        if not frozen:
+            raise UserError(f"training.freeze_names: {pattern!r} matches no parameter of {config.model.name}")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return student
+
+
+def calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+    """The first training batches, read when they are asked for; the stream that trains starts anew."""
+    yield from islice(session.open_stream(config, tokenizer, ALONE), CALIBRATION_BATCHES)
+
+
+def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel | None:
+    """The model to distil from: none, the original, or the one that `distillation.teacher` names."""
+    if config.distillation.name == "none":
+        return None
+    if config.distillation.teacher is None:
+        return original
+    teacher, _ = load.load(stages.locate(config, config.distillation.teacher), dtype=torch.float32)
+    check_vocabulary(original, teacher)
+    return teacher.to(original.device).requires_grad_(False)
+
+
+def finish(
+    config: Config,
+    original: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: list[Batch],
+    results: Results,
+    out: Path,
+) -> None:
+    """Pack, prove, sample, plot and report."""
+    if config.training.max_steps != 0:
+        plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
+    if isinstance(config.method, QuantMethod) and config.training.pack:
+        pack(config, original, student, tokenizer, heldout, results, out)
+    results.save(out / "results.json")
+    results.print()
+    wrote = [text for name, text in PARTS.items() if (out / name).exists()]
+    print(f"\nwrote {out}/: {', '.join(wrote)}")
+    print(f"next: wf generate {out} --prompt 'def '    wf eval {out}{'/packed' * (out / 'packed').exists()}")
+
+
+def pack(
+    config: Config,
+    original: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: list[Batch],
+    results: Results,
+    out: Path,
+) -> None:
+    """The packed folder with its certificate, sizes, speeds and a sample of what it writes."""
+    some = heldout[: max(1, CERTIFY_TOKENS // heldout[0]["input_ids"].numel())]
+    samples = [f"{p}{complete(student, tokenizer, p, 96, 0.7, seed=1)}" for p in prompts(heldout, tokenizer)]
+    fenced = "\n\n".join(f"~~~text\n{sample}\n~~~" for sample in samples)
+    text = f"{card(config)}\n{results.markdown()}\n## Samples at temperature 0.7\n\n{fenced}\n"
+    report = hf.export(student, tokenizer, config.method, out / "packed", card=text, force=True, batches=some)
+    packed, _ = load.load(out / "packed", dtype=torch.float32)
+    results.original_bytes = 2 * original.num_parameters()
+    results.original_linear_bytes = 2 * report.num_quantized
+    results.packed_bytes, results.packed_linear_bytes = report.file_bytes, report.linear_bytes
+    results.bits_per_quantized_weight = report.bits_per_quantized_weight
+    results.bits_per_weight = report.bits_per_weight
+    for name, model in (("full_precision", original), ("packed", packed)):
+        results.tokens_per_second[name] = speed(model, tokenizer)
+    prompt = prompts(heldout, tokenizer)[0]
+    print(f"sample of the packed model:\n\n{prompt}{complete(packed, tokenizer, prompt, 96, 0.7, seed=1)}\n")
+
+
+def prompts(heldout: list[Batch], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The first tokens of some held-out windows, as text; a window may begin with nothing but special ones."""
+    rows = torch.cat([batch["input_ids"] for batch in heldout])
+    chosen = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES, :PROMPT_TOKENS]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in chosen]
+    return [text for text in texts if text] or [tokenizer.decode(chosen[0])]
+
+
+def speed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Tokens per second of greedy decoding at batch 1, after a warm-up."""
+    ids = tokenizer("def ", return_tensors="pt").input_ids.to(model.device)
+    settings = {"do_sample": False, "min_new_tokens": SPEED_TOKENS, "max_new_tokens": SPEED_TOKENS}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **(settings | {"min_new_tokens": 2, "max_new_tokens": 2}))
+    started = time.perf_counter()
+    model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return SPEED_TOKENS / (time.perf_counter() - started)

@@ -1,0 +1,110 @@
+"""What one of several processes does for tests/test_distributed.py: toy runs, one after the other in one torchrun.
+
+    torchrun --nproc_per_node=2 tests/processes.py FOLDER
+
+FOLDER holds a toy model, text and `jobs.json`, a list of {name, settings, act}. Each job trains into FOLDER/name; the
+process writes FOLDER/name.RANK.json: the error it ended with, and what its parameters look like.
+"""
+
+import errno
+import json
+import math
+import resource
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from toyrun import nothing, resolved, run
+from transformers import PreTrainedModel
+
+from wrinklefree import checkpoint, distributed
+from wrinklefree.config import DistillationConfig
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import quant_layers
+from wrinklefree.distributed import World
+from wrinklefree.objectives import Batch, LanguageModelling, Metrics, Objective
+
+
+def act_for(kind: str | None, world: World) -> Callable[[nn.Module, int], None]:
+    """An `on_step` that does something to the last process alone, before its third step."""
+
+    def act(model: nn.Module, step: int) -> None:
+        if step != 2 or world.rank != world.size - 1:
+            return
+        if kind == "interrupt":
+            signal.raise_signal(signal.SIGINT)
+        elif kind == "overflow":
+            layer = model.get_submodule("model.layers.1.mlp.down_proj")
+            layer.register_forward_hook(lambda module, inputs, output: output * math.inf)
+        elif kind == "fill":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    return nothing if kind in (None, "twice") else act
+
+
+def twice(student: PreTrainedModel, teacher: PreTrainedModel) -> Objective:
+    """An objective of two losses a batch, of which each is a step of the accumulation."""
+    inner = LanguageModelling(student, None, DistillationConfig(name="none"))
+
+    def objective(model: nn.Module, batch: Batch) -> Iterator[tuple[torch.Tensor, Metrics]]:
+        yield from inner(model, batch)
+        yield from inner(model, {**batch, "labels": batch["labels"].clamp(max=90)})
+
+    return objective
+
+
+def facts(model: PreTrainedModel) -> dict[str, Any]:
+    """How much of the model is here, and how FSDP was told to treat its layers."""
+    parameters = list(model.parameters())
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    found = {
+        "sharded": all(isinstance(p, DTensor) for p in parameters),
+        "here": sum(p.numel() for p in local),
+        "whole": sum(p.numel() for p in parameters),
+    }
+    for number, layer in enumerate(m for m in model.modules() if isinstance(m, FSDPModule)):
+        state = layer._get_fsdp_state()
+        found[f"offload {number}"] = type(state._fsdp_param_group.offload_policy).__name__
+        found[f"ahead {number}"] = len(state._states_to_forward_prefetch)
+        found[f"behind {number}"] = len(state._states_to_backward_prefetch)
+    return found
+
+
+def work(folder: Path, job: dict[str, Any], world: World) -> None:
+    config = resolved(folder, f"output_dir={folder / job['name']}", "training.batch_size=2", *job["settings"])
+    result: dict[str, Any] = {"error": None, "kept": 0}
+    act = act_for(job["act"], world)
+
+    def on_step(model: nn.Module, step: int) -> None:
+        result["kept"] += sum(layer.effective.leaf is not None for layer in quant_layers(model).values())
+        act(model, step)
+
+    try:
+        objective = twice if job["act"] == "twice" else None
+        model = run(config, on_step=on_step, world=world, objective=objective)
+        result |= facts(model)
+    except UserError as error:
+        result["error"] = str(error)
+    (folder / f"{job['name']}.{world.rank}.json").write_text(json.dumps(result))
+
+
+def main() -> None:
+    warnings.simplefilter("error")
+    checkpoint.FULL = (errno.EFBIG,)  # a limit on the size of a file stands for the disk's
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    world, folder = distributed.start(), Path(sys.argv[1])
+    for job in json.loads((folder / "jobs.json").read_text()):
+        work(folder, job, world)
+        distributed.barrier(world)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

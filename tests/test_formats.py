@@ -1,0 +1,284 @@
+"""Exports for other programs: what each target holds, that it is what was trained, and what is refused and why."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny import ids, llama, qwen, tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from toyrun import overrides, toy_files
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from typer.testing import CliRunner
+
+from wrinklefree.cli import app
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import quant_layers
+from wrinklefree.data.tokenizer import train_tokenizer
+from wrinklefree.export import bitnet, compressed, dense
+from wrinklefree.export import gguf as gguf_export
+from wrinklefree.export.certify import CertificateError
+from wrinklefree.export.ternary import ternary_layers
+from wrinklefree.methods import fairy2
+from wrinklefree.methods.bitdistill import Config
+
+BATCHES = [{"input_ids": ids(4, 32)}]
+WORDS = tokenizer()
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with the toy models' vocabulary would not fit: one of its own."""
+    return train_tokenizer(["def f(x):\n    return x + 1\n" * 20], vocab_size=262)
+
+
+def prepared(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
+    """A ternary model with weights that have moved since it was prepared."""
+    model = Config(**settings).prepare(model, BATCHES)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in quant_layers(model).values():
+            layer.weight += 0.01 * torch.randn(layer.weight.shape, generator=generator)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    result: Tensor = model(ids(4, 32)).logits
+    return result
+
+
+def open_plainly(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+# --- dense
+
+
+def test_dense_is_the_effective_weights_in_a_plain_model(tmp_path: Path) -> None:
+    model = prepared(llama(), norm_mode="none", activation_bits=None)
+    dense.write(model, WORDS, tmp_path, BATCHES)
+    plain = open_plainly(tmp_path)
+    assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    weight = plain.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(weight, quant_layers(model)["model.layers.0.mlp.up_proj"].effective_weight(torch.float32))
+    torch.testing.assert_close(logits(plain), logits(model))
+
+
+def test_dense_holds_other_methods_too(tmp_path: Path) -> None:
+    model = fairy2.Config(num_stages=1).prepare(qwen())
+    dense.write(model.eval(), WORDS, tmp_path, BATCHES)
+    torch.testing.assert_close(logits(open_plainly(tmp_path)), logits(model))
+
+
+def test_dense_of_a_subln_model_is_a_bitnet_class(tmp_path: Path) -> None:
+    dense.write(prepared(llama()), WORDS, tmp_path, BATCHES)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "bitnet"
+    assert "quantization_config" not in config
+
+
+# --- bitnet
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"norm_mode": "none"}, {"norm_mode": "per_linear"}, {"scale_mode": "learned"}]
+)
+def test_transformers_bitnet_gives_the_trained_logits(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = prepared(llama(), **settings)
+    bitnet.write(model, WORDS, tmp_path, BATCHES)
+    back = open_plainly(tmp_path)
+    with torch.compiler.set_stance("force_eager"):
+        difference = (logits(back) - logits(model)).abs().max() / logits(model).abs().max()
+    assert difference < 1e-5
+    assert back.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8  # packed in memory as well
+    if settings.get("norm_mode") is None:
+        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bitnet"
+
+
+def test_biases_survive_in_bitnet(tmp_path: Path) -> None:
+    model = prepared(qwen(intermediate_size=80), norm_mode="none")
+    bitnet.write(model, WORDS, tmp_path, BATCHES)
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(logits(open_plainly(tmp_path)), logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_four_codes_a_byte() -> None:
+    codes = torch.randint(-1, 2, (8, 5), dtype=torch.int8)
+    packed = bitnet.pack(codes)
+    assert packed.shape == (2, 5)
+    assert torch.equal(bitnet.unpack(packed), codes)
+    assert ((packed[1] >> 2) & 3).tolist() == (codes[3] + 1).tolist()  # row 1, second pair of bits: row 1 + 8 / 4
+
+
+def test_a_wrong_scale_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other convention, multiplying by the scale, loads without a word; the comparison does not let it pass."""
+    right = bitnet.one_scale
+    monkeypatch.setattr(bitnet, "one_scale", lambda *args: 1 / right(*args))
+    with pytest.raises(CertificateError, match="KL to the trained model"):
+        bitnet.write(prepared(llama()), WORDS, tmp_path, BATCHES)
+
+
+# --- compressed-tensors
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_compressed_tensors_opens_in_plain_transformers(tmp_path: Path, granularity: str) -> None:
+    model = prepared(llama(), norm_mode="none", granularity=granularity, group_size=32, activation_bits=None)
+    compressed.write(model, WORDS, tmp_path, BATCHES)
+    torch.testing.assert_close(logits(open_plainly(tmp_path)), logits(model), atol=1e-5, rtol=1e-4)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size < 0.5 * sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_compressed_tensors_states_int8_activations(tmp_path: Path) -> None:
+    compressed.write(prepared(llama(), norm_mode="none"), WORDS, tmp_path, BATCHES)
+    group = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert group["weights"]["num_bits"] == 2
+    assert group["input_activations"]["strategy"] == "token"
+
+
+# --- GGUF
+
+
+def tensors(file: Path) -> dict[str, Any]:
+    return {t.name: t for t in gguf.GGUFReader(file).tensors}
+
+
+def field(file: Path, name: str) -> Any:
+    return gguf.GGUFReader(file).get_field(name).contents()
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 262}
+
+
+@pytest.mark.parametrize("gguf_type", ["tq2_0", "tq1_0"])
+def test_ternary_codes_are_exact_in_gguf(tmp_path: Path, gguf_type: Any) -> None:
+    model = prepared(llama(**WIDE), scale_mode="learned")
+    gguf_export.write(model, bytes_tokenizer(), tmp_path, [], gguf_type)
+    stored = tensors(tmp_path / "model.gguf")
+    down = stored["blk.1.ffn_down.weight"]
+    assert down.tensor_type.name == gguf_type.upper()
+    values = torch.from_numpy(gguf.quants.dequantize(down.data, down.tensor_type))
+    trained = ternary_layers(model, "gguf")["model.layers.1.mlp.down_proj"]
+    assert torch.equal(values.sign(), trained.codes.float())
+    torch.testing.assert_close(values, trained.weight(), rtol=1e-3, atol=0)
+    assert field(tmp_path / "model.gguf", "general.architecture") == "bitnet"
+    assert {"blk.0.attn_sub_norm.weight", "blk.0.ffn_sub_norm.weight", "token_embd.weight"} <= stored.keys()
+    assert "output.weight" not in stored
+
+
+def test_rows_that_are_no_multiple_of_256_become_q8_0(tmp_path: Path) -> None:
+    model = prepared(llama(**(WIDE | {"hidden_size": 64})), norm_mode="none")
+    gguf_export.write(model, bytes_tokenizer(), tmp_path, [])
+    stored = tensors(tmp_path / "model.gguf")
+    assert stored["blk.0.ffn_up.weight"].tensor_type.name == "Q8_0"
+    assert stored["blk.0.ffn_down.weight"].tensor_type.name == "TQ2_0"
+
+
+def test_llama_q_and_k_rows_change_places_and_nothing_else(tmp_path: Path) -> None:
+    """Row 2 i + j of a head in the file is row i + j d / 2 of the trained one."""
+    model = prepared(llama(**WIDE), norm_mode="none")
+    gguf_export.write(model, bytes_tokenizer(), tmp_path, [])
+    stored, layers = tensors(tmp_path / "model.gguf"), ternary_layers(model, "gguf")
+    for part, name in (("attn_q", "self_attn.q_proj"), ("attn_v", "self_attn.v_proj")):
+        found = stored[f"blk.0.{part}.weight"]
+        values = gguf.quants.dequantize(found.data, found.tensor_type)
+        trained = layers[f"model.layers.0.{name}"].weight().numpy()
+        row = trained[64 + 32 + 1] if part == "attn_q" else trained[64 + 3]  # head 1 of width 64, i = 1, j = 1
+        np.testing.assert_allclose(values[64 + 3], row, rtol=1e-3)
+
+
+def test_qwen_has_its_own_architecture_with_biases_and_norms(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Qwen3Config(**sizes, num_key_value_heads=2, head_dim=64, vocab_size=262, max_position_embeddings=64)
+    for number, (model, arch, extra) in enumerate(
+        (
+            (qwen(**sizes, vocab_size=262), "qwen2", "blk.0.attn_q.bias"),
+            (Qwen3ForCausalLM(config).eval(), "qwen3", "blk.0.attn_q_norm.weight"),
+        )
+    ):
+        out = tmp_path / str(number)
+        out.mkdir()
+        gguf_export.write(prepared(model, norm_mode="none"), bytes_tokenizer(), out, [])
+        assert field(out / "model.gguf", "general.architecture") == arch
+        assert {extra, "output.weight"} <= tensors(out / "model.gguf").keys()
+
+
+def test_the_tokenizer_is_in_the_file(tmp_path: Path) -> None:
+    words = bytes_tokenizer()
+    gguf_export.write(prepared(llama(**WIDE)), words, tmp_path, [])
+    file = tmp_path / "model.gguf"
+    assert field(file, "tokenizer.ggml.tokens") == [words.convert_ids_to_tokens(i) for i in range(262)]
+    assert field(file, "tokenizer.ggml.eos_token_id") == words.eos_token_id
+    assert field(file, "tokenizer.ggml.pre") == "gpt-2"
+    assert field(file, "tokenizer.chat_template") == words.chat_template
+    assert field(file, "tokenizer.ggml.token_type")[words.eos_token_id] == gguf.TokenType.CONTROL
+
+
+# --- refusals
+
+REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], Any, str]] = {
+    "complex codes": (lambda: fairy2.Config().prepare(llama()), bitnet, "q_proj is not ternary (fairy2)"),
+    "complex codes, gguf": (lambda: fairy2.Config().prepare(llama()), gguf_export, "is not ternary (fairy2)"),
+    "scales by row": (lambda: prepared(llama(), norm_mode="none", granularity="row"), bitnet, "has 64 scales"),
+    "no int8 activations": (lambda: prepared(llama(), activation_bits=None), bitnet, "always rounds them"),
+    "SubLN inside": (lambda: prepared(qwen(intermediate_size=80)), bitnet, "method.norm_mode=per_linear"),
+    "rows no multiple of 4": (lambda: prepared(qwen(), norm_mode="none"), bitnet, "77 rows, no multiple of 4"),
+    "norms in a dense model": (lambda: prepared(qwen()), dense, "has a norm inside"),
+    "norms in gguf": (lambda: prepared(llama(), norm_mode="per_linear"), gguf_export, "has a norm inside"),
+    "an untied head": (lambda: prepared(llama(tie_word_embeddings=False)), gguf_export, "output matrix from the embed"),
+    "another activation": (lambda: prepared(llama(hidden_act="relu2")), gguf_export, "activation relu2"),
+    "SubLN in vLLM": (lambda: prepared(llama()), compressed, "no class with SubLN"),
+    "words in gguf": (lambda: prepared(llama()), gguf_export, "only byte-level BPE"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_target_cannot_hold_is_refused_with_the_reason(case: str, tmp_path: Path) -> None:
+    make, target, reason = REFUSED[case]
+    with pytest.raises(UserError) as refused:
+        target.write(make(), WORDS, tmp_path, BATCHES)
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([pre_tokenizers.ByteLevel(add_prefix_space=False)], "gpt-2"),
+        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)], "smollm"),
+    ],
+)
+def test_the_way_text_is_cut_is_recognized(steps: list[Any], name: str) -> None:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    inner.decoder = decoders.ByteLevel()
+    assert gguf_export.pre_tokenizer(json.loads(inner.to_str())) == name
+
+
+# --- the command
+
+
+def test_export_writes_each_format_beside_the_run(tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    stage = [*overrides(tmp_path, "training.max_steps=1"), "training=stage2_pretrain", "training.start_from=[]"]
+    stage = [word for word in stage if word != "training=fairy2_w2"]
+    result = CliRunner().invoke(app, ["train", *stage, "training.gradient_accumulation_steps=1"])
+    assert result.exit_code == 0, result.output
+    for format in ("dense", "bitnet"):
+        result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", format])
+        assert result.exit_code == 0, result.output
+        card = (tmp_path / "run" / format / "README.md").read_text()
+        assert f"## Exported as {format}" in card
+        assert "same most likely token" in card
+        again = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", format])
+        assert again.exit_code == 2
+    refused = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", "gguf"])
+    assert refused.exit_code == 2
+    assert "only byte-level BPE" in refused.output
+    assert not (tmp_path / "run" / "gguf").exists()
