@@ -122,6 +122,12 @@ def test_a_missing_teacher_is_named_too(folder: Path) -> None:
     assert "training=stage0_sft training.max_seq_length=32 task=sst2 data.path=sst2.jsonl`" in said
 
 
+def test_an_earlier_stage_is_shared_among_the_same_processes(folder: Path) -> None:
+    code, said = train("stage3_distill", *STEPS, "training.start_from=[]", "distributed=fsdp_multi")
+    assert code == 2
+    assert "training.max_seq_length=32 distributed=fsdp_multi task=sst2" in said
+
+
 def test_auto_prereq_runs_what_is_missing(folder: Path) -> None:
     (folder / "local.yaml").write_text("output_root: here\n")
     code, said = train("stage2_pretrain", *STEPS, "auto_prereq=true")

@@ -258,7 +258,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer
     monkeypatch.setitem(tasks.TASKS, "sst2", dataclasses.replace(tasks.TASKS["sst2"], path=str(tmp_path)))
     batches = stream(downstream(None), tokenizer, batch_size=40)
     assert {text.partition("\n")[0] for text in shown(next(batches), tokenizer)} <= set(SENTENCES[:80])
-    assert batches.state_dict()["source"] == "data.task=sst2"
+    assert batches.state_dict()["source"] == f"data.task=sst2 data.path={tmp_path}"
     examples = data.heldout_examples(downstream(None), tokenizer)
     assert [e.prompt.partition("\n")[0] for e in examples] == SENTENCES[80:]
 
@@ -267,7 +267,7 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTraine
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set: use task=stdlib_kind, or data\.path=FILE_OR_FOLDER"):
+    with pytest.raises(UserError, match=r"^data\.task=sst2 data\.path=nyu-mll/glue: HF_HUB_OFFLINE is set: use task="):
         stream(downstream(None), tokenizer)
 
 

@@ -194,6 +194,7 @@ class DistillationConfig(Node):
 class DistributedConfig(Node):
     """How several processes share a model; the settings below `strategy` are for fsdp."""
 
+    name: str = "single_gpu"
     strategy: Literal["replicate", "fsdp"] = "replicate"  # the whole model on each, or a share of every parameter
     reshard_after_forward: bool = True  # let a layer go after its forward; false gathers it once, and keeps it
     prefetch: Natural = 0  # layers gathered ahead of their turn; 0 leaves it to torch

@@ -5,7 +5,7 @@ The stages of one experiment are siblings, `output_root/experiment_stage/`, each
 
 from pathlib import Path
 
-from wrinklefree.config import Config, DataConfig, options
+from wrinklefree.config import Config, DataConfig, DistributedConfig, options
 from wrinklefree.core.errors import UserError
 
 TEACHER = "stage0_sft"  # the one earlier stage that reads the task
@@ -43,7 +43,7 @@ def command(config: Config, stage: str) -> str:
 
 
 def prerequisite(config: Config, stage: str) -> list[str]:
-    """The same as overrides: model, place, seed, length and data of `config`, all else as the stage has it."""
+    """The same as overrides: model, place, seed, length, processes and data of `config`; all else is the stage's."""
     name, task = config.model.name, config.data.task
     overrides = [f"model={name if name in options('model') else config.model.pretrained}", f"training={stage}"]
     if config.output_root != "outputs":
@@ -52,6 +52,8 @@ def prerequisite(config: Config, stage: str) -> list[str]:
         overrides.append(f"seed={config.seed}")
     if config.training.max_seq_length != "auto":
         overrides.append(f"training.max_seq_length={config.training.max_seq_length}")
+    if config.distributed.name != DistributedConfig.name:
+        overrides.append(f"distributed={config.distributed.name}")
     if task is not None and stage == TEACHER:
         overrides.append(f"task={task}")
     if (task is not None) == (stage == TEACHER):  # both read the task's files, or both read text

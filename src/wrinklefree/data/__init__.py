@@ -165,7 +165,7 @@ def _rows(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> _Rows:
             instead,
         )
     task = tasks.find(config.task)
-    name = f"data.task={task.name}" + (f" data.path={config.path}" if config.path else "")
+    name = f"data.task={task.name} data.path={config.path or task.path}"
     instead = f"task={tasks.BUILTIN}, or data.path=FILE_OR_FOLDER with the columns of {task.name}"
     render = partial(tasks.render, task)
     return _Rows(name, render, config.path or task.path, task.subset, task.train, task.heldout, instead)
@@ -184,7 +184,7 @@ def _training_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -
             return sources.Files(rows.name, files, rows.render)
         hint = " (the first document is held out): add text, or name a held-out file with data.heldout_path"
         return sources.Files(rows.name, files, rows.render, keep=lambda n: n % sources.HOLDOUT_EVERY != 0, hint=hint)
-    stream = sources.load_hub(rows.path, rows.subset, rows.split, rows.instead)
+    stream = sources.load_hub(rows.name, rows.path, rows.subset, rows.split, rows.instead)
     if rows.heldout_split:
         return sources.Hub(rows.name, stream, rows.render)
     hint = f" (the first {sources.HELDOUT_DOCUMENTS} documents are held out): name a split with data.heldout_split"
@@ -200,7 +200,8 @@ def _heldout_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) ->
     rows = _rows(config, tokenizer)
     if not _is_local(config):
         split = rows.heldout_split or rows.split
-        return sources.Hub(rows.name, sources.load_hub(rows.path, rows.subset, split, rows.instead), rows.render)
+        stream = sources.load_hub(rows.name, rows.path, rows.subset, split, rows.instead)
+        return sources.Hub(rows.name, stream, rows.render)
     if config.heldout_path:
         files = sources.find_files("data.heldout_path", config.heldout_path)
         return sources.Files(f"data.heldout_path={config.heldout_path}", files, rows.render)

@@ -240,11 +240,11 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: not a whole Parquet file: {_first_line(error)}") from error
 
 
-def load_hub(path: str | None, subset: str | None, split: str, instead: str) -> Any:
+def load_hub(name: str, path: str | None, subset: str | None, split: str, instead: str) -> Any:
     """A hub dataset, or a local folder of one, as a streaming `datasets.IterableDataset`.
 
-    Raises UserError where the hub does not answer (within seconds), with what to use `instead`, or has no such
-    dataset, subset or split.
+    Raises UserError, which begins with the setting that asked for it (`name`), where the hub does not answer (within
+    seconds), with what to use `instead`, or has no such dataset, subset or split.
     """
     from datasets import load_dataset
     from huggingface_hub import constants
@@ -253,11 +253,11 @@ def load_hub(path: str | None, subset: str | None, split: str, instead: str) -> 
         raise UserError("data.path: a value is required: a dataset on the hub, for example HuggingFaceFW/fineweb-edu")
     if not Path(path).exists() and (constants.HF_HUB_OFFLINE or not hub_reachable(constants.ENDPOINT)):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
-        raise UserError(f"data.path={path}: {why}: use {instead}")
+        raise UserError(f"{name}: {why}: use {instead}")
     try:
         return load_dataset(path, subset, split=split, streaming=True)
     except (OSError, ValueError) as error:  # no such dataset, no access; no such subset or split
-        raise UserError(f"data.path={path} data.subset={subset} data.split={split}: {_first_line(error)}") from error
+        raise UserError(f"{name} data.subset={subset} data.split={split}: {_first_line(error)}") from error
 
 
 def hub_reachable(endpoint: str, timeout: float = 5) -> bool:

@@ -1,0 +1,104 @@
+"""Exported GGUF files, run by llama.cpp itself. Opt-in: `make test-gguf` builds it first, which takes minutes."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree import config as configs
+from wrinklefree import launch, load
+from wrinklefree.data import heldout_batches
+from wrinklefree.export import gguf
+
+pytestmark = pytest.mark.llamacpp
+
+LENGTH, TOKENS = 256, 8192
+
+
+@contextmanager
+def llama_cpp(file: Path) -> Iterator[Any]:
+    library = pytest.importorskip("llama_cpp", reason="make test-gguf builds it")
+    model = library.Llama(str(file), n_ctx=LENGTH, logits_all=True, verbose=False, n_threads=1)
+    yield model
+    model.close()
+
+
+Trained = Callable[[str, str], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """`tiny`, ternary, after 60 steps: agreement is promised of trained models, their guesses are less close calls."""
+
+    @functools.cache
+    def train(norm_mode: str, granularity: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        run = tmp_path_factory.mktemp("run") / "out"
+        settings = ["model=tiny", "training=stage2_pretrain", "training.start_from=[]", "training.max_steps=60"]
+        settings += [f"method.norm_mode={norm_mode}", f"method.granularity={granularity}", f"output_dir={run}"]
+        launch.run([*settings, "training.final_eval_tokens=1024"], force=True)
+        return load.load(run, dtype=torch.float32)
+
+    return train
+
+
+def sequences(tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
+    data = configs.load(["model=tiny"]).data
+    for batch in heldout_batches(data, tokenizer, batch_size=1, length=LENGTH, max_tokens=TOKENS):
+        yield batch["input_ids"][0]
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids.unsqueeze(0)).logits[0].float().log_softmax(-1)
+
+
+def theirs(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    model.reset()
+    model.eval(ids.tolist())
+    return torch.from_numpy(np.array(model.scores[: len(ids)])).log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("norm_mode", "granularity", "gguf_type", "architecture"),
+    [
+        ("subln", "tensor", "tq2_0", "bitnet"),
+        ("subln", "row", "tq1_0", "bitnet"),
+        ("none", "row", "tq2_0", "llama"),
+        ("none", "tensor", "tq1_0", "llama"),
+    ],
+)
+def test_llama_cpp_gives_our_perplexity_and_our_likeliest_tokens(
+    tmp_path: Path, trained: Trained, norm_mode: str, granularity: str, gguf_type: Any, architecture: str
+) -> None:
+    model, tokenizer = trained(norm_mode, granularity)
+    gguf.write(model, tokenizer, tmp_path, [], gguf_type)
+    loss = other_loss = 0.0
+    same = []
+    with llama_cpp(tmp_path / "model.gguf") as program:
+        assert program.metadata["general.architecture"] == architecture
+        for ids in sequences(tokenizer):
+            ours, other = log_probabilities(model, ids), theirs(program, ids)
+            targets = ids[1:, None]
+            loss -= ours[:-1].gather(1, targets).sum().item()
+            other_loss -= other[:-1].gather(1, targets).sum().item()
+            same.append((ours.argmax(-1) == other.argmax(-1)).float())
+    assert math.exp(abs(other_loss - loss) / TOKENS) < 1.01
+    assert torch.cat(same).mean() > 0.98
+
+
+def test_llama_cpp_cuts_text_into_our_tokens(tmp_path: Path, trained: Trained) -> None:
+    model, tokenizer = trained("subln", "tensor")
+    gguf.write(model, tokenizer, tmp_path, [])
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences(tokenizer)]
+    texts += ["def f(x):\n\treturn 'äöü – 日本語 🙂'  # 12345 6.7e-8\r\n\n\n   x", " leading", "", "don't I'LL we've"]
+    with llama_cpp(tmp_path / "model.gguf") as program:
+        for text in texts:
+            expected = tokenizer(text).input_ids
+            assert program.tokenize(text.encode(), add_bos=True, special=False) == expected, text
