@@ -22,6 +22,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, QuantMethod, available, find, quant_layers
 
 WIDTH = 128
+CLIPPING = ("anemll",)  # methods without gradient for weights beyond the largest entry of their table
 
 
 def choices(cls: type) -> Iterator[tuple[str, object]]:
@@ -230,12 +231,17 @@ def test_gradients_are_those_of_plain_autograd(model: Net) -> None:
 
 
 def test_the_master_gets_the_gradient_of_the_effective_weight(model: Net) -> None:
-    """Straight through: nothing but the method's own scales stands between."""
+    """Straight through: nothing but the method's own scales stands between, and the ends of its table."""
     for layer in quant_layers(model).values():
+        if not layer.weight.requires_grad:
+            continue
         x = torch.randn(5, layer.in_features)
         layer(x).sum().backward()
         assert layer.weight.grad is not None
         expected = layer.inputs(x).sum(0).expand_as(layer.weight)
+        if layer.config.name in CLIPPING:
+            assert 0 < (layer.weight.grad == 0).float().mean() < 0.3
+            expected = expected * (layer.weight.grad != 0)
         assert torch.allclose(layer.weight.grad, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -255,12 +261,13 @@ def test_copies_after_a_backward_work_and_are_independent(model: Net, duplicate)
     other = duplicate(model)
     assert torch.equal(other(TOKENS), before)
     with torch.no_grad():
-        other.up.weight.mul_(-2)
+        for name, parameter in other.up.named_parameters():
+            parameter.mul_(-2 if name == "weight" else 1.5)
     assert not torch.equal(other(TOKENS), before)
     assert torch.equal(model(TOKENS), before)
     other.zero_grad()
     other(TOKENS).sum().backward()
-    assert other.up.weight.grad.abs().sum() > 0
+    assert all(p.grad.abs().sum() > 0 for p in other.up.parameters() if p.requires_grad)
 
 
 def test_one_thread_gives_the_bits_of_two(method: QuantMethod) -> None:
@@ -306,10 +313,13 @@ def test_gradients_under_autocast_are_close_and_fp32(model: Net) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(TOKENS).square().mean()
     loss.backward()
-    for name in ("up.weight", "down_proj.weight"):
+    trained = [name for name in exact if name.startswith(("up.", "down_proj.")) and not name.endswith("bias")]
+    assert trained
+    for name in trained:
         gradient = grads(model)[name]
         assert gradient.dtype == torch.float32
-        assert (gradient - exact[name]).norm() < 0.05 * exact[name].norm()
+        allowed = 0.05 if name.endswith("weight") else 0.2  # a scale's is a sum over many weights
+        assert (gradient - exact[name]).norm() < allowed * exact[name].norm()
 
 
 def test_a_step_encodes_every_layer_once(default: QuantMethod, encodes: list[QuantLinear]) -> None:

@@ -206,7 +206,7 @@ def test_a_term_that_is_next_to_nothing_is_named_once(caplog: pytest.LogCaptureF
 
 def test_the_presets_are_the_papers_coefficients() -> None:
     for name, kd, relation in (("classification", 10.0, 1e5), ("summarization", 1.0, 1e3)):
-        d = configs.load(["training=fairy2_w2", f"distillation={name}"]).distillation
+        d = configs.load(["model=smollm2_135m", "training=fairy2_w2", f"distillation={name}"]).distillation
         assert (d.ce_weight, d.weight, d.temperature, d.tau_squared) == (1.0, kd, 5.0, False)
         assert d.attention.weight == relation
 

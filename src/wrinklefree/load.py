@@ -207,7 +207,7 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype | None) -> Loaded:
     config = configs.from_yaml(folder / checkpoint.CONFIG)
     with _quiet():  # the method's own parameters are "unexpected" to the plain model
         model = _open(str(folder), torch.float32, config.model.trust_remote_code, masters=True)[0]
-    model = config.method.prepare(model)
+    model = config.method.prepare(model, initialize=False)
     checkpoint.load_weights(folder, model)
     return model.eval(), _tokenizer(str(folder), config.model.trust_remote_code)
 

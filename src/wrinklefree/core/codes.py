@@ -15,7 +15,7 @@ class Codes:
     """Integer codes, the real tensors that give them meaning, and the weight's shape."""
 
     index: Tensor  # uint8, any shape, every entry < 2**bits
-    bits: int  # width of one entry of `index`: 1, 2, 4 or 8
+    bits: int  # width of one entry of `index`: 1, 2, 3, 4 or 8
     tensors: dict[str, Tensor]  # scales, tables: names are the method's own; fp16-representable
     shape: tuple[int, int]  # [out_features, in_features] of the weight that `decode` returns
 
@@ -35,8 +35,10 @@ def packed_length(length: int, bits: int) -> int:
 def pack(index: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes along the last dimension, low bits first: [..., n] -> uint8 [..., ceil(n * bits / 8)].
 
-    The last byte is filled with zero codes. Inverse: `unpack(packed, bits, n)`.
+    The last byte is filled with zero codes; three-bit codes lie across bytes. Inverse: `unpack(packed, bits, n)`.
     """
+    if bits == 3:  # as eight planes of single bits: code j holds the bits 3 j to 3 j + 2 of the row
+        return pack(unpack(index.unsqueeze(-1), 1, 8)[..., :3].flatten(-2), 1)
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(index, (0, -index.shape[-1] % per_byte))
     lanes = padded.unflatten(-1, (-1, per_byte))
@@ -48,6 +50,8 @@ def pack(index: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     """Exact inverse of `pack`: uint8 [..., bytes] -> uint8 [..., length]."""
+    if bits == 3:
+        return pack(unpack(packed, 1, 3 * length).unflatten(-1, (-1, 3)), 1).squeeze(-1)
     shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     lanes = (packed.unsqueeze(-1) >> shift) & (2**bits - 1)
     return lanes.flatten(-2)[..., :length]

@@ -105,11 +105,11 @@ class Method:
         """Bits per weight by their usual name, such as 1.58; None where a method has no such number."""
         return None
 
-    def prepare(self, model: nn.Module, batches: Batches = ()) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         """Make `model` train with this method: change it in place and return it, or a model that took over its weights.
 
-        `batches` (input_ids [B, L], perhaps position_ids) are a few to calibrate on; a model whose trained weights are
-        about to be loaded needs none.
+        `batches` (input_ids [B, L], perhaps position_ids) are a few to calibrate on. Without `initialize`, trained
+        weights are about to be loaded, and what takes long and would be overwritten may be left out.
         """
         raise TypeError(f"method {self.name} must define prepare()")
 
@@ -133,7 +133,7 @@ class QuantMethod(Method):
         """What a layer multiplies its weight with; override to quantize activations."""
         return x
 
-    def prepare(self, model: nn.Module, batches: Batches = ()) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         """Swap every linear layer that `exclude_names` does not match; says what could not be converted.
 
         Raises UserError when nothing was converted.

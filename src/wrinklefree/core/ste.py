@@ -1,5 +1,7 @@
 """Straight-through estimators: the exact quantized value forward, a chosen gradient backward."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,21 @@ def straight_through(x: Tensor, y: Tensor) -> Tensor:
 
     Written as `y + (x - x.detach())` because the other order does not return exactly `y` in low precision.
     """
+    if not y.requires_grad:
+        return _Replaced.apply(x, y)  # the same, without three passes over the values
     return y + (x - x.detach())
+
+
+class _Replaced(torch.autograd.Function):
+    """Forward `y` in place of `x`, backward the gradient unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def round_fp16(x: Tensor) -> Tensor:

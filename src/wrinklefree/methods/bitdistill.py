@@ -197,7 +197,7 @@ class Config(QuantMethod):
             return 1.0
         return step / steps if self.warmup_shape == "linear" else (1 - math.cos(math.pi * step / steps)) / 2
 
-    def prepare(self, model: nn.Module, batches: Batches = ()) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         """Insert the norms, fitted on `batches`, and make the linear layers ternary; a Llama comes back as a BitNet.
 
         A model that is prepared already keeps its norms and gets these settings. Raises UserError where there is
@@ -219,6 +219,7 @@ class Config(QuantMethod):
         """The layers whose inputs get a norm, by fqn."""
         linears = dict(surgery.linears(model, self.exclude_names))
         if isinstance(model, BitNetForCausalLM):  # has them
+            bitnet.quicken(model)
             if self.norm_mode != "subln":
                 raise UserError(f"method.norm_mode={self.norm_mode}: a BitNet has its norms already: use subln")
             return {}

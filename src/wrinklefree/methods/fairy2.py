@@ -274,7 +274,7 @@ class Config(QuantMethod):
     def activation(self, x: Tensor) -> Tensor:
         return x if self.activation_bits is None else int8_per_token(x)
 
-    def prepare(self, model: nn.Module, batches: Batches = ()) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         model = super().prepare(model)
         odd = [fqn for fqn, layer in quant_layers(model).items() if layer.in_features % 2 or layer.out_features % 2]
         if odd:
