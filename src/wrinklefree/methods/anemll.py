@@ -110,8 +110,8 @@ class LutLinear(QuantLinear):
     @torch.no_grad()
     def adopt(self, factors: Factors, codes: Tensor) -> None:
         """Take over table and factors, and, where they are frozen, codes."""
-        a, b = lowrank.balanced(factors.a, factors.b)
-        self.lut.copy_(factors.table)
+        table, a, b = factors
+        self.lut.copy_(table)
         if self.config.view == "v2":
             self.rank_magnitude.copy_(a.norm(dim=0) * b.norm(dim=1))
             self.share.copy_(torch.where(b.norm(dim=1) > 0, b.norm(dim=1), 1.0))
@@ -134,6 +134,7 @@ class LutLinear(QuantLinear):
 
     def _adopt_nearest(self, factors: Factors) -> None:
         """`adopt`, with the codes nearest to the weight."""
+        factors = Factors(factors.table, *lowrank.balanced(factors.a, factors.b))
         table, a, b = (round_fp16(t) for t in factors)
         self.adopt(factors, nearest(self.weight.detach() / guarded(a @ b), table))
 
@@ -162,7 +163,7 @@ def factored(layer: LutLinear, x: Tensor, fp16: bool = False) -> Tensor:
         y = torch.zeros((), device=x.device)
         for k in range(len(b)):
             y = rounded(y + rounded(a[:, k] * rounded(F.linear(rounded(x * b[k]), q))))
-        return y if layer.bias is None else rounded(y + layer.bias.float())
+        return y if layer.bias is None else rounded(y + rounded(layer.bias.float()))
 
 
 def batched(layer: LutLinear, x: Tensor) -> Tensor:
