@@ -9,6 +9,7 @@ process writes FOLDER/name.RANK.json: the error it ended with, and what its para
 import errno
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -104,6 +105,9 @@ def main() -> None:
         work(folder, job, world)
         distributed.barrier(world)
     distributed.stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as `wf` does it, and why
 
 
 if __name__ == "__main__":

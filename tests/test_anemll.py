@@ -94,13 +94,13 @@ def test_important_inputs_are_fitted_better() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_tables_stay_symmetric_sorted_and_in_fp16(bits: int) -> None:
+def test_tables_begin_symmetric_and_stay_sorted_and_in_fp16(bits: int) -> None:
     made = layer(bits=bits)
+    assert torch.equal(made.lut, -made.lut.flip(0))
     with torch.no_grad():
         made.lut += 0.1 * torch.randn(made.lut.shape, generator=torch.Generator().manual_seed(0))
     table = made.encode().tensors["lut"]
     assert len(table) == 2**bits
-    assert torch.equal(table, -table.flip(0))
     assert (table.diff() > 0).all()
     assert torch.equal(table, table.half().float())
 
@@ -182,9 +182,17 @@ def test_halves_of_the_model_train_alone() -> None:
             assert (found.weight.grad is not None) == (part in fqn)
 
 
-@pytest.mark.parametrize("wrong", [{"mlp_only": True, "attn_only": True}, {"view": "v2", "train": "weights"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mlp_only": True, "attn_only": True},
+        {"view": "v2", "train": "weights"},
+        {"forward": "factored"},
+        {"ste_fp16": True, "train": "weights"},
+    ],
+)
 def test_settings_that_leave_nothing_to_train_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"needs|exclude"):
+    with pytest.raises(ValueError, match=r"needs|exclude|alone"):
         Config(**wrong)
 
 

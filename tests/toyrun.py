@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from wrinklefree import distributed, load, session, sharding
 from wrinklefree import pipeline as train
 from wrinklefree.config import Config
 from wrinklefree.distributed import World
-from wrinklefree.objectives import LanguageModelling, Objective
+from wrinklefree.objectives import Objective
 from wrinklefree.trainer import fit
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -71,7 +72,7 @@ def run(
     session.choose_length(config, teacher)
     teacher.requires_grad_(False)
     student = train.prepare(config, teacher)
-    make = objective or (lambda s, t: LanguageModelling(s, t, config.distillation, config.training.compile))
+    make = objective or partial(train.choose_objective, config)
     placement = sharding.choose(config, world)
     made = make(student, teacher)
     placement.place(student)

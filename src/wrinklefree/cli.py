@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,6 +85,30 @@ def bitdistill(
 
 
 @app.command()
+def anemll(
+    model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
+    workflow: Annotated[
+        Literal["a", "b", "c"],
+        typer.Option(help="a: weights and scales, then scales; b: scales from the start; c: 4 bits, then 2."),
+    ] = "a",
+    cache: Annotated[str | None, typer.Option(help="Learn from a KD cache (wf cache) and no running teacher.")] = None,
+    nproc: Processes = None,
+    force: Force = False,
+    overrides: Overrides = None,
+) -> None:
+    """Quantize a model to lookup tables for the Neural Engine.
+
+    What is done is skipped, what was interrupted goes on. A setting goes to every step; v2:KEY=VALUE to step v2 alone.
+
+    \b
+    Example:
+      wf anemll -m tiny --workflow a
+      wf anemll -m qwen3_0_6b --workflow c --cache caches/alpaca q2:training.max_steps=1000
+    """
+    call("anemll", model, workflow, cache, overrides or [], force, nproc)
+
+
+@app.command()
 def train(overrides: Overrides = None, nproc: Processes = None, dry_run: DryRun = False, force: Force = False) -> None:
     """Run any training stage, spelled out in settings.
 
@@ -104,6 +129,43 @@ def pretrain(overrides: Overrides = None, nproc: Processes = None, force: Force 
       wf pretrain model=tiny training.max_steps=200
     """
     call("pretrain", overrides or [], force=force, processes=nproc)
+
+
+@app.command()
+def cache(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The teacher: a config's name, a folder or a hub id.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence; default: all of the model's.")] = None,
+    topk: Annotated[int, typer.Option(min=1, help="Likeliest words kept per position.")] = 32,
+    rand_neg: Annotated[int, typer.Option(min=0, help="Random words kept per position.")] = 0,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences to train on, at most.")] = 20_000,
+    heldout: Annotated[int, typer.Option(min=1, help="Held-out sequences, at most.")] = 128,
+    shard_size: Annotated[int, typer.Option(min=1, help="Sequences per file.")] = 1024,
+    import_from: Annotated[
+        Path | None, typer.Option("--import", help="Take over a cache of .pt files; -m is its tokenizer.")
+    ] = None,
+    force: Force = False,
+    overrides: Overrides = None,
+) -> None:
+    """Write down a teacher's answers, to learn from later.
+
+    Any number of trainings read them (training.objective=cached_kd).
+
+    What was interrupted goes on. Takes the settings data.*, seed, training.batch_size and training.precision.
+
+    \b
+    Example:
+      wf cache -m tiny --out caches/tiny --topk 64 --length 128 --sequences 2000
+      wf cache -m qwen3_0_6b --out caches/alpaca data=hub data.path=tatsu-lab/alpaca data.format=alpaca_chat
+      wf cache --import caches/alpaca_chat_think_both_L64_K64_R128 --out caches/imported -m qwen3_0_6b
+    """
+    if import_from is not None:
+        call("cache", out, import_from=import_from, model=model, force=force)
+        return
+    sizes = {"length": length, "topk": topk, "negatives": rand_neg, "num_train": sequences, "num_heldout": heldout}
+    call("cache", out, model=model, force=force, overrides=overrides or [], shard_size=shard_size, **sizes)
 
 
 @app.command("eval")
@@ -168,11 +230,14 @@ def generate(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or checkpoint folder.")],
     format: Annotated[
-        str, typer.Option("--format", help="hf (packed), dense, bitnet, gguf or compressed-tensors.")
+        str, typer.Option("--format", help="hf (packed), dense, bitnet, gguf, compressed-tensors or coreml.")
     ] = "hf",
     gguf_type: Annotated[
         Literal["tq2_0", "tq1_0"], typer.Option(help="Of ternary layers in a GGUF file: 2.06 or 1.69 bits a weight.")
     ] = "tq2_0",
+    factored_rank: Annotated[
+        int, typer.Option(min=0, help="Core ML: layers with more scale products than this become fp16 weights.")
+    ] = 8,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default RUN/packed.")] = None,
     force: Force = False,
 ) -> None:
@@ -183,7 +248,7 @@ def export(
       wf export outputs/fairy2_tiny_w2 --format hf --out tiny-w2
       wf export outputs/bitdistill_tiny_stage2_pretrain --format gguf
     """
-    call("export", run, format, out, force, gguf_type)
+    call("export", run, format, out, force, gguf_type, factored_rank)
 
 
 @app.command()
@@ -234,7 +299,12 @@ def runs(
 
 
 def call(command: str, *args: Any, **kwargs: Any) -> None:
-    """Import `wrinklefree.commands.<command>` and `run` it; errors become a line on standard error and an exit code.
+    """Import `wrinklefree.commands.<command>` and `run` it, `reported`."""
+    reported(lambda: importlib.import_module(f"wrinklefree.commands.{command}").run(*args, **kwargs))
+
+
+def reported(work: Callable[[], None]) -> None:
+    """Do it; errors become a line on standard error and an exit code.
 
     2: a user's mistake, 130: Ctrl-C, 1: a defect of ours, whose traceback WF_DEBUG=1 shows. This is the one place that
     catches every exception: a traceback tells a user nothing.
@@ -242,7 +312,7 @@ def call(command: str, *args: Any, **kwargs: Any) -> None:
     debug = os.environ.get("WF_DEBUG") == "1"
     try:
         _quiet(debug)
-        importlib.import_module(f"wrinklefree.commands.{command}").run(*args, **kwargs)
+        work()
     except UserError as error:
         _fail("\n".join(f"error: {line}" for line in str(error).splitlines()), 2, debug)
     except KeyboardInterrupt:
@@ -277,7 +347,14 @@ def _quiet(debug: bool) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run `wf` with `args` (default: the command line) and exit with its code."""
-    app(args, prog_name="wf")
+    try:
+        app(args, prog_name="wf")
+    except SystemExit as ended:
+        if "RANK" in os.environ:  # torch at times aborts a process at its end whose last work was sharded
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(ended.code or 0))
+        raise
 
 
 if __name__ == "__main__":

@@ -78,6 +78,9 @@ class DataConfig(Node):
     subset: str | None = None
     split: str = "train"
     text_column: str = "text"
+    format: Literal["plain", "alpaca_chat", "openhermes", "sharegpt", "dolly"] = "plain"  # of a row
+    enable_thinking: Literal[False, True, "both", "none", "all"] = False  # conversations with or without thoughts
+    mask_prompt: bool = False  # learn the last answer of a conversation alone
     heldout_path: str | None = None  # local: a file; without it, every 20th document is held out
     heldout_split: str | None = None  # hub: a split; without it, the first documents are held out
     shuffle_buffer: Positive = 2048  # documents shuffled together
@@ -126,6 +129,7 @@ class TrainingConfig(Node):
     """One stage of training."""
 
     stage: str
+    objective: Literal["language_modelling", "cached_kd"] = "language_modelling"  # cached_kd: distillation.cache
     start_from: list[str] = field(default_factory=list)  # earlier stages or folders; the first that is there
     total_tokens: Positive | Auto = "auto"
     max_steps: Natural | None = None  # wins over total_tokens; 0 prepares and saves
@@ -186,6 +190,9 @@ class DistillationConfig(Node):
     temperature: PositiveFloat = 1.0
     tau_squared: bool = True  # multiply the KL by temperature^2, so that its gradient keeps its size
     teacher: str | None = None  # hub id, folder or earlier stage; null is the model itself in full precision
+    cache: str | None = None  # a folder that `wf cache` wrote: batches and the teacher's answers come from there
+    hard_top1: NonNegative = 0.0  # cached_kd: cross entropy with the teacher's likeliest word over the cached words
+    hard_full: NonNegative = 0.0  # cached_kd: the same over the vocabulary, at the last position of each sequence
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     hidden: HiddenConfig = field(default_factory=HiddenConfig)
 
@@ -372,10 +379,33 @@ def validate(values: Mapping[str, Any]) -> Config:
     if method is not None:
         checked = _check(methods.find(method["name"]), method, "method.", problems)
     if not problems:
+        problems += _cached_kd(config)
+    if not problems:
         config.method = None if method is None else _quantization(checked, config.model.quantization, problems)
     if problems:
         raise UserError("\n".join(problems))
     return config
+
+
+def _cached_kd(config: Config) -> Iterator[str]:
+    """What does not go together with `training.objective`."""
+    d, hard = (
+        config.distillation,
+        {"hard_top1": config.distillation.hard_top1, "hard_full": config.distillation.hard_full},
+    )
+    if config.training.objective != "cached_kd":
+        for key, value in {"cache": d.cache, **hard}.items():
+            if value:
+                yield f"distillation.{key}={value}: has no effect without training.objective=cached_kd"
+        return
+    if d.cache is None:
+        yield "distillation.cache: training.objective=cached_kd needs a folder that `wf cache` wrote"
+    if not d.weight and not any(hard.values()):
+        yield "distillation.weight=0: training.objective=cached_kd has nothing to learn from the cache; try 1"
+    running = {"teacher": d.teacher, "attention.weight": d.attention.weight, "hidden.enabled": d.hidden.enabled}
+    for key, value in running.items():
+        if value:
+            yield f"distillation.{key}={value}: needs a running teacher, and training.objective=cached_kd has none"
 
 
 def _quantization(method: Any, given: QuantizationConfig, problems: list[str]) -> Any:

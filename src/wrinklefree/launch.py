@@ -1,21 +1,28 @@
 """Runs a stage: what has to come before it, in this process or in several."""
 
+import dataclasses
 import logging
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from wrinklefree import checkpoint, pipeline, stages
 from wrinklefree import config as configs
-from wrinklefree import pipeline, stages
 from wrinklefree.config import Config
 from wrinklefree.core.errors import UserError
 
 log = logging.getLogger("wrinklefree")
 
 SAVING_SECONDS = 1800
+
+# Settings that say where and how a stage ran, not what it made.
+INCIDENTAL = ("auto_prereq", "training.resume_from", "training.upload_to", "training.logging", "distributed")
 
 
 def run(overrides: list[str], *, force: bool = False, processes: int | None = None) -> None:
@@ -36,6 +43,41 @@ def run(overrides: list[str], *, force: bool = False, processes: int | None = No
         torchrun("train", number, overrides, force)
     else:
         pipeline.train(config, force)
+
+
+def run_once(overrides: list[str], force: bool, processes: int | None) -> Config:
+    """Run a stage, go on with it, or skip what is done; its config. Raises UserError where it was made otherwise."""
+    config = configs.load(overrides)
+    out = Path(config.output_dir)
+    if stages.is_done(out) and not force:
+        _check_same(config, out)
+        log.info("%s: done, in %s", config.training.stage, out)
+        return config
+    log.info("== %s", config.training.stage)
+    resume = [] if force or not checkpoint.step_folders(out / "checkpoints") else ["training.resume_from=latest"]
+    run([*overrides, *resume], force=force, processes=processes)
+    return config
+
+
+def _check_same(config: Config, out: Path) -> None:
+    """Raises UserError where the stage was run with other settings."""
+    before = dict(_flat(dataclasses.asdict(configs.from_yaml(out / "final" / checkpoint.CONFIG))))
+    now = dict(_flat(dataclasses.asdict(config)))
+    for key, value in now.items():
+        if key.startswith(INCIDENTAL) or value == "auto" or before[key] == value:
+            continue
+        raise UserError(
+            f"{out}: was made with {key}={before[key]}, now it is {value}: choose another place with output_root=..., "
+            f"or start over with --force"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def count_processes(config: Config, asked: int | None) -> int:

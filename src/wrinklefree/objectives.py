@@ -19,7 +19,7 @@ from wrinklefree.config import AttentionConfig, DistillationConfig, HiddenConfig
 from wrinklefree.core import surgery
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import compute_dtype
-from wrinklefree.losses import TokenLosses, shifted, token_losses
+from wrinklefree.losses import CachedLosses, CachedTeacher, TokenLosses, cached_losses, shifted, token_losses
 
 log = logging.getLogger("wrinklefree")
 
@@ -121,8 +121,46 @@ class LanguageModelling:
         """What cross entropy and KL add to the loss, each with its weight."""
         c = self.config
         terms = {"ce": c.ce_weight * result.ce} if c.ce_weight else {}
-        factor = c.temperature**2 if c.tau_squared else 1.0
-        return terms | ({"kl": c.weight * factor * result.kl} if self.teacher and c.weight else {})
+        return terms | ({"kl": c.weight * result.kl} if self.teacher and c.weight else {})
+
+
+class CachedKD:
+    """KL to the teacher whose answers come with the batches (`data.kd_cache`), cross entropy, and hard terms."""
+
+    def __init__(self, student: PreTrainedModel, config: DistillationConfig, compiled: bool = False) -> None:
+        self.student, self.config, self.shares = Decoder(student, compiled), config, Shares()
+
+    def on_step(self, step: int, max_steps: int) -> None:
+        """No term follows a schedule."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+        c = self.config
+        result = self.compare(batch)
+        hard = {"hard": result.hard} if c.hard_top1 or c.hard_full else {}
+        weighted = {"ce": (c.ce_weight, result.ce), "kl": (c.weight, result.kl)}
+        self.shares.add({name: weight * value for name, (weight, value) in weighted.items() if weight} | hard)
+        yield result.loss, {"ce": result.ce, "kl": result.kl, **hard}
+
+    def compare(self, batch: Batch) -> CachedLosses:
+        """Losses of one batch of `KDCache`."""
+        c, kept = self.config, batch["labels"][:, 1:] != -100
+        hidden, targets = shifted(self.student.states(batch), batch["labels"])
+        states, head = self.student.project(hidden)
+        lse = batch["kd_lse"][kept] if "kd_lse" in batch else None
+        last = kept & (kept.flip(1).cumsum(1).flip(1) == 1)
+        teacher = CachedTeacher(batch["kd_ids"][kept], batch["kd_logits"][kept], lse, last[kept])
+        return cached_losses(
+            states,
+            head,
+            targets,
+            teacher,
+            ce_weight=c.ce_weight,
+            kl_weight=c.weight,
+            temperature=c.temperature,
+            tau_squared=c.tau_squared,
+            hard_top1=c.hard_top1,
+            hard_full=c.hard_full,
+        )
 
 
 def check_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -26,7 +26,7 @@ from wrinklefree.distributed import World
 from wrinklefree.export import hf
 from wrinklefree.export.card import card
 from wrinklefree.generate import complete
-from wrinklefree.objectives import LanguageModelling, check_vocabulary
+from wrinklefree.objectives import CachedKD, LanguageModelling, check_vocabulary
 from wrinklefree.plotting import plot_runs
 from wrinklefree.report import Results
 from wrinklefree.sharding import Sharded
@@ -65,6 +65,7 @@ def train(config: Config, force: bool) -> None:
     placement = sharding.choose(config, world)
     original = original.to(placement.workshop).requires_grad_(False)
     plan = session.make_plan(config, original, world)
+    stream = session.open_stream(config, tokenizer, world)  # here, for what is wrong with it comes before the work
     teacher = choose_teacher(config, original)
     reference = original if teacher is None else teacher
     heldout = session.heldout(config, tokenizer, config.training.final_eval_tokens)
@@ -82,7 +83,7 @@ def train(config: Config, force: bool) -> None:
         log.info("%s: held-out perplexity %.2f%s", NAMES[state], quality.ppl, right)
 
     student = prepare(config, original, calibration(config, tokenizer), start)
-    objective = LanguageModelling(student, teacher, config.distillation, config.training.compile)
+    objective = choose_objective(config, student, teacher)
     placement.place(reference)
     placement.place(student)
     judge("full_precision", reference, None)
@@ -97,7 +98,7 @@ def train(config: Config, force: bool) -> None:
     fit(
         student,
         objective,
-        session.open_stream(config, tokenizer, world),
+        stream,
         config,
         plan,
         tokenizer=tokenizer,
@@ -144,14 +145,23 @@ def calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 
 def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel | None:
-    """The model to distil from: none, the original, or the one that `distillation.teacher` names."""
-    if config.distillation.name == "none":
+    """The model to distil from: none, also where a cache has its answers, the original, or `distillation.teacher`."""
+    if config.distillation.name == "none" or config.training.objective == "cached_kd":
         return None
     if config.distillation.teacher is None:
         return original
     teacher, _ = load.load(stages.locate(config, config.distillation.teacher), dtype=torch.float32)
     check_vocabulary(original, teacher)
     return teacher.to(original.device).requires_grad_(False)
+
+
+def choose_objective(
+    config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None
+) -> LanguageModelling | CachedKD:
+    """What `training.objective` names."""
+    if config.training.objective == "cached_kd":
+        return CachedKD(student, config.distillation, config.training.compile)
+    return LanguageModelling(student, teacher, config.distillation, config.training.compile)
 
 
 def finish(

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree import checkpoint, schedule, storage
 from wrinklefree.config import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import Batch, BatchStream, Example, heldout_batches, heldout_examples, training_stream
+from wrinklefree.data import IGNORE, Batch, BatchStream, Example, heldout_batches, heldout_examples, training_stream
+from wrinklefree.data.kd_cache import KDCache, KDStream, read_manifest
 from wrinklefree.distributed import World
 from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
 from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
+from wrinklefree.objectives import CachedKD
 
 log = logging.getLogger("wrinklefree")
 
@@ -81,8 +83,19 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def choose_length(config: Config, model: PreTrainedModel) -> None:
-    """Resolve `training.max_seq_length: auto` in place. Raises UserError for sequences longer than the positions."""
+    """Resolve `training.max_seq_length: auto` in place; of a KD cache, its own length.
+
+    Raises UserError for sequences longer than the positions, or of another length than the cache's.
+    """
     longest = model.config.max_position_embeddings
+    if config.distillation.cache is not None:
+        cached = read_manifest(Path(config.distillation.cache)).length
+        if config.training.max_seq_length not in ("auto", cached):
+            raise UserError(
+                f"training.max_seq_length={config.training.max_seq_length}: the sequences of "
+                f"{config.distillation.cache} have {cached} tokens; leave it at auto"
+            )
+        config.training.max_seq_length = cached
     if config.training.max_seq_length == "auto":
         config.training.max_seq_length = min(longest, MAX_LENGTH)
     if config.training.max_seq_length > longest:
@@ -97,9 +110,12 @@ def length(config: Config) -> int:
     return config.training.max_seq_length
 
 
-def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, world: World) -> BatchStream:
-    """The endless training batches of this process."""
+def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, world: World) -> BatchStream | KDStream:
+    """The endless training batches of this process: of the KD cache where there is one, else of the data."""
     t = config.training
+    if config.distillation.cache is not None:
+        cache = open_cache(config.distillation.cache, tokenizer)
+        return KDStream(cache, batch_size=t.batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
     return training_stream(
         config.data,
         tokenizer,
@@ -109,6 +125,13 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, world: World
         rank=world.rank,
         world_size=world.size,
     )
+
+
+def open_cache(folder: str, tokenizer: PreTrainedTokenizerBase) -> KDCache:
+    """A KD cache for a student of this tokenizer. Raises UserError where it is broken, or of another tokenizer."""
+    cache = KDCache(Path(folder))
+    cache.check_tokenizer(tokenizer)
+    return cache
 
 
 def heldout(config: Config, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> list[Batch]:
@@ -121,12 +144,32 @@ def heldout(config: Config, tokenizer: PreTrainedTokenizerBase, max_tokens: int 
 
 def evaluator(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[nn.Module], dict[str, float]]:
     """What `fit` calls every `eval_interval` steps: held-out loss and quantization errors."""
+    if config.distillation.cache is not None:
+        return _cached_evaluator(config, open_cache(config.distillation.cache, tokenizer))
     batches = heldout(config, tokenizer, config.training.eval_tokens)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, PreTrainedModel)
         errors = {f"quant_error/{name}": value for name, value in quantization_error(model).items()}
         return {"eval_loss": measure(model, batches).nll, **errors}
+
+    return evaluate
+
+
+def _cached_evaluator(config: Config, cache: KDCache) -> Callable[[nn.Module], dict[str, float]]:
+    """The loss that is trained for, and its parts, on held-out sequences of the cache."""
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, PreTrainedModel)
+        objective, sums, count = CachedKD(model, config.distillation), torch.zeros(3, dtype=torch.float64), 0
+        for batch in cache.heldout(config.training.batch_size, config.training.eval_tokens):
+            here = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            losses, num = objective.compare(here), int((batch["labels"][:, 1:] != IGNORE).sum())
+            sums += num * torch.stack([losses.loss, losses.ce, losses.kl]).double().cpu()
+            count += num
+        values = dict(zip(("eval_loss", "eval_ce", "eval_kl"), (sums / count).tolist(), strict=True))
+        return values | {f"quant_error/{name}": value for name, value in quantization_error(model).items()}
 
     return evaluate
 

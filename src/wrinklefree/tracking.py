@@ -187,8 +187,8 @@ def _stretching_bar() -> BarColumn:
 class Lines:
     """The bar's text as a plain line about every ten seconds, and at the last step."""
 
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
+    def __init__(self, total_steps: int, unit: str = "step") -> None:
+        self.total_steps, self.unit = total_steps, unit
         self.printed = -math.inf
 
     def show(self, step: int, text: str) -> None:
@@ -196,7 +196,7 @@ class Lines:
         if now - self.printed < _LINE_INTERVAL and step < self.total_steps:
             return
         self.printed = now
-        print(f"step {step}/{self.total_steps}  {text}", flush=True)
+        print(f"{self.unit} {step}/{self.total_steps}  {text}", flush=True)
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -3,19 +3,13 @@
 What is done already, with the same settings, is skipped; what was interrupted goes on.
 """
 
-import dataclasses
-import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from wrinklefree import checkpoint, launch, report, stages
-from wrinklefree import config as configs
+from wrinklefree import launch, report
 from wrinklefree.config import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.terminal import print_table
-
-log = logging.getLogger("wrinklefree")
 
 STAGES = {
     "0": "stage0_sft",
@@ -36,9 +30,6 @@ NOT_FOR = {
     "distillation": ("0", "1", "1.9", "2"),
 }
 
-# Settings that say where and how a stage ran, not what it made.
-INCIDENTAL = ("auto_prereq", "training.resume_from", "training.upload_to", "training.logging", "distributed")
-
 
 def run(
     model: str,
@@ -57,7 +48,7 @@ def run(
     before: str | None = None
     finished = []
     for number in chosen:
-        config = run_stage(settings(model, number, task, before, overrides), force, processes)
+        config = launch.run_once(settings(model, number, task, before, overrides), force, processes)
         finished.append(config)
         if number != "0":
             before = STAGES[number]
@@ -84,41 +75,6 @@ def _meant_for(number: str, override: str) -> Iterator[str]:
         return
     if not any(override.startswith(section) and number in numbers for section, numbers in NOT_FOR.items()):
         yield override
-
-
-def run_stage(overrides: list[str], force: bool, processes: int | None) -> Config:
-    """Run one stage, go on with it, or skip it."""
-    config = configs.load(overrides)
-    out = Path(config.output_dir)
-    if stages.is_done(out) and not force:
-        _check_same(config, out)
-        log.info("%s: done, in %s", config.training.stage, out)
-        return config
-    log.info("== %s", config.training.stage)
-    resume = [] if force or not checkpoint.step_folders(out / "checkpoints") else ["training.resume_from=latest"]
-    launch.run([*overrides, *resume], force=force, processes=processes)
-    return config
-
-
-def _check_same(config: Config, out: Path) -> None:
-    """Raises UserError where the stage was run with other settings."""
-    before = dict(_flat(dataclasses.asdict(configs.from_yaml(out / "final" / checkpoint.CONFIG))))
-    now = dict(_flat(dataclasses.asdict(config)))
-    for key, value in now.items():
-        if key.startswith(INCIDENTAL) or value == "auto" or before[key] == value:
-            continue
-        raise UserError(
-            f"{out}: was made with {key}={before[key]}, now it is {value}: choose another place with output_root=..., "
-            f"or start over with --force"
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def summary(finished: list[Config]) -> None:

@@ -20,11 +20,15 @@ FORMATS = {
     "bitnet": "wrinklefree.export.bitnet",
     "gguf": "wrinklefree.export.gguf",
     "compressed-tensors": "wrinklefree.export.compressed",
+    "coreml": "wrinklefree.export.coreml",
+    "anemll": "wrinklefree.export.anemll",
 }
 CERTIFY_TOKENS = 8192
 
 
-def run(run: Path, format: str, out: Path | None, force: bool, gguf_type: str = "tq2_0") -> None:
+def run(
+    run: Path, format: str, out: Path | None, force: bool, gguf_type: str = "tq2_0", factored_rank: int = 8
+) -> None:
     """Export the trained model of a run or checkpoint folder. Raises UserError where it cannot be, or not be proved."""
     if format not in FORMATS:
         raise UserError(f"--format {format}: unknown{did_you_mean(format, FORMATS)}; available: {', '.join(FORMATS)}")
@@ -41,7 +45,7 @@ def run(run: Path, format: str, out: Path | None, force: bool, gguf_type: str = 
     else:
         write = importlib.import_module(FORMATS[format]).write
         with checkpoint.written_aside(target) as aside:
-            table = write(model, tokenizer, aside, batches, gguf_type=gguf_type)
+            table = write(model, tokenizer, aside, batches, gguf_type=gguf_type, factored_rank=factored_rank)
             (aside / "README.md").write_text(f"{card(config)}\n{described(format, table)}", encoding="utf-8")
     print_table(["", str(target)], table)
     print(f"\nwrote {target}/; next: {NEXT[format].format(target=target)}")
@@ -53,6 +57,8 @@ NEXT = {
     "bitnet": "AutoModelForCausalLM.from_pretrained('{target}')",
     "gguf": "llama-cli -m {target}/model.gguf -p 'def '",
     "compressed-tensors": "vllm serve {target}",
+    "coreml": "on macOS 15, coremltools.models.MLModel('{target}/model.mlpackage', function_name='prefill')",
+    "anemll": "ANEMLL's converter, with {target}/model_state_dict.pt",
 }
 
 

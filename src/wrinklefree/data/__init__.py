@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import sources, stdlib, stdlib_kind, tasks
+from wrinklefree.data import chat, sources, stdlib, stdlib_kind, tasks
 from wrinklefree.data.packing import IGNORE, Batch, BatchStream, encode, make_batch, pack, pack_whole, spread
 from wrinklefree.data.sources import Document, Example, Source
 
@@ -36,6 +36,9 @@ _READ_BY = {
     "tests": ("stdlib",),
     "path": ("local", "hub", "downstream"),
     "text_column": ("local", "hub"),
+    "format": ("local", "hub"),
+    "enable_thinking": ("local", "hub"),
+    "mask_prompt": ("local", "hub"),
     "subset": ("hub",),
     "split": ("hub",),
     "heldout_split": ("hub",),
@@ -151,12 +154,16 @@ class _Rows(NamedTuple):
     instead: str  # where the hub does not answer
 
 
-def _rows(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> _Rows:
+def _rows(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> _Rows:
     if config.source != "downstream":
         render = _render(tokenizer, config.text_column)
+        name = f"data.path={config.path}"
+        if config.format != "plain":
+            render = partial(chat.render, tokenizer, config.format, thinking, config.mask_prompt)
+            name += f" data.format={config.format} data.enable_thinking={config.enable_thinking}"
         instead = "data=stdlib, or data=local data.path=FILE_OR_FOLDER"
         return _Rows(
-            f"data.path={config.path}",
+            name,
             render,
             config.path,
             config.subset,
@@ -173,11 +180,26 @@ def _rows(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> _Rows:
 
 def _training_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> Source:
     _refuse_unread(config)
+    variants = chat.VARIANTS[config.enable_thinking]
+    return _together([_training_variant(config, tokenizer, thinking) for thinking in variants])
+
+
+def _heldout_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> Source:
+    _refuse_unread(config)
+    variants = chat.VARIANTS[config.enable_thinking]
+    return _together([_heldout_variant(config, tokenizer, thinking) for thinking in variants])
+
+
+def _together(variants: list[Source]) -> Source:
+    return variants[0] if len(variants) == 1 else sources.Interleaved(variants)
+
+
+def _training_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> Source:
     if config.source == "stdlib":
         return _library("train", config.tests)
     if _is_builtin(config):
         return sources.Memory(f"data.task={config.task}", stdlib_kind.examples("train"))
-    rows = _rows(config, tokenizer)
+    rows = _rows(config, tokenizer, thinking)
     if _is_local(config):
         files = sources.find_files("data.path", rows.path)
         if config.heldout_path:
@@ -191,13 +213,12 @@ def _training_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -
     return sources.Hub(rows.name, stream, rows.render, skip=sources.HELDOUT_DOCUMENTS, hint=hint)
 
 
-def _heldout_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> Source:
-    _refuse_unread(config)
+def _heldout_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> Source:
     if config.source == "stdlib":
         return _library("heldout", tests=False)
     if _is_builtin(config):
         return sources.Memory(f"data.task={config.task}", stdlib_kind.examples("heldout"))
-    rows = _rows(config, tokenizer)
+    rows = _rows(config, tokenizer, thinking)
     if not _is_local(config):
         split = rows.heldout_split or rows.split
         stream = sources.load_hub(rows.name, rows.path, rows.subset, split, rows.instead)
@@ -236,6 +257,11 @@ def _refuse_unread(config: "DataConfig") -> None:
         value = vars(config)[key]
         if config.source not in readers and value != vars(defaults)[key]:
             raise UserError(f"data.{key}={value} has no effect with data.source={config.source}: leave it out")
+    for key in ("enable_thinking", "mask_prompt"):
+        if config.format == "plain" and vars(config)[key]:
+            raise UserError(f"data.{key}={vars(config)[key]} has no effect with data.format=plain: leave it out")
+    if config.format != "plain" and config.text_column != "text":
+        raise UserError(f"data.text_column={config.text_column} has no effect with data.format={config.format}")
     if _is_builtin(config) and config.path is not None:
         raise UserError(f"data.path={config.path} has no effect with task={config.task}: leave it out")
     if config.source == "downstream" and config.heldout_path is not None and config.path is None:

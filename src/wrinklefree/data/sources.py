@@ -132,6 +132,31 @@ class Hub:
         return {"document": self._seen, "rows": self._dataset.state_dict()}
 
 
+class Interleaved:
+    """Sources of as many documents each, one of each in turn, but none that is equal to one before it of its turn."""
+
+    def __init__(self, sources: list[Source]):
+        self.name, self.hint = sources[0].name, sources[0].hint
+        self._sources = sources
+        self._turn: list[Position | None] = [None] * len(sources)  # where each was before this turn
+        self._given = 0  # of this turn
+
+    def documents(self, start: Position | None) -> Iterator[Document]:
+        self._turn = start["turn"] if start else [None] * len(self._sources)
+        self._given = start["given"] if start else 0
+        streams = [source.documents(at) for source, at in zip(self._sources, self._turn, strict=True)]
+        for turn in zip(*streams, strict=True):
+            while self._given < len(turn):
+                document, before = turn[self._given], turn[: self._given]
+                self._given += 1
+                if document not in before:
+                    yield document
+            self._turn, self._given = [source.position() for source in self._sources], 0
+
+    def position(self) -> Position:
+        return {"turn": self._turn, "given": self._given}
+
+
 def row_text(row: Row, where: str, column: str, chat: Callable[[Row, str], str]) -> str:
     """The text of a row: its `column`, or else its `messages` written out by `chat`.
 

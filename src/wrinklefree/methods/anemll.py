@@ -66,8 +66,8 @@ class LutLinear(QuantLinear):
         self._adopt_nearest(lowrank.by_rows(self.weight.detach(), self.config.bits, rank))
 
     def table(self) -> Tensor:
-        """The trained table [2**bits], ascending and symmetric."""
-        return ((self.lut - self.lut.flip(0)) / 2).sort().values
+        """The trained table [2**bits], ascending."""
+        return self.lut.sort().values
 
     def factors(self) -> Factors:
         """The table and factors as they train, not yet rounded; differentiable."""
@@ -105,7 +105,9 @@ class LutLinear(QuantLinear):
         return value - pulled + inside * (self.weight - self.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return factored(self, x, fp16=True) if self.config.ste_fp16 else super().forward(x)
+        if self.config.ste_fp16 or self.config.forward == "factored":
+            return factored(self, x, fp16=self.config.ste_fp16)
+        return batched(self, x) if self.config.forward == "batched" else super().forward(x)
 
     @torch.no_grad()
     def adopt(self, factors: Factors, codes: Tensor) -> None:
@@ -200,7 +202,8 @@ class Config(QuantMethod):
     g_only: bool = False  # v2: the magnitudes alone
     mlp_only: bool = False
     attn_only: bool = False
-    ste_fp16: bool = False
+    forward: Literal["weight", "factored", "batched"] = "weight"
+    ste_fp16: bool = False  # rank by rank, whatever `forward` says
     requantize: Literal["refit", "kmeans"] = "refit"
 
     def __post_init__(self) -> None:
@@ -208,6 +211,8 @@ class Config(QuantMethod):
             raise ValueError("mlp_only and attn_only exclude one another")
         if self.view == "v2" and self.train == "weights":
             raise ValueError("train=weights needs view=v1: codes are frozen in v2")
+        if (self.ste_fp16 or self.forward != "weight") and self.view == "v1" and self.train != "scales":
+            raise ValueError("ste_fp16 and forward train scales alone: view=v2, or train=scales")
         if self.g_only and self.view == "v1":
             raise ValueError("g_only needs view=v2: v1 has no magnitudes of its own")
 

@@ -1,0 +1,217 @@
+"""ANEMLL measured.
+
+    python -m benchmarks.anemll [--quick] [--json] [--parts init,curves,cost,cache] [--story FOLDER] [--out FOLDER]
+
+init    perplexity and KL of q2a4 before any training: upstream's SVD of group maxima, evenly spaced tables; ours, least
+        squares weighted by the inputs. On `-m tiny`, and on the model in --story on tokens sampled from it.
+curves  `-m tiny` on one KD cache, held-out loss by steps, in one picture: q2a4 from scratch (frozen codes; weights and
+        scales), v1 to v2, 4 bits to 2. Ratios are final over initial, initial being upstream's way to begin.
+cost    time of a training step at rank 32 over that of the unquantized model.
+cache   cached KD against online KD, Fairy2i w2 on `-m tiny` with itself as teacher, one thread: time of a step (CPU
+        seconds, the two taken in turn), and KL to the teacher on held-out text after equal steps on equal text.
+
+Finished runs are kept under --out and not repeated. Ratios come first in the JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import quality
+from wrinklefree import config as configs
+from wrinklefree import launch, load, optim, pipeline, report, session
+from wrinklefree.commands import cache
+from wrinklefree.config import Config
+from wrinklefree.distributed import ALONE
+from wrinklefree.evaluate.perplexity import Quality
+from wrinklefree.evaluate.perplexity import measure as measure_quality
+from wrinklefree.plotting import plot_runs
+
+Figures = dict[str, Any]
+
+TINY = ["model=tiny", "training=fairy2_w2", "distillation=logits"]
+
+
+SVD = ["method.init=svd", "method.learn_table=false"]
+UPSTREAM = "upstream"
+
+
+def init(story: Path | None, quick: bool) -> Figures:
+    """Perplexity and KL of q2a4 by both ways to begin, and the ratio of perplexities, ours over upstream's."""
+    figures: Figures = {}
+    for name, model in {"story": story, "tiny": "tiny"}.items():
+        if model is None:
+            continue
+        found = {way: begun(str(model), more, quick) for way, more in {UPSTREAM: SVD, "ours": []}.items()}
+        figures[f"init_ppl_ratio_{name}"] = found["ours"].ppl / found[UPSTREAM].ppl
+        for way, quality_ in found.items():
+            figures |= {f"init_ppl_{name}_{way}": quality_.ppl, f"init_kl_{name}_{way}": quality_.kl}
+    return figures
+
+
+def begun(model: str, settings: list[str], quick: bool) -> Quality:
+    """A model as q2a4 before training, against itself in full precision."""
+    config = configs.load([f"model={model}", "training=anemll_q2a4", *settings])
+    original, tokenizer = load.load_pretrained(config.model)
+    session.choose_length(config, original)
+    if model == "tiny":
+        seen = list(pipeline.calibration(config, tokenizer))
+        heldout = session.heldout(config, tokenizer, 4096 if quick else 65536)
+    else:
+        seen = quality.sampled(original, batches=4, rows=12, length=128, seed=0)
+        heldout = quality.sampled(original, batches=1 if quick else 8, rows=12, length=256, seed=10_000)
+    student = pipeline.prepare(config, original, seen)
+    return measure_quality(student.eval(), heldout, original)
+
+
+# Name of a run: its settings, and the run whose model it starts from.
+CURVES: dict[str, tuple[list[str], str | None]] = {
+    "scratch_v2_upstream": (["training=anemll_v2", *SVD, "training.optimizer.scale_lr=3e-3"], None),
+    "scratch_v2": (["training=anemll_v2", "training.optimizer.scale_lr=3e-3"], None),
+    "scratch_v1": (["training=anemll_q2a4"], None),
+    "v1_to_v2": (["training=anemll_v2"], "scratch_v1"),
+    "q4": (["training=anemll_q4a4"], None),
+    "q4_to_q2_kmeans": (["training=anemll_q2a4", "method.requantize=kmeans"], "q4"),
+    "q4_to_q2": (["training=anemll_q2a4"], "q4"),
+}
+
+
+def curves(out: Path, steps: int) -> Figures:
+    """KL to the original on held-out text, before and after; a picture of all runs by steps."""
+    folder = out / "cache"
+    if not (folder / "manifest.json").exists():
+        sizes = {"topk": 64, "negatives": 0, "num_heldout": 128, "shard_size": 1024}
+        cache.run(folder, length=128, num_train=min(8000, 16 * steps), **sizes)
+    losses: dict[str, list[float]] = {}
+    for name, (settings, start) in CURVES.items():
+        overrides = ["model=tiny", *settings, "training.objective=cached_kd", f"distillation.cache={folder}"]
+        overrides += [f"training.max_steps={steps}", f"training.eval_interval={max(1, steps // 12)}"]
+        overrides += ["training.final_eval_tokens=65536"]
+        if start is not None:
+            overrides.append(f"training.start_from=[{out / start}]")
+        result = finished(overrides, out / name)
+        losses[name] = [result["one_shot"]["kl"], result["trained"]["kl"]]
+    plot_runs([out / name / "training_log.csv" for name in CURVES], out / "curves.png")
+    first, last = ({name: values[i] for name, values in losses.items()} for i in (0, -1))
+    figures: Figures = {
+        "loss_ratio_scratch": min(last["scratch_v2"], last["scratch_v1"]) / first["scratch_v2_upstream"],
+        "loss_ratio_v1_to_v2": last["v1_to_v2"] / first["v1_to_v2"],
+        "loss_ratio_q4_to_q2": last["q4_to_q2"] / first["q4_to_q2_kmeans"],
+    }
+    return figures | {f"loss_{name}": values for name, values in losses.items()}
+
+
+def cached_vs_online(out: Path, steps: int, timed: int, topk: int = 32) -> Figures:
+    """Speed and quality of `steps` steps on a cache, over those with the teacher running."""
+    settings = [*TINY, f"training.max_steps={steps}"]
+    online = configs.load([*settings, f"output_dir={out / 'online'}"])
+    folder = out / f"cache_{steps}_{topk}"
+    sizes = {"topk": topk, "negatives": 0, "num_heldout": 64, "shard_size": 1024}
+    started = time.process_time()
+    if not (folder / "manifest.json").exists():
+        cache.run(folder, length=None, num_train=steps * online.training.batch_size, **sizes)
+    writing = time.process_time() - started
+    more = ["training.objective=cached_kd", f"distillation.cache={folder}"]
+    cached = configs.load([*settings, *more, f"output_dir={out / 'cached'}"])
+    speed = step_seconds(online, cached, timed)
+    results = {"online": finished(settings, out / "online"), "cached": finished([*settings, *more], out / "cached")}
+    kl = {name: result["trained"]["kl"] for name, result in results.items()}
+    return {
+        "cached_vs_online_speed": speed["online"] / speed["cached"],
+        "cached_vs_online_kl": kl["cached"] / kl["online"],
+        **{f"seconds_per_step_{name}": value for name, value in speed.items()},
+        **{f"kl_{name}": value for name, value in kl.items()},
+        "cache_bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "cache_cpu_seconds": writing,
+        "cached_vs_online_steps": steps,
+    }
+
+
+def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]:
+    """Median CPU seconds of a training step of each, on the same student, in turn."""
+    original, tokenizer = load.load_pretrained(online.model)
+    original.requires_grad_(False)
+    for config in (online, cached):
+        session.choose_length(config, original)
+    student = pipeline.prepare(online, original)
+    plan = session.make_plan(online, original, ALONE)
+    o = online.training.optimizer
+    optimizers = optim.build(
+        student,
+        name=o.name,
+        lr=1e-6,
+        betas=o.betas,
+        weight_decay=o.weight_decay,
+        muon_lr=o.muon_lr,
+        scale_lr=o.scale_lr,
+    )
+    arms = {}
+    for name, config in (("online", online), ("cached", cached)):
+        objective = pipeline.choose_objective(config, student, pipeline.choose_teacher(config, original))
+        arms[name] = session.open_stream(config, tokenizer, ALONE), objective
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(timed + 1):
+        for name, (stream, objective) in arms.items():
+            started = time.process_time()
+            batch = next(stream)
+            with torch.autocast("cpu", plan.dtype, enabled=plan.dtype != torch.float32):
+                loss, _ = next(objective(student, batch))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            seconds[name].append(time.process_time() - started)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def finished(settings: list[str], run: Path) -> Figures:
+    """The results of a run, which is made where it is not there."""
+    if not (run / "results.json").exists():
+        launch.run([*settings, "training.pack=false", f"output_dir={run}"], force=True)
+    return report.load(run / "results.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a minute's version: few steps")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--parts", default="init,curves,cost,cache", help="comma-separated")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of parts curves and cache")
+    parser.add_argument("--story", type=Path, help="a folder with a small pretrained model, for part init")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_anemll"), help="where runs are kept")
+    args = parser.parse_args()
+    stdout = sys.stdout
+    if args.json:
+        sys.stdout = sys.stderr  # progress and tables of the runs
+    figures = measure(args)
+    text = json.dumps(figures, indent=2) if args.json else "\n".join(f"{k}: {v}" for k, v in figures.items())
+    print(text, file=stdout)
+
+
+def measure(args: argparse.Namespace) -> Figures:
+    torch.set_num_threads(1)
+    steps = 3 if args.quick else args.steps
+    out = args.out / f"{steps}_steps"
+    parts = args.parts.split(",")
+    figures: Figures = {}
+    if "init" in parts:
+        figures |= init(args.story, args.quick)
+    if "curves" in parts:
+        figures |= curves(out / "curves", steps)
+    if "cost" in parts:
+        cost = quality.cost(3 if args.quick else 15, "anemll_q2a4")
+        figures |= {"step_time_ratio_r32": cost["step_time_ratio"], "step_memory_ratio_r32": cost["step_memory_ratio"]}
+    if "cache" in parts:
+        figures |= cached_vs_online(out / "cache", steps, 3 if args.quick else 20)
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Freeze the codes of a V1 checkpoint: directions and magnitudes train from here on, the model stays the same.
+
+python scripts/convert_v1_to_v2.py --v1-checkpoint runs/v1/best.pt --output runs/v2/v2_init.pt
+"""
+
+from pathlib import Path
+
+import _anemll
+
+from qat_lora import tools
+
+
+def main() -> None:
+    parser = _anemll.parser(__doc__)
+    parser.add_argument("--v1-checkpoint", type=Path, required=True, help="a run, a checkpoint folder or a .pt file")
+    parser.add_argument("--output", type=Path, required=True, help="a .pt file, or a folder")
+    args = parser.parse_args()
+    settings = {"checkpoint": args.v1_checkpoint, "output": args.output, "model_id": args.model_id, "force": args.force}
+    _anemll.run(lambda: tools.v1_to_v2(**settings))
+
+
+if __name__ == "__main__":
+    main()

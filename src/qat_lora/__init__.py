@@ -1,0 +1,164 @@
+"""The ANEMLL guide's import name: its functions, as doors to `wrinklefree.methods.anemll` and the one training loop.
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+replace_linear_with_anemll_v2(model)
+train_e2e(model, tokenizer, "caches/tiny", "runs/v2", max_steps=1000)
+snap_model_for_ane_v2(model)
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qat_lora.files import layers_in, put, read_state
+from wrinklefree import config as configs
+from wrinklefree import distributed, session
+from wrinklefree.core.method import quant_layers
+from wrinklefree.core.ste import round_fp16 as ste_fp16
+from wrinklefree.methods.anemll import Config, LutLinear
+from wrinklefree.objectives import CachedKD
+from wrinklefree.trainer import fit
+
+__all__ = [
+    "convert_model_to_fp16_v2",
+    "evaluate_kd_loss",
+    "freeze_Q_all",
+    "load_v2_checkpoint",
+    "replace_linear_with_anemll_v2",
+    "set_batched_forward_v2",
+    "set_factored_inference_v2",
+    "snap_model_for_ane_v2",
+    "ste_fp16",
+    "train_e2e",
+]
+
+Bits = Literal[2, 3, 4]
+
+
+def replace_linear_with_anemll_v2(
+    model: nn.Module,
+    lut_bits: Bits = 2,
+    scale_rank: int = 32,
+    attn_lut_bits: Bits = 4,
+    attn_scale_rank: int = 8,
+    quantize_attn: bool = True,
+) -> int:
+    """Swap the linear layers, in place, for tables with frozen codes; their number. Raises UserError where none is."""
+    sizes = {"rank": scale_rank, "attn_rank": attn_scale_rank}
+    config = Config(view="v2", train="scales", bits=lut_bits, attn_bits=attn_lut_bits, **sizes)  # type: ignore[arg-type]
+    if not quantize_attn:
+        config.exclude_names += config.attn_names
+    config.prepare(model)
+    return len(_layers(model))
+
+
+def _layers(model: nn.Module) -> dict[str, LutLinear]:
+    return {fqn: layer for fqn, layer in quant_layers(model).items() if isinstance(layer, LutLinear)}
+
+
+def _reconfigured(model: nn.Module, **settings: object) -> int:
+    for layer in _layers(model).values():
+        layer.config = replace(layer.config, **settings)  # type: ignore[arg-type]
+        layer.effective.clear()
+    return len(_layers(model))
+
+
+def freeze_Q_all(model: nn.Module) -> int:  # noqa: N802  # the guide's name
+    """Freeze the codes of layers that are not frozen yet (V1), which changes no weight; the number of layers."""
+    layers = _layers(model)
+    for layer in list(layers.values())[:1]:
+        replace(_whole(layers, layer.config), view="v2", train="scales").prepare(model)
+    return len(layers)
+
+
+def _whole(layers: dict[str, LutLinear], config: Config) -> Config:
+    """One config for layers of two kinds."""
+    kinds = {config.is_attention(fqn): layer for fqn, layer in layers.items()}
+    sizes = {"bits": kinds[False].config.bits, "rank": len(kinds[False].scale_B)} if False in kinds else {}
+    if True in kinds:
+        sizes |= {"attn_bits": kinds[True].config.bits, "attn_rank": len(kinds[True].scale_B)}
+    return replace(config, **sizes)  # type: ignore[arg-type]
+
+
+def set_factored_inference_v2(model: nn.Module, enabled: bool) -> int:
+    """Compute rank by rank, or with the effective weight; the number of layers."""
+    return _reconfigured(model, forward="factored" if enabled else "weight")
+
+
+def set_batched_forward_v2(model: nn.Module, enabled: bool) -> int:
+    """Compute all ranks at once, or with the effective weight; the number of layers."""
+    return _reconfigured(model, forward="batched" if enabled else "weight")
+
+
+@torch.no_grad()
+def snap_model_for_ane_v2(model: nn.Module) -> int:
+    """Round tables and factors to fp16 and bake the magnitudes into A; the number of layers. The model stays the same:
+    what trains is always seen in fp16."""
+    for layer in _layers(model).values():
+        codes = layer.encode()
+        layer.lut.copy_(codes.tensors["lut"])
+        layer.weight.copy_(layer.decode(codes))
+        layer.effective.clear()
+    return len(_layers(model))
+
+
+def convert_model_to_fp16_v2(model: nn.Module) -> nn.Module:
+    """Snap, and round biases to half precision as well; embeddings, head and norms stay, as the guide has it."""
+    snap_model_for_ane_v2(model)
+    for layer in _layers(model).values():
+        if layer.bias is not None:
+            layer.bias.data = layer.bias.data.half().float()
+    return model
+
+
+def load_v2_checkpoint(model: nn.Module, path: str | Path) -> int:
+    """Put a `.pt` state dict into a model that has its layers already; their number. Raises UserError where it is not
+    one, or does not fit."""
+    file = Path(path)
+    state = read_state(file)
+    return put(model, state, layers_in(state, file), file)
+
+
+def _config(model: PreTrainedModel, cache_dir: str | Path, *settings: str) -> configs.Config:
+    training = ["training=anemll_v2", "training.objective=cached_kd", f"distillation.cache={cache_dir}"]
+    return configs.load([f"model={model.name_or_path}", *training, *settings])
+
+
+def train_e2e(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | Path,
+    output_dir: str | Path,
+    max_steps: int = 1000,
+    lr: float = 5e-5,
+    batch_size: int = 8,
+    temperature: float = 2.0,
+    hard_top1: float = 0.2,
+    hard_full: float = 0.00005,
+) -> float:
+    """Train what `requires_grad` marks on a KD cache, into `output_dir`; the held-out KD loss in the end."""
+    values = {"training.max_steps": max_steps, "training.lr": lr, "training.optimizer.scale_lr": lr}
+    values |= {"training.batch_size": batch_size, "distillation.temperature": temperature}
+    values |= {"distillation.hard_top1": hard_top1, "distillation.hard_full": hard_full}
+    config = _config(model, cache_dir, *(f"{k}={v}" for k, v in values.items()), f"output_dir={output_dir}")
+    world = distributed.start()
+    session.choose_length(config, model)
+    plan = session.make_plan(config, model, world)
+    stream = session.open_stream(config, tokenizer, world)
+    objective = CachedKD(model, config.distillation)
+    evaluate = session.evaluator(config, tokenizer)
+    fit(model, objective, stream, config, plan, tokenizer=tokenizer, world=world, evaluate=evaluate)
+    return evaluate_kd_loss(model, tokenizer, cache_dir, temperature)
+
+
+def evaluate_kd_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path, temperature: float = 2.0
+) -> float:
+    """KL to the cached teacher on the sequences that are held out, times the square of the temperature."""
+    config = _config(model, cache_dir, f"distillation.temperature={temperature}")
+    session.choose_length(config, model)
+    return float(session.evaluator(config, tokenizer)(model)["eval_kl"])

@@ -1,0 +1,282 @@
+"""What the scripts of the ANEMLL guide do: train, convert, snap, try out, look at one layer."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qat_lora import files
+from qat_lora.files import Opened
+from wrinklefree import config as configs
+from wrinklefree import launch, session
+from wrinklefree.checkpoint import CONFIG
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import quant_layers
+from wrinklefree.load import model_folder
+from wrinklefree.locate import open_model
+from wrinklefree.methods.anemll import Config, LutLinear, factored
+from wrinklefree.terminal import print_table
+
+PROMPTS = ("What is the capital of France?", "def fibonacci(n):", "What is 2+2?")
+
+
+KEYS = ("bits", "rank", "attn_bits", "attn_rank")
+
+Sizes = tuple[int, int, int, int]  # as in KEYS
+
+
+def train(
+    model_id: str, checkpoint: Path | None, output: Path, sizes: Sizes | None, overrides: list[str], force: bool
+) -> None:
+    """Train as the overrides say from `checkpoint`, or from the pretrained model where it is None.
+
+    Without `sizes` bits and ranks are the checkpoint's. A `.pt` file is first made a checkpoint folder,
+    `output`-imported. Raises UserError for anything the user can mend.
+    """
+    start: list[str] = []
+    if checkpoint is not None:
+        folder = starting_folder(checkpoint, model_id, output, force)
+        start = [f"training.start_from=[{folder}]"]
+        sizes = sizes or sizes_of(folder)
+    chosen = [f"method.{key}={value}" for key, value in zip(KEYS, sizes or (), strict=False)]
+    launch.run([f"model={model_id}", *chosen, *overrides, *start, f"output_dir={output}"], force=force)
+
+
+def sizes_of(folder: Path) -> Sizes:
+    """Bits and ranks of a checkpoint of ours. Raises UserError where it has none."""
+    method = configs.from_yaml(folder / CONFIG).method if (folder / CONFIG).is_file() else None
+    if not isinstance(method, Config):
+        raise UserError(f"{folder}: not trained with lookup tables; see `wf anemll`")
+    return (method.bits, method.rank, method.attn_bits, method.attn_rank)
+
+
+def starting_folder(checkpoint: Path, model_id: str, output: Path, force: bool) -> Path:
+    """The folder to start from. Raises UserError where there is none, or the file is not what it should be."""
+    if checkpoint.is_file():
+        imported = output.with_name(f"{output.name}-imported")
+        files.save(files.open_state(checkpoint, model_id), imported, force)
+        return imported
+    folder = model_folder(files.standing_for(checkpoint))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{checkpoint}: no such file, and no run of ours in {folder}")
+    return folder
+
+
+def v1_to_v2(checkpoint: Path, output: Path, model_id: str, force: bool) -> None:
+    """Freeze the codes of a V1 model; the largest difference of a logit is printed."""
+    opened = files.open_checkpoint(checkpoint, model_id)
+    config = _method(opened)
+    if config.view == "v2":
+        raise UserError(f"{checkpoint}: is a V2 checkpoint already")
+    _convert(opened, replace(config, view="v2", train="scales"), output, force)
+
+
+def q4_to_q2(
+    checkpoint: Path,
+    output: Path,
+    model_id: str,
+    force: bool,
+    ranks: tuple[int, int],
+    bits: tuple[int, int],
+    kmeans: bool,
+    cache: Path | None,
+) -> None:
+    """Other bits and ranks for a trained model, the MLP first; with `cache`, KD losses on its held-out part."""
+    opened = files.open_checkpoint(checkpoint, model_id)
+    sizes: dict[str, Any] = {"bits": bits[0], "attn_bits": bits[1], "rank": ranks[0], "attn_rank": ranks[1]}
+    sizes["requantize"] = "kmeans" if kmeans else "refit"
+    _convert(opened, replace(_method(opened), **sizes), output, force, cache)
+
+
+def _method(opened: Opened) -> Config:
+    assert isinstance(opened.config.method, Config)  # open_checkpoint has looked
+    return opened.config.method
+
+
+@torch.no_grad()
+def _convert(opened: Opened, config: Config, output: Path, force: bool, cache: Path | None = None) -> None:
+    ids = _some_ids(opened)
+    losses = [_kd_loss(opened, cache)]
+    before = opened.model(ids).logits
+    size = _bits(opened)
+    opened.config.method = config
+    config.prepare(opened.model)
+    after = opened.model.eval()(ids).logits
+    files.save(opened, output, force)
+    kl = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean().item()
+    losses.append(_kd_loss(opened, cache))
+    rows = [["bits per quantized weight", f"{size:.3f}", f"{_bits(opened):.3f}"]]
+    rows += [["held-out KD loss", *losses]] if cache is not None else []
+    rows += [["largest difference of a logit", "", f"{(after - before).abs().max().item():.2e}"]]
+    rows += [["KL(before, after), random tokens", "", f"{kl:.2e}"]]
+    print_table(["", "before", "after"], rows)
+    print(f"\nwrote {output}; next: python scripts/train_v2_simple.py --v2-checkpoint {output} --cache-dir CACHE")
+
+
+def _kd_loss(opened: Opened, cache: Path | None) -> str:
+    """The loss on the held-out part of a KD cache."""
+    if cache is None:
+        return ""
+    opened.config.distillation.cache = str(cache)
+    value = session.evaluator(opened.config, opened.tokenizer)(opened.model)["eval_kl"]
+    opened.config.distillation.cache = None
+    return f"{value:.4f}"
+
+
+def _some_ids(opened: Opened) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, opened.model.config.vocab_size, (2, 64), generator=generator)
+
+
+def _bits(opened: Opened) -> float:
+    layers = quant_layers(opened.model).values()
+    return sum(layer.encode().num_bits() for layer in layers) / sum(layer.weight.numel() for layer in layers)
+
+
+@torch.no_grad()
+def snap(
+    checkpoint: Path,
+    output: Path | None,
+    model_id: str,
+    force: bool,
+    sizes: dict[str, int | None],
+    fp16: bool,
+    device: str,
+    debug: bool,
+) -> None:
+    """Compare each layer rank by rank with its trained weight, write the snapped model, let it speak."""
+    opened = files.open_checkpoint(checkpoint, model_id)
+    _check_sizes(opened, sizes, checkpoint)
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    opened.model.to(available if device == "auto" else device)
+    rows = []
+    for fqn, layer in quant_layers(opened.model).items():
+        assert isinstance(layer, LutLinear)
+        x = torch.randn(16, layer.in_features, generator=torch.Generator().manual_seed(0)).to(opened.model.device)
+        expected, found = F.linear(x, layer.effective_weight(x.dtype), layer.bias), factored(layer, x, fp16)
+        rows.append((((found - expected).norm() / expected.norm()).item(), fqn, str(len(layer.scale_B))))
+    shown = rows if debug else [max(rows)]
+    head = ["" if debug else "worst layer", "rank", f"error rank by rank in {'fp16' if fp16 else 'fp32'}"]
+    print_table(head, [[fqn, rank, f"{error:.1e}"] for error, fqn, rank in shown])
+    if output is not None:
+        files.save(opened, output, force)
+        print(f"\nwrote {output}: table entries, A with its magnitudes, B, all in fp16; config.json beside it")
+    print(f"\n> {PROMPTS[0]}\n{_answer(opened, PROMPTS[0], 48, 0.0, 1.0, thinking=False)}")
+
+
+def _check_sizes(opened: Opened, sizes: dict[str, int | None], path: Path) -> None:
+    """Raises UserError where bits or ranks that were given are not those of the checkpoint."""
+    for fqn, layer in quant_layers(opened.model).items():
+        assert isinstance(layer, LutLinear)
+        prefix = "attn_" if _method(opened).is_attention(fqn) else ""
+        for name, found in (("lut_bits", layer.config.bits), ("scale_rank", len(layer.scale_B))):
+            given = sizes.get(prefix + name)
+            if given not in (None, found):
+                flag = f"--{prefix}{name}".replace("_", "-")
+                raise UserError(f"{flag} {given}: {path} has {found} ({fqn}); leave it out to take what is there")
+
+
+def inference(
+    checkpoint: Path,
+    model_id: str,
+    prompt: str | None,
+    interactive: bool,
+    sizes: dict[str, int | None],
+    version: str | None,
+    max_tokens: int,
+    temperature: float,
+    repetition_penalty: float,
+    thinking: bool,
+) -> None:
+    """Answer one prompt, lines from the terminal, or a few of our own."""
+    opened = files.open_checkpoint(checkpoint, model_id)
+    _check_sizes(opened, sizes, checkpoint)
+    if version not in (None, _method(opened).view):
+        raise UserError(f"--version {version}: {checkpoint} is {_method(opened).view}; leave it out")
+    print(f"{checkpoint}: {_method(opened).view}, {_bits(opened):.2f} bits per quantized weight")
+    settings = (max_tokens, temperature, repetition_penalty, thinking)
+    if interactive:
+        print("/exit or Ctrl-D ends")
+        while (line := _read_line()) is not None:
+            print(_answer(opened, line, *settings))
+        return
+    for each in PROMPTS if prompt is None else (prompt,):
+        print(f"\n> {each}\n{_answer(opened, each, *settings)}")
+
+
+def _read_line() -> str | None:
+    try:
+        line = input("> ")
+    except EOFError:
+        return None
+    return None if line.strip() == "/exit" else line
+
+
+@torch.no_grad()
+def _answer(
+    opened: Opened, prompt: str, max_tokens: int, temperature: float, repetition_penalty: float, thinking: bool
+) -> str:
+    """What the model says, in its chat template where it has one."""
+    model, tokenizer = opened.model, opened.tokenizer
+    text = prompt
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        text = str(
+            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+        )
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+    room = model.config.max_position_embeddings - inputs.input_ids.shape[1]
+    if room < 1 or not inputs.input_ids.numel():
+        raise UserError(f"--prompt: {inputs.input_ids.shape[1]} tokens, which leaves no room in the model's context")
+    torch.manual_seed(0)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": 0.9}
+    output = model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=torch.ones_like(inputs.input_ids),
+        max_new_tokens=min(max_tokens, room),
+        repetition_penalty=repetition_penalty,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **sampling,
+    )
+    return str(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+
+
+def debug_layer(
+    model_id: str, checkpoint: Path | None, bits: int, rank: int, group_size: int, number: int | None, grad: bool
+) -> None:
+    """List the quantized layers of a model with their errors, or look at one of them more closely."""
+    if checkpoint is not None:
+        model: Any = files.open_checkpoint(checkpoint, model_id).model
+    else:
+        sizes: dict[str, Any] = {
+            "bits": bits,
+            "attn_bits": bits,
+            "rank": rank,
+            "attn_rank": rank,
+            "group_size": group_size,
+        }
+        model = Config(**sizes).prepare(open_model(model_id)[0].float())
+    layers = list(quant_layers(model).items())
+    if number is not None and not 0 <= number < len(layers):
+        raise UserError(f"--layer {number}: the model has layers 0 to {len(layers) - 1}")
+    chosen = enumerate(layers) if number is None else [(number, layers[number])]
+    rows = [[str(i), fqn, *_described(layer, grad)] for i, (fqn, layer) in chosen if isinstance(layer, LutLinear)]
+    head = ["", "layer", "bits", "rank", "error of the weight"] + ["gradient of A"] * grad
+    print_table(head, rows)
+
+
+def _described(layer: LutLinear, grad: bool) -> list[str]:
+    codes = layer.encode()
+    error = (layer.decode(codes) - layer.weight).norm() / layer.weight.norm()
+    figures = [str(codes.bits), str(len(layer.scale_B)), f"{error.item():.4f}"]
+    if grad:
+        layer.zero_grad()
+        layer(torch.randn(1, 10, layer.in_features, generator=torch.Generator().manual_seed(0))).sum().backward()
+        gradient = layer.scale_A.grad
+        figures.append("none" if gradient is None else f"{gradient.norm().item():.3e}")
+    return figures

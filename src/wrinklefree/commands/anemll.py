@@ -1,0 +1,72 @@
+"""`wf anemll`: the workflows of the ANEMLL guide, each one command.
+
+a   latent weights and scales, then the scales alone with frozen codes         best quality
+b   frozen codes from the start                                                simplest
+c   4 bits everywhere, then 2 bits in the MLP, fitted to the 4-bit weights     from a model that is good already
+
+What is done already, with the same settings, is skipped; what was interrupted goes on.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from wrinklefree import launch, report
+from wrinklefree.config import Config
+from wrinklefree.export import anemll
+from wrinklefree.load import load
+from wrinklefree.terminal import print_table
+
+Workflow = Literal["a", "b", "c"]
+
+# Name of a step and its training; a step starts from the one before.
+STEPS: dict[Workflow, list[tuple[str, str]]] = {
+    "a": [("v1", "anemll_q2a4"), ("v2", "anemll_v2")],
+    "b": [("v2", "anemll_v2")],
+    "c": [("q4", "anemll_q4a4"), ("q2", "anemll_q2a4")],
+}
+
+
+def run(
+    model: str, workflow: Workflow, cache: str | None, overrides: list[str], force: bool, processes: int | None
+) -> None:
+    """Run the steps of a workflow, then write what ANEMLL's converters read."""
+    finished: list[Config] = []
+    for name, training in STEPS[workflow]:
+        chosen = [f"model={model}", f"training={training}", f"training.stage={workflow}_{name}"]
+        if finished:
+            chosen.append(f"training.start_from=[{finished[-1].output_dir}]")
+        if cache is not None:
+            chosen += ["training.objective=cached_kd", f"distillation.cache={cache}"]
+        finished.append(launch.run_once([*chosen, *_meant_for(name, overrides)], force, processes))
+    last = Path(finished[-1].output_dir)
+    trained, tokenizer = load(last)
+    table = anemll.write(trained, tokenizer, last / "anemll", [])
+    summary(finished, table)
+    print(f"\nwrote {last}/anemll/ (for ANEMLL's converters) and {last}/packed/ (for transformers)")
+    print(f"next: wf generate {last}/packed --prompt 'def '    wf export {last} --format coreml")
+
+
+def _meant_for(step: str, overrides: list[str]) -> list[str]:
+    """Settings of one step: `v2:KEY=VALUE` is for v2 alone."""
+    names = {name for steps in STEPS.values() for name, _ in steps}
+    chosen = []
+    for override in overrides:
+        start, colon, rest = override.partition(":")
+        if not colon or start not in names:
+            chosen.append(override)
+        elif start == step:
+            chosen.append(rest)
+    return chosen
+
+
+def summary(finished: list[Config], table: list[list[str]]) -> None:
+    """Perplexity, KL and bits after each step."""
+    rows = []
+    for config in finished:
+        figures = report.load(Path(config.output_dir) / "results.json")
+        kl = [f"{figures[state]['kl']:.4f}" for state in ("one_shot", "trained")]
+        bits = f"{figures['bits_per_quantized_weight']:.3f}"
+        rows.append([config.training.stage, f"{figures['trained']['ppl']:.2f}", *kl, bits])
+    print_table(["step", "held-out perplexity", "KL before", "KL after", "bits"], rows)
+    print()
+    print_table(["", "for ANEMLL"], table)

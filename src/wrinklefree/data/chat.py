@@ -1,0 +1,128 @@
+"""Conversations: rows of the usual instruction datasets as messages, and messages as text by the chat template.
+
+    alpaca_chat   instruction, input (may be empty or missing), output
+    openhermes    conversations: [{from, value}]
+    sharegpt      conversations, messages or dialog: [{from | role, value | content}]
+    dolly         instruction, context (may be empty or missing), response
+
+Thinking, for models that write a thought before they answer (Qwen3): `true` is what the template writes, `false` that
+without <think>...</think>, `none` the bare contents without a template, `both` and `all` one document of each kind.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.data.sources import Document, Example, Row
+
+Message = dict[str, str]
+Thinking = bool | None  # None: no template at all
+
+# What each value of `data.enable_thinking` writes of a conversation.
+VARIANTS: dict[bool | str, tuple[Thinking, ...]] = {
+    False: (False,),
+    True: (True,),
+    "none": (None,),
+    "both": (False, True),
+    "all": (False, True, None),
+}
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, format: str, thinking: Thinking, mask_prompt: bool, row: Row, where: str
+) -> Document:
+    """A row as text; with `mask_prompt` the last answer alone is learned. A row without an answer comes back empty.
+
+    Raises UserError naming `where` for a row that is not of its format.
+    """
+    messages = FORMATS[format](row, where)
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        return ""
+    text = write(tokenizer, messages, thinking, where)
+    if not mask_prompt:
+        return text
+    prompt = write(tokenizer, messages[:-1], thinking, where, add_generation_prompt=True)
+    # A template may end a prompt otherwise than it begins an answer: what they share is the prompt.
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
+    return Example(text[:shared], text[shared:])
+
+
+def write(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    thinking: Thinking,
+    where: str,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Messages as text."""
+    from jinja2 import TemplateError
+
+    if thinking is None:
+        return "\n\n".join(message["content"] for message in messages) + "\n\n" * add_generation_prompt
+    if tokenizer.chat_template is None:
+        raise UserError(f"{where}: tokenizer {tokenizer.name_or_path!r} has no chat template to write it with")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
+        )
+    except TemplateError as error:
+        raise UserError(f"{where}: the chat template says: {error}") from error
+    return str(text) if thinking else THOUGHT.sub("", str(text))
+
+
+def _alpaca(row: Row, where: str) -> list[Message]:
+    return _turns(_text(row, "instruction", where), _optional(row, "input"), _text(row, "output", where), "\n\n")
+
+
+def _dolly(row: Row, where: str) -> list[Message]:
+    context = _optional(row, "context")
+    return _turns(_text(row, "instruction", where), context, _text(row, "response", where), "\n\nContext:\n")
+
+
+def _turns(instruction: str, more: str, answer: str, between: str) -> list[Message]:
+    question = instruction + between + more if more.strip() else instruction
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _conversation(columns: tuple[str, ...]) -> Callable[[Row, str], list[Message]]:
+    def read(row: Row, where: str) -> list[Message]:
+        turns = next((row[column] for column in columns if row.get(column)), None)
+        if not isinstance(turns, list):
+            raise UserError(f"{where}: no list in {' or '.join(columns)}; there are {', '.join(map(str, row))}")
+        return [_message(turn, where) for turn in turns]
+
+    return read
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise UserError(f"{where}: a turn is {type(turn).__name__}, not {{role, content}} or {{from, value}}")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if role not in ROLES or not isinstance(content, str):
+        raise UserError(f"{where}: a turn of role {role!r} with {type(content).__name__}; roles: {', '.join(ROLES)}")
+    return {"role": ROLES[role], "content": content}
+
+
+def _text(row: Row, column: str, where: str) -> str:
+    if not isinstance(row.get(column), str):
+        raise UserError(f"{where}: no text in {column!r}; there are {', '.join(map(str, row))}: another data.format?")
+    return str(row[column])
+
+
+def _optional(row: Row, column: str) -> str:
+    value = row.get(column)
+    return value if isinstance(value, str) else ""
+
+
+FORMATS: dict[str, Callable[[Row, str], list[Message]]] = {
+    "alpaca_chat": _alpaca,
+    "openhermes": _conversation(("conversations",)),
+    "sharegpt": _conversation(("conversations", "messages", "dialog")),
+    "dolly": _dolly,
+}

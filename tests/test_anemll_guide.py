@@ -1,0 +1,301 @@
+"""The ANEMLL guide: its workflows, scripts and functions on a toy model, and checkpoints that others wrote."""
+
+import csv
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import llama, tokenizer
+from torch import Tensor
+from toyrun import toy_files
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import qat_lora
+from qat_lora import files
+from wrinklefree import load
+from wrinklefree.cli import app
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.lowrank import look_up
+from wrinklefree.core.method import quant_layers
+from wrinklefree.export import anemll
+from wrinklefree.methods.anemll import Config
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SHORT = ["data=local", "data.path=text", "training.final_eval_tokens=64", "training.eval_tokens=64"]
+SMALL = ["--batch-size", "2", "--max-steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy model, its text, and a KD cache of both."""
+    folder = tmp_path_factory.mktemp("guide")
+    toy_files(folder)
+    arguments = ["cache", "-m", str(folder / "toy"), "--out", str(folder / "cache"), "--topk", "8", "--length", "16"]
+    sizes = ["--sequences", "24", "--heldout", "4", "data=local", f"data.path={folder / 'text'}"]
+    result = CliRunner().invoke(app, [*arguments, *sizes])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("toy", "text", "cache"):
+        (tmp_path / name).symlink_to(made / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return tmp_path
+
+
+def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> int:
+    """Run a script as the shell would; its exit code."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    try:
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def steps(run: Path) -> list[dict[str, str]]:
+    with (run / "training_log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plain_codes(folder: Path) -> dict[str, Tensor]:
+    return {fqn: layer.encode().index for fqn, layer in quant_layers(load.load(folder)[0]).items()}
+
+
+# --- workflows
+
+
+@pytest.mark.parametrize(("workflow", "last"), [("a", "a_v2"), ("b", "b_v2"), ("c", "c_q2")])
+def test_a_workflow_is_one_command(folder: Path, workflow: str, last: str) -> None:
+    arguments = ["anemll", "-m", "./toy", "--workflow", workflow, "--cache", "cache", *SHORT]
+    arguments += ["training.max_steps=2", "training.batch_size=2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    run = folder / "outputs" / f"anemll_toy_{last}"
+    assert {"final", "packed", "anemll"} <= {path.name for path in run.iterdir()}
+    trained, packed = (load.load(run / name, dtype=torch.float32)[0] for name in ("final", "packed"))
+    ids = torch.arange(12).unsqueeze(0)
+    assert torch.allclose(trained(ids).logits, packed(ids).logits, atol=5e-3)  # the rest is bf16
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0
+    assert "done, in" in again.output
+
+
+def test_frozen_codes_are_those_of_the_first_step(folder: Path) -> None:
+    arguments = ["anemll", "-m", "./toy", "--workflow", "a", "--cache", "cache", *SHORT, "training.max_steps=2"]
+    assert CliRunner().invoke(app, [*arguments, "training.lr=1e-3"]).exit_code == 0
+    before, after = (plain_codes(folder / "outputs" / f"anemll_toy_{name}") for name in ("a_v1", "a_v2"))
+    assert all(torch.equal(before[fqn], after[fqn]) for fqn in before)
+
+
+def test_a_setting_may_be_for_one_step(folder: Path) -> None:
+    arguments = ["anemll", "-m", "./toy", "--workflow", "a", "--cache", "cache", *SHORT, "v1:training.max_steps=2"]
+    assert CliRunner().invoke(app, [*arguments, "v2:training.max_steps=0"]).exit_code == 0
+    assert len([row for row in steps(folder / "outputs" / "anemll_toy_a_v1") if row["train_loss"]]) >= 1
+    assert load.load(folder / "outputs" / "anemll_toy_a_v2")[0] is not None
+
+
+# --- scripts
+
+
+def test_the_guide_from_end_to_end(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """V1, V2 from it, snap, inference, Q4 to Q2, with the guide's own paths to .pt files."""
+
+    def ok(name: str, *arguments: str) -> str:
+        assert script(monkeypatch, name, *arguments) == 0, capsys.readouterr().err
+        return str(capsys.readouterr().out)
+
+    toy, cache = ["--model-id", "./toy"], ["--cache-dir", "cache"]
+    tiny_sizes = ["--scale-rank", "4", "--attn-scale-rank", "2", "--kd-cache-dir", "cache"]
+    ok("train_anemll_qat.py", *toy, *tiny_sizes, "--output-dir", "runs/v1", *SMALL, "--lr", "1e-3", *SHORT)
+    log = steps(Path("runs/v1"))
+    assert list(log[0])[:5] == ["step", "train_loss", "eval_loss", "lr", "elapsed_sec"]
+    frozen = [*toy, *cache, *SMALL, *SHORT, "--lr", "1e-3"]
+    ok("train_v2_simple.py", "--v1-checkpoint", "runs/v1/best.pt", "--output-dir", "runs/v2", *frozen)
+    v1, v2 = plain_codes(Path("runs/v1/best")), plain_codes(Path("runs/v2"))
+    assert all(torch.equal(v1[fqn], v2[fqn]) for fqn in v1)
+    ok("snap_and_test_v2.py", *toy, "--checkpoint", "runs/v2/best_state_dict.pt", "--fp16", "--output", "out/snap.pt")
+    assert json.loads(Path("out/config.json").read_text())["mlp_lut_bits"] == 2
+    said = ok("test_inference.py", "out/snap.pt", *toy, "--version", "v2", "--prompt", "w1 w2", "--max-tokens", "3")
+    assert "v2" in said
+    sizes = ["--config", "q2a4", "--g-only", "--save-steps", "2"]
+    ok("train_v2_simple.py", "--from-scratch", "--output-dir", "runs/scratch", *frozen, *sizes)
+    assert (Path("runs/scratch/checkpoints/step_2/state/trainer.pt")).is_file()
+    q4 = ["--lut-size", "16", "--scale-rank", "4", "--attn-scale-rank", "4", "--kd-cache-dir", "cache"]
+    ok("train_anemll_qat.py", *toy, *q4, "--output-dir", "runs/q4", *SMALL, *SHORT, "--train-scales")
+    said = ok(
+        "convert_q4_to_q2.py", *toy, "--q4-checkpoint", "runs/q4/best.pt", "--output", "q2/init.pt", "--eval", *cache
+    )
+    assert "held-out KD loss" in said
+    ok("train_v2_simple.py", "--v2-checkpoint", "q2/init.pt", "--output-dir", "runs/q2", *frozen, "--mlp-only")
+    ok("convert_v1_to_v2.py", *toy, "--v1-checkpoint", "runs/v1", "--output", "runs/v2_init")
+    assert "gradient of A" in ok("debug_layer_qat.py", *toy, "--layer", "1", "--test-grad")
+    ok("plot_loss.py", "runs/v1", "--run_dir", "runs/v2", "--save", "loss.png")
+    assert Path("loss.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("test_inference.py", ["nothing.pt", "--model-id", "./toy"], "nothing.pt: no such file"),
+        ("snap_and_test_v2.py", ["--checkpoint", "text/00.txt", "--model-id", "./toy"], "not a state dict"),
+        ("convert_v1_to_v2.py", ["--v1-checkpoint", "toy", "--output", "x.pt"], "no checkpoint of"),
+        ("debug_layer_qat.py", ["--model-id", "./toy", "--layer", "99"], "layers 0 to 13"),
+        ("train_v2_simple.py", ["--v1-checkpoint", "gone", "--cache-dir", "cache", "--model-id", "./toy"], "gone"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, arguments: list[str], said: str
+) -> None:
+    assert script(monkeypatch, name, *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert said in error
+
+
+# --- files of others
+
+
+def as_upstream(view: str) -> tuple[Any, dict[str, Tensor]]:
+    """A model, and its state dict as the original tools write it: factors, latent weights, or codes and magnitudes."""
+    model = Config(view=view, rank=4, attn_rank=2).prepare(llama())
+    layers = quant_layers(model)
+    written = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in layers}
+    for fqn, layer in layers.items():
+        codes = layer.encode()
+        a, b = codes.tensors["a"].detach(), codes.tensors["b"].detach()
+        written |= {f"{fqn}.lut": codes.tensors["lut"].detach(), f"{fqn}.weight": layer.weight.detach()}
+        if view == "v2":
+            written |= {f"{fqn}._Q": look_up(codes.tensors["lut"], codes.index).detach()}
+            written |= {f"{fqn}._indices": codes.index.long(), f"{fqn}.rank_magnitude": a.norm(dim=0) * b.norm(dim=1)}
+            a, b = 3 * a, b / b.norm(dim=1, keepdim=True)  # directions count, lengths do not
+        written |= {f"{fqn}.scale_A": a, f"{fqn}.scale_B": torch.nn.functional.pad(b, (0, 5 * (view == "v1")))}
+    return model, written
+
+
+@pytest.mark.parametrize("view", ["v1", "v2"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_checkpoints_of_the_original_tools_are_read(folder: Path, view: str, nested: bool) -> None:
+    model, written = as_upstream(view)
+    torch.save({"model_state_dict": written, "step": 3} if nested else written, folder / "theirs.pt")
+    opened = files.open_checkpoint(folder / "theirs.pt", "./toy")
+    method = opened.config.method
+    assert isinstance(method, Config)
+    assert (method.view, method.bits, method.rank, method.attn_bits, method.attn_rank) == (view, 2, 4, 4, 2)
+    for fqn, layer in quant_layers(opened.model).items():
+        expected = quant_layers(model)[fqn]
+        assert torch.equal(layer.encode().index, expected.encode().index)
+        ours, theirs = layer.decode(layer.encode()), expected.decode(expected.encode())
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+
+
+def test_what_is_written_for_anemll_is_read_back_exactly(folder: Path) -> None:
+    model = Config(rank=4, attn_rank=2).prepare(llama())
+    anemll.write(model, tokenizer(), folder / "out", [])
+    opened = files.open_checkpoint(folder / "out" / anemll.FILE, "./toy")
+    for fqn, layer in quant_layers(opened.model).items():
+        expected = quant_layers(model)[fqn]
+        assert torch.equal(layer.encode().index, expected.encode().index)
+        assert torch.allclose(layer.decode(layer.encode()), expected.decode(expected.encode()), rtol=2e-3, atol=1e-6)
+
+
+def damaged(written: dict[str, Tensor], how: str) -> Any:
+    name = "model.layers.0.mlp.up_proj"
+    if how == "no scales":
+        return {n: t for n, t in written.items() if "scale" not in n}
+    if how == "no table":
+        return {n: t for n, t in written.items() if n != f"{name}.lut"}
+    if how == "a layer less":
+        return {n: t for n, t in written.items() if not n.startswith(f"{name}.")}
+    if how == "another rank":
+        return written | {f"{name}.scale_A": torch.ones(96, 3), f"{name}.scale_B": torch.ones(3, 64)}
+    if how == "shapes":
+        return written | {f"{name}.scale_A": torch.ones(95, 4)}
+    return [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("no scales", "no tensor named"),
+        ("no table", "lacks lut"),
+        ("a layer less", "does not fit"),
+        ("another rank", "different bits or ranks"),
+        ("shapes", "do not fit one another"),
+        ("a list", "no tensors by name"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(folder: Path, how: str, said: str) -> None:
+    torch.save(damaged(as_upstream("v1")[1], how), folder / "theirs.pt")
+    with pytest.raises(UserError, match=said):
+        files.open_checkpoint(folder / "theirs.pt", "./toy")
+
+
+def test_a_file_that_would_run_code_is_refused(folder: Path) -> None:
+    torch.save({"scale_A": torch.nn.Linear(2, 2)}, folder / "theirs.pt")
+    with pytest.raises(UserError, match="read safely"):
+        files.open_checkpoint(folder / "theirs.pt", "./toy")
+
+
+def test_nothing_is_overwritten_unasked(folder: Path) -> None:
+    opened = files.Opened(Config(rank=4).prepare(llama()), tokenizer(), files.configs.load(["model=tiny"]))  # type: ignore[arg-type]
+    (folder / "x.pt").write_text("mine")
+    with pytest.raises(UserError, match="--force"):
+        files.save(opened, folder / "x.pt")
+    assert (folder / "x.pt").read_text() == "mine"
+
+
+# --- functions
+
+
+def test_the_guides_functions(folder: Path) -> None:
+    model, words = AutoModelForCausalLM.from_pretrained("toy", dtype=torch.float32), tokenizer()
+    assert qat_lora.replace_linear_with_anemll_v2(model, scale_rank=4, attn_scale_rank=2) == 14
+    before = qat_lora.evaluate_kd_loss(model, words, "cache")
+    hard = {"hard_top1": 0.0, "hard_full": 0.0}  # this teacher has no opinion to be sure of
+    after = qat_lora.train_e2e(model, words, "cache", "run", max_steps=8, lr=3e-4, batch_size=4, **hard)
+    assert after < before
+    ids = torch.arange(12).unsqueeze(0)
+    logits = model.eval()(ids).logits
+    for switch in (qat_lora.set_factored_inference_v2, qat_lora.set_batched_forward_v2):
+        assert switch(model, True) == 14
+        assert torch.allclose(model(ids).logits, logits, atol=1e-3)
+        switch(model, False)
+    assert qat_lora.snap_model_for_ane_v2(model) == 14
+    assert torch.allclose(model(ids).logits, logits, atol=1e-5)
+    anemll.write_state(model, folder / "m.pt")
+    other = AutoModelForCausalLM.from_pretrained("toy", dtype=torch.float32)
+    qat_lora.replace_linear_with_anemll_v2(other, scale_rank=4, attn_scale_rank=2)
+    assert qat_lora.load_v2_checkpoint(other, folder / "m.pt") == 14
+    assert torch.allclose(other.eval()(ids).logits, logits, atol=1e-2)
+    assert qat_lora.convert_model_to_fp16_v2(model) is model
+
+
+def test_freezing_keeps_the_model(folder: Path) -> None:
+    model = Config(rank=4, attn_rank=2).prepare(llama()).eval()
+    ids = torch.arange(12).unsqueeze(0)
+    logits = model(ids).logits
+    assert qat_lora.freeze_Q_all(model) == 14
+    assert all(layer.config.view == "v2" for layer in quant_layers(model).values())
+    assert torch.allclose(model(ids).logits, logits, atol=1e-5)
+
+
+def test_attention_may_stay() -> None:
+    model = llama()
+    assert qat_lora.replace_linear_with_anemll_v2(model, scale_rank=2, quantize_attn=False) == 6
+
+
+def test_rounding_to_half_keeps_the_gradient() -> None:
+    x = torch.tensor([1.0001, 7e4], requires_grad=True)
+    y = qat_lora.ste_fp16(x)
+    y.sum().backward()
+    assert torch.equal(y, torch.tensor([1.0, 65504.0]))
+    assert torch.equal(x.grad, torch.ones(2))
