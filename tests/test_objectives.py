@@ -119,6 +119,16 @@ def test_the_whole_loss_is_the_sum_of_its_terms() -> None:
     assert student.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("tau_squared", [True, False])
+def test_the_shares_of_the_loss_add_up_to_it(tau_squared: bool) -> None:
+    config = DistillationConfig(name="logits", weight=3.0, ce_weight=0.5, temperature=5.0, tau_squared=tau_squared)
+    objective = LanguageModelling(llama(), llama(intermediate_size=160), config)
+    added: list[dict[str, Tensor]] = []
+    objective.shares.add = added.append  # type: ignore[method-assign]
+    loss, _ = next(objective(llama(), batch()))
+    torch.testing.assert_close(sum(added[0].values()), loss.detach())
+
+
 def test_models_of_other_depth_width_and_heads_can_teach() -> None:
     student = llama(num_key_value_heads=2)
     teacher = llama(hidden_size=128, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=4)
