@@ -17,8 +17,9 @@ def plot_runs(csvs: list[Path], out: Path) -> None:
     """Draw loss, KL to the teacher where one was logged, and learning rate of the runs into `out`.
 
     Training curves are smoothed, with the raw one behind where a single run is shown; evaluations are points. The loss
-    is the cross entropy where that was logged beside the distillation loss, so that it compares with the evaluations.
-    A run is named by its folder. Raises UserError for a log that is missing, has no rows or other columns.
+    is the cross entropy where that was logged beside the distillation loss, for evaluations too, so that they compare;
+    the KL of evaluations, where they have one, stands in the KL's panel. With more than three runs evaluations are
+    joined. A run is named by its folder. Raises UserError for a log that is missing, has no rows or other columns.
     """
     import matplotlib
 
@@ -34,11 +35,11 @@ def plot_runs(csvs: list[Path], out: Path) -> None:
     )
     figure.set_layout_engine("constrained")
     for i, (name, rows) in enumerate(runs.items()):
-        _draw(axes, name, rows, color=f"C{i % 10}", raw=len(runs) == 1)
+        _draw(axes, name, rows, color=f"C{i % 10}", raw=len(runs) == 1, mark="o-" if len(runs) > 3 else "o")
     for axis, label in zip(axes, panels, strict=True):
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[0].legend(fontsize="small" if len(runs) > 3 else None, ncols=2 if len(runs) > 3 else 1)
     axes[-1].set_xlabel("optimizer step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -47,14 +48,18 @@ def plot_runs(csvs: list[Path], out: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw(axes: Sequence[Any], name: str, rows: list[dict[str, str]], color: str, raw: bool) -> None:
+def _draw(axes: Sequence[Any], name: str, rows: list[dict[str, str]], color: str, raw: bool, mark: str) -> None:
     """One run: its loss and evaluations in the first axes, the learning rate in the last, KL in those between."""
+    style = {"color": color, "markeredgecolor": "white", "linewidth": 0.8}
     column = "train_ce" if _logged(rows, "train_ce") else "train_loss"
     _curve(axes[0], series(rows, column), raw, color=color, label=f"{name}, train")
-    if _logged(rows, "eval_loss"):
-        axes[0].plot(*series(rows, "eval_loss"), "o", color=color, markeredgecolor="white", label=f"{name}, eval")
+    evaluated = "eval_ce" if _logged(rows, "eval_ce") else "eval_loss"
+    if _logged(rows, evaluated):
+        axes[0].plot(*series(rows, evaluated), mark, label=f"{name}, eval", **style)
     if _logged(rows, "train_kl"):
         _curve(axes[1], series(rows, "train_kl"), raw, color=color)
+    if _logged(rows, "eval_kl"):
+        axes[1].plot(*series(rows, "eval_kl"), mark, **style)
     axes[-1].plot(*series(rows, "lr"), color=color)
 
 
