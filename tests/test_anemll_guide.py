@@ -2,6 +2,7 @@
 
 import csv
 import json
+import operator
 import runpy
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 
 import qat_lora
 from qat_lora import files
-from wrinklefree import load
+from wrinklefree import checkpoint, load
+from wrinklefree import config as configs
 from wrinklefree.cli import app
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.lowrank import look_up
@@ -140,6 +142,81 @@ def test_the_guide_from_end_to_end(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert "gradient of A" in ok("debug_layer_qat.py", *toy, "--layer", "1", "--test-grad")
     ok("plot_loss.py", "runs/v1", "--run_dir", "runs/v2", "--save", "loss.png")
     assert Path("loss.png").stat().st_size > 1000
+
+
+ONE_STEP = ["--model-id", "./toy", "--max-steps", "1", "--batch-size", "2", "--force", *SHORT]
+V2_FLAGS = ["--lr", "1e-3", "--hard-top1", "0.1", "--hard-full", "0.01", "--save-steps", "1", "--wandb-project", "p"]
+V2_FLAGS += ["--temperature", "1.5", "--accumulation-steps", "2", "--clip-grad-norm", "0.5", "--weight-decay", "0.1"]
+V2_FLAGS += ["--eval-steps", "1", "--warmup-steps", "0", "--min-lr-ratio", "0.2", "--wandb-run", "r", "--attn-only"]
+V1_FLAGS = ["--lut-size", "8", "--scale-rank", "3", "--attn-lut-size", "4", "--attn-scale-rank", "2", "--train-weights"]
+V1_FLAGS += ["--group-size", "8", "--lr", "1e-4", "--scale-lr", "1e-3", "--temperature", "3", "--logging-steps", "1"]
+V1_FLAGS += ["--hard-top1-weight", "0.1", "--hard-full-weight", "0.1", "--eval-steps", "1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        (
+            "train_v2_simple.py",
+            ["--from-scratch", "--cache-dir", "cache", "--config", "q2a2", *V2_FLAGS],
+            {
+                "training.lr": 1e-3,
+                "training.optimizer.scale_lr": 1e-3,
+                "training.optimizer.weight_decay": 0.1,
+                "training.gradient_accumulation_steps": 2,
+                "training.gradient_clipping": 0.5,
+                "training.save_interval": 1,
+                "training.eval_interval": 1,
+                "training.scheduler.min_lr_ratio": 0.2,
+                "training.scheduler.warmup_ratio": 0.0,
+                "training.logging.wandb.project": "p",
+                "training.logging.wandb.name": "r",
+                "distillation.hard_top1": 0.1,
+                "distillation.hard_full": 0.01,
+                "distillation.temperature": 1.5,
+                "method.attn_only": True,
+                "method.attn_bits": 2,
+                "method.attn_rank": 32,
+                "method.view": "v2",
+            },
+        ),
+        (
+            "train_v2_simple.py",
+            ["--from-scratch", "--cache-dir", "cache", "--config", "q4a4", "--ste-fp16", "--mlp-only", "--g-only"],
+            {"method.bits": 4, "method.ste_fp16": True, "method.mlp_only": True, "method.g_only": True},
+        ),
+        (
+            "train_anemll_qat.py",
+            ["--kd-cache-dir", "cache", *V1_FLAGS],
+            {
+                "method.bits": 3,
+                "method.rank": 3,
+                "method.attn_bits": 2,
+                "method.attn_rank": 2,
+                "method.train": "weights",
+                "method.group_size": 8,
+                "training.lr": 1e-4,
+                "training.optimizer.scale_lr": 1e-3,
+                "training.log_interval": 1,
+                "distillation.temperature": 3.0,
+                "distillation.hard_top1": 0.1,
+                "distillation.hard_full": 0.1,
+            },
+        ),
+    ],
+)
+def test_every_flag_arrives(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    name: str,
+    arguments: list[str],
+    expected: dict[str, Any],
+) -> None:
+    assert script(monkeypatch, name, *arguments, "--output-dir", "run", *ONE_STEP) == 0, capsys.readouterr().err
+    config = configs.from_yaml(folder / "run" / "final" / checkpoint.CONFIG)
+    for key, value in expected.items():
+        assert operator.attrgetter(key)(config) == pytest.approx(value), key
 
 
 @pytest.mark.parametrize(

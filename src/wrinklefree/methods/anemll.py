@@ -105,8 +105,9 @@ class LutLinear(QuantLinear):
         return value - pulled + inside * (self.weight - self.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.config.ste_fp16 or self.config.forward == "factored":
-            return factored(self, x, fp16=self.config.ste_fp16)
+        rounding = self.config.ste_fp16 and self.training  # what is packed is judged by the weight it stands for
+        if rounding or self.config.forward == "factored":
+            return factored(self, x, fp16=rounding)
         return batched(self, x) if self.config.forward == "batched" else super().forward(x)
 
     @torch.no_grad()
@@ -203,7 +204,7 @@ class Config(QuantMethod):
     mlp_only: bool = False
     attn_only: bool = False
     forward: Literal["weight", "factored", "batched"] = "weight"
-    ste_fp16: bool = False  # rank by rank, whatever `forward` says
+    ste_fp16: bool = False  # in training, and rank by rank, whatever `forward` says
     requantize: Literal["refit", "kmeans"] = "refit"
 
     def __post_init__(self) -> None:
