@@ -28,8 +28,12 @@ def wf(*args: str) -> tuple[int, str, str]:
 
 def fairy2(folder: Path, *more: str, mode: str = "w2") -> tuple[int, str, str]:
     """`wf fairy2 -m FOLDER --mode MODE ...` at a few steps."""
-    settings = [o for o in overrides(folder, *more) if not o.startswith(("model=", "training="))]
-    return wf("fairy2", "-m", str(folder / "toy"), "--mode", mode, *settings)
+    return wf("fairy2", "-m", str(folder / "toy"), "--mode", mode, *fairy2_settings(folder, *more))
+
+
+def fairy2_settings(folder: Path, *more: str) -> list[str]:
+    """What `wf fairy2` does not set by itself."""
+    return [o for o in overrides(folder, *more) if not o.startswith(("model=", "training="))]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,30 @@ def test_the_card_shows_figures_and_a_sample(finished: tuple[Path, str]) -> None
     assert "## Sample" in card
     results = json.loads((finished[0] / "run" / "results.json").read_text())
     assert f"{results['trained']['ppl']:.2f}" in card
+
+
+@pytest.mark.parametrize("wrong", ["data.path=nowhere", "training.max_seq_length=4096", "training.freeze_names=[nope]"])
+def test_a_mistake_costs_no_earlier_run(tmp_path: Path, wrong: str) -> None:
+    toy_files(tmp_path)
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "kept").write_text("mine")
+    code, _, err = wf(
+        "fairy2", "-m", str(tmp_path / "toy"), "--mode", "w2", "--force", *fairy2_settings(tmp_path), wrong
+    )
+    assert code == 2, err
+    assert (tmp_path / "run" / "final" / "kept").read_text() == "mine"
+    code, _, _ = wf(
+        "fairy2",
+        "-m",
+        str(tmp_path / "toy"),
+        "--mode",
+        "w2",
+        *fairy2_settings(tmp_path),
+        wrong,
+        f"output_dir={tmp_path}/new",
+    )
+    assert code == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_second_run_is_refused_and_force_starts_over(finished: tuple[Path, str], tmp_path: Path) -> None:

@@ -309,6 +309,8 @@ def test_an_existing_run_is_refused_unless_forced(folder: Path) -> None:
         run(resolved(folder))
     assert (folder / "run" / "final" / "model.safetensors").is_file()
     assert session.claim(resolved(folder), force=True) is None
+    assert (folder / "run" / "final" / "model.safetensors").is_file()  # until nothing can be wrong any more
+    session.clear(resolved(folder))
     assert [path.name for path in (folder / "run").iterdir()] == ["notes.txt"]
 
 

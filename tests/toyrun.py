@@ -67,6 +67,8 @@ def run(
 ) -> PreTrainedModel:
     """What `wf train` does between loading and packing; returns the trained model."""
     resume = distributed.gather(session.claim(config, force=False) if world.is_main else None, world)[0]
+    if world.is_main and resume is None:
+        session.clear(config)
     torch.manual_seed(config.seed)
     teacher, words = load.load_pretrained(config.model)
     session.choose_length(config, teacher)

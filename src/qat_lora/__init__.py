@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qat_lora.files import layers_in, put, read_state
 from wrinklefree import config as configs
 from wrinklefree import distributed, session
+from wrinklefree.core.lowrank import Factors
 from wrinklefree.core.method import quant_layers
 from wrinklefree.core.ste import round_fp16 as ste_fp16
 from wrinklefree.methods.anemll import Config, LutLinear
@@ -96,13 +97,12 @@ def set_batched_forward_v2(model: nn.Module, enabled: bool) -> int:
 
 @torch.no_grad()
 def snap_model_for_ane_v2(model: nn.Module) -> int:
-    """Round tables and factors to fp16 and bake the magnitudes into A; the number of layers. The model stays the same:
-    what trains is always seen in fp16."""
+    """Put the tables and factors in fp16 numbers in place of the trained ones, and the weights they stand for in place
+    of the latent ones; the number of layers. The model stays the same: what trains is always seen in fp16."""
     for layer in _layers(model).values():
         codes = layer.encode()
-        layer.lut.copy_(codes.tensors["lut"])
         layer.weight.copy_(layer.decode(codes))
-        layer.effective.clear()
+        layer.adopt(Factors(codes.tensors["lut"], codes.tensors["a"], codes.tensors["b"]), codes.index)
     return len(_layers(model))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from qat_lora import files
 from qat_lora.files import Opened
 from wrinklefree import config as configs
-from wrinklefree import launch, session
+from wrinklefree import generate, launch, session
 from wrinklefree.checkpoint import CONFIG
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
@@ -164,7 +164,8 @@ def snap(
     if output is not None:
         files.save(opened, output, force)
         print(f"\nwrote {output}: table entries, A with its magnitudes, B, all in fp16; config.json beside it")
-    print(f"\n> {PROMPTS[0]}\n{_answer(opened, PROMPTS[0], 48, 0.0, 1.0, thinking=False)}")
+    said = generate.reply(opened.model, opened.tokenizer, PROMPTS[0], 48, temperature=0, thinking=False)
+    print(f"\n> {PROMPTS[0]}\n{said}")
 
 
 def _check_sizes(opened: Opened, sizes: dict[str, int | None], path: Path) -> None:
@@ -197,53 +198,13 @@ def inference(
     if version not in (None, _method(opened).view):
         raise UserError(f"--version {version}: {checkpoint} is {_method(opened).view}; leave it out")
     print(f"{checkpoint}: {_method(opened).view}, {_bits(opened):.2f} bits per quantized weight")
-    settings = (max_tokens, temperature, repetition_penalty, thinking)
+    model, tokenizer = opened.model, opened.tokenizer
+    more: dict[str, Any] = {"repetition_penalty": repetition_penalty, "thinking": thinking}
     if interactive:
-        print("/exit or Ctrl-D ends")
-        while (line := _read_line()) is not None:
-            print(_answer(opened, line, *settings))
+        generate.interactive(model, tokenizer, bool(tokenizer.chat_template), max_tokens, temperature, **more)
         return
     for each in PROMPTS if prompt is None else (prompt,):
-        print(f"\n> {each}\n{_answer(opened, each, *settings)}")
-
-
-def _read_line() -> str | None:
-    try:
-        line = input("> ")
-    except EOFError:
-        return None
-    return None if line.strip() == "/exit" else line
-
-
-@torch.no_grad()
-def _answer(
-    opened: Opened, prompt: str, max_tokens: int, temperature: float, repetition_penalty: float, thinking: bool
-) -> str:
-    """What the model says, in its chat template where it has one."""
-    model, tokenizer = opened.model, opened.tokenizer
-    text = prompt
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        text = str(
-            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
-        )
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
-    room = model.config.max_position_embeddings - inputs.input_ids.shape[1]
-    if room < 1 or not inputs.input_ids.numel():
-        raise UserError(f"--prompt: {inputs.input_ids.shape[1]} tokens, which leaves no room in the model's context")
-    torch.manual_seed(0)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": 0.9}
-    output = model.generate(
-        input_ids=inputs.input_ids,
-        attention_mask=torch.ones_like(inputs.input_ids),
-        max_new_tokens=min(max_tokens, room),
-        repetition_penalty=repetition_penalty,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        **sampling,
-    )
-    return str(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+        print(f"\n> {each}\n{generate.reply(model, tokenizer, each, max_tokens, temperature, **more)}")
 
 
 def debug_layer(

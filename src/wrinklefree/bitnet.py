@@ -34,7 +34,6 @@ def from_llama(model: LlamaForCausalLM) -> BitNetForCausalLM:
     state |= {name: torch.ones(bitnet.get_parameter(name).shape, device=model.device) for name in norms}
     bitnet.load_state_dict(state, strict=False, assign=True)
     bitnet.tie_weights()
-    quicken(bitnet)
     bitnet.model.rotary_emb = type(bitnet.model.rotary_emb)(config).to(model.device)
     bitnet.generation_config = model.generation_config
     return bitnet.train(model.training)
@@ -45,6 +44,7 @@ def quicken(model: nn.Module) -> None:
     for name, norm in list(model.named_modules()):
         if name.endswith(tuple(NORMS.values())) and not isinstance(norm, RMSNorm):
             own = RMSNorm(norm.get_parameter("weight"), norm.variance_epsilon)
+            own.weight = norm.get_parameter("weight")  # the very parameter, whoever else may hold it
             model.set_submodule(name, own.train(norm.training))
 
 

@@ -115,7 +115,7 @@ def train(overrides: Overrides = None, nproc: Processes = None, dry_run: DryRun 
     \b
     Example:
       wf train model=tiny training=fairy2_w2 training.max_steps=100
-      wf train model=qwen3_4b training=stage2_pretrain distributed=fsdp_multi --nproc 8
+      wf train model=qwen3_4b training=stage2_pretrain distributed=fsdp_multi auto_prereq=true --nproc 8
     """
     call("train", overrides or [], dry_run=dry_run, force=force, scale=None, processes=nproc)
 

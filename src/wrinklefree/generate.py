@@ -23,6 +23,31 @@ def complete(
     return _decode(tokenizer, _generate(model, tokenizer, ids, max_new_tokens, temperature, seed))
 
 
+def reply(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    seed: int = 0,
+    repetition_penalty: float = 1.0,
+    thinking: bool | None = None,
+) -> str:
+    """What the model answers in its chat template, or `complete` where it has none.
+
+    `thinking` is handed to templates that know it. Raises UserError like `complete`.
+    """
+    chat = bool(tokenizer.chat_template)
+    ids = _encode_chat(model, tokenizer, [_from_user(prompt)], thinking) if chat else _encode(tokenizer, prompt)
+    stop = _turn_end(tokenizer) if chat else None
+    answer = _generate(model, tokenizer, ids, max_new_tokens, temperature, seed, None, stop, repetition_penalty)
+    return _decode(tokenizer, answer)
+
+
+def _from_user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
 def stream(
     model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
 ) -> str:
@@ -41,6 +66,8 @@ def interactive(
     temperature: float = 0.7,
     seed: int = 0,
     read: Callable[[str], str] = input,
+    repetition_penalty: float = 1.0,
+    thinking: bool | None = None,
 ) -> None:
     """Answer line after line until `/exit` or Ctrl-D; with `chat`, in the tokenizer's template and with memory.
 
@@ -56,10 +83,11 @@ def interactive(
             history.clear()
         if not line.strip() or line == "/new":
             continue
-        history.append({"role": "user", "content": line})
-        ids = _encode_chat(model, tokenizer, history) if chat else _encode(tokenizer, line)
+        history.append(_from_user(line))
+        ids = _encode_chat(model, tokenizer, history, thinking) if chat else _encode(tokenizer, line)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        answer = _generate(model, tokenizer, ids, max_new_tokens, temperature, seed + len(history), streamer, stop)
+        sampling = (max_new_tokens, temperature, seed + len(history), streamer, stop, repetition_penalty)
+        answer = _generate(model, tokenizer, ids, *sampling)
         history.append({"role": "assistant", "content": _decode(tokenizer, answer)})
 
 
@@ -81,13 +109,14 @@ def _encode(tokenizer: Any, prompt: str) -> Tensor:
     return ids.long()
 
 
-def _encode_chat(model: Any, tokenizer: Any, history: list[Message]) -> Tensor:
+def _encode_chat(model: Any, tokenizer: Any, history: list[Message], thinking: bool | None = None) -> Tensor:
     """Token ids [1, length] of the conversation, up to where the assistant speaks.
 
     The oldest turns are removed from `history` once they fill more than half of the model's context.
     """
+    known = {} if thinking is None else {"enable_thinking": thinking}
     while True:
-        text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True, **known)
         ids: Tensor = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         if len(history) == 1 or ids.shape[1] <= _context(model) // 2:
             return ids
@@ -112,6 +141,7 @@ def _generate(
     seed: int,
     streamer: TextStreamer | None = None,
     stop: int | None = None,
+    repetition_penalty: float = 1.0,
 ) -> Tensor:
     """New token ids [length]; the caller's random state is left as it was."""
     room = _room(model, ids.shape[1])
@@ -127,6 +157,7 @@ def _generate(
             pad_token_id=tokenizer.eos_token_id,
             eos_token_id=ends or None,
             streamer=streamer,
+            repetition_penalty=repetition_penalty,
             **sampling,
         )
     return out[0, ids.shape[1] :]

@@ -84,6 +84,8 @@ def train(config: Config, force: bool) -> None:
 
     student = prepare(config, original, calibration(config, tokenizer), start)
     objective = choose_objective(config, student, teacher)
+    if world.is_main and resume is None:
+        session.clear(config)
     placement.place(reference)
     placement.place(student)
     judge("full_precision", reference, None)

@@ -38,7 +38,7 @@ class Plan:
 
 
 def claim(config: Config, force: bool) -> Path | None:
-    """Make the run's folder and return the checkpoint to resume from, if any.
+    """The checkpoint to resume from, if any; nothing is written or removed before `clear`.
 
     Raises UserError when the folder already holds a run and neither `training.resume_from` nor `force` is given.
     """
@@ -47,16 +47,24 @@ def claim(config: Config, force: bool) -> Path | None:
         found = checkpoint.find(config.training.resume_from, out, storage.fetch)
         log.info("resuming from %s", found)
         return found
-    existing = [out / name for name in OUTPUTS if (out / name).exists()]
-    if existing and not force:
+    if _outputs(out) and not force:
         raise UserError(
             f"{out} already holds a run: go on with training.resume_from=latest, choose another output_dir=..., "
             f"or start over with --force"
         )
-    for path in existing:
+    return None
+
+
+def clear(config: Config) -> None:
+    """Make the run's folder, without what an earlier run left there: once nothing can be wrong with this one."""
+    out = Path(config.output_dir)
+    for path in _outputs(out):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    return None
+
+
+def _outputs(out: Path) -> list[Path]:
+    return [out / name for name in OUTPUTS if (out / name).exists()]
 
 
 def make_plan(config: Config, model: PreTrainedModel, world: World) -> Plan:

@@ -66,6 +66,8 @@ def train(config: Config, force: bool) -> None:
     session.choose_length(config, model)
     plan = session.make_plan(config, model, world)
     objective = LanguageModelling(model, None, config.distillation, config.training.compile)
+    if world.is_main and resume is None:
+        session.clear(config)
     placement.place(model)
     final = fit(
         model,

@@ -209,6 +209,8 @@ class Config(QuantMethod):
         fitted = gains(model, sites, batches if self.subln_init == "calibrated" else ())
         if self.norm_mode == "subln" and self.norm_names == list(bitnet.NORMS) and bitnet.fits(model):
             model = bitnet.from_llama(model)
+        if isinstance(model, BitNetForCausalLM):
+            bitnet.quicken(model)
         super().prepare(model)
         for fqn, gain in fitted.items():
             _set_norm(model, fqn, gain)
@@ -219,7 +221,6 @@ class Config(QuantMethod):
         """The layers whose inputs get a norm, by fqn."""
         linears = dict(surgery.linears(model, self.exclude_names))
         if isinstance(model, BitNetForCausalLM):  # has them
-            bitnet.quicken(model)
             if self.norm_mode != "subln":
                 raise UserError(f"method.norm_mode={self.norm_mode}: a BitNet has its norms already: use subln")
             return {}
