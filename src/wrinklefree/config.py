@@ -46,6 +46,7 @@ class ArchitectureConfig(Node):
     vocab_size: Positive = 4096
     max_position_embeddings: Positive = 512
     dropout: Fraction = 0.0
+    tie_word_embeddings: bool = True
 
 
 @dataclass(kw_only=True)
@@ -72,7 +73,7 @@ class DataConfig(Node):
     """Which text. See docs/configuration.md for what each source reads."""
 
     source: Literal["stdlib", "local", "hub", "downstream"]
-    task: str | None = None  # downstream: sst2, mnli, qnli, cnn_dailymail or stdlib_kind
+    task: str | None = None  # downstream: sst2, mnli, qnli, cnn_dailymail, stdlib_kind or mod7_chains
     tests: bool = False  # stdlib: with the library's own tests, where this Python ships them
     path: str | None = None  # local: file or folder; hub: dataset id
     subset: str | None = None
@@ -150,6 +151,8 @@ class TrainingConfig(Node):
     pack: bool = True  # pack and prove the trained model, where a method quantizes
     keep_best: bool = False  # final/ is the model of the lowest held-out loss
     eval_interval: Positive = 500
+    eval_first: bool = False  # also before the first step: the start is kept where nothing is better
+    patience: Natural = 0  # evaluations in a row without a better one after which training ends; 0 goes on
     eval_tokens: Positive = 16384  # during training
     final_eval_tokens: Positive = 131072  # before and after
     eval_examples: Positive = 2000  # of a task, before and after

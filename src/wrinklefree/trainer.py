@@ -63,6 +63,7 @@ class Run:
     step: int = 0
     tokens: int = 0
     best_loss: float = math.inf
+    stale: int = 0  # evaluations since the best one
     last_batch: Batch = field(default_factory=dict)
 
     def state(self) -> checkpoint.State:
@@ -70,6 +71,7 @@ class Run:
             "step": self.step,
             "tokens": self.tokens,
             "best_loss": self.best_loss,
+            "stale": self.stale,
             "optimizers": [o.state_dict() for o in self.optimizers],
             "stream": self.stream.state_dict(),  # the same on every process
             "rng": distributed.gather(torch.get_rng_state(), self.world),
@@ -82,6 +84,7 @@ class Run:
         """
         state = checkpoint.load_state(path)
         self.step, self.tokens, self.best_loss = state["step"], state["tokens"], state["best_loss"]
+        self.stale = state.get("stale", 0)  # checkpoints of 0.1 do not have it
         try:
             checkpoint.place_moments(path, state, self.optimizers)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -136,8 +139,10 @@ def fit(
     with tracker, _interruptible() as stopped:
         while True:
             last = run.step == plan.max_steps
-            if run.step > first and (last or run.step % t.eval_interval == 0):
+            due = run.step > first and (last or run.step % t.eval_interval == 0)
+            if due or (t.eval_first and run.step == 0):
                 row |= _evaluate(run, evaluate, tokenizer)
+                last = last or _had_enough(run)
             if row and (last or "eval_loss" in row or run.step == 1 or run.step % t.log_interval == 0):
                 tracker.log(run.step, row)
             stop = distributed.any_of(stopped(), world)
@@ -257,9 +262,18 @@ def _evaluate(run: Run, evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) 
     run.model.train()
     better = values["eval_loss"] < run.best_loss
     run.best_loss = min(run.best_loss, values["eval_loss"])
+    run.stale = 0 if better else run.stale + 1
     if better and run.config.training.keep_best:
         checkpoint.save(Path(run.config.output_dir) / "best", run.model, tokenizer, run.config, None, run.world)
     return values
+
+
+def _had_enough(run: Run) -> bool:
+    patience = run.config.training.patience
+    if not patience or run.stale < patience:
+        return False
+    log.info("no better one in %d evaluations: stopped at step %d", patience, run.step)
+    return True
 
 
 def _save(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,4 @@
-"""`wf pretrain`: train a small Llama and its tokenizer from nothing, on the text that Python ships with."""
+"""`wf pretrain`: train a small Llama and its tokenizer from nothing, on text that Python ships with or on a task."""
 
 import dataclasses
 import logging
@@ -15,7 +15,7 @@ from wrinklefree import checkpoint, distributed, launch, load, session, sharding
 from wrinklefree import config as configs
 from wrinklefree.config import ArchitectureConfig, Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import Batch, stdlib
+from wrinklefree.data import Batch, chains, stdlib
 from wrinklefree.data.tokenizer import train_tokenizer
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.objectives import LanguageModelling
@@ -61,7 +61,7 @@ def train(config: Config, force: bool) -> None:
     resume = distributed.gather(session.claim(config, force) if world.is_main else None, world)[0]
     placement = sharding.choose(config, world)
     torch.manual_seed(config.seed)
-    tokenizer = train_tokenizer(stdlib.documents("train"), config.model.architecture.vocab_size)
+    tokenizer = make_tokenizer(config, config.model.architecture.vocab_size)
     model = build(config.model.architecture, tokenizer)
     session.choose_length(config, model)
     plan = session.make_plan(config, model, world)
@@ -72,7 +72,9 @@ def train(config: Config, force: bool) -> None:
     final = fit(
         model,
         objective,
-        Curriculum(config, tokenizer, plan, world),
+        Curriculum(config, tokenizer, plan, world)
+        if config.data.tests
+        else session.open_stream(config, tokenizer, world),
         config,
         plan,
         tokenizer=tokenizer,
@@ -81,9 +83,16 @@ def train(config: Config, force: bool) -> None:
         placement=placement,
         resume=resume,
     )
-    if world.is_main:
+    if world.is_main and config.data.source == "stdlib":
         ship(config, model if world.size == 1 else load.load(final)[0], tokenizer, plan)
     distributed.stop()
+
+
+def make_tokenizer(config: Config, vocab_size: int) -> PreTrainedTokenizerBase:
+    """A task of whole words brings its own; else byte-level BPE of the library's text."""
+    if config.data.task == chains.NAME:
+        return chains.tokenizer()
+    return train_tokenizer(stdlib.documents("train"), vocab_size)
 
 
 class Curriculum(Iterator[Batch]):
@@ -116,7 +125,7 @@ class Curriculum(Iterator[Batch]):
 
 
 def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A Llama with random weights, tied embeddings, and residual outputs that start at zero."""
+    """A Llama with random weights, and residual outputs that start at zero."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=architecture.hidden_size,
@@ -126,7 +135,7 @@ def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) 
         num_key_value_heads=architecture.num_key_value_heads,
         max_position_embeddings=architecture.max_position_embeddings,
         attention_dropout=architecture.dropout,
-        tie_word_embeddings=True,
+        tie_word_embeddings=architecture.tie_word_embeddings,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

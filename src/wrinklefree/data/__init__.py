@@ -173,7 +173,7 @@ def _rows(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: ch
         )
     task = tasks.find(config.task)
     name = f"data.task={task.name} data.path={config.path or task.path}"
-    instead = f"task={tasks.BUILTIN}, or data.path=FILE_OR_FOLDER with the columns of {task.name}"
+    instead = f"task={stdlib_kind.NAME}, or data.path=FILE_OR_FOLDER with the columns of {task.name}"
     render = partial(tasks.render, task)
     return _Rows(name, render, config.path or task.path, task.subset, task.train, task.heldout, instead)
 
@@ -198,7 +198,7 @@ def _training_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, 
     if config.source == "stdlib":
         return _library("train", config.tests)
     if _is_builtin(config):
-        return sources.Memory(f"data.task={config.task}", stdlib_kind.examples("train"))
+        return _builtin(config, "train")
     rows = _rows(config, tokenizer, thinking)
     if _is_local(config):
         files = sources.find_files("data.path", rows.path)
@@ -217,7 +217,7 @@ def _heldout_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, t
     if config.source == "stdlib":
         return _library("heldout", tests=False)
     if _is_builtin(config):
-        return sources.Memory(f"data.task={config.task}", stdlib_kind.examples("heldout"))
+        return _builtin(config, "heldout")
     rows = _rows(config, tokenizer, thinking)
     if not _is_local(config):
         split = rows.heldout_split or rows.split
@@ -231,7 +231,12 @@ def _heldout_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, t
 
 
 def _is_builtin(config: "DataConfig") -> bool:
-    return config.source == "downstream" and config.task == tasks.BUILTIN
+    return config.source == "downstream" and config.task in tasks.BUILTIN
+
+
+def _builtin(config: "DataConfig", split: stdlib.Split) -> Source:
+    assert config.task is not None
+    return sources.Memory(f"data.task={config.task}", tasks.BUILTIN[config.task](split))
 
 
 def _may_be_endless(config: "DataConfig") -> bool:

@@ -15,6 +15,7 @@ import wrinklefree.data.stdlib as stdlib
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.sources import Example
 
+NAME = "stdlib_kind"
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
 
 PIECE = 240  # characters of code at most: about 80 tokens of a small tokenizer

@@ -3,6 +3,7 @@
     sst2, mnli, qnli     GLUE: a class, named in words
     cnn_dailymail        a news article and its highlights
     stdlib_kind          which package of Python's standard library a piece of code is from; needs no download
+    mod7_chains          arithmetic in steps, with and without thinking aloud; needs no download
 
 Prompt and answer are one text with a space between them, as the harness scores them, so that training and scoring see
 the same tokens. Local files have the columns of the dataset on the hub; a label is its number or its name.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import did_you_mean
+from wrinklefree.data import chains, stdlib_kind
 from wrinklefree.data.sources import Example, Row
 
 
@@ -83,7 +85,7 @@ TASKS = {
     )
 }
 
-BUILTIN = "stdlib_kind"
+BUILTIN = {stdlib_kind.NAME: stdlib_kind.examples, chains.NAME: chains.examples}
 
 
 def _as_statement(hypothesis: str) -> str:
@@ -94,7 +96,7 @@ def _as_statement(hypothesis: str) -> str:
 
 def find(name: str | None) -> Task:
     """Raises UserError for an unknown name."""
-    known = [*TASKS, BUILTIN]
+    known = [*TASKS, *BUILTIN]
     if name is None:
         raise UserError(f"data.task: a value is required: one of {', '.join(known)}")
     if name not in TASKS:

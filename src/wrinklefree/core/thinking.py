@@ -1,0 +1,78 @@
+"""Settings of the stages around a thinker (`methods/trm.py`): its thoughts, its speech, its reinforcement."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+@dataclass(kw_only=True)
+class Node:
+    """Base of the sections of a method's settings: unknown keys are errors."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+
+@dataclass(kw_only=True)
+class NetworkConfig(Node):
+    """The network and how it thinks."""
+
+    mode: Literal["trajectory", "final"] = "trajectory"
+    hidden_size: Positive = 256
+    num_layers: Positive = 2
+    num_heads: Positive = 8
+    dropout: Share = 0.0
+    n_latent_steps: Positive = 1  # n; upstream 6
+    n_deep_recursions: Positive = 1  # T; upstream 3
+    max_thoughts: Positive = 8  # N_sup of mode final
+    mse_weight: Weight = 0.1  # beside the KL of what the head reads in the thought
+    halt_weight: Weight = 0.3
+    noise: Weight = 0.1  # deviation of what is added to the thought before
+    sampled_from: Share = 0.5  # of the training, from which on thoughts follow the network's own; 1 is never
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the weights that are evaluated and kept; 0 is none
+
+
+@dataclass(kw_only=True)
+class PairsConfig(Node):
+    """Which problems are thought about, and which thoughts are kept (`wf trm pairs`)."""
+
+    problems: str = "mod7_chains"  # or gsm8k, or a JSONL file with `question` and `answer`
+    num_problems: Positive = 8000
+    num_heldout: Positive = 1000
+    samples_per_problem: Positive = 1
+    max_new_tokens: Positive = 512
+    temperature: Weight = 0.0
+    batch_size: Positive = 64
+    max_thought_tokens: Positive = 2048
+    keep_wrong: bool = False  # thoughts with a wrong answer too
+    segments: Literal["lines", "tokens"] = "lines"  # what a thought is cut into
+    segment_tokens: Positive = 2  # for segments tokens
+    shard_size: Positive = 2048
+
+
+@dataclass(kw_only=True)
+class InjectionConfig(Node):
+    """How the adapter learns to speak to the frozen language model (`wf trm inject`)."""
+
+    init: Literal["least_squares", "random"] = "least_squares"
+    kl_weight: Weight = 1.0  # to the model after its written thought; cross entropy has 1
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(Node):
+    """Reinforcement by the answers' correctness (`wf trm grpo`)."""
+
+    trains: Literal["adapter", "all"] = "adapter"  # all: the network too
+    group_size: Annotated[int, Field(gt=1)] = 16
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_answer_tokens: Positive = 64
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    clip: tuple[Weight, Weight] = (0.2, 0.28)
+    kl_weight: Weight = 0.02  # k3, to the model that it began with
+    anchor_weight: Weight = 0.1  # of the cross entropy with the right answer
+    format_reward: Share = 0.0  # for an answer that ends within its tokens
+    updates: Positive = 1  # per group of answers

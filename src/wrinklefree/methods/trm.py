@@ -1,0 +1,294 @@
+"""LLM-TRM: a tiny recursive network thinks in a language model's compressed hidden states, instead of in words.
+
+Recursion: "Less is More" (arXiv 2510.04871). Soft tokens: Coconut (arXiv 2412.06769). D is the width of the language
+model, D' of its compressed states, H of the network, L the length of the prompt.
+
+    compress    c = W x                       x' = W^T c              W [D', D]; PCA is its optimum (core/moments.py)
+    whiten      u = (c - mean) / deviation    on each of the D' axes
+    block       h = rms(h + attention(h)),  h = rms(h + swiglu(h))    no causal mask, RoPE, norms after, no gains
+    f           num_layers blocks, one set of weights for everything below, on L + 1 places: the prompt and a slot
+    recursion   n times z = f(x + y + z), then y = f(y + z); done T times, all but the last without gradient
+    read        thought = Wo y[slot] [D'], halt = wh . y[slot]        halt > 0 ends the thinking of a sample
+    speak       s = Wa decompress(thought) + ba [D]                   a soft token between <think> and </think>
+
+Two ways to think (`mode`):
+
+trajectory  thought j is made of thought j - 1: the slot holds it and the embedding of j, and y begins there. Training
+            runs all j at once on the teacher's own thoughts (teacher forcing), later on its own (scheduled sampling).
+final       upstream's: y and z go on from round to round, each of which is to reach the last thought (deep
+            supervision).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import Batches, Method
+from wrinklefree.core.thinking import GRPOConfig, InjectionConfig, NetworkConfig, PairsConfig, Positive, Share
+
+THETA = 10_000.0  # base of the rotary angles
+EPS = 1e-5
+
+# What the settings of a network share with a `ThinkerConfig`.
+SHAPE = ("hidden_size", "num_layers", "num_heads", "dropout", "n_latent_steps", "n_deep_recursions")
+
+
+class DimensionCompressor(nn.Module):
+    """[..., D] -> [..., D'] -> [..., D], linear and without bias, in fp32 whatever autocast says.
+
+    The decoder is the encoder's transpose unless `tied` is false.
+    """
+
+    def __init__(self, width: int, compressed: int, tied: bool = True) -> None:
+        """Random orthonormal rows. Raises UserError where `compressed` is wider than what it compresses."""
+        super().__init__()
+        if compressed > width:
+            raise UserError(f"method.d_compressed={compressed}: the model's hidden states have {width} entries")
+        self.weight = nn.Parameter(torch.empty(compressed, width))
+        nn.init.orthogonal_(self.weight)
+        self.decoder = None if tied else nn.Parameter(self.weight.detach().clone())
+
+    def compress(self, states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(states.float(), self.weight)
+
+    def decompress(self, codes: Tensor) -> Tensor:
+        with torch.autocast(codes.device.type, enabled=False):
+            return codes.float() @ (self.weight if self.decoder is None else self.decoder)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.decompress(self.compress(states))
+
+
+def rms(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU over [B, P, H], normed after each."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        inner = math.ceil(8 * width / 3 / 64) * 64
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, h: Tensor, angles: Tensor, seen: Tensor) -> Tensor:
+        """`angles` [B, P, H / heads / 2]; `seen` [B, 1, 1, P], False for padding."""
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, P, -1]
+        q, k = rotate(q, angles), rotate(k, angles)
+        mixed = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0)
+        h = rms(h + self.out(mixed.transpose(1, 2).flatten(2)))
+        gate, up = self.gate_up(h).chunk(2, dim=-1)
+        return rms(h + self.down(F.silu(gate) * up))
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions for [B, heads, P, E] by angles [B, P, E / 2]."""
+    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+@dataclass
+class Context:
+    """A prompt as the network sees it: x [B, L + 1, H], zero in the slot; rotary angles; which places are there."""
+
+    x: Tensor
+    angles: Tensor
+    seen: Tensor
+
+    def repeat(self, times: int) -> "Context":
+        """Each sample `times` times in a row."""
+        return Context(*(t.repeat_interleave(times, 0) for t in (self.x, self.angles, self.seen)))
+
+
+class RecursiveNetwork(nn.Module):
+    """The network f, what surrounds it, and both ways to think."""
+
+    y0: Tensor
+    z0: Tensor
+
+    def __init__(self, config: "ThinkerConfig") -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.blocks = nn.ModuleList(Block(width, config.num_heads, config.dropout) for _ in range(config.num_layers))
+        self.embed = nn.Linear(config.d_compressed, width, bias=False)  # of the prompt
+        self.slot = nn.Linear(config.d_compressed, width, bias=False)  # of the thought before
+        self.number = nn.Embedding(config.max_thoughts, width)
+        self.head = nn.Linear(width, config.d_compressed, bias=False)
+        self.halt = nn.Linear(width, 1)
+        nn.init.normal_(self.number.weight, std=0.1)
+        nn.init.zeros_(self.halt.weight)
+        nn.init.zeros_(self.halt.bias)
+        for name in ("y0", "z0"):
+            self.register_buffer(name, nn.init.trunc_normal_(torch.empty(width), std=1.0))
+
+    def context(self, prompt: Tensor, mask: Tensor) -> Context:
+        """Of whitened states [B, L, D'], padded on either side; `mask` [B, L] is True where they are."""
+        counted = F.pad(mask.long(), (0, 1), value=1).cumsum(1)  # the slot comes next after the prompt
+        x = F.pad(self.embed(prompt) * mask[..., None], (0, 0, 0, 1))
+        half = self.config.hidden_size // self.config.num_heads // 2
+        speeds = THETA ** (-torch.arange(half, device=mask.device) / half)
+        return Context(x, (counted - 1)[..., None] * speeds, F.pad(mask, (0, 1), value=True)[:, None, None])
+
+    def f(self, h: Tensor, context: Context) -> Tensor:
+        for block in self.blocks:
+            h = block(h, context.angles, context.seen)
+        return h
+
+    def recurse(self, context: Context, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """One deep recursion: y and z [B, L + 1, H], improved T times."""
+        for last in [False] * (self.config.n_deep_recursions - 1) + [True]:
+            with torch.set_grad_enabled(last and torch.is_grad_enabled()):
+                for _ in range(self.config.n_latent_steps):
+                    z = self.f(context.x + y + z, context)
+                y = self.f(y + z, context)
+        return y, z
+
+    def read(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The thought [B, D'] and the halting logit [B] in the slot."""
+        slot = y[:, -1]
+        return self.head(slot), self.halt(slot).squeeze(-1)
+
+    def step(self, context: Context, before: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Thought `number` [B] after thought `before` [B, D'], zero ahead of the first; mode trajectory."""
+        place = self.slot(before) + self.number(number)
+        y = F.pad(place[:, None], (0, 0, context.x.shape[1] - 1, 0))
+        return self.read(self.recurse(context, y, self.z0.expand_as(context.x))[0])
+
+    def begin(self, context: Context) -> tuple[Tensor, Tensor]:
+        """y and z ahead of the first round; mode final."""
+        return self.y0.expand_as(context.x), self.z0.expand_as(context.x)
+
+
+class ThinkerConfig(PreTrainedConfig):  # type: ignore[misc]
+    """The shape of a `LatentThinker`."""
+
+    model_type = "wrinklefree_trm"
+
+    def __init__(
+        self,
+        width: int = 128,
+        d_compressed: int = 64,
+        tied: bool = True,
+        hidden_size: int = 128,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        dropout: float = 0.0,
+        n_latent_steps: int = 1,
+        n_deep_recursions: int = 1,
+        max_thoughts: int = 8,
+        mode: str = "trajectory",
+        averaged: bool = True,
+        **others: Any,
+    ) -> None:
+        self.width, self.d_compressed, self.tied = width, d_compressed, tied
+        self.hidden_size, self.num_layers, self.num_heads, self.dropout = hidden_size, num_layers, num_heads, dropout
+        self.n_latent_steps, self.n_deep_recursions = n_latent_steps, n_deep_recursions
+        self.max_thoughts, self.mode, self.averaged = max_thoughts, mode, averaged
+        super().__init__(**others)
+
+
+class LatentThinker(PreTrainedModel):  # type: ignore[misc]
+    """Compressor, whitening, network and adapter of one language model, and the pause tokens that are their control."""
+
+    config_class = ThinkerConfig
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: ThinkerConfig) -> None:
+        super().__init__(config)
+        self.compressor = DimensionCompressor(config.width, config.d_compressed, config.tied)
+        self.register_buffer("mean", torch.zeros(config.d_compressed))
+        self.register_buffer("deviation", torch.ones(config.d_compressed))
+        self.network = RecursiveNetwork(config)
+        # The mean of the weights over the last steps (EMA), which is what thinks outside of training.
+        self.average = RecursiveNetwork(config).requires_grad_(False) if config.averaged else None
+        self.adapter = nn.Linear(config.width, config.width)
+        self.pause = nn.Parameter(0.02 * torch.randn(config.max_thoughts, config.width))
+
+    def whiten(self, codes: Tensor) -> Tensor:
+        return (codes.float() - self.mean) / self.deviation
+
+    def states(self, thoughts: Tensor) -> Tensor:
+        """Whitened thoughts [..., D'] as hidden states [..., D] of the language model."""
+        return self.compressor.decompress(thoughts.float() * self.deviation + self.mean)
+
+    def speak(self, thoughts: Tensor) -> Tensor:
+        """Whitened thoughts [..., D'] as soft tokens [..., D]."""
+        return self.adapter(self.states(thoughts))
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """average = decay x average + (1 - decay) x network."""
+        if self.average is not None:
+            for mean, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                mean.lerp_(new, 1 - decay)
+
+    @torch.no_grad()
+    def think(self, prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Thoughts [B, S, D'] of whitened prompts [B, L, D'], and which were made before each sample halted [B, S].
+
+        Every sample has one at least; S is the most that any made, `max_thoughts` at most.
+        """
+        network = self.network if self.average is None else self.average
+        context = network.context(prompt, mask)
+        going = mask.new_ones(len(mask))
+        before, (y, z) = prompt.new_zeros(len(mask), self.config.d_compressed), network.begin(context)
+        thoughts, made = [], []
+        for number in range(self.config.max_thoughts):
+            if self.config.mode == "trajectory":
+                before, halt = network.step(context, before, torch.full_like(going, number, dtype=torch.long))
+            else:
+                y, z = network.recurse(context, y, z)
+                before, halt = network.read(y)
+            thoughts.append(before.float())
+            made.append(going)
+            going = going & (halt <= 0)
+            if not going.any():
+                break
+        return torch.stack(thoughts, 1), torch.stack(made, 1)
+
+
+@dataclass(kw_only=True)
+class Config(Method):
+    """All stages of one thinker; `training` says which of them a run is."""
+
+    name: Literal["trm"] = "trm"
+    d_compressed: Positive = 256
+    init: Literal["pca", "orthogonal"] = "pca"
+    objective: Literal["mse", "kl", "fisher"] = "mse"  # of the compressor
+    moment_tokens: Positive = 1_000_000  # of the pass that PCA looks at
+    thought_share: Share = 0.5  # stage 1b: of the moments, the rest are stage 1a's
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+
+    def thinker_config(self, width: int) -> ThinkerConfig:
+        """The shape of the thinker of a language model that is `width` wide."""
+        n = self.network
+        return ThinkerConfig(
+            width=width,
+            d_compressed=self.d_compressed,
+            tied=self.objective != "fisher",
+            max_thoughts=n.max_thoughts,
+            mode=n.mode,
+            averaged=n.ema_decay > 0,
+            **{name: vars(n)[name] for name in SHAPE},
+        )
+
+    def prepare(self, model: Any, batches: Batches = (), initialize: bool = True) -> nn.Module:
+        """A thinker for the language model, untrained: nothing in `model` itself changes."""
+        return LatentThinker(self.thinker_config(model.get_input_embeddings().embedding_dim))

@@ -1,0 +1,1 @@
+"""The stages of a thinker (`methods/trm.py`): compressor, thoughts, recursion, speech, reinforcement, evaluation."""
