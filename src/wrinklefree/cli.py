@@ -131,6 +131,91 @@ def pretrain(overrides: Overrides = None, nproc: Processes = None, force: Force 
     call("pretrain", overrides or [], force=force, processes=nproc)
 
 
+trm = typer.Typer(
+    help="Think in latent space: compress hidden states, learn to think in them, speak, reinforce.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+app.add_typer(trm, name="trm")
+
+
+@trm.command("compressor")
+def trm_compressor(
+    sweep: Annotated[
+        str | None, typer.Option(help="Several widths from one pass, comma-separated: a table and a plot.")
+    ] = None,
+    force: Force = False,
+    overrides: Overrides = None,
+) -> None:
+    """Phase 1: compress hidden states by PCA; training.max_steps=N trains the compressor further.
+
+    \b
+    Example:
+      wf trm compressor model=tiny method.d_compressed=64
+      wf trm compressor model=tiny --sweep 16,32,64,128
+    """
+    call("trm", "compressor", overrides or [], force, sweep)
+
+
+@trm.command("pairs")
+def trm_pairs(force: Force = False, overrides: Overrides = None) -> None:
+    """Phase 2: let the model think in words, and keep its compressed hidden states.
+
+    What was interrupted goes on.
+
+    \b
+    Example:
+      wf trm pairs model=chains
+      wf trm pairs model=smollm3_3b method.pairs.problems=gsm8k method.pairs.max_new_tokens=2048
+    """
+    call("trm", "pairs", overrides or [], force)
+
+
+@trm.command("train")
+def trm_train(force: Force = False, overrides: Overrides = None) -> None:
+    """Phase 2: train the network to think what the model thought.
+
+    \b
+    Example:
+      wf trm train model=chains training.max_steps=1000
+      wf trm train model=chains method.network.mode=final experiment=chains_final
+    """
+    call("trm", "train", overrides or [], force)
+
+
+@trm.command("inject")
+def trm_inject(force: Force = False, overrides: Overrides = None) -> None:
+    """Phase 2: train the adapter that speaks to the frozen model in soft tokens.
+
+    \b
+    Example:
+      wf trm inject model=chains
+    """
+    call("trm", "inject", overrides or [], force)
+
+
+@trm.command("grpo")
+def trm_grpo(force: Force = False, overrides: Overrides = None) -> None:
+    """Phase 3: reinforce what leads to right answers.
+
+    \b
+    Example:
+      wf trm grpo model=chains method.grpo.group_size=8
+    """
+    call("trm", "grpo", overrides or [], force)
+
+
+@trm.command("eval")
+def trm_eval(force: Force = False, overrides: Overrides = None) -> None:
+    """Compare thinking in words, in latents, and not at all, with controls.
+
+    \b
+    Example:
+      wf trm eval model=chains
+    """
+    call("trm", "eval", overrides or [], force)
+
+
 @app.command()
 def cache(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
@@ -214,6 +299,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    think: Annotated[
+        Literal["latent", "words", "none"] | None,
+        typer.Option(help="Answer a question after a thought: latent needs a thinker of `wf trm`."),
+    ] = None,
 ) -> None:
     """Generate text from a model.
 
@@ -221,8 +310,9 @@ def generate(
     Example:
       wf generate outputs/fairy2_tiny_w2 --prompt 'def main('
       wf generate outputs/fairy2_tiny_w2 --interactive
+      wf generate outputs/chains_trm_injection --think latent --prompt '3 +2 *4 ?'
     """
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "think": think}
     call("generate", path, prompt=prompt, interactive=interactive, chat=chat, **sampling)
 
 

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree import distributed, load, session, sharding, stages
 from wrinklefree.config import Config
 from wrinklefree.core import surgery
-from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import Batches, QuantMethod, quant_layers
 from wrinklefree.data import Batch
 from wrinklefree.distributed import World
@@ -131,13 +130,7 @@ def prepare(
     if config.method is not None:
         student = config.method.prepare(student, batches)
         log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
-    named = list(student.named_parameters(remove_duplicate=False))  # tied weights go by either name
-    for pattern in config.training.freeze_names:
-        frozen = [p for name, p in named if surgery.matches(name, [pattern])]
-        if not frozen:
-            raise UserError(f"training.freeze_names: {pattern!r} matches no parameter of {config.model.name}")
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    surgery.freeze(student, config.training.freeze_names)
     return student
 
 

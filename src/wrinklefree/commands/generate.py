@@ -1,6 +1,11 @@
 """`wf generate`: text from any model: a run, a packed folder, a hub id."""
 
+from typing import TYPE_CHECKING
+
 from wrinklefree.core.errors import UserError
+
+if TYPE_CHECKING:
+    from wrinklefree.thinking.reply import Think
 
 
 def run(
@@ -12,12 +17,20 @@ def run(
     max_new_tokens: int = 128,
     temperature: float = 0.7,
     seed: int = 0,
+    think: "Think | None" = None,
 ) -> None:
     """Continue one prompt, or answer line by line. Raises UserError where it is not said which of the two."""
     if (prompt is None) == (not interactive):
         raise UserError("say either --prompt TEXT or --interactive")
     if chat and not interactive:
         raise UserError("--chat goes with --interactive")
+    if think is not None and prompt is None:
+        raise UserError("--think goes with --prompt")
+    if think is not None and prompt is not None:
+        from wrinklefree.thinking.reply import reply
+
+        print(reply(path, prompt, think, max_new_tokens, temperature, seed))
+        return
     from wrinklefree import generate
     from wrinklefree.locate import open_model
 

@@ -48,3 +48,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     if not lists:
         raise UserError(f"{type(model).__name__}: has no list of decoder layers")
     return max(lists, key=len)
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Train nothing that a pattern matches. Raises UserError for one that matches no parameter."""
+    named = list(model.named_parameters(remove_duplicate=False))  # tied weights go by either name
+    for pattern in patterns:
+        frozen = [p for name, p in named if matches(name, [pattern])]
+        if not frozen:
+            raise UserError(f"training.freeze_names: {pattern!r} matches no parameter of {type(model).__name__}")
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -62,8 +62,8 @@ class Chain(NamedTuple):
 
 def draw(generator: random.Random, split: Split) -> Chain:
     """A random chain of a split; every length is equally likely."""
+    length = generator.randint(1, LONGEST)
     while True:
-        length = generator.randint(1, LONGEST)
         chain = Chain(generator.randrange(MODULUS), tuple(generator.choice(OPERATIONS) for _ in range(length)))
         if length == 1 or _is_heldout(chain) == (split == "heldout"):
             return chain

@@ -19,6 +19,7 @@ final       upstream's: y and z go on from round to round, each of which is to r
             supervision).
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -107,9 +108,9 @@ class Context:
     angles: Tensor
     seen: Tensor
 
-    def repeat(self, times: int) -> "Context":
-        """Each sample `times` times in a row."""
-        return Context(*(t.repeat_interleave(times, 0) for t in (self.x, self.angles, self.seen)))
+    def take(self, rows: Tensor) -> "Context":
+        """Samples `rows` [N], any of them any number of times."""
+        return Context(self.x[rows], self.angles[rows], self.seen[rows])
 
 
 class RecursiveNetwork(nn.Module):
@@ -214,7 +215,7 @@ class LatentThinker(PreTrainedModel):  # type: ignore[misc]
         self.register_buffer("deviation", torch.ones(config.d_compressed))
         self.network = RecursiveNetwork(config)
         # The mean of the weights over the last steps (EMA), which is what thinks outside of training.
-        self.average = RecursiveNetwork(config).requires_grad_(False) if config.averaged else None
+        self.average = copy.deepcopy(self.network).requires_grad_(False) if config.averaged else None
         self.adapter = nn.Linear(config.width, config.width)
         self.pause = nn.Parameter(0.02 * torch.randn(config.max_thoughts, config.width))
 
@@ -236,11 +237,17 @@ class LatentThinker(PreTrainedModel):  # type: ignore[misc]
             for mean, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 mean.lerp_(new, 1 - decay)
 
-    @torch.no_grad()
+    def keep_average(self) -> None:
+        """Let the mean of the weights be the network from now on: what thinks is then what trains."""
+        if self.average is not None:
+            self.network.load_state_dict(self.average.state_dict())
+            self.average, self.config.averaged = None, False
+
     def think(self, prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Thoughts [B, S, D'] of whitened prompts [B, L, D'], and which were made before each sample halted [B, S].
 
-        Every sample has one at least; S is the most that any made, `max_thoughts` at most.
+        Every sample has one at least; S is the most that any made, `max_thoughts` at most. Where to halt is not
+        differentiable, and thoughts are where gradients are on and the network that thinks has any.
         """
         network = self.network if self.average is None else self.average
         context = network.context(prompt, mask)

@@ -1,0 +1,57 @@
+"""One answer to one question, after a thought in words, in latents, or none."""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from wrinklefree import distributed, load
+from wrinklefree.core.errors import UserError
+from wrinklefree.locate import open_model
+from wrinklefree.methods.trm import LatentThinker
+from wrinklefree.thinking import loading, tags
+from wrinklefree.thinking.speech import Speaker
+
+log = logging.getLogger("wrinklefree")
+
+Think = Literal["latent", "words", "none"]
+
+
+def reply(path: str, prompt: str, think: Think, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """What the model of a thinker, or the model itself, answers; of a thought in words, the thought too.
+
+    Raises UserError where `think` is latent and `path` is no thinker that has learned to speak.
+    """
+    if think == "latent":
+        thinker, speaker = open_thinker(Path(path))
+    else:
+        thinker, speaker = None, Speaker(*open_model(_language_model(path)))
+    prefix = speaker.prefill([tags.prompt(speaker.tokenizer, prompt)])
+    middle, made = prefix.states[:, :0], prefix.mask[:, :0]
+    if thinker is not None:
+        thoughts, made = speaker.think(thinker, prefix)
+        middle = thinker.speak(thoughts).detach()
+        log.info("%d latent thoughts", made.sum())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        said = speaker.answer(prefix, middle, made, max_new_tokens, temperature=temperature, closed=think != "words")[0]
+    words = [i for i in said if i not in speaker.ends]
+    return str(speaker.tokenizer.decode(words, skip_special_tokens=False)).strip()
+
+
+def open_thinker(path: Path) -> tuple[LatentThinker, Speaker]:
+    """A thinker and its language model. Raises UserError for one whose adapter was not trained yet."""
+    thinker, config = loading.load_thinker(path)
+    if config.training.stage not in ("trm_injection", "trm_grpo"):
+        raise UserError(f"{path}: made by {config.training.stage}, it cannot speak yet: run `wf trm inject` first")
+    device = distributed.start().device
+    model, tokenizer = loading.load_language_model(config)
+    return thinker.to(device), Speaker(model.to(device), tokenizer)
+
+
+def _language_model(path: str) -> str:
+    """The language model of a thinker's folder; any other path itself."""
+    if not loading.is_thinker(Path(path)):
+        return path
+    return load.resolve_pretrained(loading.load_thinker(Path(path))[1].model.pretrained)
