@@ -191,8 +191,7 @@ class Teacher:
             chosen = scattered(len(logits), self.manifest.negatives, logits.shape[-1], draw).to(logits.device)
             found |= {"random_ids": chosen, "random_logits": others.gather(-1, chosen).half()}
             others = others.scatter(-1, chosen, NEVER)
-        known = [found[name].float() for name in ("topk_logits", "random_logits") if name in found]
-        found["lse"] = torch.cat([*known, others.logsumexp(-1, keepdim=True)], dim=-1).logsumexp(-1)
+        found["rest"] = others.logsumexp(-1)
         types = self.manifest.shapes(1)
         return {name: tensor.to("cpu", types[name][0]) for name, tensor in found.items()}
 
@@ -209,8 +208,8 @@ def scattered(num: int, per_row: int, vocab_size: int, draw: torch.Generator) ->
 def take_over(source: Path, out: Path, model: str | None, force: bool) -> kd.Manifest:
     """A cache of `.pt` shards in our format; every 20th sequence is held out. Goes on where it was begun.
 
-    It has no log-sum-exp: what the other words weigh is estimated from its random ones, or else not known. Its teacher
-    read each block as one document, and so does the student.
+    What the other words weigh is not in it, but estimated from its random ones, or else not known. Its teacher read
+    each block as one document, and so does the student.
     """
     meta, files = _upstream(source)
     tokenizer = AutoTokenizer.from_pretrained(load.resolve_pretrained(_tokenizer_name(meta, model)))
@@ -304,7 +303,7 @@ def translated(old: Shard, manifest: kd.Manifest) -> Shard:
 
 
 def _random_words(old: Shard, vocab_size: int) -> Shard:
-    """Random words without those that are there already, and the log-sum-exp that they let expect.
+    """Random words without those that are there already, and the log-sum-exp of all others that they let expect.
 
     Drawn with equal chances and replacement, the m of them outside of the top-k stand for all V - K words there:
     their sum of exponentials is (V - K) / m of the words' (an unbiased estimate).
@@ -319,5 +318,7 @@ def _random_words(old: Shard, vocab_size: int) -> Shard:
     tail = outside + torch.tensor(float(vocab_size - topk.shape[-1])).log()
     twice = torch.zeros_like(hit)
     twice[..., 1:] = ids[..., 1:] == ids[..., :-1]
-    lse = torch.logaddexp(old["topk_logits"].float().logsumexp(-1), tail)
-    return {"random_ids": ids, "random_logits": logits.masked_fill(hit | twice, NEVER).half(), "lse": lse}
+    logits = logits.masked_fill(hit | twice, NEVER)
+    share = (logits.logsumexp(-1) - tail).exp()  # of these words in that sum; the whole where all words were drawn
+    rest = torch.where(share < 1, tail + torch.log1p(-share), NEVER)
+    return {"random_ids": ids, "random_logits": logits.half(), "rest": rest}

@@ -12,12 +12,14 @@ else int32, a shard holds
     learned        [n, L]         uint8   1 where the token is a label: not the first of a text, not a masked prompt
     topk_ids       [n, L-1, K]    ids     the likeliest words after token t, likeliest first: for token t+1
     topk_logits    [n, L-1, K]    fp16    their logits
-    lse            [n, L-1]       fp32    log-sum-exp of all V logits, those of the support as stored
+    rest           [n, L-1]       fp32    log-sum-exp of the logits of all words outside of the support
     random_ids     [n, L-1, R]    ids     other words, one from each R-th of the vocabulary
     random_logits  [n, L-1, R]    fp16    their logits; -1e4 where the word is in the top-k, or there twice
 
-The support of a position is top-k and random words together: distinct words whose logits are known. What all others
-weigh is lse less the support. Files are mapped, not read: a training needs the memory of its batch, whatever the size.
+The support of a position is top-k and random words together: distinct words whose logits are known; with `rest` that
+gives the log-sum-exp of all V. Not the other way round: of a tail below 1e-6, where a teacher is sure, the difference
+of two fp32 numbers keeps nothing, and a temperature of 4 makes 3 % of it. Files are mapped, not read: a training needs
+the memory of its batch, whatever the size.
 """
 
 import bisect
@@ -47,7 +49,7 @@ from wrinklefree.data.packing import IGNORE, Batch, make_batch
 
 log = logging.getLogger("wrinklefree")
 
-FORMAT, VERSION = "wrinklefree_kd_cache", 1
+FORMAT, VERSION = "wrinklefree_kd_cache", 2
 MANIFEST = "manifest.json"
 HEADER_BYTES = 1024  # of a shard, about
 SPARE = 1.02  # of the predicted size that must be free
@@ -119,7 +121,7 @@ class Manifest:
         found = {"input_ids": (ids, tokens), "starts": (torch.uint8, tokens), "learned": (torch.uint8, tokens)}
         found |= {"topk_ids": (ids, (*places, self.topk)), "topk_logits": (torch.float16, (*places, self.topk))}
         if self.tail != "unknown":
-            found["lse"] = (torch.float32, places)
+            found["rest"] = (torch.float32, places)
         if self.negatives:
             shape = (*places, self.negatives)
             found |= {"random_ids": (ids, shape), "random_logits": (torch.float16, shape)}
@@ -280,7 +282,7 @@ def read_manifest(folder: Path) -> Manifest:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise UserError(f"{file}: not the manifest of a KD cache ({where}: {problem['msg']})") from error
-    if manifest.format != FORMAT or manifest.version > VERSION:
+    if manifest.format != FORMAT or manifest.version != VERSION:
         raise UserError(f"{file}: format {manifest.format} {manifest.version}, this version reads {FORMAT} {VERSION}")
     return manifest
 
@@ -310,7 +312,7 @@ class KDCache:
     def batch(self, split: Split, rows: Sequence[int]) -> Batch:
         """Sequences as a model's arguments and labels (`packing.make_batch`), and what the teacher said of them:
 
-        kd_ids int64, kd_logits fp32 [B, L-1, K+R], the support; kd_lse fp32 [B, L-1], where the tail is known.
+        kd_ids int64, kd_logits fp32 [B, L-1, K+R], the support; kd_rest fp32 [B, L-1], where the tail is known.
         """
         found = [self._sequence(split, row) for row in rows]
         tensors = {name: torch.stack([sequence[name] for sequence in found]) for name in found[0]}
@@ -318,8 +320,8 @@ class KDCache:
         kinds = ["topk", "random"] if self.manifest.negatives else ["topk"]
         batch["kd_ids"] = torch.cat([tensors[f"{kind}_ids"] for kind in kinds], dim=-1)
         batch["kd_logits"] = torch.cat([tensors[f"{kind}_logits"] for kind in kinds], dim=-1)
-        if "lse" in tensors:
-            batch["kd_lse"] = tensors["lse"]
+        if "rest" in tensors:
+            batch["kd_rest"] = tensors["rest"]
         return batch
 
     def heldout(self, batch_size: int, max_tokens: int) -> Iterator[Batch]:
