@@ -336,6 +336,67 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     assert not (tmp_path / "cache").exists()
 
 
+def test_force_on_a_disk_that_is_too_small_leaves_the_old_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the old one takes counts as free."""
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="GB more"):
+        make(folder, tmp_path / "cache", num_train=80, force=True)
+    assert contents(tmp_path / "cache") == contents(folder / "cache")
+    (tmp_path / "cache" / ".train-00007.safetensors.tmp").touch()  # of a process that was killed
+    assert make(folder, tmp_path / "cache", num_train=20, force=True).count("train") == 20
+    assert {path.name for path in (tmp_path / "cache").iterdir()} < contents(folder / "cache").keys()
+
+
+def test_a_complete_cache_of_data_that_ended_early_needs_no_disk(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(folder, tmp_path / "cache", num_train=10_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert make(folder, tmp_path / "cache", num_train=10_000).complete
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-00001.safetensors"])
+def test_a_disk_that_fills_up_is_said_and_the_cache_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(aside: Path, target: Path) -> None:
+        if target.name == name:
+            raise OSError(28, "No space left on device")
+        aside.replace(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kd, "_rename", full)
+        with pytest.raises(UserError, match=rf"{name}: cannot be written .*No space left"):
+            make(folder, tmp_path / "cache")
+    make(folder, tmp_path / "cache")
+    assert contents(tmp_path / "cache") == contents(folder / "cache")
+
+
+def test_where_no_folder_can_be_is_said(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(UserError, match=f"{out}: .*: choose another folder"):
+            make(folder, out)
+
+
+def test_what_a_kill_left_before_the_first_manifest_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f".{kd.MANIFEST}.tmp").touch()
+    assert make(folder, tmp_path / "cache").complete
+
+
+def test_two_processes_do_not_write_one_cache(folder: Path, tmp_path: Path) -> None:
+    wanted = kd.read_manifest(folder / "cache").settings
+    with kd.begin(tmp_path / "cache", wanted), pytest.raises(UserError, match="another process is writing it"):
+        make(folder, tmp_path / "cache")
+    assert make(folder, tmp_path / "cache").complete
+
+
 def cut(cache: Path) -> None:
     file = cache / "train-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -95,19 +95,19 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> kd.Manifest:
         seed=config.seed,
         **(sizes | {"num_heldout": len(heldout["input_ids"])}),
     )
-    manifest = kd.begin(out, wanted, force=force)
-    if manifest.complete:
-        log.info("%s is complete; --force writes it anew", out)
-        return manifest
-    log.info("precision %s on %s", manifest.precision, world.device)
-    ask = Teacher(teacher.to(world.device), manifest, config.training.batch_size, dtype)
-    stream = training_stream(config.data, tokenizer, batch_size=1, length=manifest.length, seed=config.seed)
-    try:
-        manifest = fill(out, manifest, ask, heldout, stream)
-    finally:
-        ask.progress.close()
-    distributed.stop()
-    return kd.finish(out, manifest)
+    with kd.begin(out, wanted, force=force) as manifest:
+        if manifest.complete:
+            log.info("%s is complete; --force writes it anew", out)
+            return manifest
+        log.info("precision %s on %s", manifest.precision, world.device)
+        ask = Teacher(teacher.to(world.device), manifest, config.training.batch_size, dtype)
+        stream = training_stream(config.data, tokenizer, batch_size=1, length=manifest.length, seed=config.seed)
+        try:
+            manifest = fill(out, manifest, ask, heldout, stream)
+        finally:
+            ask.progress.close()
+        distributed.stop()
+        return kd.finish(out, manifest)
 
 
 def _tokens(config: Config, sizes: dict[str, Any]) -> int:
@@ -232,10 +232,14 @@ def take_over(source: Path, out: Path, model: str | None, force: bool) -> kd.Man
         num_train=meta["num_sequences"],
         num_heldout=0,
     )
-    manifest = kd.begin(out, wanted, force=force)
+    with kd.begin(out, wanted, force=force) as manifest:
+        return manifest if manifest.complete else _translate_all(files, out, manifest)
+
+
+def _translate_all(files: list[Path], out: Path, manifest: kd.Manifest) -> kd.Manifest:
     first = manifest.position["file"] if manifest.position else 0
     progress = Bar(len(files), first) if sys.stdout.isatty() else Lines(len(files), "file")
-    for number, file in enumerate(files[first:] if not manifest.complete else [], start=first):
+    for number, file in enumerate(files[first:], start=first):
         shard = translated(_load(file, manifest), manifest)
         held = torch.arange(len(shard["input_ids"])) % HOLDOUT_EVERY == 0
         new: dict[kd.Split, Shard] = {"heldout": _rows(shard, held), "train": _rows(shard, ~held)}

@@ -24,6 +24,7 @@ the memory of its batch, whatever the size.
 
 import bisect
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
@@ -32,7 +33,8 @@ import os
 import random
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -161,29 +163,66 @@ def model_fingerprint(weights: Mapping[str, Tensor]) -> str:
 # Writing
 
 
-def begin(folder: Path, wanted: Manifest, *, force: bool = False) -> Manifest:
-    """Make room in `folder`, and return where to go on: `wanted`, or the cache of these settings that is there.
+@contextmanager
+def begin(folder: Path, wanted: Manifest, *, force: bool = False) -> Iterator[Manifest]:
+    """Hold `folder` for writing, and give where to go on: `wanted`, or the cache of these settings that is there.
 
-    Raises UserError where the folder holds something else, or the disk is too small.
+    With `force` always `wanted`, in the place of the cache that is there. Raises UserError where the folder holds
+    something else, or another process writes there, or the disk is too small: then all is left as it was.
     """
-    exists = (folder / MANIFEST).exists()
-    if not exists and folder.exists() and any(folder.iterdir()):
+    anew = force and (folder / MANIFEST).exists()
+    if anew:
+        check_disk(folder, wanted, sum(file.stat().st_size for file in _shards(folder)))
+    else:
+        check_disk(folder, _found(folder, wanted))
+    with _alone(folder):
+        if anew:
+            write_manifest(folder, wanted)  # first, or a kill would leave one of files that are gone
+            for file in _shards(folder):
+                file.unlink()
+        manifest = _found(folder, wanted)
+        yield manifest if manifest.complete else write_manifest(folder, manifest)
+
+
+def _found(folder: Path, wanted: Manifest) -> Manifest:
+    """The cache of these settings that is in `folder`, or else `wanted`."""
+    if (folder / MANIFEST).exists():
+        found = read_manifest(folder)
+        _check_same(folder, found, wanted)
+        return found
+    if folder.is_dir() and any(not file.match(".*.tmp") for file in folder.iterdir()):
         raise UserError(f"{folder}: not empty, and no KD cache: choose another folder")
-    if exists and force:
-        remove(folder)
-    manifest = wanted
-    if exists and not force:
-        manifest = read_manifest(folder)
-        _check_same(folder, manifest, wanted)
-    check_disk(folder, manifest)
-    folder.mkdir(parents=True, exist_ok=True)
-    return write_manifest(folder, manifest)
+    return wanted
 
 
-def remove(folder: Path) -> None:
-    """Remove the files of a cache, and nothing else."""
-    for file in [*folder.glob("train-*.safetensors"), *folder.glob("heldout-*.safetensors"), folder / MANIFEST]:
-        file.unlink(missing_ok=True)
+def _shards(folder: Path) -> list[Path]:
+    """The files of a cache but for its manifest, also what was never renamed into place."""
+    kinds = ("train-*.safetensors", "heldout-*.safetensors", ".*.safetensors.tmp")
+    return [file for kind in kinds for file in folder.glob(kind)]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make `folder`, and keep other processes from writing a cache there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}: choose another folder") from error
+    try:
+        _lock(folder, handle)
+        yield
+    finally:
+        os.close(handle)  # which unlocks, as does the end of the process
+
+
+def _lock(folder: Path, handle: int) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: another process is writing it: wait for that one, or choose another") from error
+    except OSError:
+        log.info("%s: cannot be locked on this file system: let no other process write there", folder)
 
 
 def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
@@ -196,12 +235,17 @@ def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
         )
 
 
-def check_disk(folder: Path, manifest: Manifest) -> None:
-    """Say how large the cache will be. Raises UserError where the disk has no room for what is missing."""
+def check_disk(folder: Path, manifest: Manifest, freed: int = 0) -> None:
+    """Say how large the cache will be. Raises UserError where the disk has no room for what is missing.
+
+    `freed` are bytes that will be free by then. A complete cache needs none: its data may have ended early.
+    """
+    if manifest.complete:
+        return
     whole = manifest.predicted_bytes(manifest.num_train, manifest.num_heldout)
     missing = whole - (manifest.count("train") + manifest.count("heldout")) * manifest.sequence_bytes
     place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free + freed
     log.info(
         "%d + %d sequences of %d tokens, top %d, %d random: %.4g MB, %.4g MB of them missing; %.4g MB free",
         *(manifest.num_train, manifest.num_heldout, manifest.length, manifest.topk, manifest.negatives),
@@ -231,13 +275,7 @@ def append(
 def _write_shard(target: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     num = len(tensors["input_ids"])
     stored = {name: tensors[name].to(dtype).contiguous() for name, (dtype, _) in manifest.shapes(num).items()}
-    aside = target.with_name(f".{target.name}.tmp")
-    try:
-        save_file(stored, aside, metadata={"kd_cache": manifest.key})
-        _rename(aside, target)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"{target}: cannot be written ({error}): what is there is whole, go on later") from error
+    _put(target, lambda aside: save_file(stored, aside, metadata={"kd_cache": manifest.key}))
 
 
 def finish(folder: Path, manifest: Manifest) -> Manifest:
@@ -250,10 +288,20 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    aside = folder / f".{MANIFEST}.tmp"
-    aside.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-    _rename(aside, folder / MANIFEST)
+    text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
+    _put(folder / MANIFEST, lambda aside: aside.write_text(text))
     return manifest
+
+
+def _put(target: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `target`, then rename. Raises UserError where that fails, as on a full disk."""
+    aside = target.with_name(f".{target.name}.tmp")
+    try:
+        write(aside)
+        _rename(aside, target)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{target}: cannot be written ({error}): what is there is whole, go on later") from error
 
 
 def _rename(aside: Path, target: Path) -> None:
