@@ -412,6 +412,13 @@ def reshape(cache: Path) -> None:
     save_file(kept, file, metadata={"kd_cache": kd.read_manifest(cache).key})
 
 
+def retype(cache: Path) -> None:
+    file = cache / "train-00001.safetensors"
+    tensors = load_file(file)
+    kept = tensors | {"topk_logits": tensors["topk_logits"].int()}
+    save_file(kept, file, metadata={"kd_cache": kd.read_manifest(cache).key})
+
+
 def relabel(cache: Path, **values: object) -> None:
     file = cache / kd.MANIFEST
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -422,11 +429,15 @@ BROKEN = {
     "missing": (lambda c: (c / "heldout-00000.safetensors").unlink(), "heldout-00000.safetensors: missing"),
     "of another cache": (swap, "train-00001.safetensors: belongs to another cache"),
     "of other shapes": (reshape, "train-00001.safetensors: holds"),
+    "of other types": (retype, "train-00001.safetensors: holds"),
     "no manifest": (lambda c: (c / kd.MANIFEST).unlink(), "no manifest.json, so no KD cache"),
     "no JSON": (lambda c: (c / kd.MANIFEST).write_text("{"), "not the manifest of a KD cache"),
     "another JSON": (lambda c: (c / kd.MANIFEST).write_text("{}"), "not the manifest of a KD cache"),
     "other settings": (partial(relabel, topk=9), "belongs to another cache"),
     "impossible settings": (partial(relabel, topk=0), "top 0 and 0 random ones of 96 words"),
+    "no split": (partial(relabel, shards={"train": [16, 16, 8]}), "not the manifest of a KD cache .*shards"),
+    "negative counts": (partial(relabel, shards={"train": [-1], "heldout": [6]}), "not the manifest of a KD cache"),
+    "complete and empty": (partial(relabel, shards={"train": [], "heldout": [6]}), "complete, without a sequence"),
     "a later version": (partial(relabel, version=3), "format wrinklefree_kd_cache 3, this version reads"),
     "not finished": (partial(relabel, complete=False), "not finished: run the same `wf cache` again"),
 }

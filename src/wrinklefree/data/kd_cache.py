@@ -36,6 +36,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,9 @@ MANIFEST = "manifest.json"
 HEADER_BYTES = 1024  # of a shard, about
 SPARE = 1.02  # of the predicted size that must be free
 OPEN_SHARDS = 64  # kept mapped at a time
+
+# How safetensors calls the types of a shard.
+DTYPES = {torch.uint16: "U16", torch.int32: "I32", torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 
 # Tokens of one line that tell tokenizers of one vocabulary apart: case, spaces, digits, accents, emoji.
 PROBE = " Wrinkle-free: 1024  tokens\n\tdéjà vu, ΑΩ — 你好 🙂 don't"
@@ -96,6 +100,10 @@ class Manifest:
             raise ValueError(f"top {self.topk} and {self.negatives} random ones of {self.vocab_size} words")
         if self.length < 2 or self.shard_size < 1:
             raise ValueError(f"sequences of {self.length} tokens, {self.shard_size} to a shard")
+        if self.shards.keys() != {"train", "heldout"} or any(num < 1 for nums in self.shards.values() for num in nums):
+            raise ValueError(f"shards {self.shards}")
+        if self.complete and not all(self.shards.values()):
+            raise ValueError("complete, without a sequence to train on or one held out")
 
     @property
     def key(self) -> str:
@@ -343,7 +351,7 @@ class KDCache:
         self.folder, self.manifest = folder, read_manifest(folder)
         if not self.manifest.complete:
             raise UserError(f"{folder}: the cache is not finished: run the same `wf cache` again, it goes on")
-        self._ends = {split: _running(nums) for split, nums in self.manifest.shards.items()}
+        self._ends = {split: list(accumulate(nums)) for split, nums in self.manifest.shards.items()}
         self._open: OrderedDict[str, Any] = OrderedDict()
         for split in ("train", "heldout"):
             for number, num in enumerate(self.manifest.shards[split]):
@@ -406,8 +414,9 @@ class KDCache:
             raise UserError(f"{file}: truncated or not safetensors ({error})") from error
         if (shard.metadata() or {}).get("kd_cache") != self.manifest.key:
             raise UserError(f"{file}: belongs to another cache than {MANIFEST}")
-        expected = {key: list(shape) for key, (_, shape) in self.manifest.shapes(num).items()}
-        found = {key: shard.get_slice(key).get_shape() for key in shard.keys()}  # noqa: SIM118
+        expected = {key: (DTYPES[dtype], *shape) for key, (dtype, shape) in self.manifest.shapes(num).items()}
+        slices = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
+        found = {key: (part.get_dtype(), *part.get_shape()) for key, part in slices.items()}
         if found != expected:
             raise UserError(f"{file}: holds {found}, the manifest says {expected}")
 
@@ -415,11 +424,6 @@ class KDCache:
 def _plain(tensor: Tensor) -> Tensor:
     """As int64 or fp32: few of torch's functions take uint16."""
     return tensor.float() if tensor.is_floating_point() else tensor.long()
-
-
-def _running(counts: Sequence[int]) -> list[int]:
-    """Running sums."""
-    return [sum(counts[: i + 1]) for i in range(len(counts))]
 
 
 class KDStream(Iterator[Batch]):
