@@ -650,6 +650,14 @@ def test_another_length_than_the_caches_is_refused(folder: Path) -> None:
         session.choose_length(config, llama())
 
 
+def test_a_cache_of_words_that_the_student_does_not_have_is_refused(folder: Path) -> None:
+    """Models of one tokenizer pad their vocabularies to various sizes."""
+    config = resolved(folder, f"distillation.cache={folder / 'random'}", *CACHED)
+    with pytest.raises(UserError, match=f"random: of a vocabulary of {VOCAB} words, .* has {VOCAB - 4}"):
+        session.choose_length(config, llama(vocab_size=VOCAB - 4))
+    session.choose_length(config, llama(vocab_size=VOCAB + 4))
+
+
 # Importing
 
 
