@@ -724,6 +724,9 @@ def test_an_interrupted_import_gets_the_same_bytes(tmp_path: Path, monkeypatch: 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+NOT_TENSORS = {"a tensor": torch.zeros(3), "nothing": None, "a number": {"input_ids": 3}}
+
+
 def damaged(kind: str, source: Path) -> None:
     file = source / "shard_00001.pt"
     if kind == "truncated":
@@ -734,6 +737,25 @@ def damaged(kind: str, source: Path) -> None:
         torch.save(torch.load(file) | {"topk_idx": torch.zeros(30, 15, 7, dtype=torch.int32)}, file)
     elif kind == "ids":
         torch.save(torch.load(file) | {"topk_idx": torch.full((30, 15, 8), 999, dtype=torch.int32)}, file)
+    elif kind in NOT_TENSORS:
+        torch.save(NOT_TENSORS[kind], file)
+    elif kind == "text":
+        file.write_text("hello\n")  # of which torch says KeyError: 101
+    elif kind == "no rows":
+        torch.save({name: tensor[:0] for name, tensor in torch.load(file).items()}, file)
+    elif kind == "no dimension":
+        torch.save(torch.load(file) | {"input_ids": torch.tensor(3)}, file)
+    elif kind == "not a number":
+        torch.save(torch.load(file) | {"topk_logits": torch.full((30, 15, 8), torch.nan)}, file)
+    elif kind == "fractions":
+        torch.save(torch.load(file) | {"topk_idx": torch.rand(30, 15, 8)}, file)
+    elif kind == "a gap":
+        file.unlink()
+    elif kind == "a list":
+        (source / "meta.json").write_text("[]")
+    elif kind == "a word":
+        meta = json.loads((source / "meta.json").read_text())
+        (source / "meta.json").write_text(json.dumps(meta | {"topk": "eight"}))
     elif kind == "format":
         (source / "meta.json").write_text('{"format": "else"}')
     else:
@@ -747,7 +769,15 @@ def damaged(kind: str, source: Path) -> None:
         ("pickled code", "shard_00001.pt: truncated, or holds more than tensors"),
         ("shapes", r"shard_00001.pt: no topk_idx of \[n, 15, 8\]"),
         ("ids", "shard_00001.pt: topk_idx has ids outside of the 96 words"),
-        ("format", "meta.json: no teacher_model; qwen_kd_topk_cache_v1 is what can be imported"),
+        *((kind, "shard_00001.pt: truncated, or holds more than tensors") for kind in (*NOT_TENSORS, "text")),
+        ("no rows", r"shard_00001.pt: no input_ids of \[n, 16\]"),
+        ("no dimension", r"shard_00001.pt: no input_ids of \[n, 16\]"),
+        ("not a number", "shard_00001.pt: topk_logits are not numbers of their kind"),
+        ("fractions", "shard_00001.pt: topk_idx are not numbers of their kind"),
+        ("a gap", "no shard_00001.pt"),
+        ("a list", "meta.json: .*not a cache to import"),
+        ("a word", "meta.json: topk: .*integer"),
+        ("format", "meta.json: format: Input should be 'qwen_kd_topk_cache_v1': not a cache to import"),
         ("missing", "meta.json: missing or not JSON"),
     ],
 )

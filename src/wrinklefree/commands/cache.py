@@ -9,12 +9,15 @@ import itertools
 import json
 import logging
 import pickle
+import struct
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -31,8 +34,13 @@ from wrinklefree.tracking import Bar, Clock, Lines
 
 log = logging.getLogger("wrinklefree")
 
-UPSTREAM = "qwen_kd_topk_cache_v1"
 HOLDOUT_EVERY = 20  # imported sequences, of which one is held out
+
+# What torch's unpickler lets through of files that are damaged, or never were its own.
+UNREADABLE = (
+    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
+    *(pickle.UnpicklingError, struct.error),
+)
 
 Shard = dict[str, Tensor]
 
@@ -152,6 +160,20 @@ def _joined(parts: list[Shard]) -> Shard:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Upstream:
+    """What an import reads of `meta.json`."""
+
+    format: Literal["qwen_kd_topk_cache_v1"]
+    teacher_model: str
+    tokenizer: str
+    vocab_size: PositiveInt
+    max_length: PositiveInt
+    topk: PositiveInt
+    num_sequences: PositiveInt
+    rand_neg: NonNegativeInt = 0
+
+
 class Teacher:
     """A model that adds its answers to a shard's sequences."""
 
@@ -211,25 +233,24 @@ def take_over(source: Path, out: Path, model: str | None, force: bool) -> kd.Man
     What the other words weigh is not in it, but estimated from its random ones, or else not known. Its teacher read
     each block as one document, and so does the student.
     """
-    meta, files = _upstream(source)
+    meta, data, files = _upstream(source)
     tokenizer = AutoTokenizer.from_pretrained(load.resolve_pretrained(_tokenizer_name(meta, model)))
-    negatives = int(meta.get("rand_neg", 0))
     wanted = _manifest(
-        teacher=meta["teacher_model"],
+        teacher=meta.teacher_model,
         teacher_fingerprint="",  # not recorded, nor is the precision
         precision="",
         tokenizer=tokenizer.name_or_path,
         tokenizer_fingerprint=kd.tokenizer_fingerprint(tokenizer),
-        data=meta,
-        data_fingerprint=kd.fingerprint(meta),
-        vocab_size=max(int(meta["vocab_size"]), len(tokenizer)),
-        length=meta["max_length"],
-        topk=meta["topk"],
-        negatives=negatives,
-        tail="sampled" if negatives else "unknown",
+        data=data,
+        data_fingerprint=kd.fingerprint(data),
+        vocab_size=max(meta.vocab_size, len(tokenizer)),
+        length=meta.max_length,
+        topk=meta.topk,
+        negatives=meta.rand_neg,
+        tail="sampled" if meta.rand_neg else "unknown",
         seed=0,
         shard_size=1024,
-        num_train=meta["num_sequences"],
+        num_train=meta.num_sequences,
         num_heldout=0,
     )
     with kd.begin(out, wanted, force=force) as manifest:
@@ -247,6 +268,9 @@ def _translate_all(files: list[Path], out: Path, manifest: kd.Manifest) -> kd.Ma
         manifest = kd.append(out, manifest, kept, {"file": number + 1})
         progress.show(number + 1, file.name)
     progress.close()
+    found = manifest.count("train") + manifest.count("heldout")
+    if found != manifest.num_train:
+        log.info("%d sequences, of %d that meta.json says", found, manifest.num_train)
     return kd.finish(out, manifest)
 
 
@@ -254,26 +278,30 @@ def _rows(shard: Shard, kept: Tensor) -> Shard:
     return {name: tensor[kept] for name, tensor in shard.items()}
 
 
-def _upstream(source: Path) -> tuple[dict[str, Any], list[Path]]:
-    """The description and the shards of a cache of `.pt` files. Raises UserError where it is none, or not whole."""
+def _upstream(source: Path) -> tuple[Upstream, dict[str, Any], list[Path]]:
+    """The description, read and whole, and the shards of a cache of `.pt` files.
+
+    Raises UserError where it is none, or shards are missing between others.
+    """
     try:
-        meta = json.loads((source / "meta.json").read_text(encoding="utf-8"))
+        data = json.loads((source / "meta.json").read_text(encoding="utf-8"))
+        meta = TypeAdapter(Upstream).validate_python(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{source}/meta.json: {where}: {problem['msg']}: not a cache to import") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{source}/meta.json: missing or not JSON: not a cache to import") from error
-    needed = ("teacher_model", "tokenizer", "vocab_size", "max_length", "topk", "num_sequences")
-    missing = [key for key in needed if key not in meta]
-    if meta.get("format") != UPSTREAM or missing:
-        what = f"no {missing[0]}" if missing else f"format {meta.get('format')}"
-        raise UserError(f"{source}/meta.json: {what}; {UPSTREAM} is what can be imported")
     files = sorted(source.glob("shard_*.pt"))
-    if not files:
-        raise UserError(f"{source}: no shard_*.pt")
-    return meta, files
+    missing = [name for i, file in enumerate(files) if (name := f"shard_{i:05}.pt") != file.name]
+    if missing or not files:
+        raise UserError(f"{source}: no {missing[0] if missing else 'shard_*.pt'}")
+    return meta, data, files
 
 
-def _tokenizer_name(meta: dict[str, Any], model: str | None) -> str:
+def _tokenizer_name(meta: Upstream, model: str | None) -> str:
     if model is None:
-        return str(meta["tokenizer"])
+        return meta.tokenizer
     return configs.load([f"model={model}"]).model.pretrained
 
 
@@ -281,15 +309,19 @@ def _load(file: Path, manifest: kd.Manifest) -> Shard:
     """The tensors of one `.pt` shard. Raises UserError where it is broken, or not as described."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{file}: truncated, or holds more than tensors") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{file}: truncated, or holds more than tensors")
     length, places = manifest.length, manifest.length - 1
     shapes = {"input_ids": (length,), "topk_idx": (places, manifest.topk), "topk_logits": (places, manifest.topk)}
     if manifest.negatives:
         shapes |= dict.fromkeys(("rand_idx", "rand_logits"), (places, manifest.negatives))
     for name, shape in shapes.items():
-        if name not in found or tuple(found[name].shape) != (len(found["input_ids"]), *shape):
+        if name not in found or not found[name].numel() or found[name].shape != (*found["input_ids"].shape[:1], *shape):
             raise UserError(f"{file}: no {name} of [n, {', '.join(map(str, shape))}], as meta.json says")
+        if found[name].is_floating_point() != name.endswith("logits") or not found[name].isfinite().all():
+            raise UserError(f"{file}: {name} are not numbers of their kind")
         if name.endswith(("ids", "idx")) and not 0 <= found[name].min() <= found[name].max() < manifest.vocab_size:
             raise UserError(f"{file}: {name} has ids outside of the {manifest.vocab_size} words of the tokenizer")
     return {name: found[name] for name in shapes}
