@@ -712,6 +712,15 @@ def test_upstreams_cache_can_be_imported(folder: Path, tmp_path: Path, negatives
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize("given", [["--topk", "8"], ["--length", "16"], ["seed=3"]])
+def test_what_means_nothing_to_an_import_is_refused(tmp_path: Path, given: list[str]) -> None:
+    toy_files(tmp_path)
+    words = ["cache", "--import", str(upstream(tmp_path)), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, [*words, *given]).exit_code == 2
+    assert not (tmp_path / "out").exists()
+    assert CliRunner().invoke(app, words).exit_code == 0
+
+
 def test_an_interrupted_import_gets_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_files(tmp_path)
     source = upstream(tmp_path)
