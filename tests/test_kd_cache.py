@@ -848,6 +848,20 @@ def test_a_masked_prompt_is_all_but_the_last_answer() -> None:
     assert found == sources.Example(said("user", "Add.\n\n1 2") + "<|im_start|>assistant\n", "3<|im_end|>\n")
 
 
+def test_an_answer_without_a_question_has_no_prompt() -> None:
+    found = chat.render(chatty(), "sharegpt", False, True, {"messages": ROLES[1:]}, "row 1")
+    assert found == sources.Example("", said("assistant", "A"))
+
+
+@pytest.mark.parametrize("line", ['{"text": ', '{"text": ' + 5000 * "9" + "}", 100_000 * "["])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_lines_that_are_no_json_are_named(tmp_path: Path, line: str, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "some"}\n' * 2 + line if name == "rows.jsonl" else "[" + line + "]")
+    with pytest.raises(UserError, match=f"{name}(, line 3)?: not JSON") as error:
+        list(sources.read(tmp_path / name, lambda row, where: str(row)))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("format", "row", "message"),
     [
@@ -855,6 +869,7 @@ def test_a_masked_prompt_is_all_but_the_last_answer() -> None:
         ("openhermes", {"conversations": "x"}, "row 1: no list in conversations"),
         ("openhermes", {"conversations": ["x"]}, "row 1: a turn is str"),
         ("sharegpt", {"messages": [{"role": "judge", "content": "x"}]}, "row 1: a turn of role 'judge'"),
+        ("sharegpt", {"messages": [{"role": ["user"], "content": "x"}]}, r"row 1: a turn of role \['user'\]"),
     ],
 )
 def test_a_row_of_another_format_is_named(format: str, row: dict[str, Any], message: str) -> None:
