@@ -960,6 +960,10 @@ def test_flags_that_mean_nothing_here_are_refused(tmp_path: Path, monkeypatch: p
     assert script(monkeypatch, *given, "--wandb_project", "p") == 2
     assert "leave it out" in capsys.readouterr().err
     assert script(monkeypatch, *given, "--resume", "--overwrite") == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    capsys.readouterr()
+    assert script(monkeypatch, *given, "--device", "cuda") == 2
+    assert capsys.readouterr().err == "error: --device cuda: no GPU here; leave it out, or give --device cpu\n"
 
 
 def test_every_flag_of_the_guide_is_there(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
