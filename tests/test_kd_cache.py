@@ -204,6 +204,15 @@ def test_a_cache_holds_what_the_teacher_says_of_each_next_token(folder: Path) ->
     assert batch["kd_rest"].dtype == torch.float32
 
 
+def test_the_teacher_computes_in_the_precision_of_the_manifest(folder: Path, tmp_path: Path) -> None:
+    assert kd.read_manifest(folder / "cache").precision == "float32"
+    assert make(folder, tmp_path / "cache", "training.precision=bf16").precision == "bfloat16"
+    exact, rounded = (
+        KDCache(path).batch("train", range(5))["kd_rest"] for path in (folder / "cache", tmp_path / "cache")
+    )
+    assert 1e-5 < (exact - rounded).abs().max() < 0.1
+
+
 def test_sequences_are_those_of_training_and_of_the_held_out_text(folder: Path) -> None:
     config = DataConfig(source="local", path=str(folder / "text"))
     stream = training_stream(config, tokenizer(), batch_size=40, length=LENGTH, seed=42)
@@ -225,6 +234,7 @@ def test_random_words_are_distinct_and_spread_and_marked_where_they_hit(folder: 
     assert hit.any()
     torch.testing.assert_close(batch["kd_logits"][..., 8:][~hit], logits.gather(-1, chosen)[~hit], atol=1e-3, rtol=1e-3)
     assert len(chosen.unique()) == VOCAB
+    assert not torch.equal(chosen[:16], chosen[16:32])  # drawn anew for each shard
     others = logits.scatter(-1, batch["kd_ids"], NEVER).logsumexp(-1)
     torch.testing.assert_close(batch["kd_rest"], others, atol=1e-5, rtol=1e-5)
 
@@ -235,6 +245,31 @@ def test_a_cache_of_the_whole_vocabulary_trains_as_the_teacher_does(folder: Path
     cached, _ = next(CachedKD(student, config)(student, batch))
     online, _ = next(LanguageModelling(student, llama(), config)(student, batch))
     torch.testing.assert_close(cached, online, atol=2e-3, rtol=2e-3)
+
+
+def test_each_position_is_compared_with_its_own_answer(folder: Path) -> None:
+    """Against the logits of both models, with sequences that end early; no label, no share in the loss."""
+    batch = KDCache(folder / "random").batch("train", range(4))
+    for row, end in enumerate((16, 9, 12, 3)):
+        batch["labels"][row, end:] = -100
+    student = llama(intermediate_size=128)
+    config = DistillationConfig(name="logits", weight=1.0, hard_full=0.5, temperature=2.0)
+    found = CachedKD(student, config).compare(batch)
+    with torch.no_grad():
+        mine = student(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[:, :-1]
+    kept = batch["labels"][:, 1:] != -100
+    kl, full = [], []
+    for row, place in kept.nonzero().tolist():
+        seen = batch["kd_logits"][row, place] > NEVER
+        ids = batch["kd_ids"][row, place][seen].unsqueeze(0)
+        p, q = (buckets(x[row, place].unsqueeze(0), ids).sqrt() for x in (teacher_logits(batch), mine))
+        p, q = p / p.sum(), q / q.sum()
+        kl.append(4 * (p * (p / q).log()).sum())
+        if not kept[row, place + 1 :].any():
+            full.append(-mine[row, place].log_softmax(-1)[ids[0, 0]])
+    assert len(full) == 4
+    torch.testing.assert_close(found.kl.double(), torch.stack(kl).mean(), atol=1e-4, rtol=1e-3)  # fp16
+    torch.testing.assert_close(found.hard, 0.5 * torch.stack(full).mean())
 
 
 def test_the_size_is_predicted_to_the_byte_but_for_headers(folder: Path) -> None:
@@ -460,9 +495,12 @@ def test_a_student_of_another_tokenizer_is_refused(folder: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_tokenizers_of_one_vocabulary_that_cut_otherwise_differ() -> None:
+def test_tokenizers_of_one_vocabulary_that_end_or_cut_otherwise_differ() -> None:
     from tokenizers import pre_tokenizers
 
+    other = tokenizer()
+    other.eos_token = "w1"
+    assert kd.tokenizer_fingerprint(other) != kd.tokenizer_fingerprint(tokenizer())
     other = tokenizer()
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(",")
     assert other.get_vocab() == tokenizer().get_vocab()
@@ -521,6 +559,15 @@ def test_a_position_of_another_cache_or_of_text_is_refused(folder: Path) -> None
     for position in (other.state_dict(), stream(folder, seed=2).state_dict(), text.state_dict()):
         with pytest.raises(UserError, match="resume with the same cache and seed"):
             stream(folder).load_state_dict(position)
+
+
+def test_few_shards_are_mapped_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = KDCache(folder / "cache").batch("train", range(40))["input_ids"]
+    monkeypatch.setattr(kd, "OPEN_SHARDS", 2)
+    cache = KDCache(folder / "cache")
+    for row in (0, 39, 20, 1, 17, 38):
+        assert torch.equal(cache.batch("train", [row])["input_ids"][0], expected[row])
+        assert len(cache._open) <= 2
 
 
 def test_reading_takes_the_memory_of_a_batch(tmp_path: Path) -> None:
@@ -733,6 +780,16 @@ def test_an_interrupted_import_gets_the_same_bytes(tmp_path: Path, monkeypatch: 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+class Code:
+    """A pickle that runs something."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
 NOT_TENSORS = {"a tensor": torch.zeros(3), "nothing": None, "a number": {"input_ids": 3}}
 
 
@@ -741,7 +798,7 @@ def damaged(kind: str, source: Path) -> None:
     if kind == "truncated":
         file.write_bytes(file.read_bytes()[:-500])
     elif kind == "pickled code":
-        torch.save({"input_ids": Path("x")}, file)
+        torch.save({"input_ids": Code(source / "ran")}, file)
     elif kind == "shapes":
         torch.save(torch.load(file) | {"topk_idx": torch.zeros(30, 15, 7, dtype=torch.int32)}, file)
     elif kind == "ids":
@@ -797,6 +854,7 @@ def test_what_cannot_be_imported_is_refused(tmp_path: Path, kind: str, message: 
     with pytest.raises(UserError, match=message) as error:
         command.take_over(source, tmp_path / "out", None, False)
     assert "\n" not in str(error.value)
+    assert not (source / "ran").exists()
 
 
 # Conversations
