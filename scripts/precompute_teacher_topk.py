@@ -76,7 +76,8 @@ def check_device(device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda: no GPU here; leave it out, or give --device cpu")
+        print("error: --device cuda: no GPU here; leave it out, or give --device cpu", file=sys.stderr)
+        sys.exit(2)
 
 
 def data(args: argparse.Namespace) -> list[str]:

@@ -68,9 +68,10 @@ def teacher_logits(batch: dict[str, Tensor]) -> Tensor:
 # The loss
 
 
-def known(logits: Tensor, topk: int, lse: bool = True) -> CachedTeacher:
+def known(logits: Tensor, topk: int, tail: bool = True) -> CachedTeacher:
     values, ids = logits.topk(topk)
-    return CachedTeacher(ids, values, logits.logsumexp(-1) if lse else None, torch.arange(len(logits)) % 5 == 4)
+    rest = logits.scatter(-1, ids, NEVER).logsumexp(-1)
+    return CachedTeacher(ids, values, rest if tail else None, torch.arange(len(logits)) % 5 == 4)
 
 
 def case(num: int = 10, width: int = 8, vocab: int = 23) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,9 +81,12 @@ def case(num: int = 10, width: int = 8, vocab: int = 23) -> tuple[Tensor, Tensor
     return states, head, torch.randint(vocab, (num,), generator=draw), 3 * torch.randn(num, vocab, generator=draw)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_whole_vocabulary_gives_the_full_kl(temperature: float) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("height", [0.0, 60.0])
+def test_the_whole_vocabulary_gives_the_full_kl(temperature: float, height: float) -> None:
+    """Also where logits are high: then fp32 would keep no more than 4e-6 of a probability of their log-sum-exp."""
     states, head, labels, other = case()
+    other = other + height
     settings = {"temperature": temperature, "ce_weight": 0.3, "kl_weight": 0.7}
     student = [t.clone().requires_grad_() for t in (states, head)]
     cached = cached_losses(*student, labels, known(other, other.shape[1]), **settings)
@@ -94,22 +98,27 @@ def test_the_whole_vocabulary_gives_the_full_kl(temperature: float) -> None:
 
 
 def buckets(logits: Tensor, ids: Tensor) -> Tensor:
-    """A plain reference: probabilities of some words, and what all others have."""
-    p = logits.softmax(-1)
+    """A plain reference in fp64: probabilities of some words, and what all others have."""
+    p = logits.double().softmax(-1)
     chosen = p.gather(-1, ids)
-    return torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], -1)
+    return torch.cat([chosen, p.scatter(-1, ids, 0).sum(-1, keepdim=True)], -1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("tau_squared", [True, False])
-def test_the_loss_is_kl_over_the_likeliest_words_and_one_bucket(temperature: float, tau_squared: bool) -> None:
+@pytest.mark.parametrize("sure", [1, 6])
+def test_the_loss_is_kl_over_the_likeliest_words_and_one_bucket(
+    temperature: float, tau_squared: bool, sure: int
+) -> None:
+    """Also where a sure teacher leaves the bucket 1e-5 or less: a temperature of 3 makes 2 % of that."""
     states, head, labels, other = case()
+    other = sure * other
     teacher = known(other, 6)
     p, q = (buckets(x, teacher.ids) ** (1 / temperature) for x in (other, states @ head.T))
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
     kl = (p * (p / q).log()).sum(-1).mean() * (temperature**2 if tau_squared else 1)
     ours = cached_losses(states, head, labels, teacher, temperature=temperature, tau_squared=tau_squared)
-    torch.testing.assert_close(ours.loss, kl)
+    torch.testing.assert_close(ours.loss, kl.float())
 
 
 def test_the_gradient_is_that_of_the_plain_reference() -> None:
@@ -126,7 +135,8 @@ def test_random_words_refine_the_bucket_and_those_that_are_there_already_do_noth
     states, head, labels, other = case()
     teacher = known(other, 6)
     more = other.topk(9)
-    finer = dataclasses.replace(teacher, ids=more.indices, logits=more.values)
+    rest = known(other, 9).rest
+    finer = dataclasses.replace(teacher, ids=more.indices, logits=more.values, rest=rest)
     hits = torch.full((10, 4), NEVER)
     again = dataclasses.replace(
         teacher, ids=torch.cat([teacher.ids, teacher.ids[:, :4]], 1), logits=torch.cat([teacher.logits, hits], 1)
@@ -139,7 +149,7 @@ def test_random_words_refine_the_bucket_and_those_that_are_there_already_do_noth
 def test_without_the_tail_the_support_alone_is_compared() -> None:
     """Upstream's loss: both softmaxes over the K words, times T^2."""
     states, head, labels, other = case()
-    teacher = known(other, 6, lse=False)
+    teacher = known(other, 6, tail=False)
     p, q = (x.gather(-1, teacher.ids).div(2).log_softmax(-1) for x in (other, states @ head.T))
     ours = cached_losses(states, head, labels, teacher, temperature=2.0)
     torch.testing.assert_close(ours.loss, 4 * (p.exp() * (p - q)).sum(-1).mean())
@@ -190,8 +200,17 @@ def test_a_cache_holds_what_the_teacher_says_of_each_next_token(folder: Path) ->
     values, ids = logits.topk(8)
     assert torch.equal(batch["kd_ids"], ids)
     torch.testing.assert_close(batch["kd_logits"], values, atol=1e-3, rtol=1e-3)  # fp16
-    torch.testing.assert_close(batch["kd_lse"], logits.logsumexp(-1), atol=1e-3, rtol=1e-3)
-    assert batch["kd_lse"].dtype == torch.float32
+    torch.testing.assert_close(batch["kd_rest"], logits.scatter(-1, ids, NEVER).logsumexp(-1), atol=1e-5, rtol=1e-5)
+    assert batch["kd_rest"].dtype == torch.float32
+
+
+def test_the_teacher_computes_in_the_precision_of_the_manifest(folder: Path, tmp_path: Path) -> None:
+    assert kd.read_manifest(folder / "cache").precision == "float32"
+    assert make(folder, tmp_path / "cache", "training.precision=bf16").precision == "bfloat16"
+    exact, rounded = (
+        KDCache(path).batch("train", range(5))["kd_rest"] for path in (folder / "cache", tmp_path / "cache")
+    )
+    assert 1e-5 < (exact - rounded).abs().max() < 0.1
 
 
 def test_sequences_are_those_of_training_and_of_the_held_out_text(folder: Path) -> None:
@@ -215,6 +234,9 @@ def test_random_words_are_distinct_and_spread_and_marked_where_they_hit(folder: 
     assert hit.any()
     torch.testing.assert_close(batch["kd_logits"][..., 8:][~hit], logits.gather(-1, chosen)[~hit], atol=1e-3, rtol=1e-3)
     assert len(chosen.unique()) == VOCAB
+    assert not torch.equal(chosen[:16], chosen[16:32])  # drawn anew for each shard
+    others = logits.scatter(-1, batch["kd_ids"], NEVER).logsumexp(-1)
+    torch.testing.assert_close(batch["kd_rest"], others, atol=1e-5, rtol=1e-5)
 
 
 def test_a_cache_of_the_whole_vocabulary_trains_as_the_teacher_does(folder: Path) -> None:
@@ -223,6 +245,33 @@ def test_a_cache_of_the_whole_vocabulary_trains_as_the_teacher_does(folder: Path
     cached, _ = next(CachedKD(student, config)(student, batch))
     online, _ = next(LanguageModelling(student, llama(), config)(student, batch))
     torch.testing.assert_close(cached, online, atol=2e-3, rtol=2e-3)
+
+
+def test_each_position_is_compared_with_its_own_answer(folder: Path) -> None:
+    """One by one, with sequences that end early: no label, no share in the loss. Tails unlike one another."""
+    batch = KDCache(folder / "random").batch("train", range(4))
+    batch["kd_rest"] += torch.randn(4, LENGTH - 1, generator=torch.Generator().manual_seed(0))
+    for row, end in enumerate((16, 9, 12, 3)):
+        batch["labels"][row, end:] = -100
+    student = llama(intermediate_size=128)
+    config = DistillationConfig(name="logits", weight=1.0, hard_full=0.5, temperature=2.0)
+    found = CachedKD(student, config).compare(batch)
+    with torch.no_grad():
+        mine = student(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[:, :-1]
+    kept = batch["labels"][:, 1:] != -100
+    kl, full = [], []
+    for row, place in kept.nonzero().tolist():
+        seen = batch["kd_logits"][row, place] > NEVER
+        ids = batch["kd_ids"][row, place][seen].unsqueeze(0)
+        tail = batch["kd_rest"][row, place].unsqueeze(0)
+        p = (torch.cat([batch["kd_logits"][row, place][seen], tail]) / 2).softmax(-1)
+        q = buckets(mine[row, place].unsqueeze(0), ids)[0].sqrt()
+        kl.append(4 * (p * (p / (q / q.sum())).log()).sum())
+        if not kept[row, place + 1 :].any():
+            full.append(-mine[row, place].log_softmax(-1)[ids[0, 0]])
+    assert len(full) == 4
+    torch.testing.assert_close(found.kl, torch.stack(kl).mean().float())
+    torch.testing.assert_close(found.hard, 0.5 * torch.stack(full).mean())
 
 
 def test_the_size_is_predicted_to_the_byte_but_for_headers(folder: Path) -> None:
@@ -324,6 +373,67 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     assert not (tmp_path / "cache").exists()
 
 
+def test_force_on_a_disk_that_is_too_small_leaves_the_old_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the old one takes counts as free."""
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="GB more"):
+        make(folder, tmp_path / "cache", num_train=80, force=True)
+    assert contents(tmp_path / "cache") == contents(folder / "cache")
+    (tmp_path / "cache" / ".train-00007.safetensors.tmp").touch()  # of a process that was killed
+    assert make(folder, tmp_path / "cache", num_train=20, force=True).count("train") == 20
+    assert {path.name for path in (tmp_path / "cache").iterdir()} < contents(folder / "cache").keys()
+
+
+def test_a_complete_cache_of_data_that_ended_early_needs_no_disk(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(folder, tmp_path / "cache", num_train=10_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert make(folder, tmp_path / "cache", num_train=10_000).complete
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-00001.safetensors"])
+def test_a_disk_that_fills_up_is_said_and_the_cache_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(aside: Path, target: Path) -> None:
+        if target.name == name:
+            raise OSError(28, "No space left on device")
+        aside.replace(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kd, "_rename", full)
+        with pytest.raises(UserError, match=rf"{name}: cannot be written .*No space left"):
+            make(folder, tmp_path / "cache")
+    make(folder, tmp_path / "cache")
+    assert contents(tmp_path / "cache") == contents(folder / "cache")
+
+
+def test_where_no_folder_can_be_is_said(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(UserError, match=f"{out}: .*: choose another folder"):
+            make(folder, out)
+
+
+def test_what_a_kill_left_before_the_first_manifest_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f".{kd.MANIFEST}.tmp").touch()
+    assert make(folder, tmp_path / "cache").complete
+
+
+def test_two_processes_do_not_write_one_cache(folder: Path, tmp_path: Path) -> None:
+    wanted = kd.read_manifest(folder / "cache").settings
+    with kd.begin(tmp_path / "cache", wanted), pytest.raises(UserError, match="another process is writing it"):
+        make(folder, tmp_path / "cache")
+    assert make(folder, tmp_path / "cache").complete
+
+
 def cut(cache: Path) -> None:
     file = cache / "train-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -339,6 +449,13 @@ def reshape(cache: Path) -> None:
     save_file(kept, file, metadata={"kd_cache": kd.read_manifest(cache).key})
 
 
+def retype(cache: Path) -> None:
+    file = cache / "train-00001.safetensors"
+    tensors = load_file(file)
+    kept = tensors | {"topk_logits": tensors["topk_logits"].int()}
+    save_file(kept, file, metadata={"kd_cache": kd.read_manifest(cache).key})
+
+
 def relabel(cache: Path, **values: object) -> None:
     file = cache / kd.MANIFEST
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -349,12 +466,16 @@ BROKEN = {
     "missing": (lambda c: (c / "heldout-00000.safetensors").unlink(), "heldout-00000.safetensors: missing"),
     "of another cache": (swap, "train-00001.safetensors: belongs to another cache"),
     "of other shapes": (reshape, "train-00001.safetensors: holds"),
+    "of other types": (retype, "train-00001.safetensors: holds"),
     "no manifest": (lambda c: (c / kd.MANIFEST).unlink(), "no manifest.json, so no KD cache"),
     "no JSON": (lambda c: (c / kd.MANIFEST).write_text("{"), "not the manifest of a KD cache"),
     "another JSON": (lambda c: (c / kd.MANIFEST).write_text("{}"), "not the manifest of a KD cache"),
     "other settings": (partial(relabel, topk=9), "belongs to another cache"),
     "impossible settings": (partial(relabel, topk=0), "top 0 and 0 random ones of 96 words"),
-    "a later version": (partial(relabel, version=2), "format wrinklefree_kd_cache 2, this version reads"),
+    "no split": (partial(relabel, shards={"train": [16, 16, 8]}), "not the manifest of a KD cache .*shards"),
+    "negative counts": (partial(relabel, shards={"train": [-1], "heldout": [6]}), "not the manifest of a KD cache"),
+    "complete and empty": (partial(relabel, shards={"train": [], "heldout": [6]}), "complete, without a sequence"),
+    "a later version": (partial(relabel, version=3), "format wrinklefree_kd_cache 3, this version reads"),
     "not finished": (partial(relabel, complete=False), "not finished: run the same `wf cache` again"),
 }
 
@@ -376,9 +497,12 @@ def test_a_student_of_another_tokenizer_is_refused(folder: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_tokenizers_of_one_vocabulary_that_cut_otherwise_differ() -> None:
+def test_tokenizers_of_one_vocabulary_that_end_or_cut_otherwise_differ() -> None:
     from tokenizers import pre_tokenizers
 
+    other = tokenizer()
+    other.eos_token = "w1"
+    assert kd.tokenizer_fingerprint(other) != kd.tokenizer_fingerprint(tokenizer())
     other = tokenizer()
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(",")
     assert other.get_vocab() == tokenizer().get_vocab()
@@ -437,6 +561,15 @@ def test_a_position_of_another_cache_or_of_text_is_refused(folder: Path) -> None
     for position in (other.state_dict(), stream(folder, seed=2).state_dict(), text.state_dict()):
         with pytest.raises(UserError, match="resume with the same cache and seed"):
             stream(folder).load_state_dict(position)
+
+
+def test_few_shards_are_mapped_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = KDCache(folder / "cache").batch("train", range(40))["input_ids"]
+    monkeypatch.setattr(kd, "OPEN_SHARDS", 2)
+    cache = KDCache(folder / "cache")
+    for row in (0, 39, 20, 1, 17, 38):
+        assert torch.equal(cache.batch("train", [row])["input_ids"][0], expected[row])
+        assert len(cache._open) <= 2
 
 
 def test_reading_takes_the_memory_of_a_batch(tmp_path: Path) -> None:
@@ -566,6 +699,14 @@ def test_another_length_than_the_caches_is_refused(folder: Path) -> None:
         session.choose_length(config, llama())
 
 
+def test_a_cache_of_words_that_the_student_does_not_have_is_refused(folder: Path) -> None:
+    """Models of one tokenizer pad their vocabularies to various sizes."""
+    config = resolved(folder, f"distillation.cache={folder / 'random'}", *CACHED)
+    with pytest.raises(UserError, match=f"random: of a vocabulary of {VOCAB} words, .* has {VOCAB - 4}"):
+        session.choose_length(config, llama(vocab_size=VOCAB - 4))
+    session.choose_length(config, llama(vocab_size=VOCAB + 4))
+
+
 # Importing
 
 
@@ -608,15 +749,25 @@ def test_upstreams_cache_can_be_imported(folder: Path, tmp_path: Path, negatives
     assert torch.equal(found["kd_ids"][..., :8], logits.topk(8).indices)
     torch.testing.assert_close(found["kd_logits"][..., :8], logits.topk(8).values, atol=1e-3, rtol=1e-3)
     assert torch.equal(found["position_ids"], torch.arange(16).expand(65, -1))  # one document, as its teacher read it
-    assert ("kd_lse" in found) == bool(negatives)
+    assert ("kd_rest" in found) == bool(negatives)
     if negatives:
-        torch.testing.assert_close(found["kd_lse"], logits.logsumexp(-1), atol=0.2, rtol=0)  # an estimate
+        whole = torch.cat([found["kd_logits"], found["kd_rest"].unsqueeze(-1)], -1).logsumexp(-1)
+        torch.testing.assert_close(whole, logits.logsumexp(-1), atol=0.2, rtol=0)  # an estimate
         used = found["kd_logits"] > NEVER
         ids = found["kd_ids"].masked_fill(~used, -1)
         assert all(len(row[row >= 0].unique()) == (row >= 0).sum() for row in ids.flatten(0, 1)[:50])
     student, config = llama(intermediate_size=128), DistillationConfig(name="logits", weight=1.0)
     loss, _ = next(CachedKD(student, config)(student, found))
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("given", [["--topk", "8"], ["--length", "16"], ["seed=3"]])
+def test_what_means_nothing_to_an_import_is_refused(tmp_path: Path, given: list[str]) -> None:
+    toy_files(tmp_path)
+    words = ["cache", "--import", str(upstream(tmp_path)), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, [*words, *given]).exit_code == 2
+    assert not (tmp_path / "out").exists()
+    assert CliRunner().invoke(app, words).exit_code == 0
 
 
 def test_an_interrupted_import_gets_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -631,16 +782,48 @@ def test_an_interrupted_import_gets_the_same_bytes(tmp_path: Path, monkeypatch: 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+class Code:
+    """A pickle that runs something."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
+NOT_TENSORS = {"a tensor": torch.zeros(3), "nothing": None, "a number": {"input_ids": 3}}
+
+
 def damaged(kind: str, source: Path) -> None:
     file = source / "shard_00001.pt"
     if kind == "truncated":
         file.write_bytes(file.read_bytes()[:-500])
     elif kind == "pickled code":
-        torch.save({"input_ids": Path("x")}, file)
+        torch.save({"input_ids": Code(source / "ran")}, file)
     elif kind == "shapes":
         torch.save(torch.load(file) | {"topk_idx": torch.zeros(30, 15, 7, dtype=torch.int32)}, file)
     elif kind == "ids":
         torch.save(torch.load(file) | {"topk_idx": torch.full((30, 15, 8), 999, dtype=torch.int32)}, file)
+    elif kind in NOT_TENSORS:
+        torch.save(NOT_TENSORS[kind], file)
+    elif kind == "text":
+        file.write_text("hello\n")  # of which torch says KeyError: 101
+    elif kind == "no rows":
+        torch.save({name: tensor[:0] for name, tensor in torch.load(file).items()}, file)
+    elif kind == "no dimension":
+        torch.save(torch.load(file) | {"input_ids": torch.tensor(3)}, file)
+    elif kind == "not a number":
+        torch.save(torch.load(file) | {"topk_logits": torch.full((30, 15, 8), torch.nan)}, file)
+    elif kind == "fractions":
+        torch.save(torch.load(file) | {"topk_idx": torch.rand(30, 15, 8)}, file)
+    elif kind == "a gap":
+        file.unlink()
+    elif kind == "a list":
+        (source / "meta.json").write_text("[]")
+    elif kind == "a word":
+        meta = json.loads((source / "meta.json").read_text())
+        (source / "meta.json").write_text(json.dumps(meta | {"topk": "eight"}))
     elif kind == "format":
         (source / "meta.json").write_text('{"format": "else"}')
     else:
@@ -654,7 +837,15 @@ def damaged(kind: str, source: Path) -> None:
         ("pickled code", "shard_00001.pt: truncated, or holds more than tensors"),
         ("shapes", r"shard_00001.pt: no topk_idx of \[n, 15, 8\]"),
         ("ids", "shard_00001.pt: topk_idx has ids outside of the 96 words"),
-        ("format", "meta.json: no teacher_model; qwen_kd_topk_cache_v1 is what can be imported"),
+        *((kind, "shard_00001.pt: truncated, or holds more than tensors") for kind in (*NOT_TENSORS, "text")),
+        ("no rows", r"shard_00001.pt: no input_ids of \[n, 16\]"),
+        ("no dimension", r"shard_00001.pt: no input_ids of \[n, 16\]"),
+        ("not a number", "shard_00001.pt: topk_logits are not numbers of their kind"),
+        ("fractions", "shard_00001.pt: topk_idx are not numbers of their kind"),
+        ("a gap", "no shard_00001.pt"),
+        ("a list", "meta.json: .*not a cache to import"),
+        ("a word", "meta.json: topk: .*integer"),
+        ("format", "meta.json: format: Input should be 'qwen_kd_topk_cache_v1': not a cache to import"),
         ("missing", "meta.json: missing or not JSON"),
     ],
 )
@@ -665,6 +856,7 @@ def test_what_cannot_be_imported_is_refused(tmp_path: Path, kind: str, message: 
     with pytest.raises(UserError, match=message) as error:
         command.take_over(source, tmp_path / "out", None, False)
     assert "\n" not in str(error.value)
+    assert not (source / "ran").exists()
 
 
 # Conversations
@@ -716,6 +908,20 @@ def test_a_masked_prompt_is_all_but_the_last_answer() -> None:
     assert found == sources.Example(said("user", "Add.\n\n1 2") + "<|im_start|>assistant\n", "3<|im_end|>\n")
 
 
+def test_an_answer_without_a_question_has_no_prompt() -> None:
+    found = chat.render(chatty(), "sharegpt", False, True, {"messages": ROLES[1:]}, "row 1")
+    assert found == sources.Example("", said("assistant", "A"))
+
+
+@pytest.mark.parametrize("line", ['{"text": ', '{"text": ' + 5000 * "9" + "}", 100_000 * "["])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_lines_that_are_no_json_are_named(tmp_path: Path, line: str, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "some"}\n' * 2 + line if name == "rows.jsonl" else "[" + line + "]")
+    with pytest.raises(UserError, match=f"{name}(, line 3)?: not JSON") as error:
+        list(sources.read(tmp_path / name, lambda row, where: str(row)))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("format", "row", "message"),
     [
@@ -723,6 +929,7 @@ def test_a_masked_prompt_is_all_but_the_last_answer() -> None:
         ("openhermes", {"conversations": "x"}, "row 1: no list in conversations"),
         ("openhermes", {"conversations": ["x"]}, "row 1: a turn is str"),
         ("sharegpt", {"messages": [{"role": "judge", "content": "x"}]}, "row 1: a turn of role 'judge'"),
+        ("sharegpt", {"messages": [{"role": ["user"], "content": "x"}]}, r"row 1: a turn of role \['user'\]"),
     ],
 )
 def test_a_row_of_another_format_is_named(format: str, row: dict[str, Any], message: str) -> None:
@@ -813,6 +1020,10 @@ def test_flags_that_mean_nothing_here_are_refused(tmp_path: Path, monkeypatch: p
     assert script(monkeypatch, *given, "--wandb_project", "p") == 2
     assert "leave it out" in capsys.readouterr().err
     assert script(monkeypatch, *given, "--resume", "--overwrite") == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    capsys.readouterr()
+    assert script(monkeypatch, *given, "--device", "cuda") == 2
+    assert capsys.readouterr().err == "error: --device cuda: no GPU here; leave it out, or give --device cpu\n"
 
 
 def test_every_flag_of_the_guide_is_there(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

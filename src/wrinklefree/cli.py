@@ -218,6 +218,7 @@ def trm_eval(force: Force = False, overrides: Overrides = None) -> None:
 
 @app.command()
 def cache(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The teacher: a config's name, a folder or a hub id.")
@@ -247,6 +248,11 @@ def cache(
       wf cache --import caches/alpaca_chat_think_both_L64_K64_R128 --out caches/imported -m qwen3_0_6b
     """
     if import_from is not None:
+        kept = ("out", "model", "import_from", "force")  # the settings of what is taken over are its own
+        sources = {name: context.get_parameter_source(name) for name in context.params if name not in kept}
+        given = [name.replace("_", "-") for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+        if given:
+            raise typer.BadParameter(f"{', '.join(given)}: no effect with --import")
         call("cache", out, import_from=import_from, model=model, force=force)
         return
     sizes = {"length": length, "topk": topk, "negatives": rand_neg, "num_train": sequences, "num_heldout": heldout}

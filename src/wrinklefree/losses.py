@@ -12,10 +12,10 @@ Attention relations (arXiv 2510.13998, Algorithm 1): of one of Q, K, V, split in
 scaled to length 1, R_ij = softmax_j(a_i . a_j / t) over the tokens j of the document; KL(R teacher || R student), mean
 over tokens and heads. Only [L, L] matrices are compared, so the two models' widths and head counts may differ.
 
-Cached KD: a teacher whose logits y_c are known for a support C of words, and the log-sum-exp of all: what the others
-weigh together is one bucket more, of logit log sum_{v not in C} exp(y_v), and so for the student. KL and temperature
-as above, over |C| + 1 buckets; with the whole vocabulary in C that is the full KL. Where the log-sum-exp is not known
-the support alone is compared (upstream's loss). Hard terms are cross entropies with the teacher's likeliest word: over
+Cached KD: a teacher whose logits y_c are known for a support C of words, and the log-sum-exp of all others: they are
+one bucket more, of logit log sum_{v not in C} exp(y_v), and so for the student. KL and temperature as above, over
+|C| + 1 buckets; with the whole vocabulary in C that is the full KL. Where that log-sum-exp is not known the support
+alone is compared (upstream's loss). Hard terms are cross entropies with the teacher's likeliest word: over
 the support at every position (`hard_top1`), over the vocabulary at the last one of each sequence (`hard_full`).
 
 Hidden states: 2 - 2 cos(s, t), which is |s/|s| - t/|t||^2 summed over the width: it does not shrink with it.
@@ -32,7 +32,6 @@ from torch import Tensor
 CHUNK = 1024  # tokens; at 150k words 0.6 GB of fp32 logits
 
 NEVER = -1e4  # the logit of a word of no weight, at any temperature; finite, so that 0 x it is 0
-LEAST_SHARE = 1e-6  # of the probability; what fp32 leaves of 1 - 1 is smaller
 
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
@@ -100,7 +99,7 @@ class CachedTeacher:
 
     ids: Tensor  # int64 [N, S], distinct but where the logit is NEVER
     logits: Tensor  # fp32 [N, S]
-    lse: Tensor | None  # fp32 [N]
+    rest: Tensor | None  # fp32 [N], log-sum-exp of all other words' logits
     last: Tensor  # bool [N], the last position of each sequence
 
 
@@ -135,7 +134,7 @@ def cached_losses(
         own = Support.apply(logits, teacher.ids[part])  # [n, S + 1]
         own = own.masked_fill(F.pad(known <= NEVER, (0, 1)), NEVER)
         normalizer = own.logsumexp(-1)
-        other = known if teacher.lse is None else torch.cat([known, rest(known, teacher.lse[part])], dim=-1)
+        other = known if teacher.rest is None else torch.cat([known, teacher.rest[part, None]], dim=-1)
         kl = kl_divergence(own[:, : other.shape[-1]], other, temperature) * (temperature**2 if tau_squared else 1)
         ce = (normalizer - logits.gather(-1, targets[part, None]).squeeze(-1)).sum()
         top1 = (own[:, :-1].logsumexp(-1) - own[:, 0]).sum()
@@ -150,12 +149,6 @@ def cached_losses(
     count = max(1, len(targets))
     ce, kl, hard = sums / count
     return CachedLosses(loss / count, ce, kl, hard)
-
-
-def rest(known: Tensor, lse: Tensor) -> Tensor:
-    """The teacher's logit of all words outside of the support [n, S], together: [n, 1]."""
-    share = 1 - (known - lse.unsqueeze(-1)).exp().sum(-1, keepdim=True)
-    return torch.where(share > LEAST_SHARE, lse.unsqueeze(-1) + share.clamp_min(LEAST_SHARE).log(), NEVER)
 
 
 def same_document(positions: Tensor) -> Tensor:

@@ -146,9 +146,9 @@ class CachedKD:
         c, kept = self.config, batch["labels"][:, 1:] != -100
         hidden, targets = shifted(self.student.states(batch), batch["labels"])
         states, head = self.student.project(hidden)
-        lse = batch["kd_lse"][kept] if "kd_lse" in batch else None
+        rest = batch["kd_rest"][kept] if "kd_rest" in batch else None
         last = kept & (kept.flip(1).cumsum(1).flip(1) == 1)
-        teacher = CachedTeacher(batch["kd_ids"][kept], batch["kd_logits"][kept], lse, last[kept])
+        teacher = CachedTeacher(batch["kd_ids"][kept], batch["kd_logits"][kept], rest, last[kept])
         return cached_losses(
             states,
             head,

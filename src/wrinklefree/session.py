@@ -93,11 +93,18 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 def choose_length(config: Config, model: PreTrainedModel) -> None:
     """Resolve `training.max_seq_length: auto` in place; of a KD cache, its own length.
 
-    Raises UserError for sequences longer than the positions, or of another length than the cache's.
+    Raises UserError for sequences longer than the positions, or of another length than the cache's, and for a cache of
+    words that the model does not have.
     """
     longest = model.config.max_position_embeddings
     if config.distillation.cache is not None:
-        cached = read_manifest(Path(config.distillation.cache)).length
+        manifest = read_manifest(Path(config.distillation.cache))
+        cached = manifest.length
+        if manifest.vocab_size > model.config.vocab_size:  # one tokenizer, but a head that is padded further
+            raise UserError(
+                f"{config.distillation.cache}: of a vocabulary of {manifest.vocab_size} words, "
+                f"{config.model.name} has {model.config.vocab_size}"
+            )
         if config.training.max_seq_length not in ("auto", cached):
             raise UserError(
                 f"training.max_seq_length={config.training.max_seq_length}: the sequences of "

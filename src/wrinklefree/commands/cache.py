@@ -9,12 +9,15 @@ import itertools
 import json
 import logging
 import pickle
+import struct
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -31,8 +34,13 @@ from wrinklefree.tracking import Bar, Clock, Lines
 
 log = logging.getLogger("wrinklefree")
 
-UPSTREAM = "qwen_kd_topk_cache_v1"
 HOLDOUT_EVERY = 20  # imported sequences, of which one is held out
+
+# What torch's unpickler lets through of files that are damaged, or never were its own.
+UNREADABLE = (
+    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
+    *(pickle.UnpicklingError, struct.error),
+)
 
 Shard = dict[str, Tensor]
 
@@ -95,19 +103,19 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> kd.Manifest:
         seed=config.seed,
         **(sizes | {"num_heldout": len(heldout["input_ids"])}),
     )
-    manifest = kd.begin(out, wanted, force=force)
-    if manifest.complete:
-        log.info("%s is complete; --force writes it anew", out)
-        return manifest
-    log.info("precision %s on %s", manifest.precision, world.device)
-    ask = Teacher(teacher.to(world.device), manifest, config.training.batch_size, dtype)
-    stream = training_stream(config.data, tokenizer, batch_size=1, length=manifest.length, seed=config.seed)
-    try:
-        manifest = fill(out, manifest, ask, heldout, stream)
-    finally:
-        ask.progress.close()
-    distributed.stop()
-    return kd.finish(out, manifest)
+    with kd.begin(out, wanted, force=force) as manifest:
+        if manifest.complete:
+            log.info("%s is complete; --force writes it anew", out)
+            return manifest
+        log.info("precision %s on %s", manifest.precision, world.device)
+        ask = Teacher(teacher.to(world.device), manifest, config.training.batch_size, dtype)
+        stream = training_stream(config.data, tokenizer, batch_size=1, length=manifest.length, seed=config.seed)
+        try:
+            manifest = fill(out, manifest, ask, heldout, stream)
+        finally:
+            ask.progress.close()
+        distributed.stop()
+        return kd.finish(out, manifest)
 
 
 def _tokens(config: Config, sizes: dict[str, Any]) -> int:
@@ -152,6 +160,20 @@ def _joined(parts: list[Shard]) -> Shard:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Upstream:
+    """What an import reads of `meta.json`."""
+
+    format: Literal["qwen_kd_topk_cache_v1"]
+    teacher_model: str
+    tokenizer: str
+    vocab_size: PositiveInt
+    max_length: PositiveInt
+    topk: PositiveInt
+    num_sequences: PositiveInt
+    rand_neg: NonNegativeInt = 0
+
+
 class Teacher:
     """A model that adds its answers to a shard's sequences."""
 
@@ -191,8 +213,7 @@ class Teacher:
             chosen = scattered(len(logits), self.manifest.negatives, logits.shape[-1], draw).to(logits.device)
             found |= {"random_ids": chosen, "random_logits": others.gather(-1, chosen).half()}
             others = others.scatter(-1, chosen, NEVER)
-        known = [found[name].float() for name in ("topk_logits", "random_logits") if name in found]
-        found["lse"] = torch.cat([*known, others.logsumexp(-1, keepdim=True)], dim=-1).logsumexp(-1)
+        found["rest"] = others.logsumexp(-1)
         types = self.manifest.shapes(1)
         return {name: tensor.to("cpu", types[name][0]) for name, tensor in found.items()}
 
@@ -209,34 +230,37 @@ def scattered(num: int, per_row: int, vocab_size: int, draw: torch.Generator) ->
 def take_over(source: Path, out: Path, model: str | None, force: bool) -> kd.Manifest:
     """A cache of `.pt` shards in our format; every 20th sequence is held out. Goes on where it was begun.
 
-    It has no log-sum-exp: what the other words weigh is estimated from its random ones, or else not known. Its teacher
-    read each block as one document, and so does the student.
+    What the other words weigh is not in it, but estimated from its random ones, or else not known. Its teacher read
+    each block as one document, and so does the student.
     """
-    meta, files = _upstream(source)
+    meta, data, files = _upstream(source)
     tokenizer = AutoTokenizer.from_pretrained(load.resolve_pretrained(_tokenizer_name(meta, model)))
-    negatives = int(meta.get("rand_neg", 0))
     wanted = _manifest(
-        teacher=meta["teacher_model"],
+        teacher=meta.teacher_model,
         teacher_fingerprint="",  # not recorded, nor is the precision
         precision="",
         tokenizer=tokenizer.name_or_path,
         tokenizer_fingerprint=kd.tokenizer_fingerprint(tokenizer),
-        data=meta,
-        data_fingerprint=kd.fingerprint(meta),
-        vocab_size=max(int(meta["vocab_size"]), len(tokenizer)),
-        length=meta["max_length"],
-        topk=meta["topk"],
-        negatives=negatives,
-        tail="sampled" if negatives else "unknown",
+        data=data,
+        data_fingerprint=kd.fingerprint(data),
+        vocab_size=max(meta.vocab_size, len(tokenizer)),
+        length=meta.max_length,
+        topk=meta.topk,
+        negatives=meta.rand_neg,
+        tail="sampled" if meta.rand_neg else "unknown",
         seed=0,
         shard_size=1024,
-        num_train=meta["num_sequences"],
+        num_train=meta.num_sequences,
         num_heldout=0,
     )
-    manifest = kd.begin(out, wanted, force=force)
+    with kd.begin(out, wanted, force=force) as manifest:
+        return manifest if manifest.complete else _translate_all(files, out, manifest)
+
+
+def _translate_all(files: list[Path], out: Path, manifest: kd.Manifest) -> kd.Manifest:
     first = manifest.position["file"] if manifest.position else 0
     progress = Bar(len(files), first) if sys.stdout.isatty() else Lines(len(files), "file")
-    for number, file in enumerate(files[first:] if not manifest.complete else [], start=first):
+    for number, file in enumerate(files[first:], start=first):
         shard = translated(_load(file, manifest), manifest)
         held = torch.arange(len(shard["input_ids"])) % HOLDOUT_EVERY == 0
         new: dict[kd.Split, Shard] = {"heldout": _rows(shard, held), "train": _rows(shard, ~held)}
@@ -244,6 +268,9 @@ def take_over(source: Path, out: Path, model: str | None, force: bool) -> kd.Man
         manifest = kd.append(out, manifest, kept, {"file": number + 1})
         progress.show(number + 1, file.name)
     progress.close()
+    found = manifest.count("train") + manifest.count("heldout")
+    if found != manifest.num_train:
+        log.info("%d sequences, of %d that meta.json says", found, manifest.num_train)
     return kd.finish(out, manifest)
 
 
@@ -251,26 +278,30 @@ def _rows(shard: Shard, kept: Tensor) -> Shard:
     return {name: tensor[kept] for name, tensor in shard.items()}
 
 
-def _upstream(source: Path) -> tuple[dict[str, Any], list[Path]]:
-    """The description and the shards of a cache of `.pt` files. Raises UserError where it is none, or not whole."""
+def _upstream(source: Path) -> tuple[Upstream, dict[str, Any], list[Path]]:
+    """The description, read and whole, and the shards of a cache of `.pt` files.
+
+    Raises UserError where it is none, or shards are missing between others.
+    """
     try:
-        meta = json.loads((source / "meta.json").read_text(encoding="utf-8"))
+        data = json.loads((source / "meta.json").read_text(encoding="utf-8"))
+        meta = TypeAdapter(Upstream).validate_python(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{source}/meta.json: {where}: {problem['msg']}: not a cache to import") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{source}/meta.json: missing or not JSON: not a cache to import") from error
-    needed = ("teacher_model", "tokenizer", "vocab_size", "max_length", "topk", "num_sequences")
-    missing = [key for key in needed if key not in meta]
-    if meta.get("format") != UPSTREAM or missing:
-        what = f"no {missing[0]}" if missing else f"format {meta.get('format')}"
-        raise UserError(f"{source}/meta.json: {what}; {UPSTREAM} is what can be imported")
     files = sorted(source.glob("shard_*.pt"))
-    if not files:
-        raise UserError(f"{source}: no shard_*.pt")
-    return meta, files
+    missing = [name for i, file in enumerate(files) if (name := f"shard_{i:05}.pt") != file.name]
+    if missing or not files:
+        raise UserError(f"{source}: no {missing[0] if missing else 'shard_*.pt'}")
+    return meta, data, files
 
 
-def _tokenizer_name(meta: dict[str, Any], model: str | None) -> str:
+def _tokenizer_name(meta: Upstream, model: str | None) -> str:
     if model is None:
-        return str(meta["tokenizer"])
+        return meta.tokenizer
     return configs.load([f"model={model}"]).model.pretrained
 
 
@@ -278,15 +309,19 @@ def _load(file: Path, manifest: kd.Manifest) -> Shard:
     """The tensors of one `.pt` shard. Raises UserError where it is broken, or not as described."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{file}: truncated, or holds more than tensors") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{file}: truncated, or holds more than tensors")
     length, places = manifest.length, manifest.length - 1
     shapes = {"input_ids": (length,), "topk_idx": (places, manifest.topk), "topk_logits": (places, manifest.topk)}
     if manifest.negatives:
         shapes |= dict.fromkeys(("rand_idx", "rand_logits"), (places, manifest.negatives))
     for name, shape in shapes.items():
-        if name not in found or tuple(found[name].shape) != (len(found["input_ids"]), *shape):
+        if name not in found or not found[name].numel() or found[name].shape != (*found["input_ids"].shape[:1], *shape):
             raise UserError(f"{file}: no {name} of [n, {', '.join(map(str, shape))}], as meta.json says")
+        if found[name].is_floating_point() != name.endswith("logits") or not found[name].isfinite().all():
+            raise UserError(f"{file}: {name} are not numbers of their kind")
         if name.endswith(("ids", "idx")) and not 0 <= found[name].min() <= found[name].max() < manifest.vocab_size:
             raise UserError(f"{file}: {name} has ids outside of the {manifest.vocab_size} words of the tokenizer")
     return {name: found[name] for name in shapes}
@@ -304,7 +339,7 @@ def translated(old: Shard, manifest: kd.Manifest) -> Shard:
 
 
 def _random_words(old: Shard, vocab_size: int) -> Shard:
-    """Random words without those that are there already, and the log-sum-exp that they let expect.
+    """Random words without those that are there already, and the log-sum-exp of all others that they let expect.
 
     Drawn with equal chances and replacement, the m of them outside of the top-k stand for all V - K words there:
     their sum of exponentials is (V - K) / m of the words' (an unbiased estimate).
@@ -319,5 +354,7 @@ def _random_words(old: Shard, vocab_size: int) -> Shard:
     tail = outside + torch.tensor(float(vocab_size - topk.shape[-1])).log()
     twice = torch.zeros_like(hit)
     twice[..., 1:] = ids[..., 1:] == ids[..., :-1]
-    lse = torch.logaddexp(old["topk_logits"].float().logsumexp(-1), tail)
-    return {"random_ids": ids, "random_logits": logits.masked_fill(hit | twice, NEVER).half(), "lse": lse}
+    logits = logits.masked_fill(hit | twice, NEVER)
+    share = (logits.logsumexp(-1) - tail).exp()  # of these words in that sum; the whole where all words were drawn
+    rest = torch.where(share < 1, tail + torch.log1p(-share), NEVER)
+    return {"random_ids": ids, "random_logits": logits.half(), "rest": rest}

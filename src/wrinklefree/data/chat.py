@@ -47,7 +47,8 @@ def render(
     text = write(tokenizer, messages, thinking, where)
     if not mask_prompt:
         return text
-    prompt = write(tokenizer, messages[:-1], thinking, where, add_generation_prompt=True)
+    before = messages[:-1]  # templates refuse to write nothing
+    prompt = write(tokenizer, before, thinking, where, add_generation_prompt=True) if before else ""
     # A template may end a prompt otherwise than it begins an answer: what they share is the prompt.
     shared = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
     return Example(text[:shared], text[shared:])
@@ -104,7 +105,7 @@ def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise UserError(f"{where}: a turn is {type(turn).__name__}, not {{role, content}} or {{from, value}}")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in ROLES or not isinstance(content, str):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
         raise UserError(f"{where}: a turn of role {role!r} with {type(content).__name__}; roles: {', '.join(ROLES)}")
     return {"role": ROLES[role], "content": content}
 

@@ -12,16 +12,19 @@ else int32, a shard holds
     learned        [n, L]         uint8   1 where the token is a label: not the first of a text, not a masked prompt
     topk_ids       [n, L-1, K]    ids     the likeliest words after token t, likeliest first: for token t+1
     topk_logits    [n, L-1, K]    fp16    their logits
-    lse            [n, L-1]       fp32    log-sum-exp of all V logits, those of the support as stored
+    rest           [n, L-1]       fp32    log-sum-exp of the logits of all words outside of the support
     random_ids     [n, L-1, R]    ids     other words, one from each R-th of the vocabulary
     random_logits  [n, L-1, R]    fp16    their logits; -1e4 where the word is in the top-k, or there twice
 
-The support of a position is top-k and random words together: distinct words whose logits are known. What all others
-weigh is lse less the support. Files are mapped, not read: a training needs the memory of its batch, whatever the size.
+The support of a position is top-k and random words together: distinct words whose logits are known; with `rest` that
+gives the log-sum-exp of all V. Not the other way round: of a tail below 1e-6, where a teacher is sure, the difference
+of two fp32 numbers keeps nothing, and a temperature of 4 makes 3 % of it. Files are mapped, not read: a training needs
+the memory of its batch, whatever the size.
 """
 
 import bisect
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
@@ -30,8 +33,10 @@ import os
 import random
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,11 +52,14 @@ from wrinklefree.data.packing import IGNORE, Batch, make_batch
 
 log = logging.getLogger("wrinklefree")
 
-FORMAT, VERSION = "wrinklefree_kd_cache", 1
+FORMAT, VERSION = "wrinklefree_kd_cache", 2
 MANIFEST = "manifest.json"
 HEADER_BYTES = 1024  # of a shard, about
 SPARE = 1.02  # of the predicted size that must be free
 OPEN_SHARDS = 64  # kept mapped at a time
+
+# How safetensors calls the types of a shard.
+DTYPES = {torch.uint16: "U16", torch.int32: "I32", torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 
 # Tokens of one line that tell tokenizers of one vocabulary apart: case, spaces, digits, accents, emoji.
 PROBE = " Wrinkle-free: 1024  tokens\n\tdéjà vu, ΑΩ — 你好 🙂 don't"
@@ -92,6 +100,10 @@ class Manifest:
             raise ValueError(f"top {self.topk} and {self.negatives} random ones of {self.vocab_size} words")
         if self.length < 2 or self.shard_size < 1:
             raise ValueError(f"sequences of {self.length} tokens, {self.shard_size} to a shard")
+        if self.shards.keys() != {"train", "heldout"} or any(num < 1 for nums in self.shards.values() for num in nums):
+            raise ValueError(f"shards {self.shards}")
+        if self.complete and not all(self.shards.values()):
+            raise ValueError("complete, without a sequence to train on or one held out")
 
     @property
     def key(self) -> str:
@@ -119,7 +131,7 @@ class Manifest:
         found = {"input_ids": (ids, tokens), "starts": (torch.uint8, tokens), "learned": (torch.uint8, tokens)}
         found |= {"topk_ids": (ids, (*places, self.topk)), "topk_logits": (torch.float16, (*places, self.topk))}
         if self.tail != "unknown":
-            found["lse"] = (torch.float32, places)
+            found["rest"] = (torch.float32, places)
         if self.negatives:
             shape = (*places, self.negatives)
             found |= {"random_ids": (ids, shape), "random_logits": (torch.float16, shape)}
@@ -159,29 +171,66 @@ def model_fingerprint(weights: Mapping[str, Tensor]) -> str:
 # Writing
 
 
-def begin(folder: Path, wanted: Manifest, *, force: bool = False) -> Manifest:
-    """Make room in `folder`, and return where to go on: `wanted`, or the cache of these settings that is there.
+@contextmanager
+def begin(folder: Path, wanted: Manifest, *, force: bool = False) -> Iterator[Manifest]:
+    """Hold `folder` for writing, and give where to go on: `wanted`, or the cache of these settings that is there.
 
-    Raises UserError where the folder holds something else, or the disk is too small.
+    With `force` always `wanted`, in the place of the cache that is there. Raises UserError where the folder holds
+    something else, or another process writes there, or the disk is too small: then all is left as it was.
     """
-    exists = (folder / MANIFEST).exists()
-    if not exists and folder.exists() and any(folder.iterdir()):
+    anew = force and (folder / MANIFEST).exists()
+    if anew:
+        check_disk(folder, wanted, sum(file.stat().st_size for file in _shards(folder)))
+    else:
+        check_disk(folder, _found(folder, wanted))
+    with _alone(folder):
+        if anew:
+            write_manifest(folder, wanted)  # first, or a kill would leave one of files that are gone
+            for file in _shards(folder):
+                file.unlink()
+        manifest = _found(folder, wanted)
+        yield manifest if manifest.complete else write_manifest(folder, manifest)
+
+
+def _found(folder: Path, wanted: Manifest) -> Manifest:
+    """The cache of these settings that is in `folder`, or else `wanted`."""
+    if (folder / MANIFEST).exists():
+        found = read_manifest(folder)
+        _check_same(folder, found, wanted)
+        return found
+    if folder.is_dir() and any(not file.match(".*.tmp") for file in folder.iterdir()):
         raise UserError(f"{folder}: not empty, and no KD cache: choose another folder")
-    if exists and force:
-        remove(folder)
-    manifest = wanted
-    if exists and not force:
-        manifest = read_manifest(folder)
-        _check_same(folder, manifest, wanted)
-    check_disk(folder, manifest)
-    folder.mkdir(parents=True, exist_ok=True)
-    return write_manifest(folder, manifest)
+    return wanted
 
 
-def remove(folder: Path) -> None:
-    """Remove the files of a cache, and nothing else."""
-    for file in [*folder.glob("train-*.safetensors"), *folder.glob("heldout-*.safetensors"), folder / MANIFEST]:
-        file.unlink(missing_ok=True)
+def _shards(folder: Path) -> list[Path]:
+    """The files of a cache but for its manifest, also what was never renamed into place."""
+    kinds = ("train-*.safetensors", "heldout-*.safetensors", ".*.safetensors.tmp")
+    return [file for kind in kinds for file in folder.glob(kind)]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make `folder`, and keep other processes from writing a cache there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}: choose another folder") from error
+    try:
+        _lock(folder, handle)
+        yield
+    finally:
+        os.close(handle)  # which unlocks, as does the end of the process
+
+
+def _lock(folder: Path, handle: int) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: another process is writing it: wait for that one, or choose another") from error
+    except OSError:
+        log.info("%s: cannot be locked on this file system: let no other process write there", folder)
 
 
 def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
@@ -194,12 +243,17 @@ def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
         )
 
 
-def check_disk(folder: Path, manifest: Manifest) -> None:
-    """Say how large the cache will be. Raises UserError where the disk has no room for what is missing."""
+def check_disk(folder: Path, manifest: Manifest, freed: int = 0) -> None:
+    """Say how large the cache will be. Raises UserError where the disk has no room for what is missing.
+
+    `freed` are bytes that will be free by then. A complete cache needs none: its data may have ended early.
+    """
+    if manifest.complete:
+        return
     whole = manifest.predicted_bytes(manifest.num_train, manifest.num_heldout)
     missing = whole - (manifest.count("train") + manifest.count("heldout")) * manifest.sequence_bytes
     place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free + freed
     log.info(
         "%d + %d sequences of %d tokens, top %d, %d random: %.4g MB, %.4g MB of them missing; %.4g MB free",
         *(manifest.num_train, manifest.num_heldout, manifest.length, manifest.topk, manifest.negatives),
@@ -229,13 +283,7 @@ def append(
 def _write_shard(target: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     num = len(tensors["input_ids"])
     stored = {name: tensors[name].to(dtype).contiguous() for name, (dtype, _) in manifest.shapes(num).items()}
-    aside = target.with_name(f".{target.name}.tmp")
-    try:
-        save_file(stored, aside, metadata={"kd_cache": manifest.key})
-        _rename(aside, target)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"{target}: cannot be written ({error}): what is there is whole, go on later") from error
+    _put(target, lambda aside: save_file(stored, aside, metadata={"kd_cache": manifest.key}))
 
 
 def finish(folder: Path, manifest: Manifest) -> Manifest:
@@ -248,10 +296,20 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    aside = folder / f".{MANIFEST}.tmp"
-    aside.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-    _rename(aside, folder / MANIFEST)
+    text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
+    _put(folder / MANIFEST, lambda aside: aside.write_text(text))
     return manifest
+
+
+def _put(target: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `target`, then rename. Raises UserError where that fails, as on a full disk."""
+    aside = target.with_name(f".{target.name}.tmp")
+    try:
+        write(aside)
+        _rename(aside, target)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{target}: cannot be written ({error}): what is there is whole, go on later") from error
 
 
 def _rename(aside: Path, target: Path) -> None:
@@ -280,7 +338,7 @@ def read_manifest(folder: Path) -> Manifest:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise UserError(f"{file}: not the manifest of a KD cache ({where}: {problem['msg']})") from error
-    if manifest.format != FORMAT or manifest.version > VERSION:
+    if manifest.format != FORMAT or manifest.version != VERSION:
         raise UserError(f"{file}: format {manifest.format} {manifest.version}, this version reads {FORMAT} {VERSION}")
     return manifest
 
@@ -293,7 +351,7 @@ class KDCache:
         self.folder, self.manifest = folder, read_manifest(folder)
         if not self.manifest.complete:
             raise UserError(f"{folder}: the cache is not finished: run the same `wf cache` again, it goes on")
-        self._ends = {split: _running(nums) for split, nums in self.manifest.shards.items()}
+        self._ends = {split: list(accumulate(nums)) for split, nums in self.manifest.shards.items()}
         self._open: OrderedDict[str, Any] = OrderedDict()
         for split in ("train", "heldout"):
             for number, num in enumerate(self.manifest.shards[split]):
@@ -310,7 +368,7 @@ class KDCache:
     def batch(self, split: Split, rows: Sequence[int]) -> Batch:
         """Sequences as a model's arguments and labels (`packing.make_batch`), and what the teacher said of them:
 
-        kd_ids int64, kd_logits fp32 [B, L-1, K+R], the support; kd_lse fp32 [B, L-1], where the tail is known.
+        kd_ids int64, kd_logits fp32 [B, L-1, K+R], the support; kd_rest fp32 [B, L-1], where the tail is known.
         """
         found = [self._sequence(split, row) for row in rows]
         tensors = {name: torch.stack([sequence[name] for sequence in found]) for name in found[0]}
@@ -318,8 +376,8 @@ class KDCache:
         kinds = ["topk", "random"] if self.manifest.negatives else ["topk"]
         batch["kd_ids"] = torch.cat([tensors[f"{kind}_ids"] for kind in kinds], dim=-1)
         batch["kd_logits"] = torch.cat([tensors[f"{kind}_logits"] for kind in kinds], dim=-1)
-        if "lse" in tensors:
-            batch["kd_lse"] = tensors["lse"]
+        if "rest" in tensors:
+            batch["kd_rest"] = tensors["rest"]
         return batch
 
     def heldout(self, batch_size: int, max_tokens: int) -> Iterator[Batch]:
@@ -356,8 +414,9 @@ class KDCache:
             raise UserError(f"{file}: truncated or not safetensors ({error})") from error
         if (shard.metadata() or {}).get("kd_cache") != self.manifest.key:
             raise UserError(f"{file}: belongs to another cache than {MANIFEST}")
-        expected = {key: list(shape) for key, (_, shape) in self.manifest.shapes(num).items()}
-        found = {key: shard.get_slice(key).get_shape() for key in shard.keys()}  # noqa: SIM118
+        expected = {key: (DTYPES[dtype], *shape) for key, (dtype, shape) in self.manifest.shapes(num).items()}
+        slices = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
+        found = {key: (part.get_dtype(), *part.get_shape()) for key, part in slices.items()}
         if found != expected:
             raise UserError(f"{file}: holds {found}, the manifest says {expected}")
 
@@ -365,11 +424,6 @@ class KDCache:
 def _plain(tensor: Tensor) -> Tensor:
     """As int64 or fp32: few of torch's functions take uint16."""
     return tensor.float() if tensor.is_floating_point() else tensor.long()
-
-
-def _running(counts: Sequence[int]) -> list[int]:
-    """Running sums."""
-    return [sum(counts[: i + 1]) for i in range(len(counts))]
 
 
 class KDStream(Iterator[Batch]):

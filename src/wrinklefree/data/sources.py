@@ -39,6 +39,8 @@ SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
 HOLDOUT_EVERY = 20
 # About 0.5 M tokens of ordinary documents: plenty for a figure, seconds to tokenize, though the dataset be terabytes.
 HELDOUT_DOCUMENTS = 512
+# What Python raises of broken JSON, of numbers of thousands of digits, and of thousands of lists in one another.
+JSON_ERRORS = (ValueError, RecursionError)
 # Characters after which a text file is cut, at a line end: a book in one file is then shuffled and held out in parts.
 PIECE = 32768
 
@@ -234,9 +236,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_array(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+        rows = json.loads(text)
+    except JSON_ERRORS as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: not an array of objects")
@@ -248,6 +251,8 @@ def _json_object(line: str, where: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except JSON_ERRORS as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: not an object with named columns but {type(row).__name__}")
     return row
