@@ -31,6 +31,7 @@ VERBS = [
     "methods",
     "doctor",
     "runs",
+    "trm",
 ]
 
 NOW = time.time()
@@ -74,11 +75,14 @@ def test_help_lists_every_verb() -> None:
     assert "..." not in out.partition("Commands:")[2]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+THINKING = [f"trm {verb}" for verb in ("compressor", "pairs", "train", "inject", "grpo", "eval")]
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *THINKING])
 def test_every_help_has_an_example_that_starts_with_the_verb(verb: str) -> None:
-    code, out, _ = wf(verb, "--help")
+    code, out, _ = wf(*verb.split(), "--help")
     assert code == 0
-    assert f"\n    wf {verb}" in out.partition("Example:")[2]
+    assert f"\n    wf {verb}" in out.partition("Example")[2]
 
 
 def test_help_imports_nothing_heavy() -> None:

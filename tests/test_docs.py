@@ -1,6 +1,5 @@
 """The documents keep up with the code: every setting is described, every link, path and command in them exists."""
 
-import dataclasses
 import re
 import subprocess
 from pathlib import Path
@@ -20,7 +19,7 @@ def settings() -> list[str]:
     """Every key with its full path, sections left out."""
     keys = [key for key, _ in configs._paths(configs.Config)]
     for name in method.available():
-        keys += [f"method.{field.name}" for field in dataclasses.fields(method.find(name))]
+        keys += [key for key, _ in configs._paths(method.find(name), "method.")]
     return [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
 
 
@@ -47,6 +46,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_commands_exist(document: Path) -> None:
     """`wf VERB` in code: planned commands are named as such in the README alone."""
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    verbs |= {group.name for group in app.registered_groups}
     planned = {"logs", "cancel", "wandb-status"} if document.name == "README.md" else set()
     named = re.findall(
         r"^(?:\$ )?wf ([a-z][\w-]*)|`wf ([a-z][\w-]*)", document.read_text(encoding="utf-8"), re.MULTILINE

@@ -132,7 +132,17 @@ def pretrain(overrides: Overrides = None, nproc: Processes = None, force: Force 
 
 
 trm = typer.Typer(
-    help="Think in latent space: compress hidden states, learn to think in them, speak, reinforce.",
+    help="""Let a model think in latent space instead of in words.
+
+\b
+Example, offline and on a CPU:
+    wf pretrain model=chains
+    wf trm compressor model=chains
+    wf trm pairs model=chains
+    wf trm train model=chains
+    wf trm inject model=chains
+    wf trm eval model=chains
+""",
     rich_markup_mode=None,
     no_args_is_help=True,
 )

@@ -16,6 +16,7 @@ from wrinklefree import checkpoint, pipeline, stages
 from wrinklefree import config as configs
 from wrinklefree.config import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import QuantMethod
 
 log = logging.getLogger("wrinklefree")
 
@@ -34,6 +35,8 @@ def run(overrides: list[str], *, force: bool = False, processes: int | None = No
     Raises UserError for anything the user can mend.
     """
     config = configs.load(overrides)
+    if config.method is not None and not isinstance(config.method, QuantMethod):
+        raise UserError(f"training={config.training.stage}: method {config.method.name} is trained by `wf trm`")
     if config.auto_prereq:
         for stage in stages.missing(config):
             log.info("%s needs %s: running it first", config.training.stage, stage)

@@ -40,4 +40,4 @@ def compressor(config: Config, force: bool, sweep: str | None) -> None:
 
 
 def load(overrides: list[str], training: str) -> Config:
-    return configs.load([f"training={training}", *overrides], "trm")
+    return configs.load([f"training={training}", *overrides])

@@ -91,9 +91,23 @@ def weighted_code(moments: Moments, metric: Tensor, size: int) -> tuple[Tensor, 
     return chosen @ root, chosen @ inverse
 
 
-def fisher(states: Tensor, head: Tensor) -> Tensor:
-    """The sum of U^T (diag p - p p^T) U over states [N, D], for the head U [V, D]: fp64 [D, D]."""
-    probabilities = (states @ head.T).float().softmax(-1)
-    means = (probabilities.to(head.dtype) @ head).double()
-    spread = head.double().T @ (probabilities.sum(0).double()[:, None] * head.double())
-    return (spread - means.T @ means).cpu()
+class Fisher:
+    """The sum of U^T (diag p - p p^T) U over states, for the head U [V, D]: what its probabilities are sensitive to."""
+
+    def __init__(self, head: Tensor) -> None:
+        self.head = head.detach()
+        self.probabilities = torch.zeros(len(head), dtype=torch.float64)
+        self.means = torch.zeros(head.shape[1], head.shape[1], dtype=torch.float64)  # the sum of (U^T p) (U^T p)^T
+
+    def add(self, states: Tensor) -> None:
+        """Count states [N, D] as the head sees them."""
+        probabilities = (states @ self.head.to(states.dtype).T).float().softmax(-1)
+        mean = probabilities @ self.head.float()
+        self.probabilities += probabilities.double().sum(0).cpu()
+        self.means += (mean.T @ mean).double().cpu()
+
+    @property
+    def total(self) -> Tensor:
+        """fp64 [D, D]."""
+        head = self.head.cpu().double()
+        return head.T @ (self.probabilities[:, None] * head) - self.means

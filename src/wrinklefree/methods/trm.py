@@ -15,8 +15,7 @@ Two ways to think (`mode`):
 
 trajectory  thought j is made of thought j - 1: the slot holds it and the embedding of j, and y begins there. Training
             runs all j at once on the teacher's own thoughts (teacher forcing), later on its own (scheduled sampling).
-final       upstream's: y and z go on from round to round, each of which is to reach the last thought (deep
-            supervision).
+final       upstream's: y and z go on from round to round, each to reach the last thought (deep supervision).
 """
 
 import copy
@@ -35,8 +34,6 @@ from wrinklefree.core.thinking import GRPOConfig, InjectionConfig, NetworkConfig
 
 THETA = 10_000.0  # base of the rotary angles
 EPS = 1e-5
-
-# What the settings of a network share with a `ThinkerConfig`.
 SHAPE = ("hidden_size", "num_layers", "num_heads", "dropout", "n_latent_steps", "n_deep_recursions")
 
 

@@ -183,7 +183,7 @@ class Reader:
         self.decoder, self.tokenizer, self.thinker, self.config = Decoder(model), tokenizer, thinker, config
         self.tags, self.device = tags.find(tokenizer), model.device
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, records: list[Record]) -> list[Pair]:
         """The pairs of some records, in one forward pass."""
         rows = [[*r["prompt_ids"], *r["thought_ids"], self.tags.close, *r["answer_ids"]] for r in records]

@@ -44,6 +44,8 @@ log = logging.getLogger("wrinklefree")
 WHITENED_PAIRS = 2048  # that the mean and deviation of compressed states are taken from
 HELDOUT_BATCH = 250
 
+NO_START = "training.start_from: a value is required: the folder of the thinker to go on from"
+
 Figures = dict[str, float]
 
 
@@ -76,8 +78,10 @@ def make_pairs(config: Config, force: bool) -> Path:
     """
     world = distributed.start()
     folder, settings = loading.pairs_folder(config), loading.method_of(config).pairs
-    compressor = stages.locate(config, "trm_compressor")
-    thinker = loading.inherit(config, Path(compressor)).to(world.device)
+    start = stages.start(config)
+    if start is None:
+        raise UserError(NO_START)
+    thinker = loading.inherit(config, start).to(world.device)
     model, tokenizer = loading.load_language_model(config)
     manifest = describe(config, model, tokenizer, thinker)
     if world.is_main:
@@ -212,7 +216,7 @@ def _open(config: Config, force: bool, anew: bool = False) -> Setting:
     torch.manual_seed(config.seed)
     start = stages.start(config)
     if start is None:
-        raise UserError("training.start_from: a value is required: the folder of the thinker to go on from")
+        raise UserError(NO_START)
     model, tokenizer = loading.load_language_model(config)
     thinker = _new_network(config, model, start) if anew else loading.inherit(config, start)
     folder = loading.pairs_folder(config)

@@ -1,0 +1,239 @@
+"""LLM-TRM, phase 1: a compressor of a language model's hidden states, with the flags of the training guide.
+
+  python -m src.train.phase1_compressor --stage 1a
+  python -m src.train.phase1_compressor --stage 1b
+  python -m src.train.phase1_compressor --sweep
+  python -m src.train.phase1_compressor --model_name tiny data=stdlib       offline, on a CPU
+
+By default (--init pca) nothing is trained: one pass over num_samples sequences gives the weights with the least squared
+error, which training can only approach. --init orthogonal trains from random weights as the guide does: num_epochs x
+num_samples sequences, AdamW, cosine.
+
+Several GPUs: accelerate launch, or torchrun --nproc_per_node=N -m src.train.phase1_compressor. Several CPU processes:
+torchrun. The same as `wf trm compressor`, whose settings can follow as KEY=VALUE.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+from wrinklefree import checkpoint, cli, load
+from wrinklefree import config as configs
+from wrinklefree.config import Config
+from wrinklefree.core.errors import UserError
+
+log = logging.getLogger("wrinklefree")
+
+MODEL = "HuggingFaceTB/SmolLM3-3B"
+SWEEP = [64, 128, 256, 512, 1024]
+LENGTH, EPOCHS, LR = 512, 10, 1e-3
+ACCUMULATION = 4  # upstream's, where the guide has no flag
+MOMENT_TOKENS = 1_000_000  # where PCA is but what training is compared with
+
+# The text of the stages: educational web pages; SmolLM3's own thoughts.
+TEXT = {
+    "1a": ["data=fineweb_edu"],
+    "1b": [
+        "data=hub",
+        "data.path=HuggingFaceTB/smoltalk2",
+        "data.subset=SFT",
+        "data.split=OpenThoughts3_1.2M_think",
+    ],
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m src.train.phase1_compressor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("--model_name", default=MODEL, help=f"a config's name, a local folder or a hub id (default {MODEL})")
+    add("--stage", choices=list(TEXT), default="1a", help="1a: text; 1b: thoughts, from stage1a_final (default 1a)")
+    add("--d_compressed", type=int, default=256, help="D' (default 256)")
+    add("--batch_size", type=int, default=8, help="sequences per process (default 8)")
+    add(
+        "--num_epochs",
+        type=int,
+        help=f"passes to train for (default: {EPOCHS} with --init orthogonal or --objective kl; 0 where PCA or fisher "
+        "solve for the weights, which training then improves only by a number given here)",
+    )
+    add("--learning_rate", type=float, help=f"of AdamW (default {LR})")
+    add("--num_samples", type=int, default=50000, help="sequences a pass; PCA needs far fewer (default 50000)")
+    add("--max_seq_length", type=int, help=f"tokens a sequence (default {LENGTH}, or all that the model can)")
+    add("--output_dir", type=Path, default=Path("./checkpoints/phase1"), help="(default ./checkpoints/phase1)")
+    add("--seed", type=int, default=42, help="(default 42)")
+    add("--use_wandb", action="store_true", default=None, help="log to W&B (default, where the package is there)")
+    add("--no_wandb", dest="use_wandb", action="store_false", help="do not")
+    add("--wandb_project", default="llm-trm-phase1", help="(default llm-trm-phase1)")
+    add("--wandb_run_name", help="(default: of D', batch size, learning rate and stage)")
+    add("--sweep", action="store_true", help="a compressor of every D' in --sweep_d_values")
+    add("--sweep_d_values", nargs="+", default=SWEEP, metavar="D'", help="(default 64 128 256 512 1024)")
+    add("--init", choices=["pca", "orthogonal"], default="pca", help="where the weights begin (default pca)")
+    add("--objective", choices=["mse", "kl", "fisher"], default="mse", help="what for (default mse)")
+    add("--num_workers", type=int, help=argparse.SUPPRESS)
+    add("--force", action="store_true", help="replace what is there")
+    add("--dry-run", action="store_true", help="print the settings, then stop")
+    add("settings", nargs="*", metavar="KEY=VALUE", help="any setting of `wf trm compressor`")
+    return made
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line; settings may stand anywhere, also behind the numbers of a sweep."""
+    made = parser()
+    args = made.parse_intermixed_args(words)
+    words = [str(word) for word in args.sweep_d_values]
+    args.settings += [word for word in words if "=" in word]
+    numbers = [word for word in words if "=" not in word]
+    if not all(number.isdigit() for number in numbers):
+        made.error(f"argument --sweep_d_values: numbers, not {' '.join(numbers)}")
+    args.sweep_d_values = [int(number) for number in numbers]
+    return args
+
+
+def resolve(args: argparse.Namespace) -> Config:
+    """The run's config. Raises UserError for flags that would do nothing."""
+    if args.num_workers is not None:
+        raise UserError(
+            "--num_workers: leave it out: the training process reads its text itself, faster than a model does"
+        )
+    if args.sweep and args.stage == "1b":
+        raise UserError("--sweep: compares sizes in stage 1a; then run --stage 1b with the chosen --d_compressed")
+    config = configs.load([*overrides(args), *args.settings])
+    if not given(args, "training.max_steps"):
+        config.training.max_steps = steps(args, config)
+    if config.training.max_steps and args.init == "pca":
+        config.training.keep_best = True  # the start is the optimum, or near it: never end with something worse
+    if not config.training.max_steps and args.learning_rate is not None:
+        log.info("--learning_rate: nothing is trained, so it has no effect; --num_epochs N trains on from PCA")
+    if args.stage == "1b":
+        config.training.start_from = [str(args.output_dir / "stage1a_final")]
+    return config
+
+
+def given(args: argparse.Namespace, key: str) -> bool:
+    """Whether a setting stands at the end of the command line."""
+    return any(setting.partition("=")[0] == key for setting in args.settings)
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """The flags as settings."""
+    lr, length = args.learning_rate or LR, args.max_seq_length or longest(args.model_name)
+    solved = args.init == "pca" or args.objective == "fisher"
+    tokens = args.num_samples * length
+    kind = "sweep" if args.sweep else f"d{args.d_compressed}_bs{args.batch_size}_lr{lr:g}"
+    values = {
+        "seed": args.seed,
+        "output_dir": args.output_dir if args.sweep else args.output_dir / f"stage{args.stage}",
+        "method.d_compressed": args.d_compressed,
+        "method.init": args.init,
+        "method.objective": args.objective,
+        "method.moment_tokens": tokens if solved else min(tokens, MOMENT_TOKENS),
+        "training.batch_size": args.batch_size,
+        "training.gradient_accumulation_steps": ACCUMULATION,
+        "training.max_seq_length": length,
+        "training.lr": lr,
+        "training.save_total_limit": 1000,
+        "training.logging.wandb.enabled": str(wandb_wanted(args)).lower(),
+        "training.logging.wandb.project": args.wandb_project,
+        "training.logging.wandb.name": args.wandb_run_name or f"{kind}_{args.stage}",
+    }
+    text = [] if given(args, "data") else TEXT[args.stage]
+    flags = [f"{key}={value}" for key, value in values.items()]
+    return ["training=trm_compressor", f"model={args.model_name}", *text, *flags]
+
+
+def wandb_wanted(args: argparse.Namespace) -> bool:
+    """On where nothing is said, but for a machine without the package; asked for without it is an error further on."""
+    if args.use_wandb is None and importlib.util.find_spec("wandb") is None:
+        log.info("W&B is off: the package is not installed (pip install 'wrinklefree[wandb]'); --no_wandb says so")
+        return False
+    return args.use_wandb is not False
+
+
+def longest(model: str) -> int:
+    """The default length: the guide's, or all positions of a model with fewer."""
+    folder = load.at_hand(configs.load([f"model={model}"]).model.pretrained)
+    file = None if folder is None else load.model_folder(folder) / "config.json"
+    if file is None or not file.is_file():
+        return LENGTH
+    positions = json.loads(file.read_text()).get("max_position_embeddings", LENGTH)
+    return min(LENGTH, int(positions))
+
+
+def steps(args: argparse.Namespace, config: Config) -> int:
+    """Optimizer steps of all epochs, with what all processes together read in one."""
+    solved = args.init == "pca" and args.objective != "kl"
+    epochs = args.num_epochs if args.num_epochs is not None else 0 if solved else EPOCHS
+    t, processes = config.training, int(os.environ.get("WORLD_SIZE", "1"))
+    sequences = t.batch_size * t.gradient_accumulation_steps * processes
+    return max(1, epochs * args.num_samples // sequences) if epochs else 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the flags say."""
+    config = resolve(args)
+    if args.dry_run:
+        print(configs.to_yaml(config), end="")
+        log.info("dry run: nothing was trained or written")
+        return
+    check(args)
+    from wrinklefree.thinking import compressor
+
+    if args.sweep:
+        compressor.sweep(config, args.sweep_d_values, args.force)
+        folders = {Path(f): Path(f) for f in args.output_dir.glob("d[0-9]*") if int(f.name[1:]) in args.sweep_d_values}
+    else:
+        compressor.run(config, args.force)
+        folders = {Path(config.output_dir): args.output_dir}
+    if os.environ.get("RANK", "0") == "0":
+        for made, out in folders.items():
+            print(f"wrote {out}/: {', '.join(publish(made, out, args.stage))}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Say or refuse what is about to go otherwise than expected."""
+    start = args.output_dir / "stage1a_final"
+    if args.stage == "1b" and not (start / checkpoint.CONFIG).is_file():
+        raise UserError(
+            f"{start}: not there, and stage 1b starts from it: run `python -m src.train.phase1_compressor --stage 1a "
+            f"--output_dir {args.output_dir}` first"
+        )
+    if args.use_wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("--use_wandb: needs the wandb package: pip install 'wrinklefree[wandb]'")
+    launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if launched and os.environ.get("WORLD_SIZE", "1") == "1":
+        log.info(
+            "accelerate launch started one process, as it does on a CPU; for several: "
+            "torchrun --nproc_per_node=N -m src.train.phase1_compressor ..."
+        )
+
+
+def publish(made: Path, out: Path, stage: str) -> Iterator[str]:
+    """Copy what a run left to the guide's names; gives them."""
+    copies = {folder: f"stage{stage}_step{folder.name[5:]}" for folder in checkpoint.step_folders(made / "checkpoints")}
+    for folder, name in {**copies, made / "final": f"stage{stage}_final"}.items():
+        with checkpoint.written_aside(out / name) as aside:
+            shutil.copytree(folder, aside, dirs_exist_ok=True)
+        yield name
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        cli.reported(lambda: run(args))
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+
+
+if __name__ == "__main__":
+    main()

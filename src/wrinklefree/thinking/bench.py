@@ -1,0 +1,102 @@
+"""What compressors are made with: a frozen language model, its text, and the pass over it."""
+
+import logging
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree import session
+from wrinklefree.config import Config
+from wrinklefree.core.errors import UserError
+from wrinklefree.distributed import World
+from wrinklefree.methods.trm import LatentThinker
+from wrinklefree.objectives import Batch, Decoder
+from wrinklefree.thinking import gathering, loading
+from wrinklefree.thinking.gathering import Gathered
+from wrinklefree.thinking.reconstruction import MarkedStream, Reconstruction, mark
+
+log = logging.getLogger("wrinklefree")
+
+
+class Bench(NamedTuple):
+    """What every compressor of a run or a sweep is made with."""
+
+    world: World
+    plan: session.Plan
+    decoder: Decoder
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    watched: list[Batch]  # marked held-out batches, for evaluations during training
+    judged: list[Batch]  # and for what is reported
+
+    @property
+    def width(self) -> int:
+        """D, as the model's own config has it."""
+        width: int = self.model.get_input_embeddings().embedding_dim
+        return width
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        dtype = self.plan.dtype
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
+
+    def stream(self, config: Config) -> MarkedStream:
+        """The training text from its beginning."""
+        return MarkedStream(session.open_stream(config, self.tokenizer, self.world), self.tokenizer.eos_token_id)
+
+    def thinker(self, config: Config) -> LatentThinker:
+        """A new one. Raises UserError where D' is wider than the model."""
+        torch.manual_seed(config.seed)
+        made = loading.method_of(config).prepare(self.model)
+        assert isinstance(made, LatentThinker)
+        made.requires_grad_(False)
+        made.compressor.requires_grad_(True)
+        return made.to(self.world.device)
+
+    def gather(self, config: Config) -> Gathered:
+        """The pass over the training text."""
+        method, length = loading.method_of(config), session.length(config)
+        with self.autocast():
+            return gathering.gather(
+                self.decoder,
+                self.stream(config),
+                self.world,
+                blocks=-(-method.moment_tokens // length),
+                batch_size=config.training.batch_size,
+                width=self.width,
+                weighted=method.objective == "fisher",
+            )
+
+
+class Made(NamedTuple):
+    """A compressor that has been made."""
+
+    config: Config
+    thinker: LatentThinker
+    objective: Reconstruction
+    final: Path
+
+
+def open_bench(config: Config, world: World) -> Bench:
+    """Load what is compressed. Raises UserError for settings that have no effect here."""
+    t = config.training
+    unread = {
+        "distributed.strategy=fsdp": config.distributed.strategy == "fsdp",
+        "training.gradient_checkpointing=true": t.gradient_checkpointing,
+        "training.freeze_names": bool(t.freeze_names),
+    }
+    for setting, given in unread.items():
+        if given:
+            raise UserError(f"{setting}: has no effect on a compressor, whose language model is frozen: leave it out")
+    log.info("loading %s", config.model.pretrained)
+    model, tokenizer = loading.load_language_model(config)
+    session.choose_length(config, model)
+    plan = session.make_plan(config, model, world)
+    model.to(world.device)
+    watched, judged = (
+        [mark(batch, tokenizer.eos_token_id) for batch in session.heldout(config, tokenizer, tokens)]
+        for tokens in (t.eval_tokens, t.final_eval_tokens)
+    )
+    return Bench(world, plan, Decoder(model, t.compile), model, tokenizer, watched, judged)

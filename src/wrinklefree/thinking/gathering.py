@@ -1,0 +1,164 @@
+"""The pass over text that compressors are solved from: second moments of hidden states, for fisher the head's metric.
+
+Any number of processes read their rows of the same blocks and add up what they have seen. What a pass has found is kept
+beside the compressor, in `moments.safetensors`, so that stage 1b can mix it with the moments of thoughts:
+
+    count  fp64 []         total  fp64 [D]        outer  fp64 [D, D]        metric  fp64 [D, D], for fisher alone
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.moments import Fisher, Moments, tied_code, weighted_code
+from wrinklefree.distributed import World
+from wrinklefree.losses import CHUNK
+from wrinklefree.methods.trm import DimensionCompressor
+from wrinklefree.objectives import Batch, Decoder
+from wrinklefree.terminal import short_number
+from wrinklefree.thinking.reconstruction import MarkedStream, real_states
+from wrinklefree.tracking import Lines
+
+log = logging.getLogger("wrinklefree")
+
+FILE = "moments.safetensors"
+SHARES = (0.9, 0.95, 0.99)  # of the energy, of which the log says in how many dimensions it is
+
+
+class Code(NamedTuple):
+    """The best encoder and decoder of every size D' at once: the first D' rows of each, fp64 [D, D]."""
+
+    encoder: Tensor
+    decoder: Tensor
+
+    @torch.no_grad()
+    def put(self, compressor: DimensionCompressor) -> DimensionCompressor:
+        """Set a compressor of any size; a tied one takes the encoder."""
+        size = len(compressor.weight)
+        compressor.weight.copy_(self.encoder[:size])
+        if compressor.decoder is not None:
+            compressor.decoder.copy_(self.decoder[:size])
+        return compressor
+
+    def mse(self, moments: Moments, size: int) -> float:
+        """Of the states that the moments were taken from."""
+        second, encoder, decoder = moments.second, self.encoder[:size], self.decoder[:size]
+        seen = encoder @ second
+        error = second.trace() - 2 * (seen * decoder).sum() + ((seen @ encoder.T) * (decoder @ decoder.T)).sum()
+        return float(error.clamp(min=0) / len(second))
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Moments of states, and the sum of the Fisher matrices of the head in them."""
+
+    moments: Moments
+    metric: Tensor | None = None
+
+    @property
+    def mean_metric(self) -> Tensor | None:
+        return None if self.metric is None else self.metric / self.moments.count
+
+    @cached_property
+    def pca(self) -> Code:
+        """The least squared error."""
+        axes = tied_code(self.moments, len(self.moments.total))
+        return Code(axes, axes)
+
+    @cached_property
+    def fisher(self) -> Code:
+        """The least error in the head's metric."""
+        metric = self.mean_metric
+        assert metric is not None
+        return Code(*weighted_code(self.moments, metric, len(metric)))
+
+    def solve(self, objective: str) -> Code:
+        """The optimum of an objective; kl has no closed form, and begins with the squared error's."""
+        return self.fisher if objective == "fisher" else self.pca
+
+    def mixed(self, other: "Gathered", share: float) -> "Gathered":
+        """As if a share of all states were the other's, whatever the number of each."""
+        a, b = (1 - share) / float(self.moments.count), share / float(other.moments.count)
+        metric = None
+        if self.metric is not None and other.metric is not None:
+            metric = a * self.metric + b * other.metric
+        return Gathered(self.moments.scaled(a) + other.moments.scaled(b), metric)
+
+    def save(self, folder: Path) -> None:
+        """Written aside, then renamed."""
+        m = self.moments
+        tensors = {"count": m.count, "total": m.total, "outer": m.outer}
+        aside = folder / f".{FILE}"
+        save_file(tensors | ({} if self.metric is None else {"metric": self.metric}), aside)
+        os.replace(aside, folder / FILE)
+
+
+def read(folder: Path) -> Gathered:
+    """What a pass left beside the compressor in `folder`. Raises UserError where it is missing or broken."""
+    file = folder / FILE
+    if not file.is_file():
+        raise UserError(f"{file}: missing, and stage 1b goes on from it: run stage 1a again")
+    try:
+        tensors = load_file(file)
+        moments = Moments(tensors["count"], tensors["total"], tensors["outer"])
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{file}: broken ({error}): run stage 1a again") from error
+    return Gathered(moments, tensors.get("metric"))
+
+
+def gather(
+    decoder: Decoder, stream: MarkedStream, world: World, *, blocks: int, batch_size: int, width: int, weighted: bool
+) -> Gathered:
+    """The moments of `blocks` blocks of the stream, one epoch of it at most; with `weighted` the head's metric too.
+
+    Every process has to call it, and all get the sum.
+    """
+    moments = Moments.zeros(width)
+    fisher = Fisher(decoder.project(torch.zeros(1, width, device=world.device))[1]) if weighted else None
+    together = world.size * batch_size
+    lines = Lines(-(-blocks // together), unit="moments: batch")
+    for number, start in enumerate(range(0, blocks, together), start=1):
+        batch = next(stream)
+        mine = min(max(0, blocks - start - world.rank * batch_size), batch_size)
+        if mine:
+            here = {name: tensor[:mine].to(world.device) for name, tensor in batch.items()}
+            _add(moments, fisher, decoder, here)
+        if world.is_main:
+            lines.show(number, f"{short_number(float(moments.count) * world.size)} tokens")
+        if stream.state_dict()["epoch"]:
+            log.info("the text ends here: moments of all of it")
+            break
+    metric = None if fisher is None else fisher.total
+    for part in (moments.count, moments.total, moments.outer, metric):
+        if world.size > 1 and part is not None:
+            dist.all_reduce(part)
+    tell(moments)
+    return Gathered(moments, metric)
+
+
+@torch.no_grad()
+def _add(moments: Moments, fisher: Fisher | None, decoder: Decoder, batch: Batch) -> None:
+    states = real_states(decoder, batch)
+    with torch.autocast(states.device.type, enabled=False):  # products in fp32, whatever the model computes in
+        moments.add(states)
+    if fisher is not None:
+        for part in states.split(CHUNK):
+            fisher.add(decoder.project(part)[0])
+
+
+def tell(moments: Moments) -> None:
+    """Say in how many dimensions the energy is."""
+    values = torch.linalg.eigvalsh(moments.second).flip(0).clamp(min=0)
+    needed = torch.searchsorted(values.cumsum(0) / values.sum(), torch.tensor(SHARES, dtype=torch.float64)) + 1
+    shares = ", ".join(f"{s:.0%} in {min(int(n), len(values))}" for s, n in zip(SHARES, needed, strict=True))
+    log.info("%s states of %d dimensions; energy %s", f"{int(moments.count):,}", len(values), shares)

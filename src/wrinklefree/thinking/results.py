@@ -1,0 +1,125 @@
+"""What a compressor, or a sweep over several, comes to: measured on held-out text, printed, kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wrinklefree import session
+from wrinklefree.config import Config
+from wrinklefree.methods.trm import DimensionCompressor
+from wrinklefree.terminal import print_table
+from wrinklefree.thinking import loading
+from wrinklefree.thinking.bench import Bench, Made
+from wrinklefree.thinking.curves import plot_sweep
+from wrinklefree.thinking.gathering import Code, Gathered
+from wrinklefree.thinking.reconstruction import Figures
+
+PCA = "pca"  # the tied optimum of the squared error, which every run is measured against
+# Columns of the tables: the figure, what it is called, how it is written.
+SHOWN = {
+    "mse": "mse",
+    "cosine_similarity": "cosine similarity",
+    "mean_only_cosine": "cosine of the mean alone",
+    "relative_error": "relative error",
+    "variance_ratio": "variance ratio",
+    "r2": "R^2, centred",
+    "kl": "KL of the next word, nats",
+    "top1_agreement": "top-1 agreement",
+}
+
+
+def _measure(bench: Bench, made: list[Made], found: Gathered) -> tuple[list[dict[str, Figures]], int]:
+    """The figures of every compressor and of PCA of its size, in one pass over held-out text; on how many states."""
+    compressors = {}
+    for one in made:
+        compressors[f"{len(one.thinker.compressor.weight)} {PCA}"] = _pca(found.pca, one.thinker.compressor)
+        compressors[f"{len(one.thinker.compressor.weight)} {_kind(one.config)}"] = one.thinker.compressor
+    with bench.autocast():
+        figures, count = made[0].objective.measure(bench.judged, compressors)
+    by_size: dict[str, dict[str, Figures]] = {}
+    for key, values in figures.items():
+        size, kind = key.split()
+        by_size.setdefault(size, {})[kind] = {name: value for name, value in values.items() if name != "loss"}
+    return list(by_size.values()), count
+
+
+def _pca(code: Code, like: DimensionCompressor) -> DimensionCompressor:
+    """The tied compressor of the same size."""
+    compressed, width = like.weight.shape
+    return code.put(DimensionCompressor(width, compressed)).to(like.weight.device)
+
+
+def _kind(config: Config) -> str:
+    """What a compressor is called beside PCA."""
+    method = loading.method_of(config)
+    if config.training.max_steps:
+        return "trained"
+    return "random" if method.init == "orthogonal" else "fisher" if method.objective == "fisher" else PCA
+
+
+def _facts(made: Made, found: Gathered, figures: dict[str, Figures]) -> dict[str, Any]:
+    """What `results.json` says of a compressor; the figures of itself on top, those of PCA beside them."""
+    method, shape = loading.method_of(made.config), made.thinker.config
+    return {
+        "hidden_size": shape.width,
+        "d_compressed": shape.d_compressed,
+        "compression_ratio": shape.width / shape.d_compressed,
+        "parameters": sum(p.numel() for p in made.thinker.compressor.parameters()),
+        "init": method.init,
+        "objective": method.objective,
+        **figures[_kind(made.config)],
+        PCA: figures[PCA],
+        "pca_mse_of_the_text_it_was_solved_from": found.pca.mse(found.moments, shape.d_compressed),
+    }
+
+
+def _forward_tokens(bench: Bench, config: Config, gathered: int, measured: int, runs: int) -> dict[str, int]:
+    """How many tokens the language model read, and for what."""
+    t = config.training
+    per_step = t.batch_size * session.length(config) * t.gradient_accumulation_steps * bench.world.size
+    return {"moments": gathered, "training": runs * bench.plan.max_steps * per_step, "heldout": measured}
+
+
+def report(bench: Bench, made: Made, found: Gathered, seen: int) -> None:
+    """Measure, print and keep the figures of one compressor; `seen` states were gathered in this run."""
+    (figures,), measured = _measure(bench, [made], found)
+    out, facts = Path(made.config.output_dir), _facts(made, found, figures)
+    used = _forward_tokens(bench, made.config, seen, measured, 1)
+    (out / "results.json").write_text(json.dumps({**facts, "forward_tokens": used}, indent=2) + "\n")
+    title = f"D'={facts['d_compressed']} of {facts['hidden_size']}, held-out text"
+    print_table(
+        [title, *figures], [[label, *(_number(f[name]) for f in figures.values())] for name, label in SHOWN.items()]
+    )
+    print(f"\nwrote {out}/: final/ (thinker), results.json, training_log.csv")
+    print(f"next: wf trm pairs model={made.config.model.name}")
+
+
+def report_sweep(bench: Bench, config: Config, made: list[Made], found: Gathered) -> None:
+    """Measure, print, plot and keep the figures of all compressors."""
+    out = Path(config.output_dir)
+    figures, measured = _measure(bench, made, found)
+    rows = [_facts(one, found, of) for one, of in zip(made, figures, strict=True)]
+    for one, row in zip(made, rows, strict=True):
+        (Path(one.config.output_dir) / "results.json").write_text(json.dumps(row, indent=2) + "\n")
+    used = _forward_tokens(bench, config, int(found.moments.count), measured, len(made))
+    (out / "sweep.json").write_text(json.dumps({"forward_tokens": used, "rows": rows}, indent=2) + "\n")
+    plot_sweep(rows, out / "plots" / "sweep.png")
+    print_table(
+        ["D'", "ratio", "compressor", "cosine", "rel. error", "R^2", "KL", "top-1"],
+        [
+            [
+                *(str(row["d_compressed"]), f"{row['compression_ratio']:.3g}x", kind),
+                *(_number(f[name]) for name in ("cosine_similarity", "relative_error", "r2", "kl", "top1_agreement")),
+            ]
+            for row, of in zip(rows, figures, strict=True)
+            for kind, f in of.items()
+        ],
+    )
+    folders = ", ".join(f"d{row['d_compressed']}/" for row in rows)
+    print(f"\nwrote {out}/: {folders}, sweep.json, plots/sweep.png")
+    print(f"next: wf trm compressor model={config.model.name} method.d_compressed=THE_ONE_YOU_CHOOSE")
+
+
+def _number(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:.4g}" if abs(value) < 1e-3 else f"{value:.4f}"
