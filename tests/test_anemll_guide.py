@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import llama, tokenizer
+from tiny import llama, qwen, tokenizer
 from torch import Tensor
 from toyrun import toy_files
 from transformers import AutoModelForCausalLM
@@ -296,7 +296,20 @@ def damaged(written: dict[str, Tensor], how: str) -> Any:
         return written | {f"{name}.scale_A": torch.ones(96, 3), f"{name}.scale_B": torch.ones(3, 64)}
     if how == "shapes":
         return written | {f"{name}.scale_A": torch.ones(95, 4)}
+    if how in PARTS:
+        part, tensor = PARTS[how]
+        return written | {f"{name}.{part}": tensor}
     return [1, 2, 3]
+
+
+PARTS = {
+    "one dimension": ("scale_B", torch.ones(64)),
+    "no dimension": ("scale_A", torch.ones(())),
+    "magnitudes": ("rank_magnitude", torch.ones(7)),
+    "not finite": ("scale_A", torch.full((96, 4), torch.nan)),
+    "out of the table": ("_indices", torch.full((96, 64), 9)),
+    "an adapter": ("lora_A", torch.ones(8, 64)),
+}
 
 
 @pytest.mark.parametrize(
@@ -308,6 +321,12 @@ def damaged(written: dict[str, Tensor], how: str) -> Any:
         ("another rank", "different bits or ranks"),
         ("shapes", "do not fit one another"),
         ("a list", "no tensors by name"),
+        ("one dimension", "do not fit one another"),
+        ("no dimension", "do not fit one another"),
+        ("magnitudes", "do not fit one another"),
+        ("not finite", "infinite"),
+        ("out of the table", "out of the table"),
+        ("an adapter", "merge it"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(folder: Path, how: str, said: str) -> None:
@@ -316,10 +335,70 @@ def test_files_that_do_not_fit_are_refused(folder: Path, how: str, said: str) ->
         files.open_checkpoint(folder / "theirs.pt", "./toy")
 
 
+def test_a_layer_that_was_left_as_it_was_stays_so(folder: Path) -> None:
+    """The original V1 trainer leaves attention alone unless it is told not to."""
+    model = Config(rank=4, exclude_names=["lm_head", "self_attn"]).prepare(llama())
+    qat_lora.snap_model_for_ane_v2(model)
+    torch.save(model.state_dict(), folder / "theirs.pt")
+    opened = files.open_checkpoint(folder / "theirs.pt", "./toy")
+    assert quant_layers(opened.model).keys() == quant_layers(model).keys()
+    files.save(opened, folder / "ours")
+    assert len(quant_layers(load.load(folder / "ours")[0])) == 6
+
+
+def test_biases_are_read(folder: Path) -> None:
+    model, other = (Config(rank=4, attn_rank=2).prepare(qwen()) for _ in range(2))
+    model.model.layers[0].self_attn.q_proj.bias.data += 1
+    anemll.write_state(model, folder / "m.pt")
+    qat_lora.load_v2_checkpoint(other, folder / "m.pt")
+    assert torch.equal(*(m.model.layers[0].self_attn.q_proj.bias for m in (model, other)))
+
+
+def original(weight: Tensor, size: int, rank: int, view: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A layer as the original tools initialize it, and the weight that they compute with, by their formulas."""
+    lut = torch.linspace(-1, 1, size, dtype=torch.float16).float()
+    maxima = weight.unflatten(1, (-1, 32)).abs().amax(-1).repeat_interleave(32, 1)
+    u, s, v = torch.linalg.svd(maxima, full_matrices=False)
+    if view == "v1":
+        a, b = u[:, :rank] * s[:rank], v[:rank]
+        scales = (a @ b).clamp_min(1e-8)
+        index = (((weight / scales).clamp(-1, 1) + 1) * (size - 1) / 2).round().long()
+        return {"weight": weight, "lut": lut, "scale_A": a, "scale_B": b}, lut[index] * scales
+    g = torch.maximum(s[:rank], (0.01 * s[0]).clamp_min(0.01)).half().float()
+    scales = (u[:, :rank] * (g + 1e-6)) @ v[:rank]
+    index = (weight / scales).clamp(-1, 1).unsqueeze(-1).sub(lut).abs().argmin(-1)
+    tensors = {"weight": weight, "lut": lut, "scale_A": 2 * u[:, :rank], "scale_B": 5 * v[:rank], "rank_magnitude": g}
+    return tensors | {"_Q": lut[index], "_indices": index}, lut[index] * scales
+
+
+@pytest.mark.parametrize(
+    ("view", "left_out"), [("v1", ()), ("v2", ()), ("v2", ("_indices",)), ("v2", ("_indices", "_Q"))]
+)
+def test_a_file_is_worth_what_the_original_formulas_say(folder: Path, view: str, left_out: tuple[str, ...]) -> None:
+    written, expected = {}, {}
+    for name, tensor in llama().state_dict().items():
+        fqn = name.rpartition(".")[0]
+        if not fqn.endswith("_proj"):
+            written[name] = tensor
+            continue
+        tensors, expected[fqn] = original(tensor, *((4, 2) if "mlp" in fqn else (16, 1)), view)
+        written |= {f"{fqn}.{part}": t for part, t in tensors.items() if part not in left_out}
+    torch.save(written, folder / "theirs.pt")
+    opened = files.open_checkpoint(folder / "theirs.pt", "./toy")
+    assert isinstance(opened.config.method, Config)
+    assert opened.config.method.view == view
+    for fqn, layer in quant_layers(opened.model).items():
+        assert (layer.decode(layer.encode()) - expected[fqn]).norm() < 1e-3 * expected[fqn].norm()
+
+
 def test_a_file_that_would_run_code_is_refused(folder: Path) -> None:
     torch.save({"scale_A": torch.nn.Linear(2, 2)}, folder / "theirs.pt")
-    with pytest.raises(UserError, match="read safely"):
+    with pytest.raises(UserError, match="read safely") as refused:
         files.open_checkpoint(folder / "theirs.pt", "./toy")
+    assert "weights_only" not in str(refused.value)  # torch's advice is how to run it
+    (folder / "empty.pt").touch()
+    with pytest.raises(UserError, match="read safely"):
+        files.open_checkpoint(folder / "empty.pt", "./toy")
 
 
 def test_nothing_is_overwritten_unasked(folder: Path) -> None:
