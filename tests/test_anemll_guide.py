@@ -4,7 +4,9 @@ import csv
 import json
 import operator
 import runpy
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,13 @@ def test_a_setting_may_be_for_one_step(folder: Path) -> None:
     assert load.load(folder / "outputs" / "anemll_toy_a_v2")[0] is not None
 
 
+def test_a_setting_for_a_step_that_this_workflow_lacks_is_refused(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["anemll", "-m", "./toy", "--workflow", "a", "q4:training.max_steps=2"])
+    assert result.exit_code == 2
+    assert "no step q4; its steps: v1, v2" in result.output
+    assert not (folder / "outputs").exists()
+
+
 # --- scripts
 
 
@@ -140,8 +149,39 @@ def test_the_guide_from_end_to_end(folder: Path, monkeypatch: pytest.MonkeyPatch
     ok("train_v2_simple.py", "--v2-checkpoint", "q2/init.pt", "--output-dir", "runs/q2", *frozen, "--mlp-only")
     ok("convert_v1_to_v2.py", *toy, "--v1-checkpoint", "runs/v1", "--output", "runs/v2_init")
     assert "gradient of A" in ok("debug_layer_qat.py", *toy, "--layer", "1", "--test-grad")
+    assert "held-out KD loss" in ok("debug_layer_qat.py", *toy, "--layer", "1", "--test-train", "--cache", "cache")
     ok("plot_loss.py", "runs/v1", "--run_dir", "runs/v2", "--save", "loss.png")
     assert Path("loss.png").stat().st_size > 1000
+
+
+def test_training_goes_on_where_the_run_is_and_keeps_what_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The guide's way to continue: from a run's own file into that run's folder."""
+    common = ["--model-id", "./toy", "--cache-dir", "cache", *SMALL, *SHORT, "--output-dir", "runs/v2"]
+    assert script(monkeypatch, "train_v2_simple.py", "--from-scratch", *common) == 0, capsys.readouterr().err
+    before = Path("runs/v2/training_log.csv").read_bytes(), plain_codes(Path("runs/v2"))
+    again = ["--v2-checkpoint", "runs/v2/v2_q2a4_fp32_20250101_000000.pt", *common]
+    assert script(monkeypatch, "train_v2_simple.py", *again, "training.max_steps=many") == 2
+    assert Path("runs/v2/training_log.csv").read_bytes() == before[0]
+    for number in (1, 2):
+        assert script(monkeypatch, "train_v2_simple.py", *again) == 0, capsys.readouterr().err
+        assert len(plain_codes(Path(f"runs/v2/earlier_{number}"))) == 14
+    assert Path("runs/v2/earlier_1/training_log.csv").read_bytes() == before[0]
+    assert all(torch.equal(codes, before[1][fqn]) for fqn, codes in plain_codes(Path("runs/v2")).items())
+
+
+def test_a_run_may_start_from_a_file_in_its_own_folder_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Workflow C: `q2_init.pt` and its config.json lie where the run is going to be."""
+    anemll.write(Config(rank=4, attn_rank=2).prepare(llama()), tokenizer(), Path("run"), [])
+    start = ["--v2-checkpoint", f"run/{anemll.FILE}", "--output-dir", "run", "--model-id", "./toy", *SMALL, *SHORT]
+    assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "nocache") == 2
+    assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "cache") == 0, capsys.readouterr().err
+    assert load.model_folder(Path("run")) == Path("run/final")
+    assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "cache") == 2
+    assert "--force" in capsys.readouterr().err
 
 
 ONE_STEP = ["--model-id", "./toy", "--max-steps", "1", "--batch-size", "2", "--force", *SHORT]
@@ -226,7 +266,14 @@ def test_every_flag_arrives(
         ("snap_and_test_v2.py", ["--checkpoint", "text/00.txt", "--model-id", "./toy"], "not a state dict"),
         ("convert_v1_to_v2.py", ["--v1-checkpoint", "toy", "--output", "x.pt"], "no checkpoint of"),
         ("debug_layer_qat.py", ["--model-id", "./toy", "--layer", "99"], "layers 0 to 13"),
+        ("debug_layer_qat.py", ["--model-id", "./toy", "--scale-rank", "0"], "method.rank: "),
         ("train_v2_simple.py", ["--v1-checkpoint", "gone", "--cache-dir", "cache", "--model-id", "./toy"], "gone"),
+        ("test_inference.py", ["toy", "--temperature", "-1"], "--temperature"),
+        ("snap_and_test_v2.py", ["--checkpoint", "gone.pt", "--output", "text/00.txt"], "--force"),
+        ("snap_and_test_v2.py", ["--checkpoint", "gone.pt", "--output", "text/00.txt/x.pt"], "no folder to write to"),
+        ("snap_and_test_v2.py", ["--checkpoint", "gone.pt", "--device", "mps"], "this machine has none"),
+        ("convert_q4_to_q2.py", ["--q4-checkpoint", "gone.pt", "--output", "toy"], "--force"),
+        ("plot_loss.py", ["gone"], "no such file"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -236,6 +283,41 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert said in error
+
+
+def test_scripts_show_their_flags_at_once_and_nothing_of_the_libraries(folder: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+    for path in sorted(SCRIPTS.glob("[!_]*.py")):
+        seen = f"import runpy, sys; sys.argv = ['x', '--help']; sys.path.insert(0, {str(SCRIPTS)!r})\ntry: "
+        seen += f"runpy.run_path({str(path)!r}, run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"
+        assert run("-c", seen).stdout.endswith("False\n"), path.name
+    done = run(str(SCRIPTS / "debug_layer_qat.py"), "--model-id", "./toy", "--layer", "1")
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr  # a progress bar
+
+
+def shell(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["env", *(f"{key}={value}" for key, value in variables.items()), "bash", str(SCRIPTS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_file_is_kept_with_all_that_it_needs(folder: Path) -> None:
+    for name in ("m.pt", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        Path(name).write_text("x")
+    assert shell("save_to_drive.sh", "m.pt", "kept", DEST="drive").returncode == 0
+    with tarfile.open("drive/kept.tgz") as archive:
+        assert len(archive.getnames()) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["gone"], "nothing there"), (["../gone"], "usage"), (["--help"], "usage")]
+)
+def test_a_cache_that_is_not_there_is_one_line(folder: Path, arguments: list[str], said: str) -> None:
+    done = shell("pull_cache.sh", *arguments, SOURCE=f"file://{folder}/drive")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert said in done.stderr
 
 
 # --- files of others
@@ -421,6 +503,9 @@ def test_the_guides_functions(folder: Path) -> None:
     assert after < before
     ids = torch.arange(12).unsqueeze(0)
     logits = model.eval()(ids).logits
+    assert torch.allclose(load.load("run")[0](ids).logits, logits, atol=1e-5)
+    with pytest.raises(UserError, match="already holds a run"):
+        qat_lora.train_e2e(model, words, "cache", "run", max_steps=1)
     for switch in (qat_lora.set_factored_inference_v2, qat_lora.set_batched_forward_v2):
         assert switch(model, True) == 14
         assert torch.allclose(model(ids).logits, logits, atol=1e-3)
