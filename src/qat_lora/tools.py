@@ -244,7 +244,7 @@ def debug_layer(
         raise UserError(f"--layer {number}: the model has layers 0 to {len(layers) - 1}")
     chosen = enumerate(layers) if number is None else [(number, layers[number])]
     rows = [[str(i), fqn, *_described(layer, grad)] for i, (fqn, layer) in chosen if isinstance(layer, LutLinear)]
-    head = ["", "layer", "bits", "rank", "error of the weight"] + ["gradient of A"] * grad
+    head = ["", "layer", "bits", "rank", "weight error"] + ["gradient of A"] * grad
     print_table(head, rows)
     if cache is not None and number is not None:
         _train_alone(model, tokenizer, layers[number], cache)
