@@ -1,6 +1,7 @@
 """Flags that the scripts of the ANEMLL guide share."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -12,12 +13,24 @@ MODEL = "Qwen/Qwen3-0.6B"
 SIZES = ("lut_bits", "attn_lut_bits", "scale_rank", "attn_scale_rank")
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with `--model-id` and `--force`."""
+def parser(description: str | None, writes: bool = True) -> argparse.ArgumentParser:
+    """A parser with `--model-id`, and with `--force` for a script that writes."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model-id", "--model", default=MODEL, help="a config's name, a local folder or a hub id")
-    made.add_argument("--force", action="store_true", help="replace what is there")
+    if writes:
+        made.add_argument("--force", action="store_true", help="replace what is there")
     return made
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """The `type` of a flag that counts."""
+
+    def integer(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is less than {lowest}")
+        return int(text)
+
+    return integer
 
 
 def add_sizes(made: argparse.ArgumentParser) -> None:
@@ -41,8 +54,16 @@ def _text(value: object) -> str:
 
 
 def run(work: Callable[[], None]) -> None:
-    """Do it; errors are a line, and the exit code the script's."""
+    """Do it; the exit code is the script's."""
     try:
-        cli.reported(work)
+        work()
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
+
+
+def tool(name: str, **settings: object) -> None:
+    """Run `qat_lora.tools.NAME`, whose errors are a line.
+
+    Imported only here: `--help` is instant, and libraries read on import that they are to draw no progress bars.
+    """
+    run(lambda: cli.reported(lambda: vars(importlib.import_module("qat_lora.tools"))[name](**settings)))

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import _anemll
 
-from qat_lora import tools
-
 
 def main() -> None:
     parser = _anemll.parser(__doc__)
     parser.add_argument("--q4-checkpoint", type=Path, required=True, help="a run, a checkpoint folder or a .pt file")
     parser.add_argument("--output", type=Path, required=True, help="a .pt file, or a folder")
-    parser.add_argument("--q2-mlp-rank", type=int, default=32)
-    parser.add_argument("--q2-attn-rank", type=int, default=8)
+    parser.add_argument("--q2-mlp-rank", type=_anemll.at_least(1), default=32)
+    parser.add_argument("--q2-attn-rank", type=_anemll.at_least(1), default=8)
     parser.add_argument("--q2-mlp-lut-size", type=int, default=4, choices=[4, 8, 16])
     parser.add_argument("--q2-attn-lut-size", type=int, default=16, choices=[4, 8, 16])
     parser.add_argument("--kmeans", action="store_true", help="means over the table's entries instead of a new fit")
@@ -29,7 +27,7 @@ def main() -> None:
     settings |= {"ranks": (args.q2_mlp_rank, args.q2_attn_rank), "bits": bits, "kmeans": args.kmeans}
     if args.eval and args.cache_dir is None:
         parser.error("--eval needs --cache-dir")
-    _anemll.run(lambda: tools.q4_to_q2(**settings, cache=args.cache_dir if args.eval else None))
+    _anemll.tool("q4_to_q2", **settings, cache=args.cache_dir if args.eval else None)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import _anemll
 
-from qat_lora import tools
-
 
 def main() -> None:
     parser = _anemll.parser(__doc__)
@@ -16,7 +14,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a .pt file, or a folder")
     args = parser.parse_args()
     settings = {"checkpoint": args.v1_checkpoint, "output": args.output, "model_id": args.model_id, "force": args.force}
-    _anemll.run(lambda: tools.v1_to_v2(**settings))
+    _anemll.tool("v1_to_v2", **settings)
 
 
 if __name__ == "__main__":

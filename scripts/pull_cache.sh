@@ -7,7 +7,7 @@
 # SOURCE is the folder or fsspec URL that holds NAME.tgz (default: the place where Colab mounts a Google Drive). A cache of
 # .pt files becomes one of ours with `wf cache --import caches/NAME --out caches/NAME-imported -m MODEL`.
 set -euo pipefail
-[ $# -eq 1 ] || { echo "usage: bash scripts/pull_cache.sh NAME" >&2; exit 2; }
+[[ $# -eq 1 && $1 != -* && $1 != */* ]] || { echo "usage: bash scripts/pull_cache.sh NAME" >&2; exit 2; }
 name=$1
 SOURCE=${SOURCE:-/content/drive/MyDrive/qwen3_caches}
 here="$(cd "$(dirname "$0")/.." && pwd)"
@@ -17,13 +17,14 @@ if [ -e "caches/$name" ]; then
   exit 0
 fi
 case $SOURCE in
-  *://*) archive=$("$PYTHON" -c 'import sys; from wrinklefree import storage; print(storage.fetch(sys.argv[1]))' "$SOURCE/$name.tgz") ;;
+  *://*) archive=$("$PYTHON" "$here/scripts/_remote.py" fetch "$SOURCE/$name.tgz") ;;
   *) archive=$SOURCE/$name.tgz ;;
 esac
 [ -f "$archive" ] || { echo "error: $archive: no such file; set SOURCE to where $name.tgz is" >&2; exit 2; }
 aside=caches/.$name.tmp
+trap 'rm -rf "$aside"' EXIT
 rm -rf "$aside" && mkdir -p "$aside"
 tar -xzf "$archive" -C "$aside"
 [ -d "$aside/$name" ] || { echo "error: $archive holds no folder $name" >&2; exit 2; }
-mv "$aside/$name" "caches/$name" && rmdir "$aside"
+mv "$aside/$name" "caches/$name"
 echo "caches/$name: $(find "caches/$name" -type f | wc -l) files, $(du -sh "caches/$name" | cut -f1)"

@@ -6,7 +6,7 @@
 #
 # DEST is a folder (a mounted Google Drive is one; default: the place where Colab mounts it) or any fsspec URL.
 set -euo pipefail
-[ $# -ge 1 ] || { echo "usage: bash scripts/save_to_drive.sh CHECKPOINT [NAME]" >&2; exit 2; }
+[[ $# -ge 1 && $1 != -* ]] || { echo "usage: bash scripts/save_to_drive.sh CHECKPOINT [NAME]" >&2; exit 2; }
 path=${1%/}
 name=${2:-$(basename "${path%.pt}")}
 DEST=${DEST:-/content/drive/MyDrive/qwen3_runs}
@@ -22,7 +22,7 @@ if [ -d "$path" ]; then
   folder=$(dirname "$path")
   parts=("$(basename "$path")")
 else  # a file alone does not say what it is
-  for beside in config.json tokenizer.json tokenizer_config.json; do
+  for beside in config.json tokenizer.json tokenizer_config.json chat_template.jinja; do
     if [ -e "$folder/$beside" ]; then parts+=("$beside"); fi
   done
 fi
@@ -31,7 +31,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 tar -czf "$scratch/$name.tgz" -C "$folder" "${parts[@]}"
 case $DEST in
-  *://*) "$PYTHON" -c 'import sys; from pathlib import Path; from wrinklefree import storage; storage.push(Path(sys.argv[1]), sys.argv[2])' "$scratch/$name.tgz" "$DEST/$name.tgz" ;;
+  *://*) "$PYTHON" "$here/scripts/_remote.py" push "$scratch/$name.tgz" "$DEST/$name.tgz" ;;
   *) mkdir -p "$DEST" && cp "$scratch/$name.tgz" "$DEST/.$name.tgz.tmp" && mv "$DEST/.$name.tgz.tmp" "$DEST/$name.tgz" ;;
 esac
 echo "wrote $DEST/$name.tgz ($(du -h "$scratch/$name.tgz" | cut -f1)); unpack it with tar -xzf"

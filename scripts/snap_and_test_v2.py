@@ -8,8 +8,6 @@ from pathlib import Path
 
 import _anemll
 
-from qat_lora import tools
-
 
 def main() -> None:
     parser = _anemll.parser(__doc__)
@@ -22,7 +20,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = {"checkpoint": args.checkpoint, "output": args.output, "model_id": args.model_id, "force": args.force}
     settings |= {"sizes": _anemll.sizes(args), "fp16": args.fp16, "device": args.device, "debug": args.debug}
-    _anemll.run(lambda: tools.snap(**settings))
+    _anemll.tool("snap", **settings)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import _anemll
 
-from qat_lora import tools
-
 
 def main() -> None:
-    parser = _anemll.parser(__doc__)
+    parser = _anemll.parser(__doc__, writes=False)
     parser.add_argument("checkpoint", type=Path, help="a run, a checkpoint folder or a .pt file")
     parser.add_argument("--version", choices=["v1", "v2"], help="default: what the checkpoint is")
     _anemll.add_sizes(parser)
     parser.add_argument("--prompt")
     parser.add_argument("--interactive", "-i", action="store_true")
-    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--max-tokens", type=_anemll.at_least(1), default=512)
     parser.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token")
     parser.add_argument("--repetition-penalty", type=float, default=1.1)
     parser.add_argument("--no-thinking", action="store_true", help="of models whose chat template knows thinking")
@@ -26,7 +24,7 @@ def main() -> None:
     settings = {"checkpoint": args.checkpoint, "model_id": args.model_id, "sizes": _anemll.sizes(args)}
     settings |= {"version": args.version, "prompt": args.prompt, "interactive": args.interactive}
     settings |= {"max_tokens": args.max_tokens, "temperature": args.temperature, "thinking": not args.no_thinking}
-    _anemll.run(lambda: tools.inference(**settings, repetition_penalty=args.repetition_penalty))
+    _anemll.tool("inference", **settings, repetition_penalty=args.repetition_penalty)
 
 
 if __name__ == "__main__":

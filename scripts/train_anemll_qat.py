@@ -8,8 +8,6 @@ from pathlib import Path
 
 import _anemll
 
-from qat_lora import tools
-
 TABLE = [
     ("kd_cache_dir", "distillation.cache"),
     ("max_steps", "training.max_steps"),
@@ -53,11 +51,8 @@ def main() -> None:
     sizes = (args.lut_size.bit_length() - 1, args.scale_rank, args.attn_lut_size.bit_length() - 1, args.attn_scale_rank)
     overrides = ["training=anemll_q2a4", "training.objective=cached_kd", *_anemll.settings(args, TABLE)]
     overrides += [f"method.train={train}", "training.keep_best=true"]
-    _anemll.run(
-        lambda: tools.train(
-            args.model_id, args.init_state, args.output_dir, sizes, [*overrides, *args.settings], args.force
-        )
-    )
+    paths = {"model_id": args.model_id, "checkpoint": args.init_state, "output": args.output_dir}
+    _anemll.tool("train", **paths, sizes=sizes, overrides=[*overrides, *args.settings], force=args.force)
 
 
 if __name__ == "__main__":

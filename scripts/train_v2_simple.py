@@ -4,14 +4,12 @@
     python scripts/train_v2_simple.py --v1-checkpoint runs/v1/best.pt --cache-dir caches/alpaca
     python scripts/train_v2_simple.py --v2-checkpoint runs/v2_output/best_state_dict.pt --cache-dir caches/alpaca
 
-Offline: --model-id tiny, and a cache by `wf cache --teacher tiny --out caches/tiny`.
+Offline: --model-id tiny, and a cache by `wf cache -m tiny --out caches/tiny`.
 """
 
 from pathlib import Path
 
 import _anemll
-
-from qat_lora import tools
 
 PRESETS = {"q2a4": (2, 32, 4, 8), "q4a4": (4, 4, 4, 4), "q4a4_r32": (4, 32, 4, 32), "q2a2": (2, 32, 2, 32)}
 
@@ -81,16 +79,9 @@ def main() -> None:
     if args.save_steps:
         overrides.append("training.save_total_limit=1000")
     checkpoint = args.v1_checkpoint or args.v2_checkpoint
-    _anemll.run(
-        lambda: tools.train(
-            args.model_id,
-            checkpoint,
-            args.output_dir,
-            args.config and PRESETS[args.config],
-            [*overrides, *args.settings],
-            args.force,
-        )
-    )
+    paths = {"model_id": args.model_id, "checkpoint": checkpoint, "output": args.output_dir}
+    sizes = PRESETS[args.config] if args.config else None
+    _anemll.tool("train", **paths, sizes=sizes, overrides=[*overrides, *args.settings], force=args.force)
 
 
 if __name__ == "__main__":

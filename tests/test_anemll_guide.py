@@ -4,13 +4,15 @@ import csv
 import json
 import operator
 import runpy
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import llama, tokenizer
+from tiny import llama, qwen, tokenizer
 from torch import Tensor
 from toyrun import toy_files
 from transformers import AutoModelForCausalLM
@@ -105,6 +107,13 @@ def test_a_setting_may_be_for_one_step(folder: Path) -> None:
     assert load.load(folder / "outputs" / "anemll_toy_a_v2")[0] is not None
 
 
+def test_a_setting_for_a_step_that_this_workflow_lacks_is_refused(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["anemll", "-m", "./toy", "--workflow", "a", "q4:training.max_steps=2"])
+    assert result.exit_code == 2
+    assert "no step q4; its steps: v1, v2" in result.output
+    assert not (folder / "outputs").exists()
+
+
 # --- scripts
 
 
@@ -140,8 +149,39 @@ def test_the_guide_from_end_to_end(folder: Path, monkeypatch: pytest.MonkeyPatch
     ok("train_v2_simple.py", "--v2-checkpoint", "q2/init.pt", "--output-dir", "runs/q2", *frozen, "--mlp-only")
     ok("convert_v1_to_v2.py", *toy, "--v1-checkpoint", "runs/v1", "--output", "runs/v2_init")
     assert "gradient of A" in ok("debug_layer_qat.py", *toy, "--layer", "1", "--test-grad")
+    assert "held-out KD loss" in ok("debug_layer_qat.py", *toy, "--layer", "1", "--test-train", "--cache", "cache")
     ok("plot_loss.py", "runs/v1", "--run_dir", "runs/v2", "--save", "loss.png")
     assert Path("loss.png").stat().st_size > 1000
+
+
+def test_training_goes_on_where_the_run_is_and_keeps_what_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The guide's way to continue: from a run's own file into that run's folder."""
+    common = ["--model-id", "./toy", "--cache-dir", "cache", *SMALL, *SHORT, "--output-dir", "runs/v2"]
+    assert script(monkeypatch, "train_v2_simple.py", "--from-scratch", *common) == 0, capsys.readouterr().err
+    before = Path("runs/v2/training_log.csv").read_bytes(), plain_codes(Path("runs/v2"))
+    again = ["--v2-checkpoint", "runs/v2/v2_q2a4_fp32_20250101_000000.pt", *common]
+    assert script(monkeypatch, "train_v2_simple.py", *again, "training.max_steps=many") == 2
+    assert Path("runs/v2/training_log.csv").read_bytes() == before[0]
+    for number in (1, 2):
+        assert script(monkeypatch, "train_v2_simple.py", *again) == 0, capsys.readouterr().err
+        assert len(plain_codes(Path(f"runs/v2/earlier_{number}"))) == 14
+    assert Path("runs/v2/earlier_1/training_log.csv").read_bytes() == before[0]
+    assert all(torch.equal(codes, before[1][fqn]) for fqn, codes in plain_codes(Path("runs/v2")).items())
+
+
+def test_a_run_may_start_from_a_file_in_its_own_folder_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Workflow C: `q2_init.pt` and its config.json lie where the run is going to be."""
+    anemll.write(Config(rank=4, attn_rank=2).prepare(llama()), tokenizer(), Path("run"), [])
+    start = ["--v2-checkpoint", f"run/{anemll.FILE}", "--output-dir", "run", "--model-id", "./toy", *SMALL, *SHORT]
+    assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "nocache") == 2
+    assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "cache") == 0, capsys.readouterr().err
+    assert load.model_folder(Path("run")) == Path("run/final")
+    assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "cache") == 2
+    assert "--force" in capsys.readouterr().err
 
 
 ONE_STEP = ["--model-id", "./toy", "--max-steps", "1", "--batch-size", "2", "--force", *SHORT]
@@ -226,7 +266,14 @@ def test_every_flag_arrives(
         ("snap_and_test_v2.py", ["--checkpoint", "text/00.txt", "--model-id", "./toy"], "not a state dict"),
         ("convert_v1_to_v2.py", ["--v1-checkpoint", "toy", "--output", "x.pt"], "no checkpoint of"),
         ("debug_layer_qat.py", ["--model-id", "./toy", "--layer", "99"], "layers 0 to 13"),
+        ("debug_layer_qat.py", ["--model-id", "./toy", "--scale-rank", "0"], "method.rank: "),
         ("train_v2_simple.py", ["--v1-checkpoint", "gone", "--cache-dir", "cache", "--model-id", "./toy"], "gone"),
+        ("test_inference.py", ["toy", "--temperature", "-1"], "--temperature"),
+        ("snap_and_test_v2.py", ["--checkpoint", "gone.pt", "--output", "text/00.txt"], "--force"),
+        ("snap_and_test_v2.py", ["--checkpoint", "gone.pt", "--output", "text/00.txt/x.pt"], "no folder to write to"),
+        ("snap_and_test_v2.py", ["--checkpoint", "gone.pt", "--device", "mps"], "this machine has none"),
+        ("convert_q4_to_q2.py", ["--q4-checkpoint", "gone.pt", "--output", "toy"], "--force"),
+        ("plot_loss.py", ["gone"], "no such file"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -236,6 +283,41 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert said in error
+
+
+def test_scripts_show_their_flags_at_once_and_nothing_of_the_libraries(folder: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+    for path in sorted(SCRIPTS.glob("[!_]*.py")):
+        seen = f"import runpy, sys; sys.argv = ['x', '--help']; sys.path.insert(0, {str(SCRIPTS)!r})\ntry: "
+        seen += f"runpy.run_path({str(path)!r}, run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"
+        assert run("-c", seen).stdout.endswith("False\n"), path.name
+    done = run(str(SCRIPTS / "debug_layer_qat.py"), "--model-id", "./toy", "--layer", "1")
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr  # a progress bar
+
+
+def shell(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["env", *(f"{key}={value}" for key, value in variables.items()), "bash", str(SCRIPTS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_file_is_kept_with_all_that_it_needs(folder: Path) -> None:
+    for name in ("m.pt", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        Path(name).write_text("x")
+    assert shell("save_to_drive.sh", "m.pt", "kept", DEST="drive").returncode == 0
+    with tarfile.open("drive/kept.tgz") as archive:
+        assert len(archive.getnames()) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["gone"], "nothing there"), (["../gone"], "usage"), (["--help"], "usage")]
+)
+def test_a_cache_that_is_not_there_is_one_line(folder: Path, arguments: list[str], said: str) -> None:
+    done = shell("pull_cache.sh", *arguments, SOURCE=f"file://{folder}/drive")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert said in done.stderr
 
 
 # --- files of others
@@ -296,7 +378,20 @@ def damaged(written: dict[str, Tensor], how: str) -> Any:
         return written | {f"{name}.scale_A": torch.ones(96, 3), f"{name}.scale_B": torch.ones(3, 64)}
     if how == "shapes":
         return written | {f"{name}.scale_A": torch.ones(95, 4)}
+    if how in PARTS:
+        part, tensor = PARTS[how]
+        return written | {f"{name}.{part}": tensor}
     return [1, 2, 3]
+
+
+PARTS = {
+    "one dimension": ("scale_B", torch.ones(64)),
+    "no dimension": ("scale_A", torch.ones(())),
+    "magnitudes": ("rank_magnitude", torch.ones(7)),
+    "not finite": ("scale_A", torch.full((96, 4), torch.nan)),
+    "out of the table": ("_indices", torch.full((96, 64), 9)),
+    "an adapter": ("lora_A", torch.ones(8, 64)),
+}
 
 
 @pytest.mark.parametrize(
@@ -308,6 +403,12 @@ def damaged(written: dict[str, Tensor], how: str) -> Any:
         ("another rank", "different bits or ranks"),
         ("shapes", "do not fit one another"),
         ("a list", "no tensors by name"),
+        ("one dimension", "do not fit one another"),
+        ("no dimension", "do not fit one another"),
+        ("magnitudes", "do not fit one another"),
+        ("not finite", "infinite"),
+        ("out of the table", "out of the table"),
+        ("an adapter", "merge it"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(folder: Path, how: str, said: str) -> None:
@@ -316,10 +417,70 @@ def test_files_that_do_not_fit_are_refused(folder: Path, how: str, said: str) ->
         files.open_checkpoint(folder / "theirs.pt", "./toy")
 
 
+def test_a_layer_that_was_left_as_it_was_stays_so(folder: Path) -> None:
+    """The original V1 trainer leaves attention alone unless it is told not to."""
+    model = Config(rank=4, exclude_names=["lm_head", "self_attn"]).prepare(llama())
+    qat_lora.snap_model_for_ane_v2(model)
+    torch.save(model.state_dict(), folder / "theirs.pt")
+    opened = files.open_checkpoint(folder / "theirs.pt", "./toy")
+    assert quant_layers(opened.model).keys() == quant_layers(model).keys()
+    files.save(opened, folder / "ours")
+    assert len(quant_layers(load.load(folder / "ours")[0])) == 6
+
+
+def test_biases_are_read(folder: Path) -> None:
+    model, other = (Config(rank=4, attn_rank=2).prepare(qwen()) for _ in range(2))
+    model.model.layers[0].self_attn.q_proj.bias.data += 1
+    anemll.write_state(model, folder / "m.pt")
+    qat_lora.load_v2_checkpoint(other, folder / "m.pt")
+    assert torch.equal(*(m.model.layers[0].self_attn.q_proj.bias for m in (model, other)))
+
+
+def original(weight: Tensor, size: int, rank: int, view: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A layer as the original tools initialize it, and the weight that they compute with, by their formulas."""
+    lut = torch.linspace(-1, 1, size, dtype=torch.float16).float()
+    maxima = weight.unflatten(1, (-1, 32)).abs().amax(-1).repeat_interleave(32, 1)
+    u, s, v = torch.linalg.svd(maxima, full_matrices=False)
+    if view == "v1":
+        a, b = u[:, :rank] * s[:rank], v[:rank]
+        scales = (a @ b).clamp_min(1e-8)
+        index = (((weight / scales).clamp(-1, 1) + 1) * (size - 1) / 2).round().long()
+        return {"weight": weight, "lut": lut, "scale_A": a, "scale_B": b}, lut[index] * scales
+    g = torch.maximum(s[:rank], (0.01 * s[0]).clamp_min(0.01)).half().float()
+    scales = (u[:, :rank] * (g + 1e-6)) @ v[:rank]
+    index = (weight / scales).clamp(-1, 1).unsqueeze(-1).sub(lut).abs().argmin(-1)
+    tensors = {"weight": weight, "lut": lut, "scale_A": 2 * u[:, :rank], "scale_B": 5 * v[:rank], "rank_magnitude": g}
+    return tensors | {"_Q": lut[index], "_indices": index}, lut[index] * scales
+
+
+@pytest.mark.parametrize(
+    ("view", "left_out"), [("v1", ()), ("v2", ()), ("v2", ("_indices",)), ("v2", ("_indices", "_Q"))]
+)
+def test_a_file_is_worth_what_the_original_formulas_say(folder: Path, view: str, left_out: tuple[str, ...]) -> None:
+    written, expected = {}, {}
+    for name, tensor in llama().state_dict().items():
+        fqn = name.rpartition(".")[0]
+        if not fqn.endswith("_proj"):
+            written[name] = tensor
+            continue
+        tensors, expected[fqn] = original(tensor, *((4, 2) if "mlp" in fqn else (16, 1)), view)
+        written |= {f"{fqn}.{part}": t for part, t in tensors.items() if part not in left_out}
+    torch.save(written, folder / "theirs.pt")
+    opened = files.open_checkpoint(folder / "theirs.pt", "./toy")
+    assert isinstance(opened.config.method, Config)
+    assert opened.config.method.view == view
+    for fqn, layer in quant_layers(opened.model).items():
+        assert (layer.decode(layer.encode()) - expected[fqn]).norm() < 1e-3 * expected[fqn].norm()
+
+
 def test_a_file_that_would_run_code_is_refused(folder: Path) -> None:
     torch.save({"scale_A": torch.nn.Linear(2, 2)}, folder / "theirs.pt")
-    with pytest.raises(UserError, match="read safely"):
+    with pytest.raises(UserError, match="read safely") as refused:
         files.open_checkpoint(folder / "theirs.pt", "./toy")
+    assert "weights_only" not in str(refused.value)  # torch's advice is how to run it
+    (folder / "empty.pt").touch()
+    with pytest.raises(UserError, match="read safely"):
+        files.open_checkpoint(folder / "empty.pt", "./toy")
 
 
 def test_nothing_is_overwritten_unasked(folder: Path) -> None:
@@ -342,6 +503,9 @@ def test_the_guides_functions(folder: Path) -> None:
     assert after < before
     ids = torch.arange(12).unsqueeze(0)
     logits = model.eval()(ids).logits
+    assert torch.allclose(load.load("run")[0](ids).logits, logits, atol=1e-5)
+    with pytest.raises(UserError, match="already holds a run"):
+        qat_lora.train_e2e(model, words, "cache", "run", max_steps=1)
     for switch in (qat_lora.set_factored_inference_v2, qat_lora.set_batched_forward_v2):
         assert switch(model, True) == 14
         assert torch.allclose(model(ids).logits, logits, atol=1e-3)

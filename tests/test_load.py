@@ -114,6 +114,10 @@ def test_export_command_packs_a_run_and_refuses_twice(tmp_path: Path, trained: t
         export_command.run(tmp_path, "hf", None, False)
     with pytest.raises(UserError, match="available: hf"):
         export_command.run(tmp_path, "hff", None, False)
+    with pytest.raises(UserError, match="--gguf-type: has no effect with --format hf, it is for --format gguf"):
+        export_command.run(tmp_path, "hf", tmp_path / "x", False, gguf_type="tq1_0", factored_rank=None)
+    with pytest.raises(UserError, match="--factored-rank"):
+        export_command.run(tmp_path, "gguf", None, False, factored_rank=8)
     assert export_command.default_out(tmp_path / "final", "hf") == tmp_path / "final-packed"
 
 

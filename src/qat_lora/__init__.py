@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qat_lora.files import layers_in, put, read_state
 from wrinklefree import config as configs
 from wrinklefree import distributed, session
+from wrinklefree.core.errors import UserError
 from wrinklefree.core.lowrank import Factors
 from wrinklefree.core.method import quant_layers
 from wrinklefree.core.ste import round_fp16 as ste_fp16
@@ -71,13 +72,16 @@ def _reconfigured(model: nn.Module, **settings: object) -> int:
 def freeze_Q_all(model: nn.Module) -> int:  # noqa: N802  # the guide's name
     """Freeze the codes of layers that are not frozen yet (V1), which changes no weight; the number of layers."""
     layers = _layers(model)
-    for layer in list(layers.values())[:1]:
-        replace(_whole(layers, layer.config), view="v2", train="scales").prepare(model)
+    if layers:
+        replace(_method(layers), view="v2", train="scales").prepare(model)
     return len(layers)
 
 
-def _whole(layers: dict[str, LutLinear], config: Config) -> Config:
-    """One config for layers of two kinds."""
+def _method(layers: dict[str, LutLinear]) -> Config:
+    """One config for layers of two kinds. Raises UserError where there are none."""
+    if not layers:
+        raise UserError("this model has no lookup tables: call replace_linear_with_anemll_v2 first")
+    config = next(iter(layers.values())).config
     kinds = {config.is_attention(fqn): layer for fqn, layer in layers.items()}
     sizes = {"bits": kinds[False].config.bits, "rank": len(kinds[False].scale_B)} if False in kinds else {}
     if True in kinds:
@@ -145,6 +149,8 @@ def train_e2e(
     values |= {"training.batch_size": batch_size, "distillation.temperature": temperature}
     values |= {"distillation.hard_top1": hard_top1, "distillation.hard_full": hard_full}
     config = _config(model, cache_dir, *(f"{k}={v}" for k, v in values.items()), f"output_dir={output_dir}")
+    config.method = _method(_layers(model))  # what the checkpoints say of themselves
+    session.claim(config, force=False)
     world = distributed.start()
     session.choose_length(config, model)
     plan = session.make_plan(config, model, world)

@@ -2,9 +2,14 @@
 
 Of a quantized layer such a file holds `scale_A` [out, r], `scale_B` [r, in], `lut` [2**bits], and frozen codes
 (`_indices`, `_Q`, or table entries for a `weight`) with magnitudes (`rank_magnitude`), or a latent `weight`. Bits and
-ranks follow from the shapes. It is unpickled with `weights_only`: it cannot run code.
+ranks follow from the shapes, and so does which layers are left as they were. It is unpickled with `weights_only`: it
+cannot run code.
+
+The original V1 computes with max(A B, 1e-8), so a weight whose scale is negative is zero there; here it is what W / S
+says, as in its own conversion to V2.
 """
 
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -21,12 +26,14 @@ from wrinklefree import config as configs
 from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.lowrank import Factors, nearest
+from wrinklefree.core.lowrank import Factors, guarded, nearest
 from wrinklefree.core.method import quant_layers
 from wrinklefree.export.anemll import write_state
 from wrinklefree.methods.anemll import Config, LutLinear
 
 State = dict[str, Tensor]
+
+SOURCES = ("_indices", "_Q", "weight")  # of a layer's codes; the first that is there counts
 
 
 class Opened(NamedTuple):
@@ -65,10 +72,18 @@ def standing_for(path: Path) -> Path:
     return run / "checkpoints" / f"step_{step[1]}" if step else run
 
 
-def save(opened: Opened, target: Path, force: bool = False) -> None:
-    """A `.pt` file for ANEMLL's converters, or a checkpoint folder. Raises UserError for one that is there already."""
+def check_free(target: Path, force: bool) -> None:
+    """Raises UserError where `target` is there already, or nothing can be written there."""
     if target.exists() and not force:
         raise UserError(f"{target}: exists already; choose another, or give --force to replace it")
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
+        raise UserError(f"{target}: {parent} is no folder to write to; choose another")
+
+
+def save(opened: Opened, target: Path, force: bool = False) -> None:
+    """A `.pt` file for ANEMLL's converters, or a checkpoint folder. Raises UserError like `check_free`."""
+    check_free(target, force)
     if target.suffix == ".pt":
         write_state(opened.model, target)
         opened.tokenizer.save_pretrained(target.parent)
@@ -89,6 +104,8 @@ def open_state(file: Path, base: str) -> Opened:
     config = configs.load([f"model={base}", f"training=anemll_{'v2' if method['view'] == 'v2' else 'q2a4'}", *names])
     model, tokenizer = load.load_pretrained(config.model)
     assert config.method is not None
+    plain = surgery.linears(model, config.method.exclude_names)
+    config.method.exclude_names += [fqn for fqn, _ in plain if fqn not in found and f"{fqn}.weight" in state]
     model = cast(PreTrainedModel, config.method.prepare(model, initialize=False))
     put(model, state, found, file)
     return Opened(model.eval(), tokenizer, config)
@@ -98,22 +115,28 @@ def read_state(file: Path) -> State:
     """The tensors in a `.pt` file, also where they lie under `model_state_dict`. Raises UserError for anything else."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{file}: not a state dict that can be read safely: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        # torch's own words tell how to run the code in it
+        raise UserError(
+            f"{file}: not a state dict that can be read safely: it is damaged, or holds more than tensors by name; "
+            f"save it anew with torch.save(model.state_dict(), FILE)"
+        ) from error
     if isinstance(found, dict) and "model_state_dict" in found:
         found = found["model_state_dict"]
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values() if t is not None):
+    if not isinstance(found, dict) or not all(isinstance(t, (Tensor, type(None))) for t in found.values()):
         raise UserError(f"{file}: holds no tensors by name, so not a model's state dict")
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    return {str(name): tensor for name, tensor in found.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a file holds of one layer: table, factors with magnitudes, and codes or a latent weight."""
+    """What a file holds of one layer: table, factors with magnitudes, codes, and the latent weight that moves them."""
 
     factors: Factors
-    codes: Tensor | None  # uint8 [out, in]; None where they follow from the latent weight
-    weight: Tensor | None
+    codes: Tensor  # uint8 [out, in]
+    weight: Tensor | None  # None where codes are frozen
 
 
 def layers_in(state: State, file: Path) -> dict[str, Layer]:
@@ -126,28 +149,60 @@ def layers_in(state: State, file: Path) -> dict[str, Layer]:
 
 def _layer(state: State, fqn: str, file: Path) -> Layer:
     part = {n.rpartition(".")[2]: t for n, t in state.items() if n.rpartition(".")[0] == fqn}
-    missing = {"lut", "scale_A", "scale_B"} - part.keys()
-    if missing or not part.keys() & {"weight", "_Q", "_indices"}:
-        raise UserError(f"{file}: {fqn} lacks {', '.join(sorted(missing)) or 'weights and codes'}")
-    a, b = part["scale_A"].float(), part["scale_B"].float()
+    wrong = _missing(part) or _misfit(part)
+    if wrong:
+        raise UserError(f"{file}: {fqn}{wrong}")
     table, order = part["lut"].float().sort()
-    known = next(part[name] for name in ("_indices", "_Q", "weight") if name in part)
-    b = b[:, : known.shape[1]]  # v1 pads to whole groups
-    if a.shape != (known.shape[0], len(b)) or len(table) not in (4, 8, 16):
-        raise UserError(f"{file}: {fqn}: shapes of scale_A, scale_B, lut and weight do not fit one another")
+    width = next(part[name] for name in SOURCES if name in part).shape[1]
+    a, b = part["scale_A"].float(), part["scale_B"].float()[:, :width]  # v1 pads to whole groups
     if "rank_magnitude" in part:
-        baked = bool(part.get("_scales_baked_flag", torch.zeros(())).any())
-        if not baked:
-            a, b = a / a.norm(dim=0).clamp_min(1e-6), b / b.norm(dim=1, keepdim=True).clamp_min(1e-6)
-        a = a * part["rank_magnitude"].float()
+        a, b = _with_magnitudes(part, a, b)
     factors = Factors(table, a, b)
     if "_indices" in part:
         return Layer(factors, order.argsort()[part["_indices"].long()].to(torch.uint8), None)
-    entries = part.get("_Q", part.get("weight"))
-    assert entries is not None
-    if "_Q" in part or torch.isin(entries.float(), table).all():  # what this module writes has entries for weights
-        return Layer(factors, nearest(entries.float(), table), None)
-    return Layer(factors, None, entries.float())
+    entries = part["_Q" if "_Q" in part else "weight"].float()
+    if "_Q" in part or torch.isin(entries, table).all():  # what this module writes has entries for weights
+        return Layer(factors, nearest(entries, table), None)
+    if "rank_magnitude" in part:  # v2 before its codes are frozen
+        return Layer(factors, nearest(entries / guarded(a @ b), table), None)
+    return Layer(factors, _latent_codes(entries / guarded(a @ b), table), entries)
+
+
+def _latent_codes(ratios: Tensor, table: Tensor) -> Tensor:
+    """Nearest entries, of an evenly spaced table those before they were rounded to fp16: so does the original V1."""
+    even = torch.linspace(-1, 1, len(table))
+    return nearest(ratios, even if torch.allclose(table, even, atol=1e-3) else table)
+
+
+def _missing(part: State) -> str:
+    """What of a layer is not there, or not expected, for a message; empty where all is well."""
+    missing = {"lut", "scale_A", "scale_B"} - part.keys()
+    if missing or not part.keys() & set(SOURCES):
+        return f" lacks {', '.join(sorted(missing)) or 'weights and codes'}"
+    adapters = sorted(name for name in part if name.startswith("lora_"))
+    return f".{adapters[0]}: an adapter, which is not read: merge it into the weights first" if adapters else ""
+
+
+def _misfit(part: State) -> str:
+    """What of a layer cannot be, for a message; empty where all is well."""
+    a, b, rows = part["scale_A"], part["scale_B"], [part[name] for name in SOURCES if name in part]
+    fits = all(t.ndim == 2 for t in (a, b, *rows)) and part["lut"].shape in ((4,), (8,), (16,))
+    fits = fits and a.shape == (len(a), len(b)) and all(t.shape == (len(a), rows[0].shape[1]) for t in rows)
+    fits = fits and b.shape[1] >= rows[0].shape[1] and part.get("rank_magnitude", b[:, 0]).shape == (len(b),)
+    if not fits:
+        return ": shapes of scale_A, scale_B, lut and weight do not fit one another"
+    if not all(t.isfinite().all() for t in part.values()):
+        return ": holds infinite numbers, or none"
+    codes = part.get("_indices", torch.zeros(1))
+    return "" if codes.min() >= 0 and codes.max() < len(part["lut"]) else ": _indices point out of the table"
+
+
+def _with_magnitudes(part: State, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [out, r] with the magnitudes in it, and B [r, in]: directions, unless they have been baked."""
+    g = part["rank_magnitude"].float()
+    if bool(part.get("_scales_baked_flag", torch.zeros(())).any()):
+        return a * g, b
+    return a / a.norm(dim=0).clamp_min(1e-6) * (g + 1e-6), b / b.norm(dim=1, keepdim=True).clamp_min(1e-6)
 
 
 def detect(found: Mapping[str, Layer], file: Path) -> dict[str, Any]:
@@ -157,7 +212,7 @@ def detect(found: Mapping[str, Layer], file: Path) -> dict[str, Any]:
     for fqn, layer in found.items():
         shape = (len(layer.factors.table).bit_length() - 1, len(layer.factors.b))
         sizes[surgery.matches(fqn, config.attn_names)].add(shape)
-    settings: dict[str, Any] = {"view": "v2" if all(la.codes is not None for la in found.values()) else "v1"}
+    settings: dict[str, Any] = {"view": "v2" if all(la.weight is None for la in found.values()) else "v1"}
     for attention, prefix in ((False, ""), (True, "attn_")):
         if len(sizes[attention]) > 1:
             raise UserError(f"{file}: layers of one kind have different bits or ranks: {sorted(sizes[attention])}")
@@ -179,16 +234,15 @@ def put(model: nn.Module, state: State, found: Mapping[str, Layer], file: Path) 
     for fqn, layer in layers.items():
         assert isinstance(layer, LutLinear)
         source = found[fqn]
-        codes = source.codes
-        if (layer.out_features, layer.in_features) != (len(source.factors.a), source.factors.b.shape[1]):
+        if (layer.out_features, layer.in_features) != source.codes.shape:
             raise UserError(f"{file}: {fqn} has another shape than in the model")
-        if source.weight is not None:
-            layer.weight.copy_(source.weight)
-        elif codes is not None:
-            layer.weight.copy_(layer.decode(_codes(source.factors, codes, layer)))
-        layer.adopt(source.factors, torch.zeros_like(layer.weight, dtype=torch.uint8) if codes is None else codes)
+        stood_for = layer.decode(_codes(source, layer))
+        layer.weight.copy_(stood_for if source.weight is None else source.weight)
+        layer.adopt(source.factors, source.codes)
+        moved = layer.encode().index != source.codes  # by factors in fp16, between two entries of the table
+        layer.weight[moved] = stood_for[moved]
     own = model.state_dict()
-    plain = {name: t for name, t in state.items() if name in own and name.rpartition(".")[0] not in found}
+    plain = {n: t for n, t in state.items() if n in own and (n.rpartition(".")[0] not in found or n.endswith(".bias"))}
     for name, tensor in plain.items():
         if own[name].shape != tensor.shape:
             raise UserError(f"{file}: {name} is {list(tensor.shape)}, the model's is {list(own[name].shape)}")
@@ -196,6 +250,6 @@ def put(model: nn.Module, state: State, found: Mapping[str, Layer], file: Path) 
     return len(layers)
 
 
-def _codes(factors: Factors, index: Tensor, layer: LutLinear) -> Codes:
-    tensors = {"lut": factors.table, "a": factors.a, "b": factors.b}
-    return Codes(index, layer.config.bits, tensors, (layer.out_features, layer.in_features))
+def _codes(source: Layer, layer: LutLinear) -> Codes:
+    tensors = {"lut": source.factors.table, "a": source.factors.a, "b": source.factors.b}
+    return Codes(source.codes, layer.config.bits, tensors, (layer.out_features, layer.in_features))

@@ -1,5 +1,6 @@
 """What the scripts of the ANEMLL guide do: train, convert, snap, try out, look at one layer."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat_lora import files
+from qat_lora import evaluate_kd_loss, files, train_e2e
 from qat_lora.files import Opened
 from wrinklefree import config as configs
 from wrinklefree import generate, launch, session
 from wrinklefree.checkpoint import CONFIG
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
-from wrinklefree.load import model_folder
-from wrinklefree.locate import open_model
+from wrinklefree.load import load_pretrained, model_folder
 from wrinklefree.methods.anemll import Config, LutLinear, factored
 from wrinklefree.terminal import print_table
 
 PROMPTS = ("What is the capital of France?", "def fibonacci(n):", "What is 2+2?")
-
+DEBUG_STEPS = 20
 
 KEYS = ("bits", "rank", "attn_bits", "attn_rank")
 
@@ -33,12 +33,12 @@ def train(
 ) -> None:
     """Train as the overrides say from `checkpoint`, or from the pretrained model where it is None.
 
-    Without `sizes` bits and ranks are the checkpoint's. A `.pt` file is first made a checkpoint folder,
-    `output`-imported. Raises UserError for anything the user can mend.
+    Without `sizes` bits and ranks are the checkpoint's. A `.pt` file is first made a checkpoint folder, `imported` in
+    the output folder. Raises UserError for anything the user can mend.
     """
     start: list[str] = []
     if checkpoint is not None:
-        folder = starting_folder(checkpoint, model_id, output, force)
+        folder = starting_folder(checkpoint, model_id, output)
         start = [f"training.start_from=[{folder}]"]
         sizes = sizes or sizes_of(folder)
     chosen = [f"method.{key}={value}" for key, value in zip(KEYS, sizes or (), strict=False)]
@@ -53,11 +53,11 @@ def sizes_of(folder: Path) -> Sizes:
     return (method.bits, method.rank, method.attn_bits, method.attn_rank)
 
 
-def starting_folder(checkpoint: Path, model_id: str, output: Path, force: bool) -> Path:
+def starting_folder(checkpoint: Path, model_id: str, output: Path) -> Path:
     """The folder to start from. Raises UserError where there is none, or the file is not what it should be."""
     if checkpoint.is_file():
-        imported = output.with_name(f"{output.name}-imported")
-        files.save(files.open_state(checkpoint, model_id), imported, force)
+        imported = output / "imported"
+        files.save(files.open_state(checkpoint, model_id), imported, force=True)  # the same again, where it is there
         return imported
     folder = model_folder(files.standing_for(checkpoint))
     if not (folder / "config.json").is_file():
@@ -67,11 +67,12 @@ def starting_folder(checkpoint: Path, model_id: str, output: Path, force: bool) 
 
 def v1_to_v2(checkpoint: Path, output: Path, model_id: str, force: bool) -> None:
     """Freeze the codes of a V1 model; the largest difference of a logit is printed."""
+    files.check_free(output, force)
     opened = files.open_checkpoint(checkpoint, model_id)
     config = _method(opened)
     if config.view == "v2":
         raise UserError(f"{checkpoint}: is a V2 checkpoint already")
-    _convert(opened, replace(config, view="v2", train="scales"), output, force)
+    _convert(opened, replace(config, view="v2", train="scales"), output, model_id)
 
 
 def q4_to_q2(
@@ -85,10 +86,11 @@ def q4_to_q2(
     cache: Path | None,
 ) -> None:
     """Other bits and ranks for a trained model, the MLP first; with `cache`, KD losses on its held-out part."""
+    files.check_free(output, force)
     opened = files.open_checkpoint(checkpoint, model_id)
     sizes: dict[str, Any] = {"bits": bits[0], "attn_bits": bits[1], "rank": ranks[0], "attn_rank": ranks[1]}
     sizes["requantize"] = "kmeans" if kmeans else "refit"
-    _convert(opened, replace(_method(opened), **sizes), output, force, cache)
+    _convert(opened, replace(_method(opened), **sizes), output, model_id, cache)
 
 
 def _method(opened: Opened) -> Config:
@@ -97,7 +99,7 @@ def _method(opened: Opened) -> Config:
 
 
 @torch.no_grad()
-def _convert(opened: Opened, config: Config, output: Path, force: bool, cache: Path | None = None) -> None:
+def _convert(opened: Opened, config: Config, output: Path, model_id: str, cache: Path | None = None) -> None:
     ids = _some_ids(opened)
     losses = [_kd_loss(opened, cache)]
     before = opened.model(ids).logits
@@ -105,7 +107,7 @@ def _convert(opened: Opened, config: Config, output: Path, force: bool, cache: P
     opened.config.method = config
     config.prepare(opened.model)
     after = opened.model.eval()(ids).logits
-    files.save(opened, output, force)
+    files.save(opened, output, force=True)  # it was looked for before the work
     kl = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean().item()
     losses.append(_kd_loss(opened, cache))
     rows = [["bits per quantized weight", f"{size:.3f}", f"{_bits(opened):.3f}"]]
@@ -113,7 +115,8 @@ def _convert(opened: Opened, config: Config, output: Path, force: bool, cache: P
     rows += [["largest difference of a logit", "", f"{(after - before).abs().max().item():.2e}"]]
     rows += [["KL(before, after), random tokens", "", f"{kl:.2e}"]]
     print_table(["", "before", "after"], rows)
-    print(f"\nwrote {output}; next: python scripts/train_v2_simple.py --v2-checkpoint {output} --cache-dir CACHE")
+    print(f"\nwrote {output}; next:")
+    print(f"python scripts/train_v2_simple.py --model-id {model_id} --v2-checkpoint {output} --cache-dir CACHE")
 
 
 def _kd_loss(opened: Opened, cache: Path | None) -> str:
@@ -148,10 +151,12 @@ def snap(
     debug: bool,
 ) -> None:
     """Compare each layer rank by rank with its trained weight, write the snapped model, let it speak."""
+    if output is not None:
+        files.check_free(output, force)
+    place = _device(device)
     opened = files.open_checkpoint(checkpoint, model_id)
     _check_sizes(opened, sizes, checkpoint)
-    available = "cuda" if torch.cuda.is_available() else "cpu"
-    opened.model.to(available if device == "auto" else device)
+    opened.model.to(place)
     rows = []
     for fqn, layer in quant_layers(opened.model).items():
         assert isinstance(layer, LutLinear)
@@ -162,10 +167,20 @@ def snap(
     head = ["" if debug else "worst layer", "rank", f"error rank by rank in {'fp16' if fp16 else 'fp32'}"]
     print_table(head, [[fqn, rank, f"{error:.1e}"] for error, fqn, rank in shown])
     if output is not None:
-        files.save(opened, output, force)
+        files.save(opened, output, force=True)
         print(f"\nwrote {output}: table entries, A with its magnitudes, B, all in fp16; config.json beside it")
     said = generate.reply(opened.model, opened.tokenizer, PROMPTS[0], 48, temperature=0, thinking=False)
     print(f"\n> {PROMPTS[0]}\n{said}")
+
+
+def _device(name: str) -> str:
+    """The device of that name. Raises UserError where this machine has none."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there[name]:
+        raise UserError(f"--device {name}: this machine has none; leave it out")
+    return name
 
 
 def _check_sizes(opened: Opened, sizes: dict[str, int | None], path: Path) -> None:
@@ -193,6 +208,8 @@ def inference(
     thinking: bool,
 ) -> None:
     """Answer one prompt, lines from the terminal, or a few of our own."""
+    if temperature < 0 or repetition_penalty <= 0:
+        raise UserError("--temperature is 0 or more, --repetition-penalty more than 0 (1 is none)")
     opened = files.open_checkpoint(checkpoint, model_id)
     _check_sizes(opened, sizes, checkpoint)
     if version not in (None, _method(opened).view):
@@ -208,27 +225,54 @@ def inference(
 
 
 def debug_layer(
-    model_id: str, checkpoint: Path | None, bits: int, rank: int, group_size: int, number: int | None, grad: bool
+    model_id: str,
+    checkpoint: Path | None,
+    bits: int,
+    rank: int,
+    group_size: int,
+    number: int | None,
+    grad: bool,
+    cache: Path | None,
 ) -> None:
-    """List the quantized layers of a model with their errors, or look at one of them more closely."""
-    if checkpoint is not None:
-        model: Any = files.open_checkpoint(checkpoint, model_id).model
-    else:
-        sizes: dict[str, Any] = {
-            "bits": bits,
-            "attn_bits": bits,
-            "rank": rank,
-            "attn_rank": rank,
-            "group_size": group_size,
-        }
-        model = Config(**sizes).prepare(open_model(model_id)[0].float())
+    """List the quantized layers of a model with their errors, or look at one of them more closely.
+
+    With `cache`, train the scales of layer `number` alone, and say what became of the KD loss.
+    """
+    model, tokenizer = _fitted(model_id, checkpoint, bits, rank, group_size)
     layers = list(quant_layers(model).items())
     if number is not None and not 0 <= number < len(layers):
         raise UserError(f"--layer {number}: the model has layers 0 to {len(layers) - 1}")
     chosen = enumerate(layers) if number is None else [(number, layers[number])]
     rows = [[str(i), fqn, *_described(layer, grad)] for i, (fqn, layer) in chosen if isinstance(layer, LutLinear)]
-    head = ["", "layer", "bits", "rank", "error of the weight"] + ["gradient of A"] * grad
+    head = ["", "layer", "bits", "rank", "weight error"] + ["gradient of A"] * grad
     print_table(head, rows)
+    if cache is not None and number is not None:
+        _train_alone(model, tokenizer, layers[number], cache)
+
+
+def _fitted(model_id: str, checkpoint: Path | None, bits: int, rank: int, group_size: int) -> tuple[Any, Any]:
+    """A trained model, or the pretrained one fitted now, and its tokenizer."""
+    if checkpoint is not None:
+        opened = files.open_checkpoint(checkpoint, model_id)
+        return opened.model, opened.tokenizer
+    sizes = {"bits": bits, "attn_bits": bits, "rank": rank, "attn_rank": rank, "group_size": group_size}
+    settings = [f"method.{key}={value}" for key, value in sizes.items()]
+    config = configs.load([f"model={model_id}", "training=anemll_q2a4", *settings])
+    model, tokenizer = load_pretrained(config.model)
+    assert config.method is not None
+    return config.method.prepare(model), tokenizer
+
+
+def _train_alone(model: Any, tokenizer: Any, named: tuple[str, Any], cache: Path) -> None:
+    """Train the scales of one layer for a few steps, in a folder that is gone afterwards."""
+    fqn, layer = named
+    model.requires_grad_(False)
+    for factor in (layer.scale_A, layer.scale_B):
+        factor.requires_grad_(True)
+    before = evaluate_kd_loss(model, tokenizer, cache)
+    with tempfile.TemporaryDirectory() as folder:
+        after = train_e2e(model, tokenizer, cache, folder, max_steps=DEBUG_STEPS, lr=1e-4, batch_size=2)
+    print_table([fqn, "before", f"after {DEBUG_STEPS} steps"], [["held-out KD loss", f"{before:.6f}", f"{after:.6f}"]])
 
 
 def _described(layer: LutLinear, grad: bool) -> list[str]:

@@ -336,14 +336,16 @@ def generate(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or checkpoint folder.")],
     format: Annotated[
-        str, typer.Option("--format", help="hf (packed), dense, bitnet, gguf, compressed-tensors or coreml.")
+        str, typer.Option("--format", help="hf (packed), dense, bitnet, gguf, compressed-tensors, coreml or anemll.")
     ] = "hf",
     gguf_type: Annotated[
-        Literal["tq2_0", "tq1_0"], typer.Option(help="Of ternary layers in a GGUF file: 2.06 or 1.69 bits a weight.")
-    ] = "tq2_0",
+        Literal["tq2_0", "tq1_0"] | None,
+        typer.Option(help="GGUF: ternary layers at 2.06 (tq2_0, the default) or 1.69 bits a weight."),
+    ] = None,
     factored_rank: Annotated[
-        int, typer.Option(min=0, help="Core ML: layers with more scale products than this become fp16 weights.")
-    ] = 8,
+        int | None,
+        typer.Option(min=0, help="Core ML: layers with more scale products than this (default 8) become fp16 weights."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default RUN/packed.")] = None,
     force: Force = False,
 ) -> None:
@@ -354,7 +356,7 @@ def export(
       wf export outputs/fairy2_tiny_w2 --format hf --out tiny-w2
       wf export outputs/bitdistill_tiny_stage2_pretrain --format gguf
     """
-    call("export", run, format, out, force, gguf_type, factored_rank)
+    call("export", run, format, out, force, gguf_type=gguf_type, factored_rank=factored_rank)
 
 
 @app.command()

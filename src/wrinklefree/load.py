@@ -52,8 +52,11 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_cod
 
 
 def model_folder(path: Path) -> Path:
-    """`path`, or the model inside of it where it is a run folder: `final/`, else the newest checkpoint."""
-    if (path / "config.json").is_file():
+    """`path`, or the model inside of it where it is a run folder: `final/`, else the newest checkpoint.
+
+    A run folder may have a config.json of its own, which belongs to a `.pt` file.
+    """
+    if (path / "config.json").is_file() and (any(path.glob("*.safetensors")) or any(path.glob("*.bin"))):
         return path
     candidates = [path / "final", *reversed(checkpoint.step_folders(path / "checkpoints")), path / "packed"]
     return next((folder for folder in candidates if (folder / "config.json").is_file()), path)

@@ -83,6 +83,7 @@ def train(config: Config, force: bool) -> None:
 
     student = prepare(config, original, calibration(config, tokenizer), start)
     objective = choose_objective(config, student, teacher)
+    distributed.barrier(world)  # all have read what they start from
     if world.is_main and resume is None:
         session.clear(config)
     placement.place(reference)

@@ -1,5 +1,6 @@
 """What every training command sets up before `fit`: the run's folder, what `auto` means, the data, the evaluation."""
 
+import itertools
 import logging
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import checkpoint, schedule, storage
+from wrinklefree import checkpoint, schedule, stages, storage
 from wrinklefree.config import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import IGNORE, Batch, BatchStream, Example, heldout_batches, heldout_examples, training_stream
@@ -40,14 +41,15 @@ class Plan:
 def claim(config: Config, force: bool) -> Path | None:
     """The checkpoint to resume from, if any; nothing is written or removed before `clear`.
 
-    Raises UserError when the folder already holds a run and neither `training.resume_from` nor `force` is given.
+    Raises UserError when the folder already holds a run, neither `training.resume_from` nor `force` is given, and this
+    one does not start from it.
     """
     out = Path(config.output_dir)
     if config.training.resume_from is not None:
         found = checkpoint.find(config.training.resume_from, out, storage.fetch)
         log.info("resuming from %s", found)
         return found
-    if _outputs(out) and not force:
+    if _outputs(out) and not force and not _starts_within(config):
         raise UserError(
             f"{out} already holds a run: go on with training.resume_from=latest, choose another output_dir=..., "
             f"or start over with --force"
@@ -56,11 +58,27 @@ def claim(config: Config, force: bool) -> Path | None:
 
 
 def clear(config: Config) -> None:
-    """Make the run's folder, without what an earlier run left there: once nothing can be wrong with this one."""
+    """Make the run's folder, without what an earlier run left there: once nothing can be wrong with this one.
+
+    A run that this one starts from is kept, in `earlier_1/` and so on.
+    """
     out = Path(config.output_dir)
+    if _starts_within(config):
+        kept = next(path for n in itertools.count(1) if not (path := out / f"earlier_{n}").exists())
+        kept.mkdir()
+        for path in _outputs(out):
+            path.rename(kept / path.name)
+        log.info("%s: the run that this one starts from is now in %s", out, kept)
     for path in _outputs(out):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
+
+
+def _starts_within(config: Config) -> bool:
+    """Whether the model to start from belongs to the run that the output folder holds."""
+    start = stages.start(config)
+    held = [path.resolve() for path in _outputs(Path(config.output_dir))]
+    return start is not None and any(path in (start.resolve(), *start.resolve().parents) for path in held)
 
 
 def _outputs(out: Path) -> list[Path]:

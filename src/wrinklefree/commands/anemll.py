@@ -12,6 +12,7 @@ from typing import Literal
 
 from wrinklefree import launch, report
 from wrinklefree.config import Config
+from wrinklefree.core.errors import UserError
 from wrinklefree.export import anemll
 from wrinklefree.load import load
 from wrinklefree.terminal import print_table
@@ -30,6 +31,8 @@ def run(
     model: str, workflow: Workflow, cache: str | None, overrides: list[str], force: bool, processes: int | None
 ) -> None:
     """Run the steps of a workflow, then write what ANEMLL's converters read."""
+    names = [name for name, _ in STEPS[workflow]]
+    meant = {name: _meant_for(name, names, overrides) for name in names}
     finished: list[Config] = []
     for name, training in STEPS[workflow]:
         chosen = [f"model={model}", f"training={training}", f"training.stage={workflow}_{name}"]
@@ -37,7 +40,7 @@ def run(
             chosen.append(f"training.start_from=[{finished[-1].output_dir}]")
         if cache is not None:
             chosen += ["training.objective=cached_kd", f"distillation.cache={cache}"]
-        finished.append(launch.run_once([*chosen, *_meant_for(name, overrides)], force, processes))
+        finished.append(launch.run_once([*chosen, *meant[name]], force, processes))
     last = Path(finished[-1].output_dir)
     trained, tokenizer = load(last)
     table = anemll.write(trained, tokenizer, last / "anemll", [])
@@ -46,14 +49,15 @@ def run(
     print(f"next: wf generate {last}/packed --prompt 'def '    wf export {last} --format coreml")
 
 
-def _meant_for(step: str, overrides: list[str]) -> list[str]:
-    """Settings of one step: `v2:KEY=VALUE` is for v2 alone."""
-    names = {name for steps in STEPS.values() for name, _ in steps}
+def _meant_for(step: str, names: list[str], overrides: list[str]) -> list[str]:
+    """Settings of one step: `v2:KEY=VALUE` is for v2 alone. Raises UserError for a step that is none of `names`."""
     chosen = []
     for override in overrides:
         start, colon, rest = override.partition(":")
-        if not colon or start not in names:
+        if not colon or "=" in start:
             chosen.append(override)
+        elif start not in names:
+            raise UserError(f"{override}: this workflow has no step {start}; its steps: {', '.join(names)}")
         elif start == step:
             chosen.append(rest)
     return chosen

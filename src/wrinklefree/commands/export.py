@@ -26,12 +26,19 @@ FORMATS = {
 CERTIFY_TOKENS = 8192
 
 
-def run(
-    run: Path, format: str, out: Path | None, force: bool, gguf_type: str = "tq2_0", factored_rank: int = 8
-) -> None:
+# Settings of `write`, and the one format that each belongs to.
+SETTINGS = {"gguf_type": "gguf", "factored_rank": "coreml"}
+
+
+def run(run: Path, format: str, out: Path | None, force: bool, **settings: object) -> None:
     """Export the trained model of a run or checkpoint folder. Raises UserError where it cannot be, or not be proved."""
     if format not in FORMATS:
         raise UserError(f"--format {format}: unknown{did_you_mean(format, FORMATS)}; available: {', '.join(FORMATS)}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in given:
+        if SETTINGS[name] != format:
+            flag = f"--{name}".replace("_", "-")
+            raise UserError(f"{flag}: has no effect with --format {format}, it is for --format {SETTINGS[name]}")
     folder, target = load.model_folder(run), out or default_out(run, format)
     config = _config(folder)
     if target.exists() and not force:  # before the minutes that loading a large model takes
@@ -45,7 +52,7 @@ def run(
     else:
         write = importlib.import_module(FORMATS[format]).write
         with checkpoint.written_aside(target) as aside:
-            table = write(model, tokenizer, aside, batches, gguf_type=gguf_type, factored_rank=factored_rank)
+            table = write(model, tokenizer, aside, batches, **given)
             (aside / "README.md").write_text(f"{card(config)}\n{described(format, table)}", encoding="utf-8")
     print_table(["", str(target)], table)
     print(f"\nwrote {target}/; next: {NEXT[format].format(target=target)}")

@@ -34,7 +34,6 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
-    **_: object,
 ) -> list[list[str]]:
     """Write `folder/model_state_dict.pt` with its config.json and tokenizer, and read it back.
 

@@ -28,7 +28,6 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
-    **_: object,
 ) -> list[list[str]]:
     """Write the folder, read it back with transformers and compare. Raises UserError where BitNet cannot hold it."""
     layers = ternary_layers(model, "bitnet")

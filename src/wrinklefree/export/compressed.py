@@ -31,7 +31,6 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
-    **_: object,
 ) -> list[list[str]]:
     """Write the folder, read it back with transformers and compare. Raises UserError for what it cannot hold."""
     try:

@@ -51,7 +51,6 @@ def write(
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
     factored_rank: int = 8,
-    **_: object,
 ) -> list[list[str]]:
     """Write `folder/model.mlpackage`, read it back and compare; lines of a table.
 

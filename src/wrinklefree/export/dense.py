@@ -24,7 +24,6 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
-    **_: object,
 ) -> list[list[str]]:
     """Write the folder, read it back and compare. Raises UserError for a model that no plain class can hold."""
     refuse_norms(model, "dense")

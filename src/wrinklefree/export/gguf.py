@@ -61,7 +61,6 @@ def write(
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
     gguf_type: GgufType = "tq2_0",
-    **_: object,
 ) -> list[list[str]]:
     """Write `folder/model.gguf`, read it back, compare codes and scales; lines of a table.
 

@@ -1,0 +1,20 @@
+"""What pull_cache.sh and save_to_drive.sh do with a URL: `fetch URL` prints a local path, `push FILE URL` uploads."""
+
+import sys
+from pathlib import Path
+
+import _anemll
+
+from wrinklefree import cli, storage
+
+
+def main() -> None:
+    verb, *rest = sys.argv[1:]
+    if verb == "fetch":
+        _anemll.run(lambda: cli.reported(lambda: print(storage.fetch(rest[0]))))
+    else:
+        _anemll.run(lambda: cli.reported(lambda: storage.push(Path(rest[0]), rest[1])))
+
+
+if __name__ == "__main__":
+    main()
