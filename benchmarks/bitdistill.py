@@ -15,7 +15,6 @@ Finished runs are kept under --out and not repeated. Ratios come first in the JS
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -118,13 +117,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="training steps of part lm")
     parser.add_argument("--story", type=Path, help="a folder with a small pretrained model, for part story")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_bitdistill"), help="where runs are kept")
-    args = parser.parse_args()
-    stdout = sys.stdout
-    if args.json:
-        sys.stdout = sys.stderr  # progress and tables of the runs
-    figures = measure(args)
-    text = json.dumps(figures, indent=2) if args.json else "\n".join(f"{k}: {v}" for k, v in figures.items())
-    print(text, file=stdout)
+    quality.tell(parser.parse_args(), measure)
 
 
 def measure(args: argparse.Namespace) -> Figures:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -264,14 +264,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="training steps of part tiny")
     parser.add_argument("--story", type=Path, help="a folder with a small pretrained model, for part story")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="where runs are kept")
-    args = parser.parse_args()
+    tell(parser.parse_args(), measure)
+
+
+def tell(args: argparse.Namespace, measured: Callable[[argparse.Namespace], Figures]) -> None:
+    """Print the figures, with `--json` as one object and nothing else on standard output."""
     stdout = sys.stdout
     if args.json:
         sys.stdout = sys.stderr  # progress and tables of the runs
-    figures = measure(args)
-    print(
-        json.dumps(figures, indent=2) if args.json else "\n".join(f"{k}: {v}" for k, v in figures.items()), file=stdout
-    )
+    figures = measured(args)
+    text = json.dumps(figures, indent=2) if args.json else "\n".join(f"{k}: {v}" for k, v in figures.items())
+    print(text, file=stdout)
 
 
 def measure(args: argparse.Namespace) -> Figures:

@@ -82,7 +82,7 @@ THINKING = [f"trm {verb}" for verb in ("compressor", "pairs", "train", "inject",
 def test_every_help_has_an_example_that_starts_with_the_verb(verb: str) -> None:
     code, out, _ = wf(*verb.split(), "--help")
     assert code == 0
-    assert f"\n    wf {verb}" in out.partition("Example")[2]
+    assert f" wf {verb}" in out.partition("Example")[2]
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -1,0 +1,189 @@
+"""LLM-TRM on mod7_chains: what thinking in latents keeps of thinking in words, and what it saves.
+
+    python -m benchmarks.trm [--quick] [--json] [--parts chain,grpo,pca,quantized] [--seeds 0,1,2] [--out FOLDER]
+
+chain      a language model from nothing, its compressor, its thoughts, the network, the adapter; every way to think on
+           the same held-out problems, for each seed. Needs no download; minutes a seed.
+grpo       the same chain with an adapter that begins at random and is hardly trained, and then reinforced.
+pca        PCA from a tenth of the text against ten epochs of AdamW over all of it, held out, at several widths.
+quantized  the chain over the first seed's language model with ternary weights and with Fairy2i's at 2 bits.
+
+Ratios and accuracies come first in the JSON, means over the seeds; what each seed gave stands beside them. Finished
+stages are kept in FOLDER and not run again.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import quality
+from wrinklefree import config as configs
+from wrinklefree import launch, stages
+from wrinklefree.commands import pretrain
+from wrinklefree.thinking import compressor, measure
+from wrinklefree.thinking import stages as thinking
+
+Figures = dict[str, Any]
+
+STAGES = {
+    "trm_compressor": compressor.run,
+    "trm_pairs": thinking.make_pairs,
+    "trm_recursion": thinking.recursion,
+    "trm_injection": thinking.injection,
+    "trm_grpo": thinking.grpo,
+    "trm_eval": measure.run,
+}
+
+# Adapters that begin at random and are stopped early: what reinforcement is to improve.
+WEAK = ["method.injection.init=random", "training.max_steps=60", "training.lr=5e-3"]
+QUANTIZED = {"fairy2_w2": ["training=fairy2_w2"], "ternary": ["training=stage2_pretrain", "training.start_from=[]"]}
+QUANTIZED_STEPS = 600
+WIDTHS = [16, 32, 64]
+
+
+def chain(seed: int, out: Path, more: list[str], quick: bool) -> Figures:
+    """All stages with one seed, and what every way to think comes to."""
+    given = ["model=chains", f"output_root={out}", f"seed={seed}", *more]
+    short = ["training.max_steps=3", "training.eval_examples=20"] if quick else []
+    language_model(given, out, short[:1])
+    for stage in ("trm_compressor", "trm_pairs", "trm_recursion", "trm_injection", "trm_eval"):
+        run(stage, given, out / f"chains_{stage}", quick)
+    return results(out / "chains_trm_eval")
+
+
+def language_model(given: list[str], out: Path, more: list[str]) -> None:
+    if not stages.is_done(out / "pretrain_chains"):
+        pretrain.run([*given, *more], force=True)
+
+
+def run(stage: str, given: list[str], out: Path, quick: bool, more: list[str] | None = None) -> None:
+    """One stage, unless it is done."""
+    if (out / "results.json").exists() or (out / "manifest.json").exists():
+        return
+    short = {
+        "trm_compressor": ["method.moment_tokens=20000"],
+        "trm_pairs": ["method.pairs.num_problems=200", "method.pairs.num_heldout=40", "method.pairs.keep_wrong=true"],
+        "trm_eval": ["training.eval_examples=20", "method.pairs.num_heldout=40"],
+    }.get(stage, ["training.max_steps=3", "training.eval_examples=20"])
+    overrides = [f"training={stage}", *given, *(more or []), *(short if quick else [])]
+    STAGES[stage](configs.load(overrides), force=True)
+
+
+def results(folder: Path) -> Figures:
+    figures: Figures = json.loads((folder / "results.json").read_text())
+    return figures
+
+
+def chains(seeds: list[int], out: Path, quick: bool) -> Figures:
+    """Means over the seeds of the accuracies, and of the ratio of the median latencies."""
+    found = [chain(seed, out / f"seed_{seed}", [], quick) for seed in seeds]
+    ways = [figures["ways"] for figures in found]
+    names = {"accuracy_think": "words", "accuracy_nothink": "nothing", "accuracy_injected": "latent"}
+    names |= {"accuracy_shuffled": "shuffled", "accuracy_pause": "pause", "accuracy_oracle": "oracle"}
+    figures: Figures = {name: statistics.mean(w[way]["accuracy"] for w in ways) for name, way in names.items()}
+    figures["accuracy_readout"] = statistics.mean(f["readout"] for f in found)
+    figures["latent_speedup"] = statistics.mean(w["words"]["p50"] / w["latent"]["p50"] for w in ways)
+    kept = ("accuracy", "tokens", "p50", "p95", "p_value")
+    figures["by_seed"] = {
+        seed: {"readout": f["readout"], **{way: {k: v[k] for k in kept} for way, v in f["ways"].items()}}
+        for seed, f in zip(seeds, found, strict=True)
+    }
+    return figures
+
+
+def reinforced(seeds: list[int], out: Path, quick: bool) -> Figures:
+    """What GRPO adds to a weak adapter: accuracy on held-out pairs before and after, for each seed."""
+    gains = {}
+    for seed in seeds:
+        folder = out / f"seed_{seed}"
+        given = ["model=chains", f"output_root={folder}", f"seed={seed}"]
+        weak, strong = folder / "weak_injection", folder / "weak_grpo"
+        run("trm_injection", given, weak, quick, [*WEAK, f"output_dir={weak}"])
+        run("trm_grpo", given, strong, quick, [f"training.start_from=[{weak}]", f"output_dir={strong}"])
+        gains[seed] = [results(f)["eval_accuracy"] for f in (weak, strong)]
+    return {
+        "grpo_gain": statistics.mean(after - before for before, after in gains.values()),
+        "grpo_from_to": gains,
+    }
+
+
+def pca(out: Path, quick: bool) -> Figures:
+    """The worst ratio of the held-out errors over the widths, and of the tokens that the language model read."""
+    folder = out / "pca"
+    given = ["model=tiny", "data=stdlib", "training=trm_compressor", "training.batch_size=4"]
+    tokens = 20_000 if quick else 1_280_000
+    steps = tokens // (4 * 256)
+    ways = {
+        "pca": [f"method.moment_tokens={tokens // 100}"],
+        "adamw": ["method.init=orthogonal", f"training.max_steps={steps}", f"method.moment_tokens={tokens // 10}"],
+    }
+    errors: dict[str, dict[str, float]] = {}
+    for name, more in ways.items():
+        place = folder / f"{name}_{tokens}"
+        if not (place / "sweep.json").exists():
+            compressor.sweep(configs.load([*given, *more, f"output_dir={place}"]), WIDTHS, force=True)
+        errors[name] = mse_by_width(place)
+    ratios = {width: errors["pca"][width] / errors["adamw"][width] for width in errors["pca"]}
+    return {"pca_mse_ratio": max(ratios.values()), "pca_forward_ratio": 1 / 100, "pca_mse_ratios": ratios}
+
+
+def mse_by_width(folder: Path) -> dict[str, float]:
+    return {path.name: results(path)["mse"] for path in sorted(folder.glob("d*")) if path.is_dir()}
+
+
+def quantized(out: Path, quick: bool) -> Figures:
+    """The chain over quantized language models: thinking in words and in latents."""
+    figures: Figures = {}
+    root = out / "seed_0"
+    for name, overrides in QUANTIZED.items():
+        made = root / f"lm_{name}"
+        steps = 3 if quick else QUANTIZED_STEPS
+        if not stages.is_done(made):
+            settings = ["training.batch_size=4", "training.lr=1e-3", f"training.max_steps={steps}"]
+            where = [f"output_root={root}", f"output_dir={made}", "data=downstream", "task=mod7_chains"]
+            launch.run(["model=chains", *overrides, *settings, *where], force=True)
+        given = ["model=chains", f"model.pretrained={made}", f"experiment={name}", f"output_root={root}"]
+        for stage in ("trm_compressor", "trm_pairs", "trm_recursion", "trm_injection", "trm_eval"):
+            run(stage, given, root / f"{name}_{stage}", quick)
+        found = results(root / f"{name}_trm_eval")["ways"]
+        figures[f"quantized_{name}"] = {
+            way: found[way]["accuracy"] for way in ("words", "nothing", "latent", "shuffled")
+        }
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a minute's version: few steps, one seed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--parts", default="chain,grpo,pca,quantized", help="comma-separated; grpo and quantized need chain"
+    )
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_trm"), help="where stages are kept")
+    quality.tell(parser.parse_args(), parts)
+
+
+def parts(args: argparse.Namespace) -> Figures:
+    torch.set_num_threads(1)
+    chosen = args.parts.split(",")
+    seeds = [0] if args.quick else [int(seed) for seed in args.seeds.split(",")]
+    out = args.out / ("quick" if args.quick else "full")
+    figures: Figures = {}
+    if "chain" in chosen:
+        figures |= chains(seeds, out, args.quick)
+    if "grpo" in chosen:
+        figures |= reinforced(seeds, out, args.quick)
+    if "pca" in chosen:
+        figures |= pca(out, args.quick)
+    if "quantized" in chosen:
+        figures |= quantized(out, args.quick)
+    return figures
+
+
+if __name__ == "__main__":
+    main()
