@@ -18,6 +18,7 @@ from wrinklefree.core.method import available, find
 SRC = Path(wrinklefree.__file__).parent
 # A recipe of `wf trm` sets what only its own training has.
 RECIPES = {"recipe=chains_trm_compressor": "training=trm_compressor", "recipe=chains_trm_pairs": "training=trm_pairs"}
+RECIPES |= {"recipe=chains_trm_recursion": "training=trm_recursion"}
 REQUIRED = {"model=pretrained": ["model.name=x", "model.pretrained=x"]} | {name: [own] for name, own in RECIPES.items()}
 
 

@@ -414,11 +414,12 @@ def test_rotary_angles_turn_by_the_distance() -> None:
 
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8)
-    speeds = torch.tensor([1.0, 0.5, 0.25, 0.1])
+    speeds = torch.tensor([1.0, 0.5, 0.25, 0.1]).repeat(2)
+    signs = torch.tensor([-1.0, 1.0]).repeat_interleave(4)
 
     def product(first: int, second: int) -> Tensor:
         at = [torch.full((1, 1, 1), float(place)) * speeds for place in (first, second)]
-        return (rotate(q, at[0]) * rotate(k, at[1])).sum()
+        return (rotate(q, at[0].cos(), signs * at[0].sin()) * rotate(k, at[1].cos(), signs * at[1].sin())).sum()
 
     torch.testing.assert_close(product(3, 1), product(12, 10))
     assert abs(product(3, 1) - product(3, 2)) > 1e-4
@@ -439,6 +440,16 @@ def test_only_the_last_deep_recursion_has_a_gradient() -> None:
     mine, other = (dict(net.named_parameters()) for net in (two, one))
     for name in ("blocks.0.qkv.weight", "blocks.1.down.weight", "embed.weight"):
         torch.testing.assert_close(mine[name].grad, other[name].grad)
+
+
+def test_the_slot_alone_is_the_slot_among_all_places() -> None:
+    net = network(n_deep_recursions=2)
+    context = context_of(net)
+    whole, z = net.recurse(context, *net.begin(context))
+    alone, other = net.recurse(context, *net.begin(context), slot_only=True)
+    assert alone.shape[1] == 1
+    torch.testing.assert_close(alone[:, 0], whole[:, -1])
+    assert torch.equal(z, other)
 
 
 def test_n_latent_steps_are_taken() -> None:
@@ -846,6 +857,26 @@ def test_stages_name_what_has_to_come_first(toy: Path, tmp_path: Path) -> None:
         stages.make_pairs(resolved(toy, "trm_pairs", f"output_root={tmp_path}"), force=False)
     with pytest.raises(UserError, match="trm_grpo needs trm_injection"):
         stages.grpo(resolved(toy, "trm_grpo", f"output_root={tmp_path}"), force=False)
+
+
+@pytest.mark.slow
+def test_the_whole_chain_thinks_in_latents_what_it_thought_in_words(tmp_path: Path) -> None:
+    """From nothing, with the settings as they are shipped: `runs/trm_cpu.sh` without GRPO."""
+    from wrinklefree.commands import pretrain
+    from wrinklefree.thinking import compressor as phase1
+
+    given = ["model=chains", f"output_root={tmp_path}"]
+    pretrain.run(given)
+    phase1.run(configs.load([*given, "training=trm_compressor"]), False)
+    chain = {"pairs": stages.make_pairs, "recursion": stages.recursion, "injection": stages.injection}
+    for name, stage in {**chain, "eval": measure.run}.items():
+        stage(configs.load([*given, f"training=trm_{name}"]), False)
+    values = json.loads((tmp_path / "chains_trm_eval" / "results.json").read_text())
+    right = {name: way["accuracy"] for name, way in values["ways"].items()}
+    assert right["words"] > 0.95
+    assert max(right[name] for name in ("nothing", "pause", "shuffled")) < 0.4
+    assert values["readout"] > 0.9
+    assert right["latent"] > 0.8
 
 
 # Statistics.

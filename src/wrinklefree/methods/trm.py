@@ -32,8 +32,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import Batches, Method
 from wrinklefree.core.thinking import GRPOConfig, InjectionConfig, NetworkConfig, PairsConfig, Positive, Share
 
-THETA = 10_000.0  # base of the rotary angles
-EPS = 1e-5
+THETA, EPS = 10_000.0, 1e-5  # base of the rotary angles; of the norms
 SHAPE = ("hidden_size", "num_layers", "num_heads", "dropout", "n_latent_steps", "n_deep_recursions")
 
 
@@ -80,34 +79,35 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(width, 2 * inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
 
-    def forward(self, h: Tensor, angles: Tensor, seen: Tensor) -> Tensor:
-        """`angles` [B, P, H / heads / 2]; `seen` [B, 1, 1, P], False for padding."""
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, P, -1]
-        q, k = rotate(q, angles), rotate(k, angles)
-        mixed = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0)
+    def forward(self, h: Tensor, context: "Context", slot_only: bool = False) -> Tensor:
+        """The same for all places, or for the last one alone: [B, 1, H]."""
+        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, P, -1]
+        (q, k), v = rotate(qkv[:2], context.cos, context.sin), qkv[2]
+        if slot_only:
+            q, h = q[:, :, -1:], h[:, -1:]
+        mixed = F.scaled_dot_product_attention(q, k, v, context.seen, self.dropout if self.training else 0.0)
         h = rms(h + self.out(mixed.transpose(1, 2).flatten(2)))
         gate, up = self.gate_up(h).chunk(2, dim=-1)
         return rms(h + self.down(F.silu(gate) * up))
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotary positions for [B, heads, P, E] by angles [B, P, E / 2]."""
-    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions for [..., B, heads, P, E]; `cos`, `sin` [B, 1, P, E], the first half of the sines negative."""
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
 
 
 @dataclass
 class Context:
-    """A prompt as the network sees it: x [B, L + 1, H], zero in the slot; rotary angles; which places are there."""
+    """A prompt as the network sees it: x [B, L + 1, H], zero in the slot; rotary positions; `seen` [B, 1, 1, L + 1]."""
 
     x: Tensor
-    angles: Tensor
+    cos: Tensor
+    sin: Tensor
     seen: Tensor
 
     def take(self, rows: Tensor) -> "Context":
         """Samples `rows` [N], any of them any number of times."""
-        return Context(self.x[rows], self.angles[rows], self.seen[rows])
+        return Context(self.x[rows], self.cos[rows], self.sin[rows], self.seen[rows])
 
 
 class RecursiveNetwork(nn.Module):
@@ -138,20 +138,22 @@ class RecursiveNetwork(nn.Module):
         x = F.pad(self.embed(prompt) * mask[..., None], (0, 0, 0, 1))
         half = self.config.hidden_size // self.config.num_heads // 2
         speeds = THETA ** (-torch.arange(half, device=mask.device) / half)
-        return Context(x, (counted - 1)[..., None] * speeds, F.pad(mask, (0, 1), value=True)[:, None, None])
+        angles = ((counted - 1)[..., None] * speeds)[:, None]
+        cos, sin = angles.cos().repeat(1, 1, 1, 2), torch.cat([-angles.sin(), angles.sin()], -1)
+        return Context(x, cos, sin, F.pad(mask, (0, 1), value=True)[:, None, None])
 
-    def f(self, h: Tensor, context: Context) -> Tensor:
-        for block in self.blocks:
-            h = block(h, context.angles, context.seen)
+    def f(self, h: Tensor, context: Context, slot_only: bool = False) -> Tensor:
+        for place, block in enumerate(self.blocks, start=1):
+            h = block(h, context, slot_only and place == len(self.blocks))
         return h
 
-    def recurse(self, context: Context, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """One deep recursion: y and z [B, L + 1, H], improved T times."""
+    def recurse(self, context: Context, y: Tensor, z: Tensor, slot_only: bool = False) -> tuple[Tensor, Tensor]:
+        """One deep recursion: y and z [B, L + 1, H], improved T times; of the last y perhaps the slot alone."""
         for last in [False] * (self.config.n_deep_recursions - 1) + [True]:
             with torch.set_grad_enabled(last and torch.is_grad_enabled()):
                 for _ in range(self.config.n_latent_steps):
                     z = self.f(context.x + y + z, context)
-                y = self.f(y + z, context)
+                y = self.f(y + z, context, last and slot_only)
         return y, z
 
     def read(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +165,7 @@ class RecursiveNetwork(nn.Module):
         """Thought `number` [B] after thought `before` [B, D'], zero ahead of the first; mode trajectory."""
         place = self.slot(before) + self.number(number)
         y = F.pad(place[:, None], (0, 0, context.x.shape[1] - 1, 0))
-        return self.read(self.recurse(context, y, self.z0.expand_as(context.x))[0])
+        return self.read(self.recurse(context, y, self.z0.expand_as(context.x), slot_only=True)[0])
 
     def begin(self, context: Context) -> tuple[Tensor, Tensor]:
         """y and z ahead of the first round; mode final."""
@@ -243,8 +245,7 @@ class LatentThinker(PreTrainedModel):  # type: ignore[misc]
     def think(self, prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Thoughts [B, S, D'] of whitened prompts [B, L, D'], and which were made before each sample halted [B, S].
 
-        Every sample has one at least; S is the most that any made, `max_thoughts` at most. Where to halt is not
-        differentiable, and thoughts are where gradients are on and the network that thinks has any.
+        Every sample has one at least; S is the most that any made, `max_thoughts` at most.
         """
         network = self.network if self.average is None else self.average
         context = network.context(prompt, mask)

@@ -73,3 +73,14 @@ def fit_adapter(thinker: LatentThinker, speaker: Speaker, pairs: HiddenPairs) ->
     solution = torch.linalg.solve(gram + ridge, cross)
     thinker.adapter.weight.copy_(solution[:-1].T)
     thinker.adapter.bias.copy_(solution[-1])
+
+
+@torch.no_grad()
+def scale_adapter(thinker: LatentThinker, speaker: Speaker, pairs: HiddenPairs) -> None:
+    """Bring what a random adapter says to the size of the embeddings, which may be a hundredth of it."""
+    batch = {name: tensor.to(thinker.mean.device) for name, tensor in pairs.batch(range(min(256, len(pairs)))).items()}
+    there = batch["tokens"] >= 0
+    said = thinker.speak(thinker.whiten(batch["thoughts"]))[there]
+    factor = speaker.embed(batch["tokens"][there]).float().square().mean().sqrt() / said.square().mean().sqrt()
+    thinker.adapter.weight.mul_(factor)
+    thinker.adapter.bias.mul_(factor)

@@ -182,7 +182,7 @@ class Bench:
                 if number >= WARM_UP:
                     row.seconds.append(time.perf_counter() - started)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _answers(self, way: Way, asked: Sequence[Problem]) -> list[list[int]]:
         prefix = self.speaker.prefill([self.prompts[problem.id] for problem in asked])
         if way.middle is None:

@@ -78,7 +78,7 @@ class Speaker:
             middle = torch.cat([middle, self.embed(close).to(middle.dtype)], dim=1)
             made = F.pad(made, (0, 1), value=True)
         mask = torch.cat([prefix.mask, made], dim=1)
-        cache = copy.deepcopy(prefix.cache)
+        cache = twin(prefix.cache)
         if middle.shape[1]:
             logits = self._forward(cache, mask, inputs_embeds=middle, number=middle.shape[1])
         else:
@@ -138,6 +138,13 @@ def _choose(logits: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
+
+
+def twin(cache: Cache) -> Cache:
+    """A cache of the same keys and values, which grows by itself: growing makes new tensors and leaves these alone."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def rows_of(padded: Tensor, lengths: Tensor) -> list[Tensor]:

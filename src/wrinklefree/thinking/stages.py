@@ -34,7 +34,7 @@ from wrinklefree.plotting import plot_runs
 from wrinklefree.terminal import print_table
 from wrinklefree.thinking import loading, pairs
 from wrinklefree.thinking.grpo import GRPO
-from wrinklefree.thinking.injection import Injection, fit_adapter
+from wrinklefree.thinking.injection import Injection, fit_adapter, scale_adapter
 from wrinklefree.thinking.recursion import Recursion, prompt_of, read_out
 from wrinklefree.thinking.speech import Speaker, rows_of
 from wrinklefree.trainer import fit
@@ -190,8 +190,9 @@ def injection(config: Config, force: bool) -> Path:
     """Train the adapter; leaves a thinker whose thoughts the language model answers from."""
     setting = _open(config, force)
     speaker, given = Speaker(setting.model, setting.tokenizer), loading.method_of(config).injection
-    if given.init == "least_squares" and setting.resume is None:
-        fit_adapter(setting.thinker, speaker, setting.train)
+    if setting.resume is None:
+        begin = fit_adapter if given.init == "least_squares" else scale_adapter
+        begin(setting.thinker, speaker, setting.train)
     final = _train(setting, Injection(setting.thinker, speaker, given), _spoken(setting, speaker))
     return _tell(setting, final, _spoken(setting, speaker)(setting.thinker), {}, "grpo")
 
