@@ -4,7 +4,7 @@
 
 chain      a language model from nothing, its compressor, its thoughts, the network, the adapter; every way to think on
            the same held-out problems, for each seed. Needs no download; minutes a seed.
-grpo       the same chain with an adapter that begins at random and is hardly trained, and then reinforced.
+grpo       the same chain with an adapter that has seen a single pair, reinforced.
 pca        PCA from a tenth of a text, and from all of it, against ten epochs of AdamW over it, held out, at several
            widths.
 quantized  the chain over the first seed's language model with ternary weights and with Fairy2i's at 2 bits.
@@ -40,8 +40,8 @@ STAGES = {
     "trm_eval": measure.run,
 }
 
-# Adapters that begin at random and are stopped early: what reinforcement is to improve.
-WEAK = ["method.injection.init=random", "training.max_steps=120", "training.lr=5e-3"]
+# Adapters that have seen a single pair and were not trained: what reinforcement is to improve.
+WEAK = ["method.injection.fitted_pairs=1", "training.max_steps=0"]
 QUANTIZED = {"fairy2_w2": ["training=fairy2_w2"], "ternary": ["training=stage2_pretrain", "training.start_from=[]"]}
 QUANTIZED_STEPS = 600
 WIDTHS = [16, 32, 64]
@@ -170,6 +170,8 @@ def quantized(out: Path, quick: bool) -> Figures:
         steps = 3 if quick else QUANTIZED_STEPS
         if not stages.is_done(made):
             settings = ["training.batch_size=4", "training.lr=1e-3", f"training.max_steps={steps}"]
+            settings += ["training.max_seq_length=auto", "training.gradient_accumulation_steps=1"]
+            settings += ["training.pack=false"]
             where = [f"output_root={root}", f"output_dir={made}", "data=downstream", "task=mod7_chains"]
             launch.run(["model=chains", *overrides, *settings, *where], force=True)
         given = ["model=chains", f"model.pretrained={made}", f"experiment={name}", f"output_root={root}"]

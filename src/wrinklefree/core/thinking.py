@@ -59,6 +59,7 @@ class InjectionConfig(Node):
     """How the adapter learns to speak to the frozen language model (`wf trm inject`)."""
 
     init: Literal["least_squares", "random"] = "least_squares"
+    fitted_pairs: Positive = 1024  # for init least_squares
     kl_weight: Weight = 1.0  # to the model after its written thought; cross entropy has 1
 
 

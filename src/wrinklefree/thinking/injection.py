@@ -18,7 +18,6 @@ from wrinklefree.objectives import Batch, Metrics
 from wrinklefree.thinking.recursion import prompt_of
 from wrinklefree.thinking.speech import Speaker, rows_of
 
-FITTED_PAIRS = 1024  # for the adapter's start
 RIDGE = 1e-3  # of the mean square of the states
 
 
@@ -55,14 +54,15 @@ def soft_tokens(thinker: LatentThinker, batch: Batch) -> list[Tensor]:
 
 
 @torch.no_grad()
-def fit_adapter(thinker: LatentThinker, speaker: Speaker, pairs: HiddenPairs) -> None:
+def fit_adapter(thinker: LatentThinker, speaker: Speaker, pairs: HiddenPairs, count: int) -> None:
     """Set the adapter to the ridge regression from the states of true thoughts to the embeddings of what they led to.
 
     A state is what predicts a token, a soft token stands where that token would: so this is where the adapter begins.
+    It looks at the first `count` pairs.
     """
     width = thinker.config.width
     gram, cross = torch.zeros(width + 1, width + 1).double(), torch.zeros(width + 1, width).double()
-    for held in pairs.batches(256, FITTED_PAIRS):
+    for held in pairs.batches(256, count):
         batch = {name: tensor.to(thinker.mean.device) for name, tensor in held.items()}
         there = batch["tokens"] >= 0
         states = thinker.states(thinker.whiten(batch["thoughts"]))[there].double().cpu()

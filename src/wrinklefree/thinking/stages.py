@@ -190,9 +190,10 @@ def injection(config: Config, force: bool) -> Path:
     """Train the adapter; leaves a thinker whose thoughts the language model answers from."""
     setting = _open(config, force)
     speaker, given = Speaker(setting.model, setting.tokenizer), loading.method_of(config).injection
-    if setting.resume is None:
-        begin = fit_adapter if given.init == "least_squares" else scale_adapter
-        begin(setting.thinker, speaker, setting.train)
+    if setting.resume is None and given.init == "least_squares":
+        fit_adapter(setting.thinker, speaker, setting.train, given.fitted_pairs)
+    elif setting.resume is None:
+        scale_adapter(setting.thinker, speaker, setting.train)
     final = _train(setting, Injection(setting.thinker, speaker, given), _spoken(setting, speaker))
     return _tell(setting, final, _spoken(setting, speaker)(setting.thinker), {}, "grpo")
 
