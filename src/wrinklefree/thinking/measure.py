@@ -6,7 +6,7 @@
     shuffled    the soft tokens of another problem
     latent      the thinker's own, after phase 2
     grpo        the same after phase 3, where that has been run
-    oracle      the true hidden states of the written thought through compressor and adapter: the most to be reached
+    oracle      the true hidden states of the written thought through the compressor and the adapter of latent
 
 Latency is that of one problem at a time, from its tokens to the end of the answer. p is McNemar's, against nothing.
 """
