@@ -10,6 +10,15 @@ from wrinklefree.core.errors import UserError
 
 TEACHER = "stage0_sft"  # the one earlier stage that reads the task
 
+# Stages with a command of their own.
+VERBS = {
+    "trm_compressor": "trm compressor",
+    "trm_pairs": "trm pairs",
+    "trm_recursion": "trm train",
+    "trm_injection": "trm inject",
+    "trm_grpo": "trm grpo",
+}
+
 
 def folder(config: Config, stage: str) -> Path:
     """The run folder of an earlier stage of this experiment."""
@@ -32,14 +41,17 @@ def locate(config: Config, name: str) -> str:
     if not is_done(run):
         raise UserError(
             f"{config.training.stage} needs {name}, and {run}/final is not there: "
-            f"run `wf train {command(config, name)}`, or add auto_prereq=true"
+            f"run `{command(config, name)}`{'' if name in VERBS else ', or add auto_prereq=true'}"
         )
     return str(run / "final")
 
 
 def command(config: Config, stage: str) -> str:
-    """The settings that run a stage of this experiment."""
-    return " ".join(prerequisite(config, stage))
+    """What runs a stage of this experiment."""
+    settings = prerequisite(config, stage)
+    if stage in VERBS:
+        settings.remove(f"training={stage}")
+    return " ".join(["wf", VERBS.get(stage, "train"), *settings])
 
 
 def prerequisite(config: Config, stage: str) -> list[str]:
