@@ -639,6 +639,10 @@ def test_two_processes_give_the_losses_of_one(folder: Path, tmp_path: Path) -> N
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     program = [str(Path(__file__).parent / "processes.py"), str(tmp_path)]
     done = subprocess.run([*command, *program], capture_output=True, text=True, check=False)
+    if "Signal 6 (SIGABRT)" in done.stderr:  # seen once in some fifteen runs, inside of gloo: the same jobs once more
+        for name in kinds:
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+        done = subprocess.run([*command, *program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     run(resolved(tmp_path, *given, "training.batch_size=4", f"output_dir={tmp_path / 'one'}"))
     for name in kinds:
