@@ -6,6 +6,8 @@ import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import llama
 from torch import Tensor
+from toyrun import rows
 from transformers import LlamaForCausalLM
 
 from wrinklefree import checkpoint, load
 from wrinklefree import config as configs
+from wrinklefree import stages as prerequisites
 from wrinklefree.config import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.moments import Moments, tied_code
@@ -83,6 +87,10 @@ def compressor(folder: Path, model: LlamaForCausalLM) -> None:
 
 
 def resolved(folder: Path, training: str, *more: str) -> Config:
+    return configs.load(overrides(folder, training, *more))
+
+
+def overrides(folder: Path, training: str, *more: str) -> list[str]:
     network = {"hidden_size": 32, "num_heads": 2, "max_thoughts": 6}
     made = {
         "num_problems": 120,
@@ -105,7 +113,7 @@ def resolved(folder: Path, training: str, *more: str) -> Config:
     if training in ("trm_recursion", "trm_injection", "trm_grpo"):
         steps = {"max_steps": 4, "batch_size": 4, "log_interval": 1, "eval_interval": 2, "eval_examples": 10}
         given += [f"training.{key}={value}" for key, value in steps.items()]
-    return configs.load([*given, *more])
+    return [*given, *more]
 
 
 @pytest.fixture(scope="module")
@@ -813,6 +821,30 @@ def test_an_interrupted_stage_resumes_to_the_same_bits(trained: Path, tmp_path: 
     run(resolved(trained, f"trm_{stage}", *more, f"output_dir={again}", "training.resume_from=latest"), False)
     weights = [load_file(folder / "final" / "model.safetensors") for folder in (whole, again)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_two_processes_make_the_pairs_of_one_and_train_alike(toy: Path, tmp_path: Path) -> None:
+    """Each of two processes writes half of the thoughts, and sees half of every batch."""
+    for name in ("lm", "toy_trm_compressor"):
+        shutil.copytree(toy / name, tmp_path / name)
+    sizes = {"trm_pairs": (), "trm_recursion": ("training.batch_size=2",)}
+    for training, more in sizes.items():
+        words = [*overrides(tmp_path, training, *more)]
+        words.remove(f"training={training}")
+        verb = prerequisites.VERBS[training].split()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run(
+            [*command, "-m", "wrinklefree.cli", *verb, *words], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    made, expected = tmp_path / "toy_trm_pairs", toy / "toy_trm_pairs"
+    assert len(list(made.glob("thoughts-*.jsonl"))) == 2
+    for shard in sorted(expected.glob("*.safetensors")):
+        one, two = load_file(shard), load_file(made / shard.name)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    stages.recursion(resolved(tmp_path, "trm_recursion", f"output_dir={tmp_path / 'one'}"), False)
+    for mine, one in zip(rows(tmp_path / "toy_trm_recursion"), rows(tmp_path / "one"), strict=True):
+        assert float(mine["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=0.02)  # noise is each one's own
 
 
 def test_every_way_to_think_is_measured(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
