@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLM-TRM end to end on a CPU, offline: a small model learns to think in words, then a tiny network thinks for it.
 #
-#   bash runs/trm_cpu.sh                         about a quarter of an hour on two cores
+#   bash runs/trm_cpu.sh                         some 7 minutes on two cores
 #   OUT=/tmp/try bash runs/trm_cpu.sh training.max_steps=3 training.eval_examples=20 method.pairs.keep_wrong=true
 #                                                the same at toy size, a minute
 #

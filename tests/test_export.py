@@ -1,6 +1,8 @@
 """The packed folder: true sizes, a proof that can fail, a loader that needs no package, and nothing half-written."""
 
 import ast
+import copy
+import dataclasses
 import errno
 import json
 import os
@@ -23,6 +25,7 @@ from wrinklefree.core.method import QuantMethod, quant_layers
 from wrinklefree.export import bundle, certify, hf
 from wrinklefree.export.certify import CertificateError
 from wrinklefree.load import load
+from wrinklefree.packed.embedding import PackedEmbedding, TiedEmbedding
 
 torch.set_num_threads(1)
 
@@ -117,6 +120,37 @@ def test_certify_refuses_a_model_that_is_not_the_trained_one(name: str, message:
     damage(name, trained)
     with pytest.raises(CertificateError, match=message):
         certify.certify(trained, packed, batches())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("make", [llama, qwen], ids=["tied", "untied"])
+def test_embedding_and_head_are_packed_and_what_that_costs_is_said(make, bits: int, tmp_path: Path) -> None:
+    trained = toy().prepare(make())
+    before = copy.deepcopy(trained.state_dict())
+    plain = export(trained, tmp_path / "plain", dense_dtype="float32")
+    report = export(trained, tmp_path / "packed", dense_dtype="float32", head_bits=bits)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items())
+    assert report.certificate.max_logit_difference < 1e-5  # against the trained model, rounded likewise
+    assert report.head is not None
+    assert 0 < report.head.kl_mean < (1e-5 if bits == 8 else 5e-3)
+    assert (report.num_parameters, report.linear_bytes) == (plain.num_parameters, plain.linear_bytes)
+    assert report.file_bytes < plain.file_bytes
+    assert f"integers of {bits} bits" in (tmp_path / "packed" / "README.md").read_text()
+    packed, _ = load(tmp_path / "packed", dtype=torch.float32)
+    assert isinstance(packed.get_input_embeddings(), TiedEmbedding if make is llama else PackedEmbedding)
+    stored = {name.rpartition(".")[0] for name in packed.state_dict()}
+    assert ("model.embed_tokens" in stored) == (make is qwen)
+    assert torch.equal(copy.deepcopy(packed)(ids()).logits, packed(ids()).logits)
+    table = packed.lm_head.effective_weight(torch.float32) if make is llama else None
+    assert table is None or torch.equal(packed.get_input_embeddings()(ids()), table[ids()])
+    assert load(tmp_path / "packed", dtype=torch.bfloat16)[0](ids()).logits.dtype == torch.bfloat16
+
+
+def test_a_head_that_is_quantized_already_is_not_packed_again(tmp_path: Path) -> None:
+    method = dataclasses.replace(toy(), exclude_names=["embed_tokens"])
+    with pytest.raises(UserError, match="head_bits=8: the embedding or the head of"):
+        export(method.prepare(qwen()), tmp_path / "packed", head_bits=8)
+    assert not (tmp_path / "packed").exists()
 
 
 def test_certify_refuses_logits_that_differ_at_equal_rounding(tmp_path: Path) -> None:
@@ -225,13 +259,20 @@ def test_the_folder_loads_without_the_package_and_is_refused_without_its_loader(
     others = {method.name: method.prepare(qwen()) for method in shipped_methods()}
     for name, other in others.items():
         export(other, tmp_path / name, dense_dtype="float32")
+    others |= {"tied": toy().prepare(llama()), "untied": next(iter(shipped_methods())).prepare(qwen())}
+    for name in ("tied", "untied"):
+        export(others[name], tmp_path / name, dense_dtype="float32", head_bits=8)
     torch.save(ids(), tmp_path / "io.pt")
     arguments = [str(tmp_path / name) for name in ("packed", "again", "io.pt", *others)]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *arguments], env=environment, check=True, timeout=120)
     assert torch.equal(torch.load(tmp_path / "io.pt"), trained(ids()).logits)
     for name, other in others.items():
-        assert torch.equal(torch.load(tmp_path / name / "logits.pt"), other(ids()).logits)
+        found = torch.load(tmp_path / name / "logits.pt")
+        if name in ("tied", "untied"):
+            torch.testing.assert_close(found, other(ids()).logits, atol=0.02, rtol=0)
+        else:
+            assert torch.equal(found, other(ids()).logits)
 
 
 def test_remote_code_beside_the_package_keeps_the_package_registered(tmp_path: Path) -> None:
@@ -248,7 +289,7 @@ def test_remote_code_beside_the_package_keeps_the_package_registered(tmp_path: P
 @pytest.mark.parametrize("method", shipped_methods(), ids=lambda method: method.name)
 def test_every_method_fits_in_the_folders_loader(method: QuantMethod) -> None:
     """Its copies import each other, torch, transformers, typing_extensions and the standard library, nothing else."""
-    files = bundle.files(method, "LlamaForCausalLM")
+    files = bundle.files([method], "LlamaForCausalLM")
     known = set(sys.stdlib_module_names) | {"torch", "transformers", "typing_extensions"}
     for file, text in files.items():
         for node in ast.walk(ast.parse(text)):

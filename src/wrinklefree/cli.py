@@ -346,6 +346,10 @@ def export(
         int | None,
         typer.Option(min=0, help="Core ML: layers with more scale products than this (default 8) become fp16 weights."),
     ] = None,
+    head_bits: Annotated[
+        Literal["8", "4"] | None,
+        typer.Option(help="hf: embedding and head as integers; default the run's export.head_bits, or bf16."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default RUN/packed.")] = None,
     force: Force = False,
 ) -> None:
@@ -356,7 +360,8 @@ def export(
       wf export outputs/fairy2_tiny_w2 --format hf --out tiny-w2
       wf export outputs/bitdistill_tiny_stage2_pretrain --format gguf
     """
-    call("export", run, format, out, force, gguf_type=gguf_type, factored_rank=factored_rank)
+    bits = None if head_bits is None else int(head_bits)
+    call("export", run, format, out, force, gguf_type=gguf_type, factored_rank=factored_rank, head_bits=bits)
 
 
 @app.command()

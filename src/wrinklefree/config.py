@@ -212,6 +212,13 @@ class DistributedConfig(Node):
 
 
 @dataclass(kw_only=True)
+class ExportConfig(Node):
+    """The packed folder that ends a run."""
+
+    head_bits: Literal[8, 4] | None = None  # embedding and head as integers; null leaves them in bf16
+
+
+@dataclass(kw_only=True)
 class Config(Node):
     """One run, resolved."""
 
@@ -225,6 +232,7 @@ class Config(Node):
     training: TrainingConfig
     distillation: DistillationConfig
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     method: Any = None  # the typed config of the method; null trains in full precision
 
 
@@ -286,6 +294,7 @@ def compose(overrides: list[str], config_name: str = "config") -> dict[str, Any]
         "data": DataConfig,
         "distillation": DistillationConfig,
         "distributed": DistributedConfig,
+        "export": ExportConfig,
     }
     plain = {f.name: f.default for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING}
     store.store("schema", {**plain, **{name: defaults(cls) for name, cls in sections.items()}})

@@ -195,7 +195,16 @@ def pack(
     samples = [f"{p}{complete(student, tokenizer, p, 96, 0.7, seed=1)}" for p in prompts(heldout, tokenizer)]
     fenced = "\n\n".join(f"~~~text\n{sample}\n~~~" for sample in samples)
     text = f"{card(config)}\n{results.markdown()}\n## Samples at temperature 0.7\n\n{fenced}\n"
-    report = hf.export(student, tokenizer, config.method, out / "packed", card=text, force=True, batches=some)
+    report = hf.export(
+        student,
+        tokenizer,
+        config.method,
+        out / "packed",
+        card=text,
+        force=True,
+        batches=some,
+        head_bits=config.export.head_bits,
+    )
     packed, _ = load.load(out / "packed", dtype=torch.float32)
     results.original_bytes = 2 * original.num_parameters()
     results.original_linear_bytes = 2 * report.num_quantized

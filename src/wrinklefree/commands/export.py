@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 from wrinklefree import checkpoint, load
 from wrinklefree import config as configs
@@ -27,10 +28,10 @@ CERTIFY_TOKENS = 8192
 
 
 # Settings of `write`, and the one format that each belongs to.
-SETTINGS = {"gguf_type": "gguf", "factored_rank": "coreml"}
+SETTINGS = {"gguf_type": "gguf", "factored_rank": "coreml", "head_bits": "hf"}
 
 
-def run(run: Path, format: str, out: Path | None, force: bool, **settings: object) -> None:
+def run(run: Path, format: str, out: Path | None, force: bool, **settings: Any) -> None:
     """Export the trained model of a run or checkpoint folder. Raises UserError where it cannot be, or not be proved."""
     if format not in FORMATS:
         raise UserError(f"--format {format}: unknown{did_you_mean(format, FORMATS)}; available: {', '.join(FORMATS)}")
@@ -47,7 +48,16 @@ def run(run: Path, format: str, out: Path | None, force: bool, **settings: objec
     length = min(config.training.max_seq_length, model.config.max_position_embeddings)
     batches = heldout_batches(config.data, tokenizer, batch_size=1, length=length, max_tokens=CERTIFY_TOKENS)
     if format == "hf":
-        report = hf.export(model, tokenizer, config.method, target, card=card(config), force=force, batches=batches)
+        report = hf.export(
+            model,
+            tokenizer,
+            config.method,
+            target,
+            card=card(config),
+            force=force,
+            batches=batches,
+            head_bits=given.get("head_bits", config.export.head_bits),
+        )
         table = rows(report)
     else:
         write = importlib.import_module(FORMATS[format]).write
@@ -97,6 +107,7 @@ def _config(folder: Path) -> Config:
 def rows(report: hf.PackedReport) -> list[list[str]]:
     """The report as lines of a table."""
     proof = report.certificate
+    head = [] if report.head is None else [["KL(trained, packed), its head rounded", f"{report.head.kl_mean:.1e}"]]
     return [
         ["weights file", short_size(report.file_bytes)],
         ["quantized layers", short_size(report.linear_bytes)],
@@ -105,4 +116,5 @@ def rows(report: hf.PackedReport) -> list[list[str]]:
         ["layers with identical codes", f"{proof.layers} of {proof.layers}"],
         ["KL(trained, packed), nats", f"{proof.kl_mean:.1e}"],
         ["same most likely token", f"{proof.same_top1:.2%}"],
+        *head,
     ]

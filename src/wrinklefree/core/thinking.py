@@ -74,6 +74,6 @@ class GRPOConfig(Node):
     advantage: Literal["grpo", "dr_grpo"] = "grpo"
     clip: tuple[Weight, Weight] = (0.2, 0.28)
     kl_weight: Weight = 0.02  # k3, to the model that it began with
-    anchor_weight: Weight = 0.1  # of the cross entropy with the right answer
+    anchor_weight: Weight = 0.3  # of the cross entropy with the right answer
     format_reward: Share = 0.0  # for an answer that ends within its tokens
     updates: Positive = 1  # per group of answers

@@ -7,6 +7,7 @@ made here, with nothing changed but the imports: `core/codes.py` becomes `wf_cor
 import ast
 import importlib.util
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 
 from wrinklefree.core.method import QuantMethod
@@ -37,14 +38,16 @@ import transformers
 # transformers copies the files that it finds in lines like these.
 {imports}
 from .{quantizer} import WrinkleFreeQuantizer, registered
-from .{method} import Config
+{methods}
+
+METHODS = {{{names}}}
 
 
 class Quantizer(WrinkleFreeQuantizer):
-    """Knows the one method of this folder."""
+    """Knows the methods of this folder."""
 
     def method_class(self, name):
-        return Config
+        return METHODS[name]
 
 
 class {model}(transformers.{model}):
@@ -57,13 +60,20 @@ class {model}(transformers.{model}):
 '''
 
 
-def files(method: QuantMethod, model: str) -> dict[str, str]:
+def files(methods: Iterable[QuantMethod], model: str) -> dict[str, str]:
     """The loader's files, name to text, for a model class of transformers such as `LlamaForCausalLM`."""
-    method_module = type(method).__module__
-    modules = _closure([QUANTIZER, method_module])
+    found = {method.name: type(method).__module__ for method in methods}
+    modules = _closure([QUANTIZER, *found.values()])
     texts = {f"{_flat(m)}.py": f"# Copy of {m}\n{_relative(_source(m))}" for m in modules}
     imports = "\n".join(f"from .{_flat(m)} import __name__ as _{_flat(m)}" for m in [*modules, CHECKER])
-    entry = LOADER.format(imports=imports, quantizer=_flat(QUANTIZER), method=_flat(method_module), model=model)
+    classes = {name: f"{name.title().replace('_', '')}Config" for name in found}
+    entry = LOADER.format(
+        imports=imports,
+        quantizer=_flat(QUANTIZER),
+        methods="\n".join(f"from .{_flat(found[name])} import Config as {cls}" for name, cls in classes.items()),
+        names=", ".join(f'"{name}": {cls}' for name, cls in classes.items()),
+        model=model,
+    )
     return {f"{ENTRY}.py": entry, f"{_flat(CHECKER)}.py": CHECKER_STUB, **texts}
 
 
@@ -138,7 +148,7 @@ def _flat(module: str) -> str:
     return "wf_" + module.removeprefix(f"{PACKAGE}.").replace(".", "_")
 
 
-def write(folder: Path, method: QuantMethod, model: str) -> None:
+def write(folder: Path, methods: Iterable[QuantMethod], model: str) -> None:
     """Write the loader's files into `folder`."""
-    for name, text in files(method, model).items():
+    for name, text in files(methods, model).items():
         (folder / name).write_text(text, encoding="utf-8")

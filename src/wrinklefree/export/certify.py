@@ -82,7 +82,7 @@ def certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterable
 def _certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Certificate:
     if packed.dtype != torch.float32:
         raise ValueError(f"load the packed model with dtype=torch.float32 to certify it, not {packed.dtype}")
-    weight_difference = _compare_layers(quant_layers(trained), packed_layers(packed))
+    weight_difference = _compare_layers(quant_layers(trained), trained_layers(packed))
     sequences = list(_sequences(batches, trained.device))
     if not sequences:
         raise UserError("nothing to compare the packed model on: no text was given")
@@ -90,7 +90,7 @@ def _certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterabl
     figures = torch.cat([_figures(trained, packed, inputs) for inputs in sequences])
     mean, largest = figures.mean(0).tolist(), figures.amax(0).tolist()
     certificate = Certificate(
-        layers=len(packed_layers(packed)),
+        layers=len(trained_layers(packed)),
         tokens=len(figures),
         max_weight_difference=weight_difference,
         max_logit_difference=logit_difference,
@@ -100,6 +100,11 @@ def _certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterabl
     )
     _judge(certificate)
     return certificate
+
+
+def trained_layers(packed: PreTrainedModel) -> dict[str, PackedLinear]:
+    """The packed layers that were trained so; embedding and head are rounded when they are packed."""
+    return {fqn: layer for fqn, layer in packed_layers(packed).items() if layer.spec.method is None}
 
 
 def _logit_difference(trained: PreTrainedModel, packed: PreTrainedModel, inputs: dict[str, Tensor]) -> float:

@@ -20,9 +20,11 @@ from wrinklefree.checkpoint import written_aside
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
 from wrinklefree.export import bundle
+from wrinklefree.export.agreement import Agreement, compare
 from wrinklefree.export.certify import Certificate, CertificateError, certify
+from wrinklefree.export.head import Head, HeadBits, quantize, rounded
 from wrinklefree.packed.linear import PackedLinear, packed_layers
-from wrinklefree.packed.quantizer import PLAIN, WITH_NORMS, WrinkleFreeConfig
+from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WrinkleFreeConfig
 
 DenseDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -50,6 +52,7 @@ class PackedReport:
     file_bytes: int  # all safetensors files, headers included
     linear_bytes: int  # codes, scales and tables of the quantized layers
     certificate: Certificate
+    head: Agreement | None  # what rounding embedding and head costs, where they are packed
 
     @property
     def bits_per_quantized_weight(self) -> float:
@@ -86,31 +89,52 @@ def export(
     force: bool,
     batches: Iterable[Mapping[str, Tensor]],
     dense_dtype: DenseDtype = "bfloat16",
+    head_bits: HeadBits | None = None,
 ) -> PackedReport:
     """Write the trained `model` as a packed folder, certified on `batches` (input_ids [B, L], perhaps position_ids).
 
     `card` is the text of README.md; how to load it, the sizes and the certificate are added. Weights that are not
-    quantized are stored in `dense_dtype`. Raises UserError where `out` exists without `force`, the disk is full, or the
-    model cannot be packed; CertificateError where the packed model is not the trained one. Either way nothing is left.
+    quantized are stored in `dense_dtype`, embedding and head as integers of `head_bits` where these are given.
+    Raises UserError where `out` exists without `force`, the disk is full, or the model cannot be packed;
+    CertificateError where the packed model is not the trained one. Either way nothing is left.
     """
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; choose another folder or give --force to replace it")
     _check_architecture(model)
-    packed = pack_model(model, method, dense_dtype)
+    head = None if head_bits is None else quantize(model, head_bits)
+    packed = pack_model(model, method, dense_dtype, head)
+    batches = list(batches)
     with written_aside(out) as aside:
-        _write(packed, tokenizer, method, aside)
-        certificate = certify(model, _read_back(aside, model.device), batches)
-        report = _report(packed, aside, certificate)
+        _write(packed, tokenizer, [method] if head is None else [method, head.method], aside)
+        back = _read_back(aside, model.device)
+        with rounded(model, head):
+            certificate = certify(model, back, batches)
+        cost = None if head is None else compare(model, back, batches)
+        report = _report(packed, aside, certificate, head, cost)
         parts = [card, USAGE.format(name=out.name), f"## Size\n\n{report.markdown()}\n"]
         parts.append(f"## Certificate\n\n{certificate.markdown()}\n")
+        if cost is not None:
+            parts.append(described(head_bits, cost))
         (aside / "README.md").write_text("\n".join(parts), encoding="utf-8")
     return report
 
 
-def _write(packed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: QuantMethod, folder: Path) -> None:
+def described(bits: HeadBits | None, cost: Agreement) -> str:
+    """What packing embedding and head costs, as a section of the model card."""
+    lines = "\n".join(f"| {name} | {value} |" for name, value in cost.rows())
+    how = (
+        f"They are integers of {bits} bits, rounded after training. The certificate above is for the trained model "
+        "with the same rounding; against the trained model as it was:"
+    )
+    return f"## Embedding and head\n\n{how}\n\n| | value |\n|---|---|\n{lines}\n"
+
+
+def _write(
+    packed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, methods: list[QuantMethod], folder: Path
+) -> None:
     packed.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    bundle.write(folder, method, type(packed).__name__)
+    bundle.write(folder, methods, type(packed).__name__)
 
 
 def _read_back(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -123,15 +147,21 @@ def _read_back(folder: Path, device: torch.device) -> PreTrainedModel:
     return loaded
 
 
-def _report(packed: PreTrainedModel, folder: Path, certificate: Certificate) -> PackedReport:
-    layers = packed_layers(packed).values()
+def _report(
+    packed: PreTrainedModel, folder: Path, certificate: Certificate, head: Head | None, cost: Agreement | None
+) -> PackedReport:
+    apart = head.codes if head is not None else {}
+    found = packed_layers(packed)
+    layers = [layer for fqn, layer in found.items() if fqn not in apart]
     num_quantized = sum(layer.out_features * layer.in_features for layer in layers)
+    num_packed = sum(layer.out_features * layer.in_features for layer in found.values())
     return PackedReport(
-        num_parameters=num_quantized + sum(p.numel() for p in packed.parameters()),
+        num_parameters=num_packed + sum(p.numel() for p in packed.parameters()),
         num_quantized=num_quantized,
         file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         linear_bytes=sum(buffer.nbytes for layer in layers for buffer in layer.buffers()),
         certificate=certificate,
+        head=cost,
     )
 
 
@@ -142,7 +172,9 @@ def _check_architecture(model: PreTrainedModel) -> None:
         raise UserError(f"{name}: its code is not part of transformers, so a packed folder cannot refer to it")
 
 
-def pack_model(model: PreTrainedModel, method: QuantMethod, dense_dtype: DenseDtype = "bfloat16") -> PreTrainedModel:
+def pack_model(
+    model: PreTrainedModel, method: QuantMethod, dense_dtype: DenseDtype = "bfloat16", head: Head | None = None
+) -> PreTrainedModel:
     """A model of the same class with packed layers, to be saved, not run: its unsaved buffers stay on the meta device.
 
     Raises UserError for a model without quantized layers, or with weights that the class has no place for.
@@ -151,8 +183,10 @@ def pack_model(model: PreTrainedModel, method: QuantMethod, dense_dtype: DenseDt
     layers = {fqn: _pack_layer(fqn, layer, method, dtype) for fqn, layer in quant_layers(model).items()}
     if not layers:
         raise UserError(f"{type(model).__name__}: nothing in it is quantized, so there is nothing to pack")
-    packed = _skeleton(model, method, layers)
-    _, unexpected = packed.load_state_dict(_dense_state(model, dtype), strict=False, assign=True)
+    packed = _skeleton(model, method, layers, head)
+    elsewhere = () if head is None else (*head.codes, *head.tied)
+    dense = {n: t for n, t in _dense_state(model, dtype).items() if n.rpartition(".")[0] not in elsewhere}
+    _, unexpected = packed.load_state_dict(dense, strict=False, assign=True)
     if unexpected:
         raise UserError(f"{unexpected[0]}: the packed format has no place for it ({len(unexpected)} such weights)")
     packed.tie_weights()
@@ -170,19 +204,26 @@ def _pack_layer(fqn: str, layer: QuantLinear, method: QuantMethod, dtype: torch.
         raise UserError(f"{fqn}.{error}") from error
 
 
-def _skeleton(model: PreTrainedModel, method: QuantMethod, layers: Mapping[str, PackedLinear]) -> PreTrainedModel:
-    """A model without weights but `layers`, whose config says how to load it."""
+def _skeleton(
+    model: PreTrainedModel, method: QuantMethod, layers: Mapping[str, PackedLinear], head: Head | None
+) -> PreTrainedModel:
+    """A model without weights but `layers` and the packed head, whose config says how to load it."""
     config = copy.deepcopy(model.config)
-    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head" not in layers
+    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head" not in layers and head is None
     config.auto_map = {"AutoModelForCausalLM": f"{bundle.ENTRY}.{type(model).__name__}"}
     with torch.device("meta"):
         packed = type(model)(config)
-    specs = {fqn: _spec(layer) for fqn, layer in layers.items()}
-    version = WITH_NORMS if any("norm_eps" in spec for spec in specs.values()) else PLAIN
-    packed.config.quantization_config = WrinkleFreeConfig(dataclasses.asdict(method), specs, version)
-    packed.generation_config = copy.deepcopy(model.generation_config)
     for fqn, layer in layers.items():
         packed.set_submodule(fqn, layer)
+    if head is not None:
+        head.put_into(packed)
+    specs = {fqn: _spec(layer) for fqn, layer in packed_layers(packed).items()}
+    version = WITH_NORMS if any("norm_eps" in spec for spec in specs.values()) else PLAIN
+    settings = WrinkleFreeConfig(dataclasses.asdict(method), specs, version if head is None else WITH_HEAD)
+    if head is not None:
+        settings.tied = head.tied
+    packed.config.quantization_config = settings
+    packed.generation_config = copy.deepcopy(model.generation_config)
     return packed
 
 

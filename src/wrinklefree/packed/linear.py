@@ -35,6 +35,7 @@ class LayerSpec:
     tensors: dict[str, list[int]]  # shape of each scale or table
     bias: bool
     norm_eps: float | None = None  # of the norm of its inputs, where it has one
+    method: dict[str, Any] | None = None  # its own method's settings, where that is not the model's
 
     @classmethod
     def of(cls, codes: Codes, bias: bool, norm_eps: float | None = None) -> "LayerSpec":

@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wrinklefree.core.method import Method, QuantMethod, find
+from wrinklefree.packed.embedding import PackedEmbedding, TiedEmbedding
 from wrinklefree.packed.linear import LayerSpec, PackedLinear
 
 QUANT_METHOD = "wrinklefree"
-FORMAT = 2  # the newest that is read; a reader refuses newer ones
-PLAIN, WITH_NORMS = 1, 2  # 2 since layers may have norms of their own; folders without them stay readable to version 1
+FORMAT = 3  # the newest that is read; a reader refuses newer ones
+# 2 since layers may have norms of their own, 3 since embedding and head may be packed, by a method of their own;
+# folders without either stay readable to the versions before.
+PLAIN, WITH_NORMS, WITH_HEAD = 1, 2, 3
 
 
 class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -31,6 +35,7 @@ class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # trans
         layers: dict[str, dict[str, Any]],
         format: int = PLAIN,
         quant_method: str = QUANT_METHOD,
+        tied: dict[str, str] | None = None,
     ) -> None:
         """Raises ValueError for a folder that a newer version wrote."""
         if format > FORMAT:
@@ -39,6 +44,7 @@ class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # trans
         self.format = format
         self.method = method
         self.layers = layers
+        self.tied = tied or {}  # embeddings without tensors of their own: their fqn, and the head's
 
 
 class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -50,18 +56,26 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
         """The config class of the method `name`; the copy in a packed folder overrides this with its only one."""
         return find(name)
 
-    def method(self) -> QuantMethod:
-        values = self.quantization_config.method
+    def method(self, values: dict[str, Any]) -> QuantMethod:
         config = self.method_class(values["name"])(**values)
         assert isinstance(config, QuantMethod)
         return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        method = self.method()
-        for fqn, spec in self.quantization_config.layers.items():
+        method = self.method(self.quantization_config.method)
+        for fqn, values in self.quantization_config.layers.items():
+            spec = LayerSpec(**values)
+            own = method if spec.method is None else self.method(spec.method)
+            replaced = model.get_submodule(fqn)
             with torch.device("meta"):
-                layer = PackedLinear(method.config_for(fqn), LayerSpec(**spec))
+                if isinstance(replaced, nn.Embedding):
+                    layer: PackedLinear = PackedEmbedding(own.config_for(fqn), spec, replaced.weight.dtype)
+                else:
+                    layer = PackedLinear(own.config_for(fqn), spec)
             model.set_submodule(fqn, layer, strict=True)
+        for fqn, head in self.quantization_config.tied.items():
+            tied = TiedEmbedding(model.get_submodule(head), model.get_submodule(fqn).weight.dtype)
+            model.set_submodule(fqn, tied, strict=True)
         vars(model.config).pop("auto_map", None)  # saving again does not copy the loader, so it must not point there
 
     def is_serializable(self) -> bool:

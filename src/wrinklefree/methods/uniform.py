@@ -1,0 +1,97 @@
+"""Uniform integers: b bits and one scale per row or group of columns. What embeddings and heads are stored in, and the
+plain round-to-nearest baseline of every other method. Paper: arXiv 1712.05877.
+
+    W ~ s (q - 2^(b-1))        q = clip(round(W / s), -m, m) + 2^(b-1)        m = 2^(b-1) - 1
+
+`scale_mode: absmax` is s = max|W| / m of the group; `search` takes of `SHRINKS` times that the s with the least squared
+error, for at 4 bits a group is better off with its outlier clipped. Scales are rounded to fp16 before they are used.
+
+Symbols: codes uint8 [out, in], q above; scales fp16 [out, G], G = 1 (`granularity: row`) or in / group_size.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from wrinklefree.core.codes import Codes
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import QuantLinear, QuantMethod
+from wrinklefree.core.ste import int8_per_token, round_fp16
+
+SHRINKS = [1 - step / 32 for step in range(14)]
+SMALLEST = 2.0**-24  # the least positive fp16 number
+
+
+def codes_of(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Integers of a weight [out, G, size] under scales [out, G], as fp32 between -m and m."""
+    most = 2 ** (bits - 1) - 1
+    return (blocks / scales.unsqueeze(-1)).round().clamp(-most, most)
+
+
+def fit(blocks: Tensor, config: "Config") -> Tensor:
+    """Scales [out, G], fp16 numbers, of a weight [out, G, size]."""
+    most = 2 ** (config.bits - 1) - 1
+    widest = blocks.abs().amax(-1) / most
+    scales = round_fp16(widest).clamp_min(SMALLEST)
+    if config.scale_mode == "absmax":
+        return scales
+    least = torch.full_like(scales, torch.inf)
+    best = scales
+    for shrink in SHRINKS:
+        scales = round_fp16(widest * shrink).clamp_min(SMALLEST)
+        error = (codes_of(blocks, scales, config.bits) * scales.unsqueeze(-1) - blocks).square().sum(-1)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+class UniformLinear(QuantLinear):
+    """`nn.Linear` with weights rounded to few integers."""
+
+    config: "Config"
+
+    def encode(self) -> Codes:
+        weight = self.weight.detach()
+        blocks = weight.unflatten(1, (self.config.groups(weight.shape[1]), -1))
+        scales = fit(blocks, self.config)
+        index = codes_of(blocks, scales, self.config.bits) + 2 ** (self.config.bits - 1)
+        shape = (weight.shape[0], weight.shape[1])
+        return Codes(index.flatten(1).to(torch.uint8), self.config.bits, {"scales": scales}, shape)
+
+    @staticmethod
+    def decode(codes: Codes) -> Tensor:
+        scales = codes.tensors["scales"].float()
+        blocks = (codes.index.float() - 2 ** (codes.bits - 1)).unflatten(1, (scales.shape[1], -1))
+        return (blocks * scales.unsqueeze(-1)).flatten(1)
+
+
+@dataclass(kw_only=True)
+class Config(QuantMethod):
+    """Integers of `bits` bits."""
+
+    layer: ClassVar[type[QuantLinear]] = UniformLinear
+
+    name: Literal["uniform"] = "uniform"
+    bits: Literal[2, 3, 4, 8] = 4
+    granularity: Literal["row", "group"] = "row"
+    group_size: Annotated[int, Field(gt=0)] = 32  # columns, for granularity group
+    scale_mode: Literal["absmax", "search"] = "search"
+    activation_bits: Literal[8] | None = None  # None leaves activations in floating point
+
+    @property
+    def weight_bits(self) -> float:
+        return float(self.bits)
+
+    def groups(self, in_features: int) -> int:
+        """Scales in a row. Raises UserError where groups do not fill the rows."""
+        if self.granularity == "row":
+            return 1
+        if in_features % self.group_size:
+            raise UserError(f"method.group_size={self.group_size}: does not divide {in_features} columns")
+        return in_features // self.group_size
+
+    def activation(self, x: Tensor) -> Tensor:
+        return x if self.activation_bits is None else int8_per_token(x)
