@@ -1,0 +1,131 @@
+"""llama.cpp on the same shapes: random weights as GGUF, quantized by llama.cpp itself, timed through its own C API.
+
+Needs `llama-cpp-python` and `gguf` (`make test-gguf` installs the first). One process for each measurement, because
+threads of its pool outlive a context:  python -m benchmarks.llama_cpp_peer FILE THREADS
+"""
+
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+DECODED, PROMPT = 24, 128  # tokens of one burst
+BURSTS = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama by its sizes."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+
+def write(shape: Shape, file: Path) -> None:
+    """A GGUF of random half-precision weights."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(shape.layers)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_feed_forward_length(shape.intermediate)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(shape.hidden // shape.heads)
+    writer.add_vocab_size(shape.vocab)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    noise = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32).astype(np.float16) * np.float16(0.02)
+    for name, dims in tensors(shape).items():
+        if len(dims) == 1:
+            writer.add_tensor(name, np.ones(dims, dtype=np.float32))
+        else:
+            writer.add_tensor(name, np.resize(noise, dims))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Names and dimensions [out, in], head and embedding apart."""
+    h, inner, kv = shape.hidden, shape.intermediate, shape.kv_heads * (shape.hidden // shape.heads)
+    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocab, h), "output_norm.weight": (h,)}
+    found["output.weight"] = (shape.vocab, h)
+    one = {"attn_norm": (h,), "attn_q": (h, h), "attn_k": (kv, h), "attn_v": (kv, h), "attn_output": (h, h)}
+    one |= {"ffn_norm": (h,), "ffn_gate": (inner, h), "ffn_up": (inner, h), "ffn_down": (h, inner)}
+    for layer in range(shape.layers):
+        found |= {f"blk.{layer}.{name}.weight": dims for name, dims in one.items()}
+    return found
+
+
+def quantized(shape: Shape, kind: str, folder: Path) -> Path:
+    """The file of a kind such as `TQ2_0` or `Q4_0`, made once."""
+    import llama_cpp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"llama_{shape.layers}x{shape.hidden}_{kind}.gguf"
+    if out.exists():
+        return out
+    plain = folder / "f16.gguf"
+    write(shape, plain)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    settings.nthread = 1
+    aside = out.with_suffix(".part")
+    if llama_cpp.llama_model_quantize(str(plain).encode(), str(aside).encode(), ctypes.byref(settings)):
+        raise RuntimeError(f"llama.cpp did not quantize {plain} to {kind}")
+    plain.unlink()
+    return aside.rename(out)
+
+
+def speeds(file: Path, threads: int) -> dict[str, float]:
+    """Tokens a second, decoding and reading a prompt: medians over bursts in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.llama_cpp_peer", str(file), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(file: Path, threads: int) -> dict[str, float]:
+    import llama_cpp as api
+
+    quiet = api.llama_log_callback(lambda *_: None)
+    api.llama_log_set(quiet, None)
+    api.llama_backend_init()
+    model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
+    settings = api.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = 512, PROMPT, PROMPT
+    settings.n_threads = settings.n_threads_batch = threads
+    context = api.llama_init_from_model(model, settings)
+
+    def feed(count: int) -> float:
+        ids = (api.llama_token * count)(*range(3, 3 + count))
+        before = time.perf_counter()
+        if api.llama_decode(context, api.llama_batch_get_one(ids, count)):
+            raise RuntimeError("llama_decode failed")
+        api.llama_synchronize(context)
+        return time.perf_counter() - before
+
+    decode, prefill = [], []
+    for _ in range(BURSTS):
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        prefill.append(PROMPT / feed(PROMPT))
+        decode.append(DECODED / sum(feed(1) for _ in range(DECODED)))
+    return {"decode": statistics.median(decode), "prefill": statistics.median(prefill), "best_decode": max(decode)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]))))
