@@ -1,12 +1,11 @@
 """llama.cpp on the same shapes: random weights as GGUF, quantized by llama.cpp itself, timed through its own C API.
 
-Needs `llama-cpp-python` and `gguf` (`make test-gguf` installs the first). One process for each measurement, because
-threads of its pool outlive a context:  python -m benchmarks.llama_cpp_peer FILE THREADS
+Needs `llama-cpp-python` and `gguf` (`make test-gguf` installs the first). Each model is a process of its own, which
+waits between bursts:  python -m benchmarks.llama_cpp_peer FILE THREADS
 """
 
 import ctypes
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 DECODED, PROMPT = 24, 128  # tokens of one burst
-BURSTS = 5
 
 
 @dataclass(frozen=True)
@@ -91,15 +89,28 @@ def quantized(shape: Shape, kind: str, folder: Path) -> Path:
     return aside.rename(out)
 
 
-def speeds(file: Path, threads: int) -> dict[str, float]:
-    """Tokens a second, decoding and reading a prompt: medians over bursts in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.llama_cpp_peer", str(file), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+class Worker:
+    """A process with one model and so many threads; `burst` times it once."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.llama_cpp_peer", str(file), str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def burst(self) -> dict[str, float]:
+        """Tokens a second, decoding and reading a prompt."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("burst\n")
+        self.process.stdin.flush()
+        found: dict[str, float] = json.loads(self.process.stdout.readline())
+        return found
+
+    def close(self) -> None:
+        self.process.communicate()
 
 
-def measure(file: Path, threads: int) -> dict[str, float]:
+def serve(file: Path, threads: int) -> None:
+    """Answer each line on the standard input with the figures of a burst."""
     import llama_cpp as api
 
     quiet = api.llama_log_callback(lambda *_: None)
@@ -119,13 +130,13 @@ def measure(file: Path, threads: int) -> dict[str, float]:
         api.llama_synchronize(context)
         return time.perf_counter() - before
 
-    decode, prefill = [], []
-    for _ in range(BURSTS):
+    for _ in sys.stdin:
         api.llama_memory_clear(api.llama_get_memory(context), True)
-        prefill.append(PROMPT / feed(PROMPT))
-        decode.append(DECODED / sum(feed(1) for _ in range(DECODED)))
-    return {"decode": statistics.median(decode), "prefill": statistics.median(prefill), "best_decode": max(decode)}
+        prefill = PROMPT / feed(PROMPT)
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        feed(8)
+        print(json.dumps({"decode": DECODED / sum(feed(1) for _ in range(DECODED)), "prefill": prefill}), flush=True)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]))))
+    serve(Path(sys.argv[1]), int(sys.argv[2]))

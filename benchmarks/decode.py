@@ -1,0 +1,233 @@
+"""Tokens a second of packed models: the native loop, transformers with our kernels, torch in bf16, and llama.cpp.
+
+    python -m benchmarks.decode [--quick] [--json] [--parts native,hf,bf16,small,lut,serve] [--rounds 7] [--threads 1,2]
+
+Random weights in the shapes of known models, batch 1, int8 head; everything in one run, one burst after the other, round
+after round. A figure is the median over the rounds of the ratio to the other's burst of the same round, so that what else
+the machine does weighs on both. llama.cpp quantizes the same shape itself (TQ2_0; the small model's rows do not fit its
+blocks, it falls back to 4 bits by itself, and the faster of that and Q4_0 counts).
+
+native  the decode loop at 1.1 B parameters: ternary, Fairy2i W2 and W1, decoding and reading 128 tokens
+hf      `generate` of an ordinary transformers model whose layers are packed
+bf16    the same model dense in bf16 in torch: speed and memory
+small   the loop in SmolLM2-135M's shape
+lut     2-bit tables of rank 1 against ternary
+serve   eight streams of `wf serve` against one
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import llama_cpp_peer as peer
+from benchmarks import quality, shapes
+from wrinklefree.packed.engine import Engine, Sampling
+
+Figures = dict[str, Any]
+Burst = Callable[[], float]  # tokens a second, once
+
+DECODED, PROMPT = peer.DECODED, peer.PROMPT
+
+
+def decoding(engine: Engine) -> Burst:
+    def burst() -> float:
+        slot = engine.open(list(range(3, 11)), Sampling(max_new_tokens=DECODED + 1))
+        engine.step()
+        before = time.perf_counter()
+        for _ in range(DECODED):
+            engine.step()
+        spent = time.perf_counter() - before
+        engine.close(slot)
+        return DECODED / spent
+
+    return burst
+
+
+def reading(engine: Engine) -> Burst:
+    turn = iter(range(10**9))
+
+    def burst() -> float:
+        first = next(turn) % 1000  # a prompt that is not in the cache yet
+        slot = engine.open([first + 3, *range(3, 2 + PROMPT)], Sampling(max_new_tokens=1))
+        before = time.perf_counter()
+        engine.step()
+        spent = time.perf_counter() - before
+        engine.close(slot)
+        return PROMPT / spent
+
+    return burst
+
+
+def generating(model: LlamaForCausalLM, threads: int) -> Burst:
+    """`generate` as users call it; the first token, which reads the prompt, is not counted."""
+    ids = torch.arange(3, 11).unsqueeze(0)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def timed(count: int) -> float:
+        before = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, **options)
+        return time.perf_counter() - before
+
+    def burst() -> float:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            return DECODED / (timed(DECODED + 1) - timed(1))
+
+    return burst
+
+
+def rounds(bursts: dict[str, Burst], count: int) -> dict[str, list[float]]:
+    """Every burst in turn, `count` times, after one that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in bursts}
+    for turn in range(count + 1):
+        for name, burst in bursts.items():
+            speed = burst()
+            if turn:
+                found[name].append(speed)
+    return found
+
+
+def over(speeds: dict[str, list[float]], name: str, other: str) -> float:
+    return statistics.median(a / b for a, b in zip(speeds[name], speeds[other], strict=True))
+
+
+def medians(speeds: dict[str, list[float]]) -> Figures:
+    return {f"{name}_tokens_per_second": statistics.median(values) for name, values in speeds.items()}
+
+
+def as_peer(shape: shapes.Shape) -> peer.Shape:
+    return peer.Shape(shape.num_layers, shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.vocab)
+
+
+def native(threads: int, count: int, files: Path) -> Figures:
+    """Decoding and prompts of the loop over TQ2_0's."""
+    shape = shapes.SHAPES["llama_1b"]
+    worker = peer.Worker(peer.quantized(as_peer(shape), "TQ2_0", files), threads)
+    engines = {kind: shapes.random_engine(shape, kind, threads) for kind in ("ternary", "w2", "w1")}
+    last: Figures = {}
+
+    def theirs() -> float:
+        last.update(worker.burst())
+        return last["decode"]
+
+    bursts: dict[str, Burst] = {"tq2_0": theirs, "tq2_0_prompt": lambda: last["prefill"]}
+    bursts |= {kind: decoding(engine) for kind, engine in engines.items()}
+    bursts["ternary_prompt"] = reading(engines["ternary"])
+    speeds = rounds(bursts, count)
+    worker.close()
+    figures = {f"native_{kind}_{threads}t": over(speeds, kind, "tq2_0") for kind in engines}
+    figures[f"prefill_ternary_{threads}t"] = over(speeds, "ternary_prompt", "tq2_0_prompt")
+    return figures | {f"native_{name}_{threads}t": value for name, value in medians(speeds).items()}
+
+
+def transformers(threads: int, count: int, files: Path) -> Figures:
+    """`generate` with packed layers over TQ2_0's decoding."""
+    shape = shapes.SHAPES["llama_1b"]
+    worker = peer.Worker(peer.quantized(as_peer(shape), "TQ2_0", files), threads)
+    bursts: dict[str, Burst] = {"tq2_0": lambda: worker.burst()["decode"]}
+    for kind in ("ternary", "w2", "w1"):
+        bursts[kind] = generating(shapes.random_model(shape, kind), threads)
+    speeds = rounds(bursts, count)
+    worker.close()
+    figures = {f"hf_{kind}_{threads}t": over(speeds, kind, "tq2_0") for kind in ("ternary", "w2", "w1")}
+    return figures | {f"hf_{name}_{threads}t": value for name, value in medians(speeds).items()}
+
+
+def against_bf16(threads: int, count: int) -> Figures:
+    """The loop over the dense model in torch, and the memory of weights."""
+    shape = shapes.SHAPES["llama_1b"]
+    dense = dense_model(shape)
+    engines = {kind: shapes.random_engine(shape, kind, threads) for kind in ("w2", "w1")}
+    bursts = {"bf16": generating(dense, threads)} | {kind: decoding(engine) for kind, engine in engines.items()}
+    speeds = rounds(bursts, count)
+    figures = {f"native_{kind}_vs_bf16": over(speeds, kind, "bf16") for kind in engines}
+    whole = sum(p.nbytes for p in dense.parameters())
+    figures |= {f"memory_{kind}_vs_bf16": engine.weight_bytes() / whole for kind, engine in engines.items()}
+    return figures | {f"{name}_bf16_part": value for name, value in medians(speeds).items()}
+
+
+def dense_model(shape: shapes.Shape) -> LlamaForCausalLM:
+    """The head tied to the embedding, as in the packed one."""
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=True,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(before)
+    return model
+
+
+def small(threads: int, count: int, files: Path) -> Figures:
+    """SmolLM2-135M's shape: the loop over llama.cpp's best."""
+    shape = shapes.SHAPES["smollm2_135m"]
+    workers = {kind: peer.Worker(peer.quantized(as_peer(shape), kind, files), threads) for kind in ("TQ2_0", "Q4_0")}
+    bursts: dict[str, Burst] = {
+        kind: (lambda worker=worker: worker.burst()["decode"]) for kind, worker in workers.items()
+    }
+    for kind in ("ternary", "w2", "w1"):
+        bursts[kind] = decoding(shapes.random_engine(shape, kind, threads))
+    speeds = rounds(bursts, count)
+    for worker in workers.values():
+        worker.close()
+    best = max(workers, key=lambda kind: statistics.median(speeds[kind]))
+    figures = {f"smollm_native_{threads}t": over(speeds, "ternary", best)}
+    figures |= {f"smollm_native_{kind}_{threads}t": over(speeds, kind, best) for kind in ("w2", "w1")}
+    return figures | {f"smollm_{name.lower()}_{threads}t": value for name, value in medians(speeds).items()}
+
+
+def tables(threads: int, count: int) -> Figures:
+    """Decoding time with 2-bit tables of rank 1 over that with ternary weights."""
+    engines = {kind: shapes.random_engine("llama_1b", kind, threads) for kind in ("ternary", "lut2_rank1")}
+    speeds = rounds({kind: decoding(engine) for kind, engine in engines.items()}, count)
+    return {f"lut2_rank1_time_over_ternary_{threads}t": over(speeds, "ternary", "lut2_rank1"), **medians(speeds)}
+
+
+def parts(args: argparse.Namespace) -> Figures:
+    chosen, count = args.parts.split(","), 2 if args.quick else args.rounds
+    figures: Figures = {}
+    for threads in (int(number) for number in args.threads.split(",")):
+        if "native" in chosen:
+            figures |= native(threads, count, args.files)
+        if "hf" in chosen:
+            figures |= transformers(threads, count, args.files)
+        if "small" in chosen:
+            figures |= small(threads, count, args.files)
+    if "bf16" in chosen:
+        figures |= against_bf16(1, count)
+    if "lut" in chosen:
+        figures |= tables(1, count)
+    if "serve" in chosen:
+        from benchmarks import serving
+
+        figures["serve_8_streams"] = serving.streams(serving.toy(args.files), 8)["ratio"]
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two rounds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--parts", default="native,hf,bf16,small,lut,serve", help="comma-separated")
+    parser.add_argument("--rounds", type=int, default=7, help="bursts of each")
+    parser.add_argument("--threads", default="1,2", help="comma-separated")
+    parser.add_argument("--files", type=Path, default=Path("outputs/peers"), help="where llama.cpp's files are kept")
+    quality.tell(parser.parse_args(), parts)
+
+
+if __name__ == "__main__":
+    main()

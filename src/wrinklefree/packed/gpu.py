@@ -1,0 +1,155 @@
+"""Products of few tokens with packed codes on a GPU, in Triton: the codes are read as they lie in the file.
+
+At batch 1 a GPU waits for weights; read as 1 to 4 bits they are a fraction of the bytes. Each program takes some rows
+and walks along their packed columns; nothing is unpacked to memory. More tokens than `FEW` are better off with the
+decoded weight and a matrix product.
+
+    table    weight uint8 [n, k bits / 8], bits 1, 2, 4 or 8        y = row * sum_k table[code] scales[r, g] col x
+    fairy    weight uint8 [2 (U, W), T, n / 2, k / 8], 2 bits       y = U z + W conj(z), z the halves of col x
+
+Scales [R, G] and [2, T, 2, R, G] as in core/forms.py. Sums are in fp32. TRITON_INTERPRET=1 runs the same programs on a
+CPU, slowly, which is how the tests check them.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FEW = 8  # tokens
+ROWS, BYTES = 16, 64  # of a program's tile
+
+
+@triton.jit
+def _table_kernel(
+    weight,
+    table,
+    scales,
+    x,
+    y,
+    n,
+    k,
+    width,
+    groups,
+    group_size,
+    ROW_SCALES: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_BYTES: tl.constexpr,
+):
+    rows = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    token = tl.program_id(1)
+    scale_rows = rows if ROW_SCALES else tl.zeros_like(rows)
+    sums = tl.zeros((TILE_ROWS, TILE_BYTES), dtype=tl.float32)
+    for start in range(0, width, TILE_BYTES):
+        at = start + tl.arange(0, TILE_BYTES)
+        inside = (rows[:, None] < n) & (at[None, :] < width)
+        packed = tl.load(weight + rows[:, None] * width + at[None, :], mask=inside, other=0)
+        for lane in tl.static_range(8 // BITS):
+            column = at * (8 // BITS) + lane
+            code = (packed >> (lane * BITS)) & ((1 << BITS) - 1)
+            there = inside & (column[None, :] < k)
+            value = tl.load(table + code.to(tl.int32), mask=there, other=0.0)
+            group = column // group_size
+            scale = tl.load(scales + scale_rows[:, None] * groups + group[None, :], mask=there, other=0.0)
+            z = tl.load(x + token * k + column, mask=column < k, other=0.0)
+            sums += value * scale * z[None, :]
+    tl.store(y + token * n + rows, tl.sum(sums, axis=1), mask=rows < n)
+
+
+@triton.jit
+def _fairy_kernel(
+    weight,
+    scales,
+    x,
+    y,
+    n,  # complex rows
+    k,  # complex columns
+    width,
+    groups,
+    group_size,
+    scale_rows,
+    STAGES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_BYTES: tl.constexpr,
+):
+    rows = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    token = tl.program_id(1)
+    scale_row = tl.minimum(rows, scale_rows - 1)
+    real = tl.zeros((TILE_ROWS, TILE_BYTES), dtype=tl.float32)
+    imaginary = tl.zeros((TILE_ROWS, TILE_BYTES), dtype=tl.float32)
+    for start in range(0, width, TILE_BYTES):
+        at = start + tl.arange(0, TILE_BYTES)
+        inside = (rows[:, None] < n) & (at[None, :] < width)
+        for lane in tl.static_range(4):
+            column = at * 4 + lane
+            there = inside & (column[None, :] < k)
+            x_re = tl.load(x + token * 2 * k + column, mask=column < k, other=0.0)[None, :]
+            x_im = tl.load(x + token * 2 * k + k + column, mask=column < k, other=0.0)[None, :]
+            group = column // group_size
+            for part in tl.static_range(2):
+                for stage in tl.static_range(STAGES):
+                    plane = part * STAGES + stage
+                    packed = tl.load(weight + (plane * n + rows[:, None]) * width + at[None, :], mask=inside, other=0)
+                    code = ((packed >> (lane * 2)) & 3).to(tl.int32)
+                    place = (plane * 2 * scale_rows + scale_row[:, None]) * groups + group[None, :]
+                    s_re = tl.load(scales + place, mask=there, other=0.0)
+                    s_im = tl.load(scales + place + scale_rows * groups, mask=there, other=0.0)
+                    sign = (1 - (code & 2)).to(tl.float32)
+                    odd = (code & 1).to(tl.float32)
+                    re = sign * (1 - odd) * s_re
+                    im = sign * odd * s_im
+                    # U z: (re x_re - im x_im, im x_re + re x_im); W conj(z): x_im changes its sign.
+                    conjugate = 1 - 2 * part
+                    real += re * x_re - conjugate * im * x_im
+                    imaginary += im * x_re + conjugate * re * x_im
+    tl.store(y + token * 2 * n + rows, tl.sum(real, axis=1), mask=rows < n)
+    tl.store(y + token * 2 * n + n + rows, tl.sum(imaginary, axis=1), mask=rows < n)
+
+
+def table_product(weight: Tensor, bits: int, table: Tensor, scales: Tensor, x: Tensor) -> Tensor:
+    """x fp32 [B, k] -> fp32 [B, n]; `weight` [n, ...] packed, `table` fp32 [2**bits], `scales` fp32 [1 or n, G]."""
+    (n, width), (tokens, k) = weight.shape, x.shape
+    y = torch.empty(tokens, n, dtype=torch.float32, device=x.device)
+    _table_kernel[(triton.cdiv(n, ROWS), tokens)](
+        weight,
+        table,
+        scales,
+        x,
+        y,
+        n,
+        k,
+        width,
+        scales.shape[1],
+        k // scales.shape[1],
+        ROW_SCALES=scales.shape[0] > 1,
+        BITS=bits,
+        TILE_ROWS=ROWS,
+        TILE_BYTES=BYTES,
+    )
+    return y
+
+
+def fairy_product(weight: Tensor, scales: Tensor, x: Tensor) -> Tensor:
+    """x fp32 [B, 2 m] -> fp32 [B, 2 n]; `weight` [2, T, n, ceil(m / 4)] packed, `scales` fp32 [2, T, 2, 1 or n, G]."""
+    _, stages, n, width = weight.shape
+    tokens, m = x.shape[0], x.shape[1] // 2
+    y = torch.empty(tokens, 2 * n, dtype=torch.float32, device=x.device)
+    _fairy_kernel[(triton.cdiv(n, ROWS), tokens)](
+        weight,
+        scales,
+        x,
+        y,
+        n,
+        m,
+        width,
+        scales.shape[4],
+        m // scales.shape[4],
+        scales.shape[3],
+        STAGES=stages,
+        TILE_ROWS=ROWS,
+        TILE_BYTES=BYTES,
+    )
+    return y

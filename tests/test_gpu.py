@@ -1,0 +1,42 @@
+"""Products on a GPU: the programs against the decoded weight, on a GPU or, without one, in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+pytest.importorskip("triton", reason="no Triton for this platform")
+
+from wrinklefree.core.codes import pack
+from wrinklefree.methods.fairy2 import Dequantize, to_real
+from wrinklefree.packed import gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize(("n", "k", "rows", "groups"), [(1, 3, 1, 1), (37, 70, 37, 1), (5, 64, 5, 2), (18, 520, 1, 8)])
+def test_a_table_is_the_decoded_weight(bits: int, n: int, k: int, rows: int, groups: int) -> None:
+    torch.manual_seed(bits * n)
+    index = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    table, scales, x = torch.randn(2**bits), torch.rand(rows, groups) + 0.1, torch.randn(3, k)
+    weight = (table[index.long()].unflatten(1, (groups, -1)) * scales.unsqueeze(-1)).flatten(1)
+    packed, *others = (t.to(DEVICE) for t in (pack(index, bits), table, scales, x))
+    found = gpu.table_product(packed, bits, *others)
+    assert_near(found, x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize(("n", "m", "rows", "groups"), [(1, 1, 1, 1), (7, 10, 1, 1), (19, 64, 19, 2), (17, 300, 17, 1)])
+def test_fairy_is_the_decoded_weight(stages: int, n: int, m: int, rows: int, groups: int) -> None:
+    torch.manual_seed(stages * n)
+    index = torch.randint(0, 4, (2, stages, n, m), dtype=torch.uint8)
+    scales, x = torch.rand(2, stages, 2, rows, groups) + 0.1, torch.randn(2, 2 * m)
+    weight = to_real(Dequantize.apply(index, scales))
+    found = gpu.fairy_product(*(t.to(DEVICE) for t in (pack(index, 2), scales, x)))
+    assert_near(found, x.double() @ weight.double().T)
