@@ -4,9 +4,9 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-gguf lint format clean
+.PHONY: demo test test-all test-gguf wheels lint format clean
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
 	touch $@
@@ -34,6 +34,11 @@ test-all: lint
 test-gguf: $(VENV)/installed-dev
 	$(PIP) llama-cpp-python
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp
+
+# Wheels for five platforms into dist/, their libraries built by clang (in the package ziglang, some 400 MB).
+wheels: $(VENV)/installed-dev
+	$(PIP) '.[wheels]'
+	$(BIN)/python native/wheels.py dist
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -2,10 +2,10 @@
 
     python -m benchmarks.decode [--quick] [--json] [--parts native,hf,bf16,small,lut,serve] [--rounds 7] [--threads 1,2]
 
-Random weights in the shapes of known models, batch 1, int8 head; everything in one run, one burst after the other, round
-after round. A figure is the median over the rounds of the ratio to the other's burst of the same round, so that what else
-the machine does weighs on both. llama.cpp quantizes the same shape itself (TQ2_0; the small model's rows do not fit its
-blocks, it falls back to 4 bits by itself, and the faster of that and Q4_0 counts).
+Random weights in the shapes of known models, batch 1, int8 head; everything in one run, one burst after the other,
+round after round. A figure is the median over the rounds of the ratio to the other's burst of the same round, so that
+what else the machine does weighs on both. llama.cpp quantizes the same shape itself (TQ2_0; the small model's rows do
+not fit its blocks, it falls back to 4 bits by itself, and the faster of that and Q4_0 counts).
 
 native  the decode loop at 1.1 B parameters: ternary, Fairy2i W2 and W1, decoding and reading 128 tokens
 hf      `generate` of an ordinary transformers model whose layers are packed
@@ -17,6 +17,7 @@ serve   eight streams of `wf serve` against one
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -214,7 +215,9 @@ def parts(args: argparse.Namespace) -> Figures:
     if "serve" in chosen:
         from benchmarks import serving
 
-        figures["serve_8_streams"] = serving.streams(serving.toy(args.files), 8)["ratio"]
+        with tempfile.TemporaryDirectory() as scratch:
+            found = serving.streams(serving.random_folder(Path(scratch) / "packed"), 8, rounds=min(count, 3))
+        figures |= {"serve_8_streams": found["ratio"], "serve_one_stream": found["one"], "serve_all": found["many"]}
     return figures
 
 

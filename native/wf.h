@@ -2,9 +2,11 @@
 //
 // A layer is      y[n] = row[n] * sum_k V[n, k] * col[k] * x[k]  (+ bias[n])
 //
-// where V is given by codes. Activations col * x are rounded to int8 per token (WF_INT8: s = max|.| / 127, q = rint(. / s),
-// the product is then exact in integers), or kept (WF_EXACT: fp32 arithmetic on the values of the codes). The result is
-// the same bits whatever the number of threads and whatever else is in the batch.
+// where V is given by codes. Activations col * x are rounded to int8 per token (WF_INT8: q = rint(. * (1 / max|.| * 127)),
+// the products are then exact in integers), or kept (WF_EXACT: fp32 arithmetic on the values of the codes). A token with
+// NaN or infinity gives NaN. In WF_INT8, values that are not on a grid of integers are taken to 15 bits of the largest
+// (tables) or 13 (scales of Fairy2i). The result is the same bits whatever the number of threads, the instruction set, and
+// whatever else is in the batch.
 //
 // Pointers are borrowed during a call and copied where needed. Constructors return NULL, other functions a code other than 0,
 // and wf_error() then says why, in one line; the text is the calling thread's own. Sizes are checked before memory is taken.
@@ -37,7 +39,7 @@ WF_API wf_pool* wf_pool_new(int threads);  // the caller is one of them
 WF_API void wf_pool_free(wf_pool*);
 
 // Values table[codes[n, k]], times scales[r, g] of the row's and column's group. codes [n, k], one byte each, < 2**bits;
-// bits 1 to 4; table [2**bits]; scales [num_rows, num_groups] with num_rows 1 or n and k a multiple of num_groups;
+// n to 2**24, k to 2**16; bits 1 to 4; table [2**bits]; scales [num_rows, num_groups] with num_rows 1 or n and k a multiple of num_groups;
 // row [n], col [k] and bias [n] may be NULL. Ternary is bits 2 with the table -1, 0, 1, 0.
 WF_API wf_matrix* wf_matrix_table(int n, int k, int bits, const uint8_t* codes, const float* table, const float* scales,
                                   int num_rows, int num_groups, const float* row, const float* col, const float* bias);
@@ -54,6 +56,8 @@ WF_API wf_matrix* wf_matrix_int8(int n, int k, const int8_t* weight, const float
 WF_API wf_matrix* wf_matrix_dense(int n, int k, const float* weight, const float* bias, int exact);
 
 WF_API void wf_matrix_free(wf_matrix*);
+WF_API int wf_matrix_rows(const wf_matrix*);     // n
+WF_API int wf_matrix_columns(const wf_matrix*);  // k
 WF_API size_t wf_matrix_bytes(const wf_matrix*);  // of memory it holds
 WF_API const char* wf_matrix_kernel(const wf_matrix*);  // which kernel serves it, for people: "ternary", "fairy2-grid", ...
 WF_API int wf_matrix_row(const wf_matrix*, int n, float* out);  // row n of the dense weight [k], in fp32 (embeddings)

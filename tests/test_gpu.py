@@ -1,16 +1,18 @@
 """Products on a GPU: the programs against the decoded weight, on a GPU or, without one, in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 pytest.importorskip("triton", reason="no Triton for this platform")
 
+from tiny import shipped_methods
+from torch import nn
+
 from wrinklefree.core.codes import pack
+from wrinklefree.core.method import QuantMethod
 from wrinklefree.methods.fairy2 import Dequantize, to_real
 from wrinklefree.packed import gpu
+from wrinklefree.packed.linear import FEW, PackedLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -40,3 +42,21 @@ def test_fairy_is_the_decoded_weight(stages: int, n: int, m: int, rows: int, gro
     weight = to_real(Dequantize.apply(index, scales))
     found = gpu.fairy_product(*(t.to(DEVICE) for t in (pack(index, 2), scales, x)))
     assert_near(found, x.double() @ weight.double().T)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", shipped_methods(), ids=lambda method: method.name)
+def test_a_packed_layer_multiplies_few_tokens_by_its_codes_and_many_by_its_weight(method: QuantMethod) -> None:
+    """And keeps no decoded weight, but for a method whose codes no program knows."""
+    torch.manual_seed(0)
+    layer = PackedLinear.from_codes(method, method.layer(nn.Linear(96, 40), method).encode(), torch.randn(40)).to(
+        DEVICE
+    )
+    for shape in ((1, 1, 96), (FEW, 96), (3, FEW, 96)):
+        x = torch.randn(shape, device=DEVICE)
+        expected = nn.functional.linear(layer.inputs(x), method.layer.decode(layer.codes()), layer.bias)
+        torch.testing.assert_close(layer._on_gpu(x), expected, rtol=1e-4, atol=1e-4)
+    layer.bias = None
+    assert layer._on_gpu(torch.randn(2, 96, device=DEVICE, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert (layer.dense is None) == (layer.gpu_product is not None)  # kept only where nothing else multiplies
+    assert (layer.gpu_product is None) == (method.name == "anemll")  # of rank 4: scales of no rows and columns

@@ -15,7 +15,7 @@ from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import quant_layers
 from wrinklefree.export import hf
 from wrinklefree.export.certify import same_codes
-from wrinklefree.packed.linear import LayerSpec, PackedLinear, packed_layers
+from wrinklefree.packed.linear import LayerSpec, PackedLinear, packed_layers, set_exact
 from wrinklefree.packed.quantizer import FORMAT, WrinkleFreeConfig
 
 torch.set_num_threads(1)
@@ -42,7 +42,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def read(folder: Path, **options: object) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    """Without kernels, whose rounding of activations is theirs: tests/test_kernels.py."""
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    set_exact(model)
+    return model
 
 
 def scale_bits(model: PreTrainedModel) -> dict[str, torch.Tensor]:

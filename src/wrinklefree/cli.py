@@ -319,17 +319,63 @@ def generate(
         Literal["latent", "words", "none"] | None,
         typer.Option(help="Answer a question after a thought: latent needs a thinker of `wf trm`."),
     ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Choose among the K likeliest tokens; 0 is all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Choose among the likeliest tokens that hold this probability.")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text before this one; may be repeated.")] = None,
+    engine: Annotated[
+        Literal["auto", "native", "transformers"],
+        typer.Option(help="auto: the native loop where a packed folder allows it."),
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the engine; default one for each core.")] = None,
 ) -> None:
     """Generate text from a model.
 
     \b
     Example:
       wf generate outputs/fairy2_tiny_w2 --prompt 'def main('
+      wf generate outputs/fairy2_tiny_w2/packed --prompt 'def main(' --stop 'def ' --threads 2
       wf generate outputs/fairy2_tiny_w2 --interactive
       wf generate outputs/chains_trm_injection --think latent --prompt '3 +2 *4 ?'
     """
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "think": think}
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    sampling |= {"think": think, "top_k": top_k, "top_p": top_p, "stop": stop, "engine": engine, "threads": threads}
     call("generate", path, prompt=prompt, interactive=interactive, chat=chat, **sampling)
+
+
+@app.command()
+def serve(
+    path: ModelFolder,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are refused.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 2048,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="Requests that are answered at the same time.")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused.")] = 64,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="WF_API_KEY", help="Refuse requests without `Authorization: Bearer KEY`.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests; default the folder's.")] = None,
+    engine: Annotated[
+        Literal["auto", "native", "transformers"],
+        typer.Option(help="auto: the native loop where a packed folder allows it."),
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the engine; default one for each core.")] = None,
+) -> None:
+    """Serve a model to OpenAI clients, with streaming.
+
+    \b
+    Example:
+      wf serve outputs/fairy2_tiny_w2/packed
+      wf serve outputs/fairy2_tiny_w2/packed --port 8080 --max-concurrent 16 --name tiny
+    """
+    limits = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
+    limits |= {"max_concurrent": max_concurrent, "max_waiting": max_waiting}
+    more = {"api_key": api_key, "name": name, "engine": engine, "threads": threads}
+    call("serve", path, host=host, port=port, **limits, **more)
 
 
 @app.command()

@@ -45,10 +45,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_cod
     folder = model_folder(Path(source))
     if folder.exists():
         check_folder(folder)
-        if _is_training_checkpoint(folder):
+        if is_training_checkpoint(folder):
             return _load_checkpoint(folder, dtype)
         source = str(folder)
-    return _from_pretrained(source, dtype or "auto", trust_remote_code), _tokenizer(source, trust_remote_code)
+    return _from_pretrained(source, dtype or "auto", trust_remote_code), open_tokenizer(source, trust_remote_code)
 
 
 def model_folder(path: Path) -> Path:
@@ -196,7 +196,8 @@ def check_safetensors(file: Path) -> None:
         raise UserError(f"{file}: truncated, {size:,} of {8 + length + end:,} bytes: copy it again")
 
 
-def _is_training_checkpoint(folder: Path) -> bool:
+def is_training_checkpoint(folder: Path) -> bool:
+    """Whether the folder's weights are masters that its method has yet to quantize."""
     file = folder / checkpoint.CONFIG
     return file.is_file() and configs.from_yaml(file).method is not None
 
@@ -212,7 +213,7 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype | None) -> Loaded:
         model = _open(str(folder), torch.float32, config.model.trust_remote_code, masters=True)[0]
     model = config.method.prepare(model, initialize=False)
     checkpoint.load_weights(folder, model)
-    return model.eval(), _tokenizer(str(folder), config.model.trust_remote_code)
+    return model.eval(), open_tokenizer(str(folder), config.model.trust_remote_code)
 
 
 def _from_pretrained(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
@@ -244,7 +245,8 @@ def _open(
     return model, info
 
 
-def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def open_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id. Raises UserError where there is none."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -1,11 +1,18 @@
-"""Which model a person means, by the name of a model config or by anything that `load` reads."""
+"""Which model a person means, by the name of a model config or by anything that `load` reads, and what runs it."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from wrinklefree import config, distributed, load
 from wrinklefree.config import options
+from wrinklefree.core.errors import UserError
+from wrinklefree.packed.engine import Engine, supports
+from wrinklefree.packed.quantizer import QUANT_METHOD
+
+Choice = Literal["auto", "native", "transformers"]
 
 
 def locate(name: str) -> str:
@@ -21,3 +28,44 @@ def open_model(name: str) -> load.Loaded:
     dtype = torch.float32 if device.type == "cpu" else None  # as exact as the checkpoint that it may be compared with
     model, tokenizer = load.load(locate(name), dtype=dtype)
     return model.to(device), tokenizer
+
+
+def open_engine(
+    name: str, choice: Choice = "auto", threads: int | None = None, slots: int = 1, context: int | None = None
+) -> tuple[Any, PreTrainedTokenizerBase, str]:
+    """What continues text, a native `Engine` or a model, its tokenizer, and one line that says which it is.
+
+    `auto` is native for packed folders that it can run. A native engine has `slots`, each for `context` tokens or for
+    the model's context where that is less. Raises UserError like `load`, and where `native` cannot be had.
+    """
+    folder = load.model_folder(Path(load.resolve_pretrained(locate(name))))
+    reason = "asked for" if choice == "transformers" else _why_not_native(folder, choice)
+    if reason is None:
+        engine = Engine.from_folder(folder, threads, _within(folder, context), slots)
+        return engine, load.open_tokenizer(str(folder)), f"engine: {engine.describe()}"
+    if choice == "native":
+        raise UserError(f"--engine native: {reason}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return *open_model(name), f"engine: transformers ({reason})"
+
+
+def _within(folder: Path, context: int | None) -> int | None:
+    """`context`, or the model's where that is less; None is the model's."""
+    return context and min(context, int(AutoConfig.from_pretrained(folder).max_position_embeddings))
+
+
+def _why_not_native(folder: Path, choice: Choice) -> str | None:
+    """Why the native loop is not taken for this model; None where it is."""
+    if not folder.is_dir():
+        return f"{folder} is no local folder"
+    load.check_folder(folder)
+    if load.is_training_checkpoint(folder):
+        return "a training checkpoint; `wf export` makes a packed folder of it"
+    settings = AutoConfig.from_pretrained(folder)
+    quantization = settings.to_dict().get("quantization_config") or {}
+    if choice == "auto" and quantization.get("quant_method") != QUANT_METHOD:
+        return "not a packed folder"
+    if choice == "auto" and torch.cuda.is_available():
+        return "there is a GPU"
+    return supports(settings)

@@ -22,6 +22,7 @@ PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "matplotlib")
 EXTRAS = {
     "wandb": ("wandb", "W&B logging"),
+    "uvicorn": ("serve", "`wf serve`"),
     "lm_eval": ("eval", "`wf eval --tasks`"),
     "gcsfs": ("cloud", "gs:// paths"),
     "s3fs": ("cloud", "s3:// paths"),

@@ -1,11 +1,14 @@
 """`wf generate`: text from any model: a run, a packed folder, a hub id."""
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Any, Literal
 
 from wrinklefree.core.errors import UserError
 
 if TYPE_CHECKING:
     from wrinklefree.thinking.reply import Think
+
+log = logging.getLogger("wrinklefree")
 
 
 def run(
@@ -18,8 +21,16 @@ def run(
     temperature: float = 0.7,
     seed: int = 0,
     think: "Think | None" = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: list[str] | None = None,
+    engine: Literal["auto", "native", "transformers"] = "auto",
+    threads: int | None = None,
 ) -> None:
-    """Continue one prompt, or answer line by line. Raises UserError where it is not said which of the two."""
+    """Continue one prompt, or answer line by line. Raises UserError where it is not said which of the two.
+
+    top_k and top_p None are those of the model's generation config.
+    """
     if (prompt is None) == (not interactive):
         raise UserError("say either --prompt TEXT or --interactive")
     if chat and not interactive:
@@ -32,10 +43,14 @@ def run(
         print(reply(path, prompt, think, max_new_tokens, temperature, seed))
         return
     from wrinklefree import generate
-    from wrinklefree.locate import open_model
+    from wrinklefree.locate import open_engine
+    from wrinklefree.terminal import show_log_lines
 
-    model, tokenizer = open_model(path)
+    show_log_lines()
+    model, tokenizer, which = open_engine(path, engine, threads)
+    log.info("%s", which)
+    more: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "stop": stop or ()}
     if prompt is None:
-        generate.interactive(model, tokenizer, chat, max_new_tokens, temperature, seed)
+        generate.interactive(model, tokenizer, chat, max_new_tokens, temperature, seed, **more)
     else:
-        generate.stream(model, tokenizer, prompt, max_new_tokens, temperature, seed)
+        generate.stream(model, tokenizer, prompt, max_new_tokens, temperature, seed, **more)

@@ -20,8 +20,9 @@ from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.effective import EffectiveWeight
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.forms import Form
 from wrinklefree.core.norm import RMSNorm
-from wrinklefree.core.ste import straight_through
+from wrinklefree.core.ste import int8_per_token, straight_through
 
 log = logging.getLogger("wrinklefree")
 
@@ -63,6 +64,11 @@ class QuantLinear(nn.Linear):
     def decode(codes: Codes) -> Tensor:
         """The fp32 weight [out, in] that `codes` stand for; differentiable in `codes.tensors`."""
         raise TypeError("a QuantLinear must define decode()")
+
+    @staticmethod
+    def form(codes: Codes) -> Form | None:
+        """The same weight in a form that native kernels know, perhaps padded with zeros; None where there is none."""
+        return None
 
     def quantized_weight(self) -> Tensor:
         """`decode(encode(weight))` with the straight-through gradient to the master: fp32 [out, in]."""
@@ -129,9 +135,14 @@ class QuantMethod(Method):
         """The config of the layer `fqn`; override for mixed precision."""
         return self
 
+    @property
+    def int8_inputs(self) -> bool:
+        """Whether layers round their inputs to int8 per token, which native kernels do themselves."""
+        return False
+
     def activation(self, x: Tensor) -> Tensor:
-        """What a layer multiplies its weight with; override to quantize activations."""
-        return x
+        """What a layer multiplies its weight with; override to quantize activations in another way."""
+        return int8_per_token(x) if self.int8_inputs else x
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         """Swap every linear layer that `exclude_names` does not match; says what could not be converted.

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, quant_layers
-from wrinklefree.packed.linear import PackedLinear, packed_layers
+from wrinklefree.packed.linear import PackedLinear, exactly, packed_layers
 
 LOGITS = 1e-4  # of the largest absolute logit
 KL = 1e-3  # nats per token
@@ -72,7 +72,8 @@ def certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterable
     """
     modes = trained.training, packed.training
     try:
-        return _certify(trained.eval(), packed.eval(), batches)
+        with exactly(packed):  # what is proved is the weights; kernels round activations on their own account
+            return _certify(trained.eval(), packed.eval(), batches)
     finally:
         trained.train(modes[0])
         packed.train(modes[1])

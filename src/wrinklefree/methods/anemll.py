@@ -39,6 +39,7 @@ from typing_extensions import Self
 
 from wrinklefree.core import lowrank, surgery
 from wrinklefree.core.codes import Codes
+from wrinklefree.core.forms import Form, low_rank
 from wrinklefree.core.lowrank import Factors, guarded, look_up, nearest
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
 from wrinklefree.core.ste import round_fp16
@@ -91,6 +92,10 @@ class LutLinear(QuantLinear):
     def decode(codes: Codes) -> Tensor:
         scales = codes.tensors["a"].float() @ codes.tensors["b"].float()
         return look_up(codes.tensors["lut"].float(), codes.index) * scales
+
+    @staticmethod
+    def form(codes: Codes) -> Form:
+        return low_rank(codes.index, *(codes.tensors[name].float() for name in ("lut", "a", "b")))
 
     def quantized_weight(self) -> Tensor:
         codes = self.encode()

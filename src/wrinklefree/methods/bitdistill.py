@@ -43,9 +43,10 @@ from wrinklefree import bitnet
 from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.forms import Table
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
 from wrinklefree.core.norm import RMSNorm, normalized
-from wrinklefree.core.ste import int8_per_token, round_fp16, straight_through
+from wrinklefree.core.ste import round_fp16, straight_through
 
 log = logging.getLogger("wrinklefree")
 
@@ -92,6 +93,10 @@ class TernaryLinear(QuantLinear):
         scales = codes.tensors["scales"].float().expand(codes.shape[0], -1)
         blocks = (codes.index.float() - 1).unflatten(1, (scales.shape[1], -1))
         return (blocks * scales.unsqueeze(-1)).flatten(1)
+
+    @staticmethod
+    def form(codes: Codes) -> Table:
+        return Table(codes.index, torch.tensor([-1.0, 0.0, 1.0, 0.0]), codes.tensors["scales"])
 
     def quantized_weight(self) -> Tensor:
         quantized = self.decode(self.encode())
@@ -182,8 +187,9 @@ class Config(QuantMethod):
             raise UserError(f"method.group_size={self.group_size}: does not divide {in_features} columns")
         return in_features // self.group_size
 
-    def activation(self, x: Tensor) -> Tensor:
-        return x if self.activation_bits is None else int8_per_token(x)
+    @property
+    def int8_inputs(self) -> bool:
+        return self.activation_bits is not None
 
     def on_step(self, model: nn.Module, step: int) -> None:
         """Set both warm-ups for optimizer step `step` (from 0)."""

@@ -33,8 +33,9 @@ from torch.nn.functional import pad
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.forms import Complex
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
-from wrinklefree.core.ste import int8_per_token, round_fp16
+from wrinklefree.core.ste import round_fp16
 
 log = logging.getLogger("wrinklefree")
 
@@ -206,6 +207,11 @@ class Fairy2Linear(QuantLinear):
             weight = weight * outer(tensors["rows"], tensors["columns"])
         return weight[: codes.shape[0], : codes.shape[1]]
 
+    @staticmethod
+    def form(codes: Codes) -> Complex:
+        factors = [codes.tensors[name].repeat(2) if name in codes.tensors else None for name in ("rows", "columns")]
+        return Complex(codes.index, codes.tensors["scales"], *factors)
+
 
 def outer(rows: Tensor, columns: Tensor) -> Tensor:
     """Factors of complex rows [n] and columns [m] -> factors of the real weight's entries [2n, 2m]."""
@@ -271,8 +277,9 @@ class Config(QuantMethod):
         rows = n if self.scale_granularity in ("row", "group") else 1
         return rows, m // self.group_size if self.scale_granularity == "group" else 1
 
-    def activation(self, x: Tensor) -> Tensor:
-        return x if self.activation_bits is None else int8_per_token(x)
+    @property
+    def int8_inputs(self) -> bool:
+        return self.activation_bits is not None
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         model = super().prepare(model)

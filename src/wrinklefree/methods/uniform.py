@@ -18,8 +18,9 @@ from torch import Tensor
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.forms import Form, Integers, Table
 from wrinklefree.core.method import QuantLinear, QuantMethod
-from wrinklefree.core.ste import int8_per_token, round_fp16
+from wrinklefree.core.ste import round_fp16
 
 SHRINKS = [1 - step / 32 for step in range(14)]
 SMALLEST = 2.0**-24  # the least positive fp16 number
@@ -67,6 +68,15 @@ class UniformLinear(QuantLinear):
         blocks = (codes.index.float() - 2 ** (codes.bits - 1)).unflatten(1, (scales.shape[1], -1))
         return (blocks * scales.unsqueeze(-1)).flatten(1)
 
+    @staticmethod
+    def form(codes: Codes) -> Form | None:
+        scales, zero = codes.tensors["scales"], 2 ** (codes.bits - 1)
+        if codes.bits <= 4:
+            return Table(codes.index, torch.arange(2**codes.bits) - float(zero), scales)
+        if scales.shape[1] > 1:
+            return None
+        return Integers((codes.index.int() - zero).to(torch.int8), scales.flatten())
+
 
 @dataclass(kw_only=True)
 class Config(QuantMethod):
@@ -93,5 +103,6 @@ class Config(QuantMethod):
             raise UserError(f"method.group_size={self.group_size}: does not divide {in_features} columns")
         return in_features // self.group_size
 
-    def activation(self, x: Tensor) -> Tensor:
-        return x if self.activation_bits is None else int8_per_token(x)
+    @property
+    def int8_inputs(self) -> bool:
+        return self.activation_bits is not None

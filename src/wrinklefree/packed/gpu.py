@@ -1,8 +1,8 @@
 """Products of few tokens with packed codes on a GPU, in Triton: the codes are read as they lie in the file.
 
 At batch 1 a GPU waits for weights; read as 1 to 4 bits they are a fraction of the bytes. Each program takes some rows
-and walks along their packed columns; nothing is unpacked to memory. More tokens than `FEW` are better off with the
-decoded weight and a matrix product.
+and walks along their packed columns; nothing is unpacked to memory. Many tokens are better off with the decoded weight
+and a matrix product.
 
     table    weight uint8 [n, k bits / 8], bits 1, 2, 4 or 8        y = row * sum_k table[code] scales[r, g] col x
     fairy    weight uint8 [2 (U, W), T, n / 2, k / 8], 2 bits       y = U z + W conj(z), z the halves of col x
@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW = 8  # tokens
 ROWS, BYTES = 16, 64  # of a program's tile
 
 

@@ -7,11 +7,18 @@ Buffers, all of them in the saved file:
     bias        [out]                             a parameter, only where the trained layer has one
     rms_norm.weight  [in]                         a parameter, only where the trained layer normalizes its inputs
 
+On a CPU the native kernels multiply, where they could be built (packed/native.py); they round activations to int8 per
+token, as BitNet-like methods do in training, and every other method's here, which changes logits by about a percent.
+`set_exact(model)` turns that off: the decoded weight multiplies in the model's dtype then. So it does where a gradient
+is wanted, and where there are no kernels. They hold a copy of the codes, beside the saved buffers. On a GPU few tokens
+are multiplied with the codes as they lie here (packed/gpu.py), in fp32.
+
 The codes are called `weight` on purpose: to a program that does not know this format they are a weight of the wrong
 shape, which transformers refuses. Under any other name it would start from random weights and say so in a warning.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +30,9 @@ from typing_extensions import Self
 from wrinklefree.core.codes import Codes, pack, packed_length, unpack
 from wrinklefree.core.method import QuantMethod, compute_dtype
 from wrinklefree.core.norm import RMSNorm
+from wrinklefree.packed.product import GpuProduct, Product, gpu_product, product, usable
+
+FEW = 8  # tokens that a GPU multiplies with packed codes; more of them with the decoded weight
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,10 @@ class PackedLinear(nn.Module):
         self.spec = spec
         self.out_features, self.in_features = spec.shape
         self.dense: Tensor | None = None  # the decoded weight, kept from the first forward on
+        self.product: Product | None = None  # the kernels' copy of the codes, likewise; None where they know no form
+        self.gpu_product: GpuProduct | None = None
+        self.asked = False  # whether the products are up to date
+        self.exact = False
         self.register_buffer("weight", torch.empty(spec.packed_shape, dtype=torch.uint8))
         for name, shape in spec.tensors.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float16))
@@ -99,12 +113,52 @@ class PackedLinear(nn.Module):
         return self.config.activation(x if self.rms_norm is None else self.rms_norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.matmul(self.inputs(x))
+        if self.exact or x.device.type not in ("cpu", "cuda") or (torch.is_grad_enabled() and x.requires_grad):
+            return self._decoded(x)
+        return self._native(x) if x.device.type == "cpu" else self._on_gpu(x)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x @ weight.T + bias: [..., in] -> [..., out]. Here native kernels take the place of the decoded weight."""
-        dtype = compute_dtype(x)
-        return F.linear(x, self.effective_weight(dtype), self.bias)
+    def _decoded(self, x: Tensor) -> Tensor:
+        """By the decoded weight."""
+        x = self.inputs(x)
+        return F.linear(x, self.effective_weight(compute_dtype(x)), self.bias)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _native(self, x: Tensor) -> Tensor:
+        """By the kernels, where there are any for this layer."""
+        if not self.asked:
+            self.product, self.asked = self._build(), True
+        if self.product is None:
+            return self._decoded(x)
+        with torch.no_grad():
+            dtype = compute_dtype(x)
+            x = x if self.rms_norm is None else self.rms_norm(x)
+            rounded_within = self.config.int8_inputs and self.product.rounds_inputs
+            y = self.product(x if rounded_within else self.config.activation(x))
+            return (y if self.bias is None else y + self.bias.float()).to(dtype)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _on_gpu(self, x: Tensor) -> Tensor:
+        """Few tokens from the packed codes; more by the weight, decoded for this once, so that memory stays small."""
+        if not self.asked:
+            codes = self.codes()
+            self.gpu_product = gpu_product(self.config.layer.form(codes), codes, self.weight.device)
+            self.asked = True
+        if self.gpu_product is None:
+            return self._decoded(x)
+        with torch.no_grad():
+            dtype, inputs = compute_dtype(x), self.inputs(x)
+            if inputs.numel() > FEW * self.in_features:
+                return F.linear(inputs, self.config.layer.decode(self.codes()).to(dtype), self.bias)
+            y = self.gpu_product(self.weight, inputs)
+            return (y if self.bias is None else y + self.bias.float()).to(dtype)
+
+    @torch.no_grad()
+    def _build(self) -> Product | None:
+        if not usable():
+            return None
+        codes = self.codes()
+        form = self.config.layer.form(codes)
+        return None if form is None else product(form, codes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow moves to other devices, ignore casts: bf16 has not the digits of an fp16 scale."""
@@ -118,8 +172,16 @@ class PackedLinear(nn.Module):
         super()._apply(apply, recurse)
         return self
 
+    def _forget(self) -> None:
+        """Drop what was made of the buffers."""
+        self.dense, self.product, self.gpu_product, self.asked = None, None, None, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the kernels' memory, for copies and pickles."""
+        return vars(self) | {"product": None, "gpu_product": None, "asked": False}
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.dense = None
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -136,3 +198,21 @@ def _exact_fp16(name: str, tensor: Tensor) -> Tensor:
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """Every packed layer by fqn."""
     return {fqn: module for fqn, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def set_exact(model: nn.Module, exact: bool = True) -> None:
+    """Let packed layers multiply with the decoded weight, activations unrounded; or (False, the default) by kernels."""
+    for layer in packed_layers(model).values():
+        layer.exact = exact
+
+
+@contextmanager
+def exactly(model: nn.Module) -> Iterator[None]:
+    """`set_exact` for a while."""
+    before = {fqn: layer.exact for fqn, layer in packed_layers(model).items()}
+    set_exact(model)
+    try:
+        yield
+    finally:
+        for fqn, layer in packed_layers(model).items():
+            layer.exact = before[fqn]

@@ -1,0 +1,133 @@
+"""`wf serve` under several streams: tokens per second of all of them together over those of one, in a real process.
+
+    python -m benchmarks.serving [FOLDER] [--count 8] [--length 128] [--rounds 3] [--threads N] [--json]
+
+Without FOLDER: a ternary Llama of 1.1 B random parameters with an int8 head. The client reads bytes and no more: on a
+machine of few cores the server is what is measured.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.shapes import SHAPES
+from wrinklefree import load
+from wrinklefree.core.method import QuantMethod, find
+from wrinklefree.export import head, hf
+
+PROMPT = "def"
+
+
+def streams(
+    folder: Path, count: int = 8, length: int = 128, rounds: int = 3, threads: int | None = None
+) -> dict[str, float]:
+    """Tokens per second of one stream and of `count` at the same time, medians of rounds that take turns."""
+    options = ["--max-concurrent", str(count), "--name", "bench", "--engine", "native"]
+    options += [] if threads is None else ["--threads", str(threads)]
+    with served(folder, *options) as (host, port):
+        asyncio.run(together(host, port, count, 4))  # warm
+        pairs = [[asyncio.run(together(host, port, n, length)) for n in (1, count)] for _ in range(rounds)]
+    one, many = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
+    return {"one": one, "many": many, "ratio": ratio, "count": count}
+
+
+@contextmanager
+def served(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
+    """`wf serve` on a free port of this machine."""
+    command = [sys.executable, "-m", "wrinklefree.cli", "serve", str(folder), "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        found = re.search(r"at http://(\S+):(\d+)/v1", line)
+        if not found:
+            raise SystemExit(line + process.stderr.read())
+        yield found[1], int(found[2])
+    finally:
+        process.terminate()
+        process.wait()
+        process.stderr.close()
+
+
+async def together(host: str, port: int, count: int, length: int) -> float:
+    """Tokens per second of `count` streams, from the first request to the last token."""
+    start = time.perf_counter()
+    tokens = await asyncio.gather(*(one(host, port, length, f"{i} {PROMPT}") for i in range(count)))
+    return sum(tokens) / (time.perf_counter() - start)
+
+
+async def one(host: str, port: int, length: int, prompt: str) -> int:
+    """Read a stream to its end; how many tokens it had."""
+    values: dict[str, Any] = {"model": "bench", "prompt": prompt, "max_tokens": length, "temperature": 0}
+    body = json.dumps(values | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    reader, writer = await asyncio.open_connection(host, port)
+    head_lines = (b"POST /v1/completions HTTP/1.1", b"Host: a", b"Connection: close", b"Content-Length: %d" % len(body))
+    writer.write(b"\r\n".join([*head_lines, b"", body]))
+    answer = (await reader.read(-1)).decode()
+    writer.close()
+    return int(re.findall(r'"completion_tokens":(\d+)', answer)[-1])
+
+
+def random_folder(out: Path, shape: str = "llama_1b") -> Path:
+    """A packed ternary Llama of random weights; its tokenizer is the embedded one with words added."""
+    sizes = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=sizes.vocab,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        max_position_embeddings=sizes.context,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    method = find("bitdistill")(name="bitdistill")
+    assert isinstance(method, QuantMethod)
+    student = method.prepare(model)
+    packed = hf.pack_model(student, method, "bfloat16", head.quantize(student, 8))
+    words = load.open_tokenizer(load.resolve_pretrained("builtin:tiny"))
+    words.add_tokens([f" {i}" for i in range(len(words), sizes.vocab)])
+    packed.save_pretrained(out)
+    words.save_pretrained(out)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--shape", choices=SHAPES, default="llama_1b", help="of the random model")
+    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128, help="tokens of each stream")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or random_folder(Path(scratch) / "packed", args.shape)
+        found = streams(folder, args.count, args.length, args.rounds, args.threads)
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print("one stream {one:.1f} tokens/s, {count} streams {many:.1f}, ratio {ratio:.2f}".format(**found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,460 @@
+// From codes to memory: the constructors of wf_matrix. Everything is checked here, before memory is taken.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <string>
+
+#include "layout.h"
+#include "wf.h"
+
+using namespace wf;
+
+namespace {
+
+constexpr int MAX_ROWS = 1 << 24;
+constexpr int MAX_COLUMNS = 1 << 16;  // so that no sum of products leaves int32: 255 * 127 * 65536
+constexpr float NEARLY = 1.0f / 8192;  // of the largest entry: a table of fp16 numbers may miss even steps by this
+
+void check_shape(int n, int k) {
+    check(n >= 1 && n <= MAX_ROWS, "n: must be 1 to 16777216");
+    check(k >= 1 && k <= MAX_COLUMNS, "k: must be 1 to 65536");
+}
+
+void check_grid(int rows, int columns, int num_rows, int num_groups) {
+    check(num_rows == 1 || num_rows == rows, "num_rows: must be 1, or a scale for each row");
+    check(num_groups >= 1 && num_groups <= columns && columns % num_groups == 0, "num_groups: must divide the columns");
+}
+
+void check_finite(const float* values, size_t size, const char* text) {
+    for (size_t i = 0; i < size; ++i) check(std::isfinite(values[i]), text);
+}
+
+void check_codes(const uint8_t* codes, size_t size, int limit) {
+    uint8_t largest = 0;
+    for (size_t i = 0; i < size; ++i) largest = std::max(largest, codes[i]);
+    check(largest < limit, "codes: an entry is too large for the bits");
+}
+
+// Per-row factors, padded to whole panels of each part.
+void set_rows(const wf_matrix& m, Buffer<float>& to, const float* from, const char* text) {
+    if (!from) return;
+    check_finite(from, m.n, text);
+    const size_t padded = size_t(m.panels()) * PANEL;
+    to.reset(padded * m.parts());
+    for (int part = 0; part < m.parts(); ++part)
+        std::copy_n(from + size_t(part) * m.rows(), m.rows(), to.data() + part * padded);
+}
+
+void set_factors(wf_matrix& m, const float* row, const float* col, const float* bias) {
+    set_rows(m, m.row, row, "row: not finite");
+    set_rows(m, m.bias, bias, "bias: not finite");
+    if (!col) return;
+    check_finite(col, m.k, "col: not finite");
+    m.col.reset(m.k);
+    std::copy_n(col, m.k, m.col.data());
+}
+
+Stream stream(Format format, int rows, int columns, int num_rows, int num_groups) {
+    Stream s;
+    s.format = format;
+    s.rows = rows;
+    s.panels = ceil_div(rows, PANEL);
+    const bool complex = spec(format).parts == 2;
+    const int width = columns / num_groups;
+    const int real = complex ? 2 * width : width;  // columns of activations; complex ones are padded in pairs of 16
+    s.columns = {complex, num_groups, width, ceil_div(complex ? 2 * ceil_div(width, CELL) * CELL : real, 64) * 64};
+    s.chunks = ceil_div(complex ? 2 * ceil_div(width, CELL) * CELL : real, spec(format).segments * CELL);
+    s.cells.reset(size_t(s.panels) * num_groups * s.chunks * CHUNK_BYTES);
+    const int scale_panels = num_rows == 1 ? 1 : s.panels;
+    s.scale_panel = num_rows == 1 ? 0 : size_t(num_groups) * PANEL;
+    s.scales.reset(size_t(scale_panels) * num_groups * PANEL);
+    const size_t group_heads = size_t(spec(format).heads) * CHUNK_BYTES;
+    s.head_panel = num_rows == 1 ? 0 : group_heads * num_groups;
+    s.heads.reset(group_heads * num_groups * scale_panels);
+    return s;
+}
+
+// Cell of a row's chunk; `column` counts within the group, `wide` columns to a chunk.
+uint8_t* cell(Stream& s, int row, int group, int chunk) {
+    return s.cells.data() + ((size_t(row / PANEL) * s.columns.groups + group) * s.chunks + chunk) * CHUNK_BYTES +
+           row % PANEL * CELL;
+}
+
+// One code of `bits` for each column, by segments of 16: segment i of a chunk in bits i * bits and up.
+void fill(Stream& s, const uint8_t* codes, const uint8_t* stored_as, int bits) {
+    const int width = s.columns.width, groups = s.columns.groups, per_chunk = spec(s.format).segments * CELL;
+    for (int row = 0; row < s.rows; ++row)
+        for (int group = 0; group < groups; ++group, codes += width)
+            for (int first = 0, chunk = 0; first < width; first += per_chunk, ++chunk) {
+                uint8_t* to = cell(s, row, group, chunk);
+                const int count = std::min(per_chunk, width - first);
+                for (int j = 0; j < count; ++j)
+                    to[j % CELL] |= static_cast<uint8_t>(stored_as[codes[first + j]] << (j / CELL * bits));
+            }
+}
+
+void fill_scales(Stream& s, const float* scales, int num_rows) {
+    const int groups = s.columns.groups;
+    for (int row = 0; row < (num_rows == 1 ? PANEL : num_rows); ++row)
+        for (int group = 0; group < groups; ++group)
+            s.scales[(size_t(row / PANEL) * groups + group) * PANEL + row % PANEL] =
+                scales[size_t(num_rows == 1 ? 0 : row) * groups + group];
+}
+
+// ---- Tables
+
+// A table as even steps: value = step * (code' - twice_zero / 2).
+struct Even {
+    bool found = false;
+    uint8_t stored_as[16] = {};
+    float step = 0;
+    int twice_zero = 0;
+};
+
+Even even_steps(const float* table, int size, const bool* used) {
+    std::vector<float> distinct;
+    for (int i = 0; i < size; ++i)
+        if (used[i]) distinct.push_back(table[i]);
+    std::sort(distinct.begin(), distinct.end());
+    distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+    const float low = distinct.front(), high = distinct.back(), most = std::max(std::fabs(low), std::fabs(high));
+    Even even;
+    if (distinct.size() == 1) {  // one value: code 1 of no zero
+        std::fill_n(even.stored_as, 16, uint8_t{1});
+        even.step = low;
+        even.found = true;
+        return even;
+    }
+    for (int steps = 1; steps <= 3 && !even.found; ++steps) {
+        const float step = (high - low) / steps;
+        even.step = step;
+        even.twice_zero = static_cast<int>(std::lrint(std::clamp(-2 * low / step, -100.0f, 100.0f)));
+        even.found = std::abs(even.twice_zero) <= 6 && std::isfinite(step);
+        for (int i = 0; i < size && even.found; ++i) {
+            if (!used[i]) continue;
+            const int code = static_cast<int>(std::lrint((table[i] - low) / step));
+            even.stored_as[i] = static_cast<uint8_t>(code);
+            even.found = std::fabs(step * (code - 0.5f * even.twice_zero) - table[i]) <= NEARLY * most;
+        }
+    }
+    return even;
+}
+
+// Integers of at most `limit` that are exactly proportional to the values; 0 steps where there are none.
+int exact_steps(const float* values, int size, int limit, int* integers) {
+    float most = 0;
+    for (int i = 0; i < size; ++i) most = std::max(most, std::fabs(values[i]));
+    for (int steps = 1; steps <= limit && most > 0; ++steps) {
+        bool exact = true;
+        for (int i = 0; i < size && exact; ++i) {
+            integers[i] = static_cast<int>(std::lrint(double(values[i]) * steps / most));
+            exact = double(values[i]) * steps == double(most) * integers[i];
+        }
+        if (exact) return steps;
+    }
+    return 0;
+}
+
+constexpr int TABLE_MOST = 127 * 256 + 127;  // the largest sum of two digits
+
+// In two digits; entries that no code uses are 0.
+void set_table(Stream& s, const float* table, int size, float most) {
+    s.grain = most / TABLE_MOST;
+    for (int i = 0; i < size && most > 0; ++i) {
+        const int value = static_cast<int>(std::lrint(double(table[i]) / most * TABLE_MOST));
+        const int high = static_cast<int>(std::floor((value + 128) / 256.0));
+        s.table[0][i] = static_cast<uint8_t>(high);
+        s.table[1][i] = static_cast<uint8_t>(value - 256 * high);
+    }
+}
+
+wf_matrix* table_matrix(int n, int k, int bits, const uint8_t* codes, const float* table, const float* scales,
+                        int num_rows, int num_groups, const float* row, const float* col, const float* bias) {
+    check_shape(n, k);
+    check(bits >= 1 && bits <= 4, "bits: must be 1 to 4");
+    check(codes && table && scales, "codes, table, scales: must be given");
+    check_grid(n, k, num_rows, num_groups);
+    const int size = 1 << bits;
+    check_codes(codes, size_t(n) * k, size);
+    check_finite(table, size, "table: not finite");
+    check_finite(scales, size_t(num_rows) * num_groups, "scales: not finite");
+    bool used[256] = {};
+    for (size_t i = 0; i < size_t(n) * k; ++i) used[codes[i]] = true;
+
+    auto made = std::make_unique<wf_matrix>();
+    wf_matrix& m = *made;
+    m.kind = Kind::TABLE;
+    m.n = n;
+    m.k = k;
+    for (int i = 0; i < size; ++i) m.values[i] = used[i] ? table[i] : 0.0f;
+    const float most = std::fabs(*std::max_element(m.values, m.values + size, [](float a, float b) {
+        return std::fabs(a) < std::fabs(b);
+    }));
+    const Even even = bits <= 2 ? even_steps(table, size, used) : Even{};
+    int integers[16] = {};
+    const int steps = even.found ? 0 : exact_steps(m.values, size, 127, integers);
+    const Format two = steps ? Format::TABLE2_BYTE : Format::TABLE2, four = steps ? Format::TABLE4_BYTE : Format::TABLE4;
+    m.streams.push_back(stream(even.found ? Format::AFFINE2 : bits <= 2 ? two : four, n, k, num_rows, num_groups));
+    Stream& s = m.streams.back();
+    uint8_t stored_as[16];
+    for (int i = 0; i < size; ++i) stored_as[i] = even.found ? even.stored_as[i] : static_cast<uint8_t>(i);
+    if (even.found) {
+        for (int i = size - 1; i >= 0; --i)
+            if (used[i]) m.values[stored_as[i]] = table[i];
+        s.twice_zero = even.twice_zero;
+        s.grain = even.step / 2;
+        m.kernel = even.twice_zero == 2 ? "ternary" : "affine2";
+    } else if (steps) {
+        s.grain = most / steps;
+        for (int i = 0; i < size; ++i) s.table[0][i] = static_cast<uint8_t>(integers[i]);
+        m.kernel = bits <= 2 ? "table2-byte" : "table4-byte";
+    } else {
+        set_table(s, m.values, size, most);
+        m.kernel = bits <= 2 ? "table2" : "table4";
+    }
+    fill(s, codes, stored_as, bits <= 2 ? 2 : 4);
+    fill_scales(s, scales, num_rows);
+    set_factors(m, row, col, bias);
+    return made.release();
+}
+
+// ---- Fairy2i
+
+// The scales of one row and group in one stream, [p][t][axis], as integers times a unit.
+struct Grid {
+    bool exact = false;
+    int integers[8] = {};
+    float unit = 0;
+};
+
+// The largest sum that the codes can make of them.
+int reach(const int* integers) {
+    int most = 0;
+    for (int axis = 0; axis < 2; ++axis) {
+        int sum = 0;
+        for (int i = axis; i < 8; i += 2) sum += std::abs(integers[i]);
+        most = std::max(most, sum);
+    }
+    return most;
+}
+
+Grid exact_grid(const float* scales) {
+    Grid grid;
+    float most = 0;
+    for (int i = 0; i < 8; ++i) most = std::max(most, std::fabs(scales[i]));
+    const int steps = exact_steps(scales, 8, 127, grid.integers);
+    grid.exact = most == 0 || (steps && reach(grid.integers) <= 127);
+    grid.unit = steps ? most / steps : 0.0f;
+    return grid;
+}
+
+Grid wide_grid(const float* scales) {
+    Grid grid;
+    double most = 0;
+    for (int axis = 0; axis < 2; ++axis) {
+        double sum = 0;
+        for (int i = axis; i < 8; i += 2) sum += std::fabs(scales[i]);
+        most = std::max(most, sum);
+    }
+    grid.unit = static_cast<float>(most / (WIDE_MAX - 4));  // 4 terms, each rounded by half
+    for (int i = 0; i < 8 && most > 0; ++i)
+        grid.integers[i] = static_cast<int>(std::lrint(scales[i] / most * (WIDE_MAX - 4)));
+    return grid;
+}
+
+struct Fairy {
+    int rows, columns, num_stages, num_rows, num_groups;  // complex
+    const uint8_t* codes;
+    const float* scales;
+
+    const uint8_t* codes_of(int p, int t) const { return codes + (size_t(p) * num_stages + t) * rows * columns; }
+    float scale(int p, int t, int axis, int row, int group) const {
+        return scales[(((size_t(p) * num_stages + t) * 2 + axis) * num_rows + row) * num_groups + group];
+    }
+    // The scales of `count` stages from `first`, [p][t][axis]; stages that are not there have none.
+    void gather(int first, int count, int row, int group, float* to) const {
+        for (int i = 0; i < 8; ++i) {
+            const int p = i / 4, t = i / 2 % 2, axis = i % 2;
+            to[i] = t < count ? scale(p, first + t, axis, row, group) : 0.0f;
+        }
+    }
+};
+
+void set_head(Stream& s, int panel, int group, int slot, const Grid& grid, bool wide) {
+    int8_t* at = reinterpret_cast<int8_t*>(s.heads.data() + panel * s.head_panel) +
+                 size_t(group) * spec(s.format).heads * CHUNK_BYTES + slot * CELL;
+    for (int i = 0; i < 8; ++i) {
+        const int value = grid.integers[i];
+        const int high = wide ? static_cast<int>(std::lrint(double(value) / WIDE)) : value;
+        at[i] = static_cast<int8_t>(high);
+        at[i + 8] = static_cast<int8_t>(-high);
+        if (wide) {
+            at[i + CHUNK_BYTES] = static_cast<int8_t>(value - WIDE * high);
+            at[i + 8 + CHUNK_BYTES] = static_cast<int8_t>(WIDE * high - value);
+        }
+    }
+}
+
+void fill_heads(Stream& s, const Fairy& f, int first, int count, bool wide) {
+    float scales[8];
+    for (int row = 0; row < (f.num_rows == 1 ? PANEL : f.num_rows); ++row)
+        for (int group = 0; group < f.num_groups; ++group) {
+            f.gather(first, count, f.num_rows == 1 ? 0 : row, group, scales);
+            const Grid grid = wide ? wide_grid(scales) : exact_grid(scales);
+            set_head(s, row / PANEL, group, row % PANEL, grid, wide);
+            s.scales[(size_t(row / PANEL) * f.num_groups + group) * PANEL + row % PANEL] = grid.unit;
+        }
+}
+
+void fill_fairy(Stream& s, const Fairy& f, int first, int count) {
+    const int width = s.columns.width, per_chunk = spec(s.format).segments / 2 * CELL;
+    for (int p = 0; p < 2; ++p)
+        for (int t = 0; t < count; ++t) {
+            const uint8_t* codes = f.codes_of(p, first + t);
+            const int shift = count == 1 ? 2 * p : 4 * p + 2 * t;
+            for (int row = 0; row < s.rows; ++row)
+                for (int column = 0; column < f.columns; ++column) {
+                    const int group = column / width, inside = column % width, at = inside % per_chunk;
+                    cell(s, row, group, inside / per_chunk)[at % CELL] |=
+                        static_cast<uint8_t>(codes[size_t(row) * f.columns + column] << (shift + at / CELL * 4));
+                }
+        }
+}
+
+bool on_grid(const Fairy& f, int first, int count) {
+    float scales[8];
+    for (int row = 0; row < f.num_rows; ++row)
+        for (int group = 0; group < f.num_groups; ++group) {
+            f.gather(first, count, row, group, scales);
+            if (!exact_grid(scales).exact) return false;
+        }
+    return true;
+}
+
+wf_matrix* fairy_matrix(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
+                        int num_groups, const float* row, const float* col, const float* bias) {
+    check_shape(n, k);
+    check(n % 2 == 0 && k % 2 == 0, "n, k: must be even");
+    check(num_stages >= 1 && num_stages <= 4, "num_stages: must be 1 to 4");
+    check(codes && scales, "codes, scales: must be given");
+    check_grid(n / 2, k / 2, num_rows, num_groups);
+    check_codes(codes, size_t(2) * num_stages * (n / 2) * (k / 2), 4);
+    const size_t num_scales = size_t(4) * num_stages * num_rows * num_groups;
+    check_finite(scales, num_scales, "scales: not finite");
+
+    auto made = std::make_unique<wf_matrix>();
+    wf_matrix& m = *made;
+    m.kind = Kind::FAIRY;
+    m.n = n;
+    m.k = k;
+    m.num_stages = num_stages;
+    m.num_rows = num_rows;
+    m.num_groups = num_groups;
+    m.scales.reset(num_scales);
+    std::copy_n(scales, num_scales, m.scales.data());
+    const Fairy f{n / 2, k / 2, num_stages, num_rows, num_groups, codes, scales};
+    bool any_wide = false;
+    for (int first = 0; first < num_stages; first += 2) {
+        const int count = std::min(2, num_stages - first);
+        const bool wide = !on_grid(f, first, count);
+        any_wide = any_wide || wide;
+        const Format format = count == 1 ? (wide ? Format::FAIRY1_WIDE : Format::FAIRY1)
+                                         : (wide ? Format::FAIRY2_WIDE : Format::FAIRY2);
+        m.streams.push_back(stream(format, f.rows, f.columns, num_rows, num_groups));
+        fill_fairy(m.streams.back(), f, first, count);
+        fill_heads(m.streams.back(), f, first, count, wide);
+    }
+    m.kernel = any_wide ? "fairy2-wide" : "fairy2-grid";
+    set_factors(m, row, col, bias);
+    return made.release();
+}
+
+wf_matrix* int8_matrix(int n, int k, const int8_t* weight, const float* row, const float* bias) {
+    check_shape(n, k);
+    check(weight && row, "weight, row: must be given");
+    auto made = std::make_unique<wf_matrix>();
+    wf_matrix& m = *made;
+    m.kind = Kind::INT8;
+    m.n = n;
+    m.k = k;
+    m.kernel = "int8";
+    m.streams.push_back(stream(Format::INT8, n, k, 1, 1));
+    Stream& s = m.streams.back();
+    for (int r = 0; r < n; ++r)
+        for (int first = 0, chunk = 0; first < k; first += CELL, ++chunk)
+            std::memcpy(cell(s, r, 0, chunk), weight + size_t(r) * k + first, std::min(CELL, k - first));
+    std::fill_n(s.scales.data(), PANEL, 1.0f);
+    set_factors(m, row, nullptr, bias);
+    return made.release();
+}
+
+uint16_t to_bf16(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+wf_matrix* dense_matrix(int n, int k, const float* weight, const float* bias, int exact) {
+    check_shape(n, k);
+    check(weight, "weight: must be given");
+    const size_t size = size_t(n) * k;
+    check_finite(weight, size, "weight: not finite");
+    auto made = std::make_unique<wf_matrix>();
+    wf_matrix& m = *made;
+    m.kind = Kind::DENSE;
+    m.n = n;
+    m.k = k;
+    m.kernel = exact ? "dense-fp32" : "dense-bf16";
+    if (exact) {
+        m.weight32.reset(size);
+        std::copy_n(weight, size, m.weight32.data());
+    } else {
+        m.weight16.reset(size);
+        for (size_t i = 0; i < size; ++i) m.weight16[i] = to_bf16(weight[i]);
+    }
+    set_factors(m, nullptr, nullptr, bias);
+    return made.release();
+}
+
+}  // namespace
+
+extern "C" {
+
+wf_matrix* wf_matrix_table(int n, int k, int bits, const uint8_t* codes, const float* table, const float* scales,
+                           int num_rows, int num_groups, const float* row, const float* col, const float* bias) {
+    return guarded<wf_matrix*>(nullptr, [&] {
+        return table_matrix(n, k, bits, codes, table, scales, num_rows, num_groups, row, col, bias);
+    });
+}
+
+wf_matrix* wf_matrix_fairy(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
+                           int num_groups, const float* row, const float* col, const float* bias) {
+    return guarded<wf_matrix*>(nullptr, [&] {
+        return fairy_matrix(n, k, num_stages, codes, scales, num_rows, num_groups, row, col, bias);
+    });
+}
+
+wf_matrix* wf_matrix_int8(int n, int k, const int8_t* weight, const float* row, const float* bias) {
+    return guarded<wf_matrix*>(nullptr, [&] { return int8_matrix(n, k, weight, row, bias); });
+}
+
+wf_matrix* wf_matrix_dense(int n, int k, const float* weight, const float* bias, int exact) {
+    return guarded<wf_matrix*>(nullptr, [&] { return dense_matrix(n, k, weight, bias, exact); });
+}
+
+void wf_matrix_free(wf_matrix* m) { delete m; }
+
+size_t wf_matrix_bytes(const wf_matrix* m) {
+    size_t bytes = sizeof(wf_matrix) + m->row.bytes() + m->col.bytes() + m->bias.bytes() + m->scales.bytes() +
+                   m->weight32.bytes() + m->weight16.bytes();
+    for (const Stream& s : m->streams) bytes += s.bytes();
+    return bytes;
+}
+
+int wf_matrix_rows(const wf_matrix* m) { return m->n; }
+
+int wf_matrix_columns(const wf_matrix* m) { return m->k; }
+
+const char* wf_matrix_kernel(const wf_matrix* m) { return m->kernel; }
+
+}  // extern "C"

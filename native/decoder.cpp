@@ -1,0 +1,518 @@
+// The native decoder: one pass through a Llama for rows of tokens of several sequences. decoder.h says what it promises.
+//
+// Rows are tokens, in the order of the appends: x [rows, hidden]. A layer is
+//     x += o(attention(q(n), k(n), v(n))), n = norm(x);    x += down(act(gate(m)) * up(m)), m = norm(x)
+// with five parallel regions: q k v in one product, attention, o, gate and up in one, down. What lies between them is done
+// by the calling thread for few rows and in parallel for many.
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#include "cache.h"
+#include "common.h"
+#include "layout.h"
+#include "pool.h"
+#include "sampling.h"
+
+namespace wf {
+namespace {
+
+constexpr int MAX_HEAD_DIM = 256;
+constexpr int64_t WORTH_THREADS = 1 << 16;  // multiply-adds, or so: below it a parallel region costs more than it saves
+
+struct Linear {
+    const wf_matrix* matrix;
+    std::vector<float> gain;
+    float eps;
+    bool rounded;
+    int out, in;
+};
+
+struct Layer {
+    Linear q, k, v, o, gate, up, down;
+    std::vector<float> attention_norm, mlp_norm, q_norm, k_norm;
+    bool rope;
+    int window;
+};
+
+struct Sequence {
+    explicit Sequence(const CacheShape& shape) : cache(shape) {}
+    std::vector<int32_t> tokens;
+    Cache cache;
+};
+
+struct Row {
+    int slot, position;
+};
+
+// Attention of rows that follow each other in one sequence, for one head of the keys.
+struct Task {
+    int row, count, head, out;  // first row of q, how many, head, first row of the result
+};
+
+// An error of one of the functions of wf.h is one here.
+void told(int code) {
+    if (code) fail(wf_error());
+}
+
+std::vector<float> copied(const float* values, int n) {
+    return values ? std::vector<float>(values, values + n) : std::vector<float>();
+}
+
+}  // namespace
+}  // namespace wf
+
+using namespace wf;
+
+struct wf_decoder {
+    wf_decoder(wf_pool* pool, const wf_model& model);
+
+    void step(const wf_append* appends, int count);
+    size_t bytes() const;
+
+    std::mutex mutex;
+    wf_model m;  // pointers in it are those of the vectors below, or borrowed matrices
+    std::vector<Sequence> sequences;
+
+  private:
+    const char* fault(const wf_append* appends, int count) const;
+    void lay_out(const wf_append* appends, int count);
+    void embed(const wf_append* appends, int count);
+    void run_layers();
+    void attention_block(const Layer& layer, int index, bool last);
+    void mlp_block(const Layer& layer);
+    void keep_wanted();
+    void finish(const wf_append* appends, int count);
+    void apply(std::initializer_list<const Linear*> group, const float* x, int rows, std::initializer_list<float*> outs);
+    void apply_alone(const Linear& linear, const float* x, int rows, float* y);
+    void turn(const Layer& layer, int index, int row);
+    void attend(const Layer& layer, int index, const Task& task);
+    void list_tasks(bool last);
+    template <class F>
+    void each(int tasks, int64_t work, const F& f);
+
+    const Vectors& loops_;
+    wf_pool* pool_;
+    CacheShape shape_;
+    std::vector<Layer> layers_;
+    std::vector<float> frequencies_, norm_;
+    Linear head_;
+    Sampler sampler_;
+    int q_width_, kv_width_;
+
+    // Of the step that runs.
+    std::vector<Row> rows_;
+    std::vector<int> wanted_;  // rows whose logits are asked for
+    std::vector<Task> tasks_;
+    int64_t attention_work_ = 0;
+    int num_rows_ = 0;
+    Buffer<float> x_, n_, own_, q_, k_, v_, a_, gate_, up_, cosine_, sine_, logits_;
+};
+
+namespace {
+
+Linear linear_of(const wf_linear& l) {
+    int in = l.matrix->k, out = l.matrix->n;
+    return {l.matrix, copied(l.gain, in), l.eps, l.rounded != 0, out, in};
+}
+
+Layer layer_of(const wf_layer& l, const wf_model& m) {
+    return {linear_of(l.q),
+                    linear_of(l.k),
+                    linear_of(l.v),
+                    linear_of(l.o),
+                    linear_of(l.gate),
+                    linear_of(l.up),
+                    linear_of(l.down),
+                    copied(l.attention_norm, m.hidden),
+                    copied(l.mlp_norm, m.hidden),
+                    copied(l.q_norm, m.head_dim),
+                    copied(l.k_norm, m.head_dim),
+                    l.rope != 0,
+                    l.window};
+}
+
+// What is wrong with the sizes of a model, or nullptr.
+const char* size_fault(const wf_model& m) {
+    constexpr int most = 1 << 26;
+    for (int size : {m.vocab, m.hidden, m.intermediate, m.num_layers, m.heads, m.kv_heads, m.head_dim, m.context, m.slots,
+                         m.max_rows})
+        if (size < 1 || size > most) return "decoder: a size is not between 1 and 2^26";
+    if (m.num_layers > 4096 || m.slots > 4096 || m.max_rows > 65536) return "decoder: too many layers, slots or rows";
+    if (m.head_dim % 2 || m.head_dim > MAX_HEAD_DIM) return "decoder: head_dim has to be even and at most 256";
+    if (m.heads % m.kv_heads || m.heads / m.kv_heads > QUERIES)
+        return "decoder: heads have to be 1 to 32 times kv_heads";
+    if (static_cast<int64_t>(m.heads) * m.head_dim > most) return "decoder: heads are too wide";
+    if (!(m.eps >= 0) || !std::isfinite(m.rope_scale)) return "decoder: eps and rope_scale have to be numbers";
+    if (m.activation != WF_SILU && m.activation != WF_RELU2) return "decoder: unknown activation";
+    if (m.mode != WF_INT8 && m.mode != WF_EXACT) return "decoder: unknown mode";
+    if (!m.frequencies || !m.embedding || !m.norm || !m.layers) return "decoder: a pointer is NULL";
+    return nullptr;
+}
+
+bool fits(const wf_linear& l, int out, int in) {
+    return l.matrix && l.matrix->n == out && l.matrix->k == in && (!l.gain || l.eps >= 0);
+}
+
+const char* layer_fault(const wf_layer& l, const wf_model& m) {
+    int q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+    const bool shapes = fits(l.q, q, m.hidden) && fits(l.k, kv, m.hidden) && fits(l.v, kv, m.hidden) && fits(l.o, m.hidden, q) &&
+                      fits(l.gate, m.intermediate, m.hidden) && fits(l.up, m.intermediate, m.hidden) &&
+                      fits(l.down, m.hidden, m.intermediate);
+    if (!shapes) return "decoder: a layer's matrix is missing or has the wrong shape";
+    if (!l.attention_norm || !l.mlp_norm) return "decoder: a layer has no norm";
+    if (l.window < 0) return "decoder: a layer's window is below 0";
+    return nullptr;
+}
+
+const char* model_fault(const wf_model& m) {
+    if (const char* fault = size_fault(m)) return fault;
+    for (int i = 0; i < m.num_layers; i++)
+        if (const char* fault = layer_fault(m.layers[i], m)) return fault;
+    if (!fits(m.head, m.vocab, m.hidden)) return "decoder: the head is missing or has the wrong shape";
+    if (m.embedding->n != m.vocab || m.embedding->k != m.hidden)
+        return "decoder: the embedding has the wrong shape";
+    std::vector<float> row(m.hidden);
+    if (wf_matrix_row(m.embedding, 0, row.data())) return "decoder: the embedding's matrix has no rows to read";
+    return nullptr;
+}
+
+}  // namespace
+
+wf_decoder::wf_decoder(wf_pool* pool, const wf_model& model)
+        : m(model),
+            loops_(vectors()),
+            pool_(pool),
+            shape_{model.num_layers, model.kv_heads, model.head_dim, model.mode == WF_INT8},
+            frequencies_(copied(model.frequencies, model.head_dim / 2)),
+            norm_(copied(model.norm, model.hidden)),
+            head_(linear_of(model.head)),
+            q_width_(model.heads * model.head_dim),
+            kv_width_(model.kv_heads * model.head_dim) {
+    for (int i = 0; i < m.num_layers; i++) layers_.push_back(layer_of(m.layers[i], m));
+    sequences.reserve(m.slots);
+    for (int i = 0; i < m.slots; i++) sequences.emplace_back(shape_);
+    size_t rows = m.max_rows;
+    for (Buffer<float>* b : {&x_, &n_}) b->reset(rows * m.hidden);
+    own_.reset(rows * std::max({m.hidden, m.intermediate, q_width_}));
+    for (Buffer<float>* b : {&q_, &a_}) b->reset(rows * q_width_);
+    for (Buffer<float>* b : {&k_, &v_}) b->reset(rows * kv_width_);
+    for (Buffer<float>* b : {&gate_, &up_}) b->reset(rows * m.intermediate);
+    for (Buffer<float>* b : {&cosine_, &sine_}) b->reset(rows * (m.head_dim / 2));
+    logits_.reset(static_cast<size_t>(m.slots) * m.vocab);
+}
+
+size_t wf_decoder::bytes() const {
+    size_t total = 0;
+    for (const Buffer<float>* b : {&x_, &n_, &own_, &q_, &k_, &v_, &a_, &gate_, &up_, &cosine_, &sine_, &logits_})
+        total += b->bytes();
+    for (const Sequence& s : sequences) total += s.cache.bytes();
+    return total;
+}
+
+template <class F>
+void wf_decoder::each(int tasks, int64_t work, const F& f) {
+    if (tasks > 1 && work >= WORTH_THREADS) {
+        std::lock_guard<std::mutex> lock(pool_->turn);
+        pool_->each(tasks, std::max(1, tasks / (8 * pool_->threads())), [&](int, int begin, int end) {
+            for (int i = begin; i < end; i++) f(i);
+        });
+    } else {
+        for (int i = 0; i < tasks; i++) f(i);
+    }
+}
+
+const char* wf_decoder::fault(const wf_append* appends, int count) const {
+    if (count < 1 || count > m.slots || !appends) return "step: needs between one append and one for each slot";
+    int64_t rows = 0;
+    std::vector<bool> taken(m.slots);
+    for (int i = 0; i < count; i++) {
+        const wf_append& a = appends[i];
+        if (a.slot < 0 || a.slot >= m.slots || taken[a.slot]) return "step: a slot is unknown or stands there twice";
+        taken[a.slot] = true;
+        if (a.length < 1 || !a.tokens) return "step: an append has no tokens";
+        if (a.length > m.context - static_cast<int>(sequences[a.slot].tokens.size())) return "step: the context is full";
+        for (int t = 0; t < a.length; t++)
+            if (a.tokens[t] < 0 || a.tokens[t] >= m.vocab) return "step: a token id is not in the vocabulary";
+        if (a.next && !a.sampling) return "step: the next token is asked for without saying how to choose it";
+        if (a.next)
+            if (const char* wrong = sampling_fault(*a.sampling)) return wrong;
+        rows += a.length;
+    }
+    return rows > m.max_rows ? "step: more tokens than max_rows" : nullptr;
+}
+
+// Rows, what is wanted of them, their sines, and room in the caches.
+void wf_decoder::lay_out(const wf_append* appends, int count) {
+    rows_.clear();
+    wanted_.clear();
+    for (int i = 0; i < count; i++) {
+        const wf_append& a = appends[i];
+        Sequence& s = sequences[a.slot];
+        int length = static_cast<int>(s.tokens.size());
+        check(s.cache.grow(length + a.length), "step: no memory for more keys and values");
+        s.tokens.reserve(length + a.length);
+        for (int t = 0; t < a.length; t++) rows_.push_back({a.slot, length + t});
+        if (a.next || a.logits) wanted_.push_back(static_cast<int>(rows_.size()) - 1);
+    }
+    num_rows_ = static_cast<int>(rows_.size());
+    int half = m.head_dim / 2;
+    each(num_rows_, static_cast<int64_t>(num_rows_) * half * 64, [&](int row) {
+        for (int j = 0; j < half; j++) {
+            float angle = static_cast<float>(rows_[row].position) * frequencies_[j];
+            cosine_.data()[row * half + j] = std::cos(angle) * m.rope_scale;
+            sine_.data()[row * half + j] = std::sin(angle) * m.rope_scale;
+        }
+    });
+    list_tasks(false);
+}
+
+// One task for each head of the keys and as many rows of a sequence as `QUERIES` allows; the last layer has only the
+// wanted rows.
+void wf_decoder::list_tasks(bool last) {
+    tasks_.clear();
+    attention_work_ = 0;
+    int most = std::max(1, QUERIES / (m.heads / m.kv_heads));
+    int num = last ? static_cast<int>(wanted_.size()) : num_rows_;
+    for (int out = 0; out < num;) {
+        int row = last ? wanted_[out] : out, rows = 1;
+        while (!last && rows < most && row + rows < num && rows_[row + rows].slot == rows_[row].slot) rows++;
+        for (int head = 0; head < m.kv_heads; head++) tasks_.push_back({row, rows, head, out});
+        attention_work_ += static_cast<int64_t>(rows) * (rows_[row].position + 1) * q_width_ * 2;
+        out += rows;
+    }
+}
+
+void wf_decoder::step(const wf_append* appends, int count) {
+    if (const char* wrong = fault(appends, count)) fail(wrong);
+    lay_out(appends, count);
+    embed(appends, count);
+    run_layers();
+    finish(appends, count);
+}
+
+void wf_decoder::embed(const wf_append* appends, int count) {
+    float* x = x_.data();
+    for (int i = 0; i < count; i++)
+        for (int t = 0; t < appends[i].length; t++, x += m.hidden)
+            told(wf_matrix_row(m.embedding, appends[i].tokens[t], x));
+}
+
+void wf_decoder::run_layers() {
+    for (int i = 0; i < m.num_layers; i++) {
+        const Layer& layer = layers_[i];
+        attention_block(layer, i, i + 1 == m.num_layers);
+        if (num_rows_ == 0) return;
+        mlp_block(layer);
+    }
+}
+
+void wf_decoder::attention_block(const Layer& layer, int index, bool last) {
+    int64_t work = static_cast<int64_t>(num_rows_) * m.hidden * 2;
+    each(num_rows_, work, [&](int row) {
+        size_t at = static_cast<size_t>(row) * m.hidden;
+        loops_.norm(x_.data() + at, layer.attention_norm.data(), m.eps, m.hidden, n_.data() + at);
+    });
+    apply({&layer.q, &layer.k, &layer.v}, n_.data(), num_rows_, {q_.data(), k_.data(), v_.data()});
+    each(num_rows_, work * 4, [&](int row) { turn(layer, index, row); });
+    if (last) keep_wanted();
+    each(static_cast<int>(tasks_.size()), attention_work_, [&](int i) { attend(layer, index, tasks_[i]); });
+    if (num_rows_ == 0) return;
+    apply({&layer.o}, a_.data(), num_rows_, {n_.data()});
+    each(num_rows_, work, [&](int row) {
+        size_t at = static_cast<size_t>(row) * m.hidden;
+        loops_.add(n_.data() + at, m.hidden, x_.data() + at);
+        loops_.norm(x_.data() + at, layer.mlp_norm.data(), m.eps, m.hidden, n_.data() + at);
+    });
+}
+
+void wf_decoder::mlp_block(const Layer& layer) {
+    apply({&layer.gate, &layer.up}, n_.data(), num_rows_, {gate_.data(), up_.data()});
+    auto act = m.activation == WF_SILU ? loops_.silu_times : loops_.relu2_times;
+    each(num_rows_, static_cast<int64_t>(num_rows_) * m.intermediate * 4, [&](int row) {
+        size_t at = static_cast<size_t>(row) * m.intermediate;
+        act(gate_.data() + at, up_.data() + at, m.intermediate, gate_.data() + at);
+    });
+    apply({&layer.down}, gate_.data(), num_rows_, {n_.data()});
+    each(num_rows_, static_cast<int64_t>(num_rows_) * m.hidden, [&](int row) {
+        size_t at = static_cast<size_t>(row) * m.hidden;
+        loops_.add(n_.data() + at, m.hidden, x_.data() + at);
+    });
+}
+
+// From here on only the rows whose logits are wanted: keys and values of the others are stored.
+void wf_decoder::keep_wanted() {
+    list_tasks(true);
+    for (size_t i = 0; i < wanted_.size(); i++)
+        std::copy_n(x_.data() + static_cast<size_t>(wanted_[i]) * m.hidden, m.hidden, x_.data() + i * m.hidden);
+    num_rows_ = static_cast<int>(wanted_.size());
+}
+
+// Products of one input with several layers. Those that share all that happens to it share one call.
+void wf_decoder::apply(std::initializer_list<const Linear*> group, const float* x, int rows,
+                            std::initializer_list<float*> outs) {
+    const wf_matrix* matrices[3];
+    float* y[3];
+    int count = 0;
+    float* const* out = outs.begin();
+    for (const Linear* linear : group) {
+        float* to = *out++;
+        bool own = !linear->gain.empty() || (linear->rounded && m.mode == WF_EXACT);
+        if (own) {
+            apply_alone(*linear, x, rows, to);
+            continue;
+        }
+        matrices[count] = linear->matrix;
+        y[count++] = to;
+    }
+    if (count) told(wf_matmul(pool_, matrices, count, x, rows, y, m.mode));
+}
+
+void wf_decoder::apply_alone(const Linear& linear, const float* x, int rows, float* y) {
+    each(rows, static_cast<int64_t>(rows) * linear.in * 2, [&](int row) {
+        size_t at = static_cast<size_t>(row) * linear.in;
+        const float* from = x + at;
+        float* to = own_.data() + at;
+        if (!linear.gain.empty()) loops_.norm(from, linear.gain.data(), linear.eps, linear.in, to), from = to;
+        if (linear.rounded && m.mode == WF_EXACT) loops_.round8(from, linear.in, to);
+    });
+    told(wf_matmul(pool_, &linear.matrix, 1, own_.data(), rows, &y, m.mode));
+}
+
+// Norms of the heads, positions, and the row's place in the cache.
+void wf_decoder::turn(const Layer& layer, int index, int row) {
+    int d = m.head_dim, half = d / 2, place = rows_[row].position % PAGE;
+    float* q = q_.data() + static_cast<size_t>(row) * q_width_;
+    float* k = k_.data() + static_cast<size_t>(row) * kv_width_;
+    const float* v = v_.data() + static_cast<size_t>(row) * kv_width_;
+    const float *cosine = cosine_.data() + row * half, *sine = sine_.data() + row * half;
+    auto prepare = [&](float* head, const std::vector<float>& gain) {
+        if (!gain.empty()) loops_.norm(head, gain.data(), m.eps, d, head);
+        if (layer.rope) loops_.rotate(cosine, sine, half, head);
+    };
+    for (int h = 0; h < m.heads; h++) prepare(q + h * d, layer.q_norm);
+    char* page = sequences[rows_[row].slot].cache.pages()[rows_[row].position / PAGE];
+    for (int h = 0; h < m.kv_heads; h++) {
+        prepare(k + h * d, layer.k_norm);
+        loops_.store_key(k + h * d, d, shape_.bf16, place, page + shape_.keys_at(index, h));
+        loops_.store_value(v + h * d, d, shape_.padded_dim(), shape_.bf16, place, page + shape_.values_at(index, h));
+    }
+}
+
+void wf_decoder::attend(const Layer& layer, int index, const Task& task) {
+    alignas(64) float q[QUERIES * MAX_HEAD_DIM], out[QUERIES * MAX_HEAD_DIM];
+    int begin[QUERIES], end[QUERIES];
+    int d = m.head_dim, group = m.heads / m.kv_heads, padded = shape_.padded_dim(), n = 0;
+    float scale = 1 / std::sqrt(static_cast<float>(d));
+    for (int r = 0; r < task.count; r++)
+        for (int g = 0; g < group; g++, n++) {
+            const float* from = q_.data() + static_cast<size_t>(task.row + r) * q_width_ + (task.head * group + g) * d;
+            for (int i = 0; i < d; i++) q[n * d + i] = from[i] * scale;
+            end[n] = rows_[task.row + r].position + 1;
+            begin[n] = layer.window && layer.window < end[n] ? end[n] - layer.window : 0;
+        }
+    const Cache& cache = sequences[rows_[task.row].slot].cache;
+    Attend a{d, padded, n, begin[0] / PAGE, (end[n - 1] + PAGE - 1) / PAGE, cache.pages(),
+                      shape_.keys_at(index, task.head), shape_.values_at(index, task.head), begin, end, q, out};
+    (shape_.bf16 ? loops_.attend_bf16 : loops_.attend_float)(a);
+    n = 0;
+    for (int r = 0; r < task.count; r++)
+        for (int g = 0; g < group; g++, n++)
+            std::copy_n(out + n * padded, d,
+                        a_.data() + static_cast<size_t>(task.out + r) * q_width_ + (task.head * group + g) * d);
+}
+
+// Logits of the wanted rows; then the step counts, and tokens are chosen.
+void wf_decoder::finish(const wf_append* appends, int count) {
+    for (int i = 0; i < num_rows_; i++) {
+        float* x = x_.data() + static_cast<size_t>(i) * m.hidden;
+        loops_.norm(x, norm_.data(), m.eps, m.hidden, x);
+    }
+    if (num_rows_)
+        apply({&head_}, x_.data(), num_rows_, {logits_.data()});
+    float* logits = logits_.data();
+    for (int i = 0; i < count; i++) {
+        const wf_append& a = appends[i];
+        std::vector<int32_t>& tokens = sequences[a.slot].tokens;
+        tokens.insert(tokens.end(), a.tokens, a.tokens + a.length);
+        if (!a.next && !a.logits) continue;
+        if (a.logits) std::copy_n(logits, m.vocab, a.logits);
+        if (a.next) *a.next = sampler_.choose(logits, m.vocab, tokens.data(), static_cast<int>(tokens.size()), *a.sampling);
+        logits += m.vocab;
+    }
+}
+
+namespace {
+
+wf_decoder& known(wf_decoder* d, int slot) {
+    check(d && slot >= 0 && slot < d->m.slots, "decoder: no such slot");
+    return *d;
+}
+
+}  // namespace
+
+wf_decoder* wf_decoder_new(wf_pool* pool, const wf_model* model) {
+    return guarded<wf_decoder*>(nullptr, [&] {
+        check(pool && model, "decoder: a pointer is NULL");
+        if (const char* wrong = model_fault(*model)) fail(wrong);
+        return new wf_decoder(pool, *model);
+    });
+}
+
+void wf_decoder_free(wf_decoder* d) { delete d; }
+
+int wf_decoder_step(wf_decoder* d, const wf_append* appends, int count) {
+    return guarded(1, [&] {
+        check(d, "step: no decoder");
+        std::lock_guard<std::mutex> lock(d->mutex);
+        d->step(appends, count);
+        return 0;
+    });
+}
+
+int wf_decoder_length(wf_decoder* d, int slot) {
+    return guarded(-1, [&] {
+        std::lock_guard<std::mutex> lock(known(d, slot).mutex);
+        return static_cast<int>(d->sequences[slot].tokens.size());
+    });
+}
+
+int wf_decoder_truncate(wf_decoder* d, int slot, int length) {
+    return guarded(1, [&] {
+        std::lock_guard<std::mutex> lock(known(d, slot).mutex);
+        std::vector<int32_t>& tokens = d->sequences[slot].tokens;
+        check(length >= 0 && length <= static_cast<int>(tokens.size()), "truncate: a length that the slot has not");
+        tokens.resize(length);
+        return 0;
+    });
+}
+
+int wf_decoder_clear(wf_decoder* d, int slot) {
+    return guarded(1, [&] {
+        std::lock_guard<std::mutex> lock(known(d, slot).mutex);
+        d->sequences[slot].tokens.clear();
+        d->sequences[slot].cache.clear();
+        return 0;
+    });
+}
+
+size_t wf_decoder_bytes(wf_decoder* d) {
+    if (!d) return 0;
+    std::lock_guard<std::mutex> lock(d->mutex);
+    return d->bytes();
+}
+
+int32_t wf_sample(const float* logits, int vocab, const int32_t* history, int length, const wf_sampling* sampling) {
+    return guarded(-1, [&] {
+        check(logits && vocab >= 1 && length >= 0 && (history || !length) && sampling, "sample: an argument is missing");
+        if (const char* wrong = sampling_fault(*sampling)) fail(wrong);
+        for (int i = 0; i < length; i++)
+            check(history[i] >= 0 && history[i] < vocab, "sample: a token id is not in the vocabulary");
+        std::vector<float> own(logits, logits + vocab);
+        return Sampler().choose(own.data(), vocab, history, length, *sampling);
+    });
+}

@@ -1,0 +1,28 @@
+// AVX2 without dot products of bytes: pairs in int16, which |w| <= 128 and |x| <= 127 do not overflow.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace wf {
+namespace {
+
+#include "avx2.inc"
+
+struct V : Registers {
+    static constexpr int ZERO = 0;
+    static Sums dot(Sums sums, Bytes w, Bytes x) {
+        return dot_codes(sums, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    }
+    static Sums dot_codes(Sums sums, Bytes w, Bytes x) {
+        const __m256i pairs = _mm256_maddubs_epi16(w, x);
+        return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+};
+
+#include "kernels.inc"
+
+}  // namespace
+
+const Kernels avx2_kernels = {"avx2", product, quantize, sum, dot, dot_bf16};
+
+}  // namespace wf

@@ -1,0 +1,30 @@
+// AVX-VNNI: dot products of bytes in 256-bit registers.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace wf {
+namespace {
+
+#include "avx2.inc"
+
+struct V : Registers {
+    static constexpr int ZERO = 128;
+    static Sums dot(Sums sums, Bytes w, Bytes x) {
+#if defined(__GNUC__) && !defined(__clang__)
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(w), "x"(x));  // GCC 12 copies sums around intrinsics
+        return sums;
+#else
+        return _mm256_dpbusd_avx_epi32(sums, w, x);
+#endif
+    }
+    static Sums dot_codes(Sums sums, Bytes w, Bytes x) { return dot(sums, w, x); }
+};
+
+#include "kernels.inc"
+
+}  // namespace
+
+const Kernels avxvnni_kernels = {"avx-vnni", product, quantize, sum, dot, dot_bf16};
+
+}  // namespace wf

@@ -1,0 +1,33 @@
+// What each instruction set provides: kernels.inc compiled with its registers.
+#pragma once
+#include "layout.h"
+
+namespace wf {
+
+struct Kernels {
+    const char* name;
+
+    // sums[token][part][8 rows] += scale * value, for one panel and all tokens.
+    void (*product)(const Stream&, int panel, const Activations&, float* sums);
+
+    // q = rint(x * (1 / max|x| * 127)), and the scale max|x| / 127; NaN where x is not finite.
+    float (*quantize)(const float* x, int size, int8_t* q);
+
+    // Adds the sums of bytes 0-3, 4-7, 8-11 and 12-15 of every 16 to lanes[4].
+    void (*sum)(const int8_t* q, int size, int32_t* lanes);
+
+    float (*dot)(const float* a, const float* b, int size);         // in 16 partial sums
+    float (*dot_bf16)(const uint16_t* a, const float* b, int size);  // the same
+};
+
+// Of the processor; environment variable WF_ISA takes a lower one. Throws Error where it names one that is not there.
+const Kernels& kernels();
+
+extern const Kernels generic_kernels;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels;
+#elif defined(__aarch64__) || defined(_M_ARM64)
+extern const Kernels neon_kernels;
+#endif
+
+}  // namespace wf

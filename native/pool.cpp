@@ -1,0 +1,121 @@
+// See pool.h.
+#include "pool.h"
+
+#include <algorithm>
+#include <system_error>
+
+#include "wf.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+static inline void relax() { _mm_pause(); }
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+static inline void relax() { asm volatile("yield"); }
+#else
+static inline void relax() { std::this_thread::yield(); }
+#endif
+
+namespace {
+constexpr int SPINS = 4000;        // some 50 microseconds, the time between two products of a model
+constexpr int YIELD_EVERY = 1024;  // where there are fewer cores than threads, somebody else has the work
+constexpr int MAX_THREADS = 1024;
+
+// state_: the call's number above, whether it can still be joined, and by how many workers it has been.
+constexpr uint64_t OPEN = uint64_t{1} << 31, JOINED = OPEN - 1;
+uint32_t number(uint64_t state) { return static_cast<uint32_t>(state >> 32); }
+}  // namespace
+
+wf_pool::wf_pool(int threads) {
+    scratch.resize(threads);
+    workers_.reserve(threads - 1);
+    try {
+        for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    } catch (const std::system_error&) {
+        // The system gives no more threads: those that are there will do.
+    }
+}
+
+wf_pool::~wf_pool() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+}
+
+void wf_pool::run(int tasks, int run, Body body, void* context) {
+    if (workers_.empty() || tasks <= run) {
+        if (tasks > 0) body(context, 0, 0, tasks);
+        return;
+    }
+    tasks_ = tasks;
+    run_ = run;
+    body_ = body;
+    context_ = context;
+    next_.store(0, std::memory_order_relaxed);
+    const uint64_t call = (number(state_.load(std::memory_order_relaxed)) + uint64_t{1}) & 0xffffffffu;
+    state_.store(call << 32 | OPEN, std::memory_order_seq_cst);
+    if (sleeping_.load(std::memory_order_seq_cst)) {
+        { std::lock_guard<std::mutex> lock(mutex_); }
+        wake_.notify_all();
+    }
+    take(0);
+    state_.fetch_and(~OPEN, std::memory_order_acq_rel);  // nothing is left: who comes now comes too late
+    for (int i = 1; state_.load(std::memory_order_acquire) & JOINED; ++i) {
+        relax();
+        if (i % YIELD_EVERY == 0) std::this_thread::yield();
+    }
+}
+
+void wf_pool::take(int thread) {
+    for (;;) {
+        const int begin = next_.fetch_add(run_, std::memory_order_relaxed);
+        if (begin >= tasks_) return;
+        body_(context_, thread, begin, begin + std::min(run_, tasks_ - begin));
+    }
+}
+
+// Join the call in progress, if it is another than `seen`.
+bool wf_pool::enter(uint32_t& seen) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    while ((state & OPEN) && number(state) != seen) {
+        if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
+            seen = number(state);
+            return true;
+        }
+    }
+    return false;
+}
+
+void wf_pool::work(int thread) {
+    uint32_t seen = 0;
+    for (int spins = 1; !stop_.load(std::memory_order_acquire); ++spins) {
+        if (enter(seen)) {
+            take(thread);
+            state_.fetch_sub(1, std::memory_order_release);
+            spins = 0;
+        } else if (spins < SPINS) {
+            relax();
+            if (spins % YIELD_EVERY == 0) std::this_thread::yield();
+        } else {
+            std::unique_lock<std::mutex> lock(mutex_);
+            sleeping_.fetch_add(1, std::memory_order_seq_cst);
+            wake_.wait(lock, [&] {
+                const uint64_t state = state_.load(std::memory_order_seq_cst);
+                return stop_.load() || ((state & OPEN) && number(state) != seen);
+            });
+            sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+            spins = 0;
+        }
+    }
+}
+
+extern "C" wf_pool* wf_pool_new(int threads) {
+    return wf::guarded<wf_pool*>(nullptr, [&] {
+        wf::check(threads >= 1 && threads <= MAX_THREADS, "threads: must be 1 to 1024");
+        return new wf_pool(threads);
+    });
+}
+
+extern "C" void wf_pool_free(wf_pool* pool) { delete pool; }

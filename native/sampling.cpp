@@ -1,0 +1,157 @@
+// Sampling without sorting the vocabulary. Weights are w_i = e^((logit_i - max) / temperature), their sum is Z.
+//
+// top-k keeps weights that are at least the k-th largest (so ties with it); top-p, after it, of the descending order
+// those with less than p of the sum before them. Both keep a beginning of that order. Where few tokens hold it, they are
+// found by a threshold and sorted. Else weights are counted into buckets, and only the bucket in which the beginning
+// ends is sorted.
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "vector.h"
+
+namespace wf {
+namespace {
+
+constexpr float LIKELY = 1e-3f;  // of the largest weight: above it lie few tokens of a trained model
+constexpr int BUCKET_SHIFT = 18;  // of a float's bits: 32 buckets for each power of 2
+constexpr int NUM_BUCKETS = (0x3f800000 >> BUCKET_SHIFT) + 1;  // up to 1, the largest weight
+
+// A counter as a random number (the finalizer of splitmix64).
+uint64_t mixed(uint64_t x) {
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+// In [0, 1), 53 bits. Mixed twice, so that near seeds share nothing.
+double uniform(uint64_t seed, uint64_t counter) {
+    return static_cast<double>(mixed(mixed(seed) ^ mixed(~counter)) >> 11) * 0x1p-53;
+}
+
+// Rises with the weight.
+int bucket(float weight) {
+    uint32_t bits;
+    std::memcpy(&bits, &weight, 4);
+    return std::min(static_cast<int>(bits >> BUCKET_SHIFT), NUM_BUCKETS - 1);
+}
+
+}  // namespace
+
+const char* sampling_fault(const wf_sampling& s) {
+    if (!(s.temperature >= 0) || !std::isfinite(s.temperature)) return "temperature must be 0 or more";
+    if (!(s.top_p > 0 && s.top_p <= 1)) return "top_p must be above 0 and at most 1";
+    if (s.top_k < 0) return "top_k must be 0 or more";
+    if (!(s.repetition_penalty > 0) || !std::isfinite(s.repetition_penalty))
+        return "repetition_penalty must be above 0";
+    return nullptr;
+}
+
+int32_t Sampler::choose(float* logits, int vocab, const int32_t* history, int length, const wf_sampling& s) {
+    if (s.repetition_penalty != 1) penalize(logits, vocab, history, length, s.repetition_penalty);
+    const int32_t best = vectors().argmax(logits, vocab);
+    if (s.temperature == 0) return best;
+    weights_.resize(vocab);
+    sums_.resize(vocab / STRETCH + 1);
+    double mass = vectors().exp_sum(logits, logits[best], 1 / s.temperature, vocab, weights_.data(), sums_.data());
+    if (!std::isfinite(mass)) return best;
+    const double share = uniform(s.seed, s.counter);
+    const bool some = s.top_k > 0 && s.top_k < vocab;
+    if (!some && s.top_p == 1) return draw_any(mass * share);
+    candidates_.clear();
+    if (some) mass = keep_top_k(s.top_k);
+    if (s.top_p < 1) mass = keep_top_p(s.top_p * mass);
+    return draw(mass * share);
+}
+
+void Sampler::penalize(float* logits, int vocab, const int32_t* history, int length, float penalty) {
+    seen_.assign(vocab, 0);
+    for (int i = 0; i < length; i++) {
+        const int32_t token = history[i];
+        if (seen_[token]) continue;
+        seen_[token] = 1;
+        logits[token] = logits[token] < 0 ? logits[token] * penalty : logits[token] / penalty;
+    }
+}
+
+// The token at which the sum of all weights passes `left`.
+int32_t Sampler::draw_any(double left) const {
+    const int vocab = static_cast<int>(weights_.size());
+    int token = 0;
+    for (size_t i = 0; token + STRETCH < vocab && left >= sums_[i]; i++, token += STRETCH) left -= sums_[i];
+    for (; token + 1 < vocab; token++) {
+        left -= weights_[token];
+        if (left < 0) break;
+    }
+    return token;
+}
+
+// Candidates are all weights from `threshold` on, in the order of tokens; returns their sum.
+double Sampler::gather(float threshold) {
+    candidates_.clear();
+    double mass = 0;
+    for (size_t i = 0; i < weights_.size(); i++)
+        if (weights_[i] >= threshold) {
+            candidates_.push_back({weights_[i], static_cast<int32_t>(i)});
+            mass += weights_[i];
+        }
+    return mass;
+}
+
+void Sampler::sort(size_t from) {
+    std::sort(candidates_.begin() + from, candidates_.end(), [](const Candidate& a, const Candidate& b) {
+        return a.weight > b.weight || (a.weight == b.weight && a.token < b.token);
+    });
+}
+
+// Candidates are the k largest weights and their ties, in descending order; returns their sum.
+double Sampler::keep_top_k(int k) {
+    for (float threshold = LIKELY;; threshold = threshold < 1e-30f ? 0 : threshold * threshold) {
+        gather(threshold);
+        if (candidates_.size() >= static_cast<size_t>(k)) break;
+    }
+    sort(0);
+    const float least = candidates_[k - 1].weight;
+    while (candidates_.back().weight < least) candidates_.pop_back();
+    double mass = 0;
+    for (const Candidate& c : candidates_) mass += c.weight;
+    return mass;
+}
+
+// Candidates, or all weights where there are none yet: the beginning of their descending order that holds `mass`;
+// returns its sum.
+double Sampler::keep_top_p(double mass) {
+    size_t kept = 0;  // of the candidates, which are in order from there on
+    double before = 0;
+    if (candidates_.empty() && gather(LIKELY) < mass) {
+        buckets_.assign(NUM_BUCKETS, 0);
+        for (float weight : weights_) buckets_[bucket(weight)] += weight;
+        int last = NUM_BUCKETS - 1;
+        while (last > 0 && before + buckets_[last] < mass) before += buckets_[last--];
+        gather(0);
+        auto end = std::remove_if(candidates_.begin(), candidates_.end(),
+                                  [last](const Candidate& c) { return bucket(c.weight) < last; });
+        candidates_.erase(end, candidates_.end());
+        auto middle = std::stable_partition(candidates_.begin(), candidates_.end(),
+                                            [last](const Candidate& c) { return bucket(c.weight) > last; });
+        kept = middle - candidates_.begin();
+    }
+    sort(kept);
+    while (kept < candidates_.size() && (kept == 0 || before < mass)) before += candidates_[kept++].weight;
+    candidates_.resize(kept);
+    return before;
+}
+
+// The candidate at which the sum of their weights passes `left`.
+int32_t Sampler::draw(double left) const {
+    for (const Candidate& c : candidates_) {
+        left -= c.weight;
+        if (left < 0) return c.token;
+    }
+    return candidates_.back().token;  // rounding at the very end
+}
+
+}  // namespace wf

@@ -1,0 +1,157 @@
+// Random layers of every kind through every function, to run under sanitizers: sizes, codes and factors at their edges,
+// wrong arguments, several threads. One token is compared with many; tests/test_kernels.py compares with float64. The
+// checksum is that of every instruction set.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../wf.h"
+
+namespace {
+
+std::mt19937 generator(1);
+
+int below(int limit) { return static_cast<int>(generator() % static_cast<unsigned>(limit)); }
+int pick(std::initializer_list<int> of) { return of.begin()[below(static_cast<int>(of.size()))]; }
+
+// Near a normal distribution, and the same on every machine.
+float normal() {
+    float sum = -6;
+    for (int i = 0; i < 12; ++i) sum += static_cast<float>(generator() >> 8) / (1 << 24);
+    return sum;
+}
+
+uint64_t checksum = 14695981039346656037u;  // of all results: equal wherever the kernels are right
+void count_in(const std::vector<float>& values) {
+    for (const float value : values) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        checksum = (checksum ^ bits) * 1099511628211u;
+    }
+}
+
+std::vector<float> normals(size_t size) {
+    std::vector<float> values(size);
+    for (float& value : values) value = normal();
+    return values;
+}
+
+std::vector<uint8_t> codes(size_t size, int limit) {
+    std::vector<uint8_t> values(size);
+    for (uint8_t& value : values) value = static_cast<uint8_t>(below(limit));
+    return values;
+}
+
+int divisor(int of) {
+    int groups = pick({1, 1, 2, 3, 5, of});
+    return of % groups ? 1 : groups;
+}
+
+struct Factors {
+    std::vector<float> row, col, bias;
+    Factors(int n, int k) {
+        if (below(2)) row = normals(n);
+        if (below(2)) col = normals(k);
+        if (below(2)) bias = normals(n);
+    }
+    static const float* at(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
+};
+
+wf_matrix* table() {
+    const int n = 1 + below(70), k = 1 + below(300), bits = 1 + below(4), rows = pick({1, n}), groups = divisor(k);
+    const Factors f(n, k);
+    auto entries = normals(16);
+    if (below(2))
+        for (int i = 0; i < 16; ++i) entries[i] = static_cast<float>(i % pick({2, 3, 16}) - 1);
+    const auto index = codes(size_t(n) * k, 1 << bits);
+    const auto scales = normals(size_t(rows) * groups);
+    return wf_matrix_table(n, k, bits, index.data(), entries.data(), scales.data(), rows, groups, f.at(f.row),
+                           f.at(f.col), f.at(f.bias));
+}
+
+wf_matrix* fairy() {
+    const int n = 1 + below(40), k = 1 + below(150), stages = 1 + below(4), rows = pick({1, n}), groups = divisor(k);
+    const Factors f(2 * n, 2 * k);
+    auto scales = normals(size_t(4) * stages * rows * groups);
+    if (below(2))
+        for (float& scale : scales) scale = static_cast<float>(below(25));
+    const auto index = codes(size_t(2) * stages * n * k, 4);
+    return wf_matrix_fairy(2 * n, 2 * k, stages, index.data(), scales.data(), rows, groups, f.at(f.row), f.at(f.col),
+                           f.at(f.bias));
+}
+
+wf_matrix* bytes() {
+    const int n = 1 + below(70), k = 1 + below(300);
+    const auto weight = codes(size_t(n) * k, 256);
+    const auto row = normals(n);
+    return wf_matrix_int8(n, k, reinterpret_cast<const int8_t*>(weight.data()), row.data(), nullptr);
+}
+
+wf_matrix* dense() {
+    const int n = 1 + below(70), k = 1 + below(300);
+    const auto weight = normals(size_t(n) * k);
+    return wf_matrix_dense(n, k, weight.data(), nullptr, below(2));
+}
+
+void require(bool holds, const char* what) {
+    if (holds) return;
+    std::printf("failed: %s: %s\n", what, wf_error());
+    std::exit(1);
+}
+
+void multiply(wf_pool* one, wf_pool* many, const wf_matrix* m) {
+    const int n = wf_matrix_rows(m), k = wf_matrix_columns(m), batch = pick({1, 2, 3, 4, 7, 8, 9, 17, 200});
+    const auto x = normals(size_t(batch) * k);
+    for (const wf_mode mode : {WF_INT8, WF_EXACT}) {
+        std::vector<float> together(size_t(batch) * n), alone(n);
+        float* to = together.data();
+        require(!wf_matmul(many, &m, 1, x.data(), batch, &to, mode), "product");
+        count_in(together);
+        for (int token = 0; token < batch; ++token) {
+            float* one_token = alone.data();
+            require(!wf_matmul(one, &m, 1, x.data() + size_t(token) * k, 1, &one_token, mode), "product of one token");
+            for (int i = 0; i < n; ++i) require(alone[i] == together[size_t(token) * n + i], "same bits");
+        }
+    }
+}
+
+void refuse() {
+    const uint8_t index[8] = {0, 1, 2, 3, 0, 1, 2, 3};
+    const float table[4] = {}, scale[2] = {1, 1}, endless[1] = {INFINITY};
+    const int wrong[][6] = {{0, 4, 2, 1, 1}, {2, 0, 2, 1, 1}, {2, 4, 0, 1, 1}, {2, 4, 5, 1, 1}, {2, 4, 2, 3, 1},
+                            {2, 4, 2, 1, 3}, {2, 4, 2, 1, 0}, {2, 4, 1, 1, 1}, {-1, 4, 2, 1, 1}, {2, 1 << 30, 2, 1, 1}};
+    for (const auto& w : wrong)
+        require(!wf_matrix_table(w[0], w[1], w[2], index, table, scale, w[3], w[4], nullptr, nullptr, nullptr), "refusal");
+    require(!wf_matrix_table(2, 4, 2, index, table, endless, 1, 1, nullptr, nullptr, nullptr), "refusal of infinity");
+    require(!wf_matrix_fairy(1, 4, 1, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of an odd width");
+    require(!wf_matrix_fairy(2, 4, 5, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of five stages");
+    require(!wf_pool_new(0) && !wf_pool_new(-1) && !wf_pool_new(1 << 20), "refusal of threads");
+    require(wf_matmul(nullptr, nullptr, 0, nullptr, 0, nullptr, WF_INT8) != 0, "refusal of nothing");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    const int rounds = count > 1 ? std::atoi(arguments[1]) : 150;
+    wf_pool* one = wf_pool_new(1);
+    wf_pool* many = wf_pool_new(3);
+    require(one && many, "threads");
+    refuse();
+    for (int round = 0; round < rounds; ++round) {
+        wf_matrix* (*const kinds[])() = {table, fairy, bytes, dense};
+        wf_matrix* m = kinds[below(4)]();
+        require(m != nullptr, "layer");
+        multiply(one, many, m);
+        std::vector<float> row(wf_matrix_columns(m));
+        require(!wf_matrix_row(m, below(wf_matrix_rows(m)), row.data()), "row");
+        require(wf_matrix_row(m, wf_matrix_rows(m), row.data()) != 0, "refusal of a row");
+        wf_matrix_free(m);
+    }
+    wf_pool_free(one);
+    wf_pool_free(many);
+    std::printf("%d layers, checksum %016llx on %s\n", rounds, static_cast<unsigned long long>(checksum), wf_isa());
+    return 0;
+}

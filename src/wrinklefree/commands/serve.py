@@ -1,0 +1,86 @@
+"""`wf serve`: an OpenAI-compatible endpoint over any model, best a packed folder."""
+
+import logging
+import shlex
+from pathlib import Path
+from typing import Any, Literal
+
+from wrinklefree.core.errors import UserError
+
+log = logging.getLogger("wrinklefree")
+
+EXTRA = ("starlette", "uvicorn")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def run(
+    path: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_prompt_tokens: int = 4096,
+    max_tokens: int = 2048,
+    max_concurrent: int = 8,
+    max_waiting: int = 64,
+    api_key: str | None = None,
+    name: str | None = None,
+    engine: Literal["auto", "native", "transformers"] = "auto",
+    threads: int | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM. Raises UserError where the extra is missing, and like `load` and `bind`."""
+    try:
+        from wrinklefree.serve import server
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise UserError("wf serve needs two more libraries: pip install 'wrinklefree[serve]'") from None
+    from wrinklefree.serve.app import Limits, Model, Service
+    from wrinklefree.serve.scheduler import Scheduler
+    from wrinklefree.terminal import show_log_lines
+
+    show_log_lines()
+    if host not in LOOPBACK and api_key is None:
+        log.warning("--host %s without --api-key: whoever reaches this address may use it", host)
+    bound = server.bind(host, port)
+    context = max_prompt_tokens + max_tokens
+    running, tokenizer, which, ends = _open(path, engine, threads, max_concurrent, context)
+    limits = Limits(min(max_prompt_tokens, running.context - 1), min(max_tokens, running.context - 1))
+    model = Model(name or model_name(path), tokenizer, ends)
+    service = Service(model, Scheduler(running, max_waiting), limits, api_key)
+    text = (
+        f"serving {model.name} at {server.url(bound)}/v1 ({which}; {max_concurrent} at once, {max_waiting} more may "
+        f"wait; prompts up to {limits.prompt} tokens, answers up to {limits.answer}). Try: {_example(bound, service)}"
+    )
+    server.run(service, bound, lambda: log.info("%s", text))
+
+
+def _open(
+    path: str, choice: Literal["auto", "native", "transformers"], threads: int | None, slots: int, context: int
+) -> tuple[Any, Any, str, frozenset[int]]:
+    """Engine, tokenizer, what it is, and the tokens that end an answer."""
+    from wrinklefree.generate import context_of, turn_end
+    from wrinklefree.locate import open_engine
+    from wrinklefree.packed.engine import Engine
+    from wrinklefree.serve.fallback import TransformersEngine
+
+    model, tokenizer, which = open_engine(path, choice, threads, slots, context)
+    stated = (model.generation if isinstance(model, Engine) else model.generation_config).eos_token_id
+    ends = [tokenizer.eos_token_id, turn_end(tokenizer) if tokenizer.chat_template else None]
+    ends += stated if isinstance(stated, list) else [stated]
+    if not isinstance(model, Engine):
+        model = TransformersEngine(model, min(context, context_of(model)), slots)
+        which += ", slow: one sequence after the other"
+    return model, tokenizer, which, frozenset(end for end in ends if end is not None)
+
+
+def model_name(path: str) -> str:
+    """The folder's name, or the run's where it is one inside of a run."""
+    folder = Path(path).resolve() if Path(path).exists() else Path(path)
+    return folder.parent.name if folder.name in ("packed", "final") else folder.name
+
+
+def _example(bound: Any, service: Any) -> str:
+    from wrinklefree.serve.server import url
+
+    body = f'{{"model": "{service.model.name}", "prompt": "def ", "max_tokens": 32}}'
+    return f"curl {url(bound)}/v1/completions -d {shlex.quote(body)}"

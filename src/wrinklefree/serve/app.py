@@ -1,0 +1,261 @@
+"""The endpoint's routes: from a request's bytes to a stream of the scheduler and back, within the limits."""
+
+import asyncio
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.packed.engine import Sampling
+from wrinklefree.serve import prompts, schema
+from wrinklefree.serve.answers import Answer, Envelope, Kind
+from wrinklefree.serve.errors import ApiError, ending
+from wrinklefree.serve.scheduler import BusyError, ClosedError, Scheduler, Stream
+from wrinklefree.streaming import TextStream
+
+log = logging.getLogger("wrinklefree")
+
+SHORT = 16  # tokens of a completion that does not say how many; the OpenAI interface's default
+BODY_SECONDS = 30.0  # a body that takes longer is given up
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """In tokens. What a body may have in bytes follows: a token is rarely more than 64."""
+
+    prompt: int
+    answer: int
+
+    @property
+    def body(self) -> int:
+        return 2**16 + 64 * self.prompt
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is served, under which name."""
+
+    name: str
+    tokenizer: Any
+    ends: frozenset[int]  # tokens after which nothing follows
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def about(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "wrinklefree"}
+
+
+class Service:
+    """The routes over one model."""
+
+    def __init__(self, model: Model, scheduler: Scheduler, limits: Limits, api_key: str | None = None) -> None:
+        self.model, self.scheduler, self.limits = model, scheduler, limits
+        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        # One thread: long prompts keep one another waiting, not the streams.
+        self._encoder = ThreadPoolExecutor(1, "encode")
+
+    def app(self) -> Starlette:
+        routes = [
+            Route("/health", self.health),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.one_model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+        handlers: dict[Any, Any] = {
+            ApiError: _refuse,
+            HTTPException: _no_route,
+            ClientDisconnect: _nobody,
+            500: _defect,
+        }
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "slots": self.scheduler.engine.slots} | self.scheduler.load())
+
+    async def models(self, request: Request) -> Response:
+        self._check_key(request)
+        return JSONResponse({"object": "list", "data": [self.model.about()]})
+
+    async def one_model(self, request: Request) -> Response:
+        self._check_key(request)
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self.model.about())
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer("completion", schema.Completion, request)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer("chat", schema.Chat, request)
+
+    async def _answer(
+        self, kind: Kind, form: type[schema.Completion] | type[schema.Chat], request: Request
+    ) -> Response:
+        self._check_key(request)
+        asked = schema.parse(form, await _read(request, self.limits.body))
+        self._check_model(asked.model)
+        length = self._length(asked)
+        encode = partial(prompts.encode, self.model.tokenizer, asked)
+        prompt = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+        self._check_prompt(prompt, "prompt" if kind == "completion" else "messages")
+        stream = self._submit(prompt, self._sampling(asked, length))
+        answer = Answer(stream, TextStream(self.model.tokenizer, asked.stops()))
+        envelope = Envelope.new(kind, self.model.name)
+        try:
+            if asked.stream:
+                await _while_connected(request, stream, stream.opened())
+                return _Events(answer, envelope, asked.usage_wanted())
+            text = await _while_connected(request, stream, _whole(answer))
+        except UserError as error:
+            raise ApiError(400, str(error), "prompt") from None
+        except ClosedError:
+            raise ending() from None
+        return JSONResponse(envelope.whole(answer, text))
+
+    def _submit(self, prompt: list[int], sampling: Sampling) -> Stream:
+        try:
+            return self.scheduler.submit(prompt, sampling)
+        except BusyError:
+            wait = {"Retry-After": "1"}
+            raise ApiError(429, "too many requests wait: try again later", code="busy", headers=wait) from None
+        except ClosedError:
+            raise ending() from None
+
+    def _check_key(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if self._key is not None and not hmac.compare_digest(given, self._key):
+            raise ApiError(401, "no valid API key: send it as `Authorization: Bearer KEY`", code="invalid_api_key")
+
+    def _check_model(self, name: str) -> None:
+        if name != self.model.name:
+            text = f"the model {name[:100]!r} is not here; {self.model.name!r} is"
+            raise ApiError(404, text, "model", "model_not_found")
+
+    def _check_prompt(self, prompt: list[int], param: str) -> None:
+        if not prompt:
+            raise ApiError(400, "the prompt is empty: give some text to continue", param, "invalid_value")
+        if len(prompt) > self.limits.prompt:
+            text = f"the prompt has {len(prompt)} tokens, and this server takes {self.limits.prompt}: shorten it"
+            raise ApiError(400, text, param, "context_length_exceeded")
+
+    def _length(self, asked: schema.Request) -> int:
+        """Tokens of the answer at most."""
+        param, length = asked.length()
+        if length is None:
+            return min(SHORT, self.limits.answer) if isinstance(asked, schema.Completion) else self.limits.answer
+        if length > self.limits.answer:
+            text = f"{param}={length}: this server gives {self.limits.answer} tokens at most"
+            raise ApiError(400, text, param, "invalid_value")
+        return length
+
+    def _sampling(self, asked: schema.Request, length: int) -> Sampling:
+        return Sampling(
+            max_new_tokens=length,
+            temperature=asked.temperature,
+            top_k=asked.top_k,
+            top_p=asked.top_p,
+            repetition_penalty=asked.repetition_penalty,
+            seed=secrets.randbits(64) if asked.seed is None else asked.seed,
+            stop_tokens=self.model.ends,
+        )
+
+    def close(self) -> None:
+        self._encoder.shutdown()
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; the slot is freed however the response ends."""
+
+    def __init__(self, answer: Answer, envelope: Envelope, with_usage: bool) -> None:
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(envelope.events(answer, with_usage), headers=headers, media_type="text/event-stream")
+        self._stream = answer.stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.cancel()
+
+
+async def _whole(answer: Answer) -> str:
+    await answer.stream.opened()
+    return "".join([piece async for piece in answer.pieces()])
+
+
+async def _while_connected(request: Request, stream: Stream, work: Awaitable[T]) -> T:
+    """The work's result. Raises ClientDisconnect once nobody waits for it; the stream is given up where it fails."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done() or task.cancelled() or task.exception() is not None:
+            task.cancel()
+            stream.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """The body. Raises ApiError 413 where it is longer than `most` bytes, 408 where it does not come."""
+    try:
+        return await asyncio.wait_for(_collect(request, most), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} s", headers=_CLOSE) from None
+
+
+_CLOSE = {"Connection": "close"}  # the rest of the body is not read
+
+
+async def _collect(request: Request, most: int) -> bytes:
+    stated = request.headers.get("content-length", "")
+    body = bytearray()
+    if not stated.isdecimal() or int(stated) <= most:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most:
+                break
+        else:
+            return bytes(body)
+    raise ApiError(413, f"the body is longer than {most} bytes", code="body_too_large", headers=_CLOSE)
+
+
+async def _refuse(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    text = f"{request.method} {request.url.path}: {error.detail}"
+    return ApiError(error.status_code, text, headers=error.headers).response()
+
+
+async def _nobody(request: Request, error: ClientDisconnect) -> Response:
+    """Nobody reads it."""
+    return Response(status_code=499)
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    """The log has the traceback."""
+    log.error("%s %s", request.method, request.url.path, exc_info=error)
+    return ApiError(500, "internal error; the server's log has the details").response()

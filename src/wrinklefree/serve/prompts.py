@@ -1,0 +1,33 @@
+"""Token ids of what a request asks to continue: a text, ids, or a conversation in the tokenizer's chat template."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+
+from wrinklefree.serve.errors import ApiError
+from wrinklefree.serve.schema import Chat, Completion
+
+
+def encode(tokenizer: Any, request: Completion | Chat) -> list[int]:
+    """Raises ApiError 400 where the tokenizer has no template, or the template refuses the conversation."""
+    return _chat(tokenizer, request) if isinstance(request, Chat) else _completion(tokenizer, request)
+
+
+def _completion(tokenizer: Any, request: Completion) -> list[int]:
+    prompt = request.prompt
+    if not isinstance(prompt, str):
+        if not isinstance(prompt[0], str):
+            return [int(token) for token in prompt]
+        prompt = prompt[0]
+    return list(tokenizer(prompt).input_ids)
+
+
+def _chat(tokenizer: Any, request: Chat) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
+    messages = [message.plain() for message in request.messages]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ApiError(400, f"messages: the model's chat template says: {error}", "messages") from None
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,0 +1,367 @@
+"""The native kernels: every form against float64, the same bits for any threads, batch and instruction set."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import batches, ids, llama, qwen, shipped_methods, tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from wrinklefree.core.codes import Codes
+from wrinklefree.core.forms import Complex, Form, Integers, Table
+from wrinklefree.core.method import quant_layers
+from wrinklefree.export import hf
+from wrinklefree.methods.bitdistill import Config as BitDistill
+from wrinklefree.methods.fairy2 import Fairy2Linear
+from wrinklefree.packed import native
+from wrinklefree.packed.linear import PackedLinear, exactly, packed_layers, set_exact
+from wrinklefree.packed.product import matrix
+
+torch.set_num_threads(1)
+
+REASON = native.available()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+ISAS = ["avx512-vnni", "avx-vnni", "avx2", "neon-dotprod", "generic"]
+LAYERS = 60  # random ones for each test
+
+
+class Layers:
+    """Random layers of every form, with the weight [n, k] in float64 that each stands for."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def pick(self, *choices: int) -> int:
+        return choices[int(torch.randint(len(choices), (), generator=self.generator))]
+
+    def below(self, most: int, *shape: int) -> Tensor:
+        return torch.randint(most, shape, generator=self.generator).to(torch.uint8)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def positive(self, *shape: int) -> Tensor:
+        """Over some decades, sometimes tiny or huge throughout."""
+        return self.normal(*shape).exp() * float(self.pick(1, 1, 1, 1000)) / self.pick(1, 1, 1, 1000)
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """(scales of rows, groups of columns)."""
+        groups = self.pick(1, *[g for g in (2, 3, 5, 8) if columns % g == 0])
+        return self.pick(1, rows), groups
+
+    def factor(self, length: int) -> Tensor | None:
+        return self.positive(length) if self.pick(0, 1) else None
+
+    def table(self) -> tuple[Form, Tensor]:
+        n, k = self.pick(1, 7, 8, 33, 130), self.pick(1, 15, 16, 64, 65, 192, 300)
+        bits = self.pick(1, 2, 3, 4)
+        tables = {
+            "free": self.normal(2**bits),
+            "even": torch.linspace(-1, 1, 2**bits).half().float(),
+            "integers": torch.arange(2**bits) - 2.0 ** (bits - 1),
+            "ternary": torch.tensor([-1.0, 0.0, 1.0, 0.0] * 4)[: 2**bits],
+        }
+        table = tables[list(tables)[self.pick(0, 1, 2, 3)]]
+        index = self.below(self.pick(2**bits, 2**bits, 1), n, k)
+        rows, groups = self.grid(n, k)
+        form = Table(index, table, self.positive(rows, groups), self.factor(n), self.factor(k))
+        scales = form.scales.double().repeat_interleave(k // groups, 1)
+        return form, table.double()[index.long()] * scales
+
+    def fairy(self) -> tuple[Form, Tensor]:
+        n, k, stages = self.pick(1, 4, 8, 17, 64), self.pick(1, 15, 16, 33, 96, 150), self.pick(1, 2, 3, 4)
+        rows, groups = self.grid(n, k)
+        shape = (2, stages, 2, rows, groups)
+        on_grid = self.below(30, *shape).float() + 1
+        scales = on_grid if self.pick(0, 1) else self.positive(*shape)
+        index = self.below(4, 2, stages, n, k)
+        weight = Fairy2Linear.decode(Codes(index, 2, {"scales": scales}, (2 * n, 2 * k))).double()
+        return Complex(index, scales, self.factor(2 * n), self.factor(2 * k)), weight
+
+    def integers(self) -> tuple[Form, Tensor]:
+        n, k = self.pick(1, 8, 33, 130), self.pick(1, 16, 65, 300)
+        weight = (self.below(256, n, k).int() - 128).to(torch.int8)
+        return Integers(weight, self.positive(n)), weight.double()
+
+    def any(self) -> tuple[Form, Tensor]:
+        return [self.table, self.fairy, self.integers][self.pick(0, 1, 2)]()
+
+    def inputs(self, k: int, batch: int) -> Tensor:
+        return self.normal(batch, k) * self.positive(batch, 1)
+
+
+def col_of(form: Form) -> Tensor:
+    col = None if isinstance(form, Integers) else form.col
+    return torch.ones(1) if col is None else col
+
+
+def row_of(form: Form) -> Tensor:
+    return torch.ones(1) if form.row is None else form.row
+
+
+def rounded(x: Tensor) -> Tensor:
+    """int8 per token as in training, in float64."""
+    scale = 127 / x.abs().amax(-1, keepdim=True)
+    return (x * scale).round().double() / scale.double()
+
+
+def reach(form: Form) -> Tensor:
+    """The largest weight that codes could stand for, of each row or of all."""
+    if isinstance(form, Table):
+        return form.table.abs().max() * form.scales.abs().amax(1).double()
+    if isinstance(form, Complex):
+        return form.scales.abs().sum((0, 1, 2)).amax(1).expand(form.index.shape[2]).repeat(2).double()
+    return torch.full((1,), 128.0).double()
+
+
+def error(form: Form, weight: Tensor, x: Tensor, y: Tensor, rounding: Callable[[Tensor], Tensor]) -> float:
+    """The largest difference from float64, relative to the largest weight there could be times the token's sum."""
+    inputs, rows = rounding(x * col_of(form)), row_of(form).double()
+    expected = inputs @ weight.T * rows
+    size = (inputs.abs().sum(1, keepdim=True) * reach(form) * rows.abs()).clamp_min(1e-30)
+    return ((y.double() - expected).abs() / size).max().item()
+
+
+# What the kernels may lose beside fp32's own rounding: entries of free tables have 15 bits of the largest, uneven
+# scales of Fairy2i 13 bits of their sum, tables of fp16 numbers count as even.
+LOSS = {"table2": 1e-4, "table4": 1e-4, "affine2": 3e-4, "fairy2-wide": 2e-3}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_products_equal_those_in_float64(seed: int) -> None:
+    made = Layers(seed)
+    for _ in range(LAYERS):
+        form, weight = made.any()
+        layer = matrix(form)
+        x = made.inputs(layer.shape[1], made.pick(1, 2, 3, 8, 13))
+        (exact,) = native.matmul([layer], x, native.EXACT)
+        assert error(form, weight, x, exact, lambda t: t.double()) < 1e-6, (form, layer.kernel)
+        (fast,) = native.matmul([layer], x)
+        # One activation on the edge between two integers may fall to either side: a step of 1/127 of the largest.
+        allowed = LOSS.get(layer.kernel, 1e-6)
+        wrong = error(form, weight, x, fast, rounded)
+        assert wrong < allowed, (form, layer.kernel, wrong)
+
+
+@pytest.mark.parametrize("mode", [native.INT8, native.EXACT])
+def test_the_same_bits_for_any_threads_and_batch(mode: int) -> None:
+    made, pools = Layers(9), [native.Pool(threads) for threads in (1, 2, 3)]
+    for _ in range(LAYERS):
+        layer = matrix(made.any()[0])
+        x = made.inputs(layer.shape[1], made.pick(2, 5, 9, 30))
+        alone = torch.cat([native.matmul([layer], token, mode, pools[0])[0] for token in x.split(1)])
+        assert all(torch.equal(native.matmul([layer], x, mode, pool)[0], alone) for pool in pools)
+
+
+def test_matrices_of_one_call_do_not_disturb_each_other() -> None:
+    made = Layers(10)
+    x = made.inputs(64, 3)
+    forms = [
+        Table(made.below(3, n, 64), torch.tensor([-1.0, 0.0, 1.0, 0.0]), made.positive(1, groups), None, col)
+        for n, groups, col in [(5, 1, None), (40, 4, None), (9, 1, made.positive(64)), (8, 2, None)]
+    ]
+    layers = [
+        *map(matrix, forms),
+        native.Matrix.dense(made.normal(6, 64)),
+        matrix(Integers(made.below(9, 3, 64), torch.ones(3))),
+    ]
+    together = native.matmul(layers, x)
+    assert all(torch.equal(y, native.matmul([layer], x)[0]) for layer, y in zip(layers, together, strict=True))
+
+
+SAME_BITS = """
+import hashlib, torch
+from test_kernels import Layers, matrix, native
+made, digest = Layers(11), hashlib.sha256()
+for _ in range(40):
+    layer = matrix(made.any()[0])
+    x = made.inputs(layer.shape[1], made.pick(1, 2, 7, 9))
+    for mode in (native.INT8, native.EXACT):
+        digest.update(native.matmul([layer], x, mode)[0].numpy().tobytes())
+print(native.isa(), digest.hexdigest())
+"""
+
+
+def under(isa: str, code: str) -> subprocess.CompletedProcess[str]:
+    here = str(Path(__file__).parent)
+    paths = os.pathsep.join([here, *sys.path])
+    environment = os.environ | {"WF_ISA": isa, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_same_bits_on_every_instruction_set() -> None:
+    runs = {isa: under(isa, SAME_BITS) for isa in ISAS}
+    there = {isa: run.stdout.split() for isa, run in runs.items() if run.returncode == 0}
+    assert "generic" in there
+    assert native.isa() in there
+    assert all(name == isa for isa, (name, _) in there.items())
+    assert len({digest for _, digest in there.values()}) == 1
+    absent = [run for isa, run in runs.items() if isa not in there]
+    assert all("not on this machine; it has" in run.stderr for run in absent)
+
+
+def test_rows_of_the_weight_are_read_back() -> None:
+    made = Layers(12)
+    for _ in range(LAYERS):
+        form, weight = made.any()
+        layer, n = matrix(form), made.pick(0, len(weight) - 1)
+        factors = row_of(form).expand(len(weight))[n].double() * col_of(form).double()
+        torch.testing.assert_close(layer.row(n).double(), weight[n] * factors, rtol=1e-5, atol=1e-9)
+
+
+def test_dense_layers_are_bf16_or_exact() -> None:
+    made = Layers(13)
+    weight, bias, x = made.normal(37, 91), made.normal(37), made.inputs(91, 3)
+    for exact, entries in ((True, weight), (False, weight.bfloat16().float())):
+        layer = native.Matrix.dense(weight, bias, exact)
+        expected = x.double() @ entries.double().T + bias
+        torch.testing.assert_close(native.matmul([layer], x)[0].double(), expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(layer.row(5), entries[5])
+
+
+def test_activations_without_a_number_give_none_and_zeros_give_the_bias() -> None:
+    made = Layers(14)
+    layer = native.Matrix.table(
+        made.below(3, 20, 64), torch.tensor([-1.0, 0, 1, 0]), torch.ones(1, 1), bias=torch.ones(20)
+    )
+    x = torch.zeros(4, 64)
+    x[1, 3], x[2, 5] = torch.nan, torch.inf
+    y = native.matmul([layer], x)[0]
+    assert y[1:3].isnan().all()
+    assert (y[[0, 3]] == 1).all()
+
+
+def test_mistakes_are_named() -> None:
+    codes, table, scales = torch.zeros(4, 8, dtype=torch.uint8), torch.zeros(4), torch.ones(1, 1)
+    cases = [
+        (lambda: native.Matrix.table(codes + 4, table, scales), "codes: an entry is too large"),
+        (lambda: native.Matrix.table(codes, table, torch.ones(1, 3)), "num_groups: must divide"),
+        (lambda: native.Matrix.table(codes, table, torch.ones(3, 1)), "num_rows: must be 1"),
+        (lambda: native.Matrix.table(codes, table[:3], scales), "not a power of 2"),
+        (lambda: native.Matrix.table(codes, table, scales * torch.nan), "scales: not finite"),
+        (lambda: native.Matrix.table(codes, table, scales, row=torch.ones(3)), "row: "),
+        (lambda: native.Matrix.table(codes[:0], table, scales), "n: must be 1 to"),
+        (lambda: native.Matrix.dense(torch.ones(1, 2**17)), "k: must be 1 to 65536"),
+        (lambda: native.Matrix.dense(torch.ones(2, 2)).row(2), "row: not of this matrix"),
+        (lambda: native.Pool(0), "threads: must be 1"),
+    ]
+    for make, text in cases:
+        with pytest.raises(ValueError, match=text):
+            make()
+    layer = native.Matrix.table(codes, table, scales)
+    with pytest.raises(ValueError, match="does not fit"):
+        native.matmul([layer], torch.ones(1, 7))
+
+
+# ---- In the model
+
+
+@pytest.fixture(scope="module", params=[m.name for m in shipped_methods()])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    method = next(m for m in shipped_methods() if m.name == request.param)
+    path = tmp_path_factory.mktemp(request.param) / "packed"
+    hf.export(method.prepare(qwen()), tokenizer(), method, path, card="", force=False, batches=batches())
+    return path
+
+
+def read(folder: Path, **options: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def kernels_in(model: PreTrainedModel) -> set[str]:
+    return {layer.product.matrix.kernel for layer in packed_layers(model).values() if layer.product is not None}
+
+
+@torch.no_grad()
+def test_kernels_serve_every_shipped_method_and_stay_near_the_exact_model(folder: Path) -> None:
+    packed = read(folder, dtype=torch.float32)
+    fast = packed(ids()).logits
+    assert all(layer.product is not None for layer in packed_layers(packed).values())
+    assert all(layer.dense is None for layer in packed_layers(packed).values())
+    with exactly(packed):
+        exact = packed(ids()).logits
+    assert 0 < (fast - exact).norm() / exact.norm() < 0.02
+    assert torch.equal(packed(ids()).logits, fast)
+
+
+@torch.no_grad()
+def test_int8_trained_layers_agree_with_the_trained_model_to_fp32_rounding() -> None:
+    trained = BitDistill(name="bitdistill", norm_mode="none").prepare(llama())
+    for layer in quant_layers(trained).values():
+        packed = PackedLinear.from_codes(layer.config, layer.encode(), layer.bias)
+        x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1e-6)
+        assert packed.product is not None
+
+
+def test_generate_with_prompts_of_different_lengths(folder: Path) -> None:
+    packed = read(folder)
+    prompt = ids(2, 6)
+    mask = torch.ones_like(prompt)
+    mask[1, :3] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    both = packed.generate(prompt, attention_mask=mask, **options)
+    assert both.shape == (2, 11)
+    assert torch.equal(packed.generate(prompt[:1], **options), both[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_in_half_precision_out(folder: Path, dtype: torch.dtype) -> None:
+    layer = next(iter(packed_layers(read(folder)).values()))
+    x = torch.ones(2, layer.in_features)
+    assert layer(x.to(dtype)).dtype == dtype
+    torch.testing.assert_close(layer(x.to(dtype)).float(), layer(x), rtol=0.02, atol=0.02)
+
+
+def test_gradients_and_copies_and_new_codes(folder: Path) -> None:
+    layer = next(iter(packed_layers(read(folder, dtype=torch.float32)).values()))
+    x = torch.randn(2, layer.in_features)
+    with torch.no_grad():
+        y = layer(x)
+        twin = copy.deepcopy(layer)
+        assert twin.product is None
+        assert torch.equal(twin(x), y)
+        assert twin.product is not layer.product
+        layer.load_state_dict(layer.state_dict())
+        assert layer.product is None
+        assert torch.equal(layer(x), y)
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+@torch.no_grad()
+def test_a_compiled_layer_gives_the_same(folder: Path) -> None:
+    layer = next(iter(packed_layers(read(folder, dtype=torch.float32)).values()))
+    x = torch.randn(2, layer.in_features)
+    assert torch.equal(torch.compile(layer, backend="eager")(x), layer(x))
+
+
+@torch.no_grad()
+def test_exactness_is_a_switch(folder: Path) -> None:
+    packed = read(folder, dtype=torch.float32)
+    set_exact(packed)
+    packed(ids())
+    assert kernels_in(packed) == set()
+    set_exact(packed, False)
+    packed(ids())
+    assert len(kernels_in(packed)) >= 1
+
+
+def test_without_a_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    reason = native.available.__wrapped__
+    native.load.cache_clear()
+    try:
+        assert "not built" in str(reason())
+        (tmp_path / native.path().name).write_bytes(b"not a library")
+        assert reason() is not None
+    finally:
+        native.load.cache_clear()
