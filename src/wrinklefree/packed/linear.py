@@ -115,7 +115,9 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.exact or x.device.type not in ("cpu", "cuda") or (torch.is_grad_enabled() and x.requires_grad):
             return self._decoded(x)
-        return self._native(x) if x.device.type == "cpu" else self._on_gpu(x)
+        if x.device.type != "cpu":
+            return self._on_gpu(x)
+        return self._uncompiled(x) if torch.compiler.is_compiling() else self._native(x)
 
     def _decoded(self, x: Tensor) -> Tensor:
         """By the decoded weight."""
@@ -123,18 +125,24 @@ class PackedLinear(nn.Module):
         return F.linear(x, self.effective_weight(compute_dtype(x)), self.bias)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _uncompiled(self, x: Tensor) -> Tensor:
+        return self._native(x)
+
     def _native(self, x: Tensor) -> Tensor:
         """By the kernels, where there are any for this layer."""
         if not self.asked:
             self.product, self.asked = self._build(), True
         if self.product is None:
             return self._decoded(x)
-        with torch.no_grad():
-            dtype = compute_dtype(x)
-            x = x if self.rms_norm is None else self.rms_norm(x)
-            rounded_within = self.config.int8_inputs and self.product.rounds_inputs
-            y = self.product(x if rounded_within else self.config.activation(x))
-            return (y if self.bias is None else y + self.bias.float()).to(dtype)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._native(x)
+        dtype = compute_dtype(x)
+        x = x if self.rms_norm is None else self.rms_norm(x)
+        rounded_within = self.config.int8_inputs and self.product.rounds_inputs
+        y = self.product(x if rounded_within else self.config.activation(x))
+        y = y if self.bias is None else y + self.bias.float()
+        return y if y.dtype == dtype else y.to(dtype)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_gpu(self, x: Tensor) -> Tensor:

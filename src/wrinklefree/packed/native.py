@@ -218,6 +218,19 @@ def _factors(
     return _as(row, torch.float32), _as(col, torch.float32), _as(bias, torch.float32)
 
 
+_one = _pointer * 1
+
+
+def product(matrix: Matrix, x: Tensor) -> Tensor:
+    """`matmul` of one matrix in INT8, with as little Python as there can be: x fp32 contiguous [..., k]."""
+    n, k = matrix.shape
+    out = x.new_empty((*x.shape[:-1], n))
+    batch = x.numel() // k
+    if load().wf_matmul(pool().handle, _one(matrix.handle), 1, x.data_ptr(), batch, _one(out.data_ptr()), INT8):
+        raise ValueError(_error(load()))
+    return out
+
+
 def matmul(matrices: Sequence[Matrix], x: Tensor, mode: int = INT8, threads: Pool | None = None) -> list[Tensor]:
     """Each matrix applied to x [..., k], rounded once for all of them: fp32 [..., n_i]."""
     flat = x.detach().to(torch.float32).contiguous()

@@ -30,9 +30,12 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] on the CPU -> fp32 [..., out]."""
-        padded = F.pad(x.float(), (0, self.matrix.shape[1] - x.shape[-1]))
-        y: Tensor = native.matmul([self.matrix], padded)[0][..., : self.out_features]
-        return y
+        x = x if x.dtype == torch.float32 else x.float()
+        missing = self.matrix.shape[1] - x.shape[-1]
+        if missing:
+            x = F.pad(x, (0, missing))
+        y = native.product(self.matrix, x.contiguous())
+        return y if self.matrix.shape[0] == self.out_features else y[..., : self.out_features]
 
 
 def product(form: Form, codes: Codes) -> Product:
