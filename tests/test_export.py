@@ -21,11 +21,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import QuantMethod, quant_layers
+from wrinklefree.core.method import QuantMethod, find, quant_layers
 from wrinklefree.export import bundle, certify, hf
 from wrinklefree.export.certify import CertificateError
 from wrinklefree.load import load
 from wrinklefree.packed.embedding import PackedEmbedding, TiedEmbedding
+from wrinklefree.packed.linear import packed_layers
 
 torch.set_num_threads(1)
 
@@ -131,8 +132,8 @@ def test_embedding_and_head_are_packed_and_what_that_costs_is_said(make, bits: i
     report = export(trained, tmp_path / "packed", dense_dtype="float32", head_bits=bits)
     assert all(torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items())
     assert report.certificate.max_logit_difference < 1e-5  # against the trained model, rounded likewise
-    assert report.head is not None
-    assert 0 < report.head.kl_mean < (1e-5 if bits == 8 else 5e-3)
+    assert report.rounding is not None
+    assert 0 < report.rounding.kl_mean < (1e-5 if bits == 8 else 5e-3)
     assert (report.num_parameters, report.linear_bytes) == (plain.num_parameters, plain.linear_bytes)
     assert report.file_bytes < plain.file_bytes
     assert f"integers of {bits} bits" in (tmp_path / "packed" / "README.md").read_text()
@@ -144,6 +145,26 @@ def test_embedding_and_head_are_packed_and_what_that_costs_is_said(make, bits: i
     table = packed.lm_head.effective_weight(torch.float32) if make is llama else None
     assert table is None or torch.equal(packed.get_input_embeddings()(ids()), table[ids()])
     assert load(tmp_path / "packed", dtype=torch.bfloat16)[0](ids()).logits.dtype == torch.bfloat16
+
+
+def test_scales_are_packed_on_the_kernels_grid_and_codes_stay(tmp_path: Path) -> None:
+    """Fairy2i's; the trained model is left as it was, and what moving them costs is in the card."""
+    trained = find("fairy2")(name="fairy2").prepare(llama())
+    before = copy.deepcopy(trained.state_dict())
+    report = export(trained, tmp_path / "packed", dense_dtype="float32")
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items())
+    assert report.certificate.max_logit_difference < 1e-5
+    assert report.rounding is not None
+    assert 0 < report.rounding.kl_mean < 1e-3
+    assert "on the grid of the fast kernels" in (tmp_path / "packed" / "README.md").read_text()
+    packed = packed_layers(load(tmp_path / "packed", dtype=torch.float32)[0])
+    for fqn, layer in quant_layers(trained).items():
+        codes, stored = layer.encode(), packed[fqn].codes()
+        assert torch.equal(codes.index, stored.index)
+        moved = (stored.tensors["scales"] / codes.tensors["scales"] - 1).abs()
+        assert 0 < moved.max() < 0.05
+    plain = export(trained, tmp_path / "plain", dense_dtype="float32", snap_scales=False)
+    assert plain.rounding is None
 
 
 def test_a_head_that_is_quantized_already_is_not_packed_again(tmp_path: Path) -> None:
@@ -258,7 +279,7 @@ def test_the_folder_loads_without_the_package_and_is_refused_without_its_loader(
     export(trained, tmp_path / "packed", dense_dtype="float32")
     others = {method.name: method.prepare(qwen()) for method in shipped_methods()}
     for name, other in others.items():
-        export(other, tmp_path / name, dense_dtype="float32")
+        export(other, tmp_path / name, dense_dtype="float32", snap_scales=False)
     others |= {"tied": toy().prepare(llama()), "untied": next(iter(shipped_methods())).prepare(qwen())}
     for name in ("tied", "untied"):
         export(others[name], tmp_path / name, dense_dtype="float32", head_bits=8)

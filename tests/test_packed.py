@@ -37,7 +37,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     trained = TRAINED[request.param]()
     method = next(iter(quant_layers(trained).values())).config
     folder = tmp_path_factory.mktemp(request.param) / "packed"
-    hf.export(trained, tokenizer(), method, folder, card="", force=False, batches=batches(), dense_dtype="float32")
+    options = {"card": "", "force": False, "batches": batches(), "dense_dtype": "float32", "snap_scales": False}
+    hf.export(trained, tokenizer(), method, folder, **options)
     return trained, folder
 
 

@@ -16,7 +16,8 @@ from wrinklefree.cli import app
 from wrinklefree.config import from_yaml
 from wrinklefree.core.method import quant_layers
 from wrinklefree.export.certify import same_codes
-from wrinklefree.packed.linear import packed_layers
+from wrinklefree.export.snapping import snapped
+from wrinklefree.packed.linear import exactly, packed_layers
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -61,8 +62,8 @@ def test_the_packed_folder_is_the_trained_model(finished: tuple[Path, str]) -> N
     packed, tokenizer = load.load(finished[0] / "run" / "packed", dtype=torch.float32)
     layers = packed_layers(packed)
     assert len(layers) == 14
-    assert all(same_codes(layer.encode(), layers[fqn].codes()) for fqn, layer in quant_layers(trained).items())
-    with torch.no_grad():
+    with torch.no_grad(), snapped(trained), exactly(packed):
+        assert all(same_codes(layer.encode(), layers[fqn].codes()) for fqn, layer in quant_layers(trained).items())
         difference = (trained(ids()).logits - packed(ids()).logits).abs().max()
     assert difference < 0.02  # embeddings and norms are stored in bf16
     assert tokenizer("w3").input_ids == [3]

@@ -216,6 +216,7 @@ class ExportConfig(Node):
     """The packed folder that ends a run."""
 
     head_bits: Literal[8, 4] | None = None  # embedding and head as integers; null leaves them in bf16
+    snap_scales: bool = True  # scales on the grid of the fast kernels, where a method has one
 
 
 @dataclass(kw_only=True)

@@ -204,6 +204,7 @@ def pack(
         force=True,
         batches=some,
         head_bits=config.export.head_bits,
+        snap_scales=config.export.snap_scales,
     )
     packed, _ = load.load(out / "packed", dtype=torch.float32)
     results.original_bytes = 2 * original.num_parameters()

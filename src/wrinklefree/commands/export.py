@@ -57,6 +57,7 @@ def run(run: Path, format: str, out: Path | None, force: bool, **settings: Any) 
             force=force,
             batches=batches,
             head_bits=given.get("head_bits", config.export.head_bits),
+            snap_scales=config.export.snap_scales,
         )
         table = rows(report)
     else:
@@ -107,7 +108,8 @@ def _config(folder: Path) -> Config:
 def rows(report: hf.PackedReport) -> list[list[str]]:
     """The report as lines of a table."""
     proof = report.certificate
-    head = [] if report.head is None else [["KL(trained, packed), its head rounded", f"{report.head.kl_mean:.1e}"]]
+    cost = report.rounding
+    rounding = [] if cost is None else [["KL of what packing rounded, nats", f"{cost.kl_mean:.1e}"]]
     return [
         ["weights file", short_size(report.file_bytes)],
         ["quantized layers", short_size(report.linear_bytes)],
@@ -116,5 +118,5 @@ def rows(report: hf.PackedReport) -> list[list[str]]:
         ["layers with identical codes", f"{proof.layers} of {proof.layers}"],
         ["KL(trained, packed), nats", f"{proof.kl_mean:.1e}"],
         ["same most likely token", f"{proof.same_top1:.2%}"],
-        *head,
+        *rounding,
     ]

@@ -70,6 +70,11 @@ class QuantLinear(nn.Linear):
         """The same weight in a form that native kernels know, perhaps padded with zeros; None where there is none."""
         return None
 
+    @staticmethod
+    def snap(codes: Codes) -> Codes:
+        """The same codes with the nearest scales that fast kernels have tables for; by default all are."""
+        return codes
+
     def quantized_weight(self) -> Tensor:
         """`decode(encode(weight))` with the straight-through gradient to the master: fp32 [out, in]."""
         return straight_through(self.weight, self.decode(self.encode()))

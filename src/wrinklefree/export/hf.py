@@ -23,7 +23,8 @@ from wrinklefree.export import bundle
 from wrinklefree.export.agreement import Agreement, compare
 from wrinklefree.export.certify import Certificate, CertificateError, certify
 from wrinklefree.export.head import Head, HeadBits, quantize, rounded
-from wrinklefree.packed.linear import PackedLinear, packed_layers
+from wrinklefree.export.snapping import moves, snapped
+from wrinklefree.packed.linear import PackedLinear, exactly, packed_layers
 from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WrinkleFreeConfig
 
 DenseDtype = Literal["bfloat16", "float16", "float32"]
@@ -52,7 +53,7 @@ class PackedReport:
     file_bytes: int  # all safetensors files, headers included
     linear_bytes: int  # codes, scales and tables of the quantized layers
     certificate: Certificate
-    head: Agreement | None  # what rounding embedding and head costs, where they are packed
+    rounding: Agreement | None  # what rounding scales, embedding and head when packing costs
 
     @property
     def bits_per_quantized_weight(self) -> float:
@@ -90,43 +91,50 @@ def export(
     batches: Iterable[Mapping[str, Tensor]],
     dense_dtype: DenseDtype = "bfloat16",
     head_bits: HeadBits | None = None,
+    snap_scales: bool = True,
 ) -> PackedReport:
     """Write the trained `model` as a packed folder, certified on `batches` (input_ids [B, L], perhaps position_ids).
 
     `card` is the text of README.md; how to load it, the sizes and the certificate are added. Weights that are not
-    quantized are stored in `dense_dtype`, embedding and head as integers of `head_bits` where these are given.
-    Raises UserError where `out` exists without `force`, the disk is full, or the model cannot be packed;
-    CertificateError where the packed model is not the trained one. Either way nothing is left.
+    quantized are stored in `dense_dtype`, embedding and head as integers of `head_bits` where these are given, and
+    scales on the fast kernels' grid unless `snap_scales` is off. Raises UserError where `out` exists without `force`,
+    the disk is full, or the model cannot be packed; CertificateError where the packed model is not the trained one.
+    Either way nothing is left.
     """
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; choose another folder or give --force to replace it")
     _check_architecture(model)
     head = None if head_bits is None else quantize(model, head_bits)
-    packed = pack_model(model, method, dense_dtype, head)
+    with snapped(model, snap_scales):
+        packed = pack_model(model, method, dense_dtype, head)
+    changed = head is not None or (snap_scales and bool(moves(model)))
     batches = list(batches)
     with written_aside(out) as aside:
         _write(packed, tokenizer, [method] if head is None else [method, head.method], aside)
         back = _read_back(aside, model.device)
-        with rounded(model, head):
+        with snapped(model, snap_scales), rounded(model, head):
             certificate = certify(model, back, batches)
-        cost = None if head is None else compare(model, back, batches)
+        with exactly(back):
+            cost = compare(model, back, batches) if changed else None
         report = _report(packed, aside, certificate, head, cost)
         parts = [card, USAGE.format(name=out.name), f"## Size\n\n{report.markdown()}\n"]
         parts.append(f"## Certificate\n\n{certificate.markdown()}\n")
         if cost is not None:
-            parts.append(described(head_bits, cost))
+            parts.append(described(head_bits, snap_scales and bool(moves(model)), cost))
         (aside / "README.md").write_text("\n".join(parts), encoding="utf-8")
     return report
 
 
-def described(bits: HeadBits | None, cost: Agreement) -> str:
-    """What packing embedding and head costs, as a section of the model card."""
+def described(bits: HeadBits | None, snapped: bool, cost: Agreement) -> str:
+    """What was rounded after training, and what that costs, as a section of the model card."""
     lines = "\n".join(f"| {name} | {value} |" for name, value in cost.rows())
+    what = ["the scales lie on the grid of the fast kernels"] if snapped else []
+    what += [f"embedding and head are integers of {bits} bits"] if bits else []
     how = (
-        f"They are integers of {bits} bits, rounded after training. The certificate above is for the trained model "
-        "with the same rounding; against the trained model as it was:"
+        f"Rounded when the model was packed, not in training: {' and '.join(what)}. The certificate above is for the "
+        "trained model with the same rounding; against the trained model as it was:"
     )
-    return f"## Embedding and head\n\n{how}\n\n| | value |\n|---|---|\n{lines}\n"
+    return f"## Rounded when packed\n\n{how}\n\n| | value |\n|---|---|\n{lines}\n"
 
 
 def _write(
@@ -161,7 +169,7 @@ def _report(
         file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         linear_bytes=sum(buffer.nbytes for layer in layers for buffer in layer.buffers()),
         certificate=certificate,
-        head=cost,
+        rounding=cost,
     )
 
 

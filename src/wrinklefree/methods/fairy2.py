@@ -23,7 +23,7 @@ is padded with a zero row or column, sliced off again.
 import itertools
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -34,14 +34,13 @@ from torch.nn.functional import pad
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Complex
+from wrinklefree.core.grid import snapped
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
 from wrinklefree.core.ste import round_fp16
 
 log = logging.getLogger("wrinklefree")
 
-ALS_ITERATIONS = 6
-BALANCE_ITERATIONS = 5
-TINY = 1e-8
+ALS_ITERATIONS, BALANCE_ITERATIONS, TINY = 6, 5, 1e-8
 
 
 def to_widely_linear(R: Tensor) -> Tensor:
@@ -90,8 +89,7 @@ def residual_codes(Z: Tensor, num_stages: int) -> tuple[Tensor, Tensor]:
         k = nearest_unit(Z)
         axes = torch.stack(units(k), dim=1)
         used = axes.abs().sum(dim=(2, 3), keepdim=True).clamp_min(1)
-        s = ((Z * axes).sum(dim=(2, 3), keepdim=True) / used).clamp_min(TINY)
-        s = round_fp16(s)
+        s = round_fp16(((Z * axes).sum(dim=(2, 3), keepdim=True) / used).clamp_min(TINY))
         Z = Z - axes * s
         codes.append(k)
         scales.append(s)
@@ -208,6 +206,10 @@ class Fairy2Linear(QuantLinear):
         return weight[: codes.shape[0], : codes.shape[1]]
 
     @staticmethod
+    def snap(codes: Codes) -> Codes:
+        return replace(codes, tensors=codes.tensors | {"scales": snapped(codes.tensors["scales"])})
+
+    @staticmethod
     def form(codes: Codes) -> Complex:
         factors = [codes.tensors[name].repeat(2) if name in codes.tensors else None for name in ("rows", "columns")]
         return Complex(codes.index, codes.tensors["scales"], *factors)
@@ -292,8 +294,5 @@ class Config(QuantMethod):
 def convert_to_fairy2(
     model: nn.Module, num_stages: int = 2, exclude_names: Iterable[str] = ("embed_tokens", "lm_head")
 ) -> nn.Module:
-    """Swap the linear layers of `model`, in place, for Fairy2i ones, and return it.
-
-    `exclude_names` are globs on module paths; a plain name matches any component. Raises UserError when none is left.
-    """
+    """Swap the linear layers of `model`, in place, for Fairy2i ones; `exclude_names` as in the config."""
     return Config(num_stages=num_stages, exclude_names=list(exclude_names)).prepare(model)
