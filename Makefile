@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-gguf wheels lint format clean
+.PHONY: demo test test-all test-gguf sanitize wheels lint format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,14 @@ test-all: lint
 test-gguf: $(VENV)/installed-dev
 	$(PIP) llama-cpp-python
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp
+
+# The native library's own test under the address and undefined-behaviour sanitizers, with the fastest and the plainest kernels.
+sanitize: $(VENV)/installed-dev
+	$(PIP) cmake
+	$(BIN)/cmake -S . -B build/sanitized -DWF_TESTS=ON -DWF_SANITIZE=ON > /dev/null
+	$(BIN)/cmake --build build/sanitized --target wf_test
+	build/sanitized/wf_test
+	WF_ISA=generic build/sanitized/wf_test
 
 # Wheels for five platforms into dist/, their libraries built by clang (in the package ziglang, some 400 MB).
 wheels: $(VENV)/installed-dev
