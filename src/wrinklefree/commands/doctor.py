@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import stdlib
 from wrinklefree.data.sources import hub_reachable
+from wrinklefree.packed import native
 from wrinklefree.terminal import print_hanging, short_size
 
 PACKAGE = Path(__file__).parents[1]
@@ -61,6 +62,7 @@ def checks() -> Iterator[Check]:
     yield Check("torch", True, torch.__version__, needed=True)
     yield from _devices()
     yield _compiler()
+    yield _native()
     yield from (_library(name) for name in LIBRARIES)
     yield from (_extra(module, extra, what) for module, (extra, what) in EXTRAS.items())
     yield _disk(Path.cwd())
@@ -91,6 +93,12 @@ def _devices() -> Iterator[Check]:
 def _compiler() -> Check:
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     return Check("compiler", found is not None, found or "no C++ compiler: torch.compile needs one (apt install g++)")
+
+
+def _native() -> Check:
+    """The packed runtime's library (docs/runtime.md)."""
+    reason = native.available()
+    return Check("kernels", reason is None, native.isa() if reason is None else reason)
 
 
 def _library(name: str) -> Check:
