@@ -23,6 +23,7 @@ from wrinklefree.packed.decoder import Layer, Linear, Model
 from wrinklefree.packed.embedding import TiedEmbedding
 from wrinklefree.packed.engine import Engine, Sampling
 from wrinklefree.packed.linear import PackedLinear
+from wrinklefree.packed.shared import share_inputs
 
 KINDS = ("ternary", "w1", "w2", "lut2_rank1", "uniform4", "int8", "bf16")
 METHODS = {"ternary": "bitdistill", "w1": "fairy2", "w2": "fairy2", "lut2_rank1": "anemll"}  # of `random_model`
@@ -129,6 +130,7 @@ def random_model(shape: Shape, kind: str, seed: int = 0) -> LlamaForCausalLM:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.ones(parameter.shape), requires_grad=False))
+    share_inputs(model, PackedLinear)
     return model.eval()
 
 

@@ -12,9 +12,10 @@ from tiny import batches, ids, llama, qwen, shipped_methods, tokenizer, toy, wit
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wrinklefree.core.codes import Codes
-from wrinklefree.core.method import quant_layers
+from wrinklefree.core.method import find, quant_layers
 from wrinklefree.export import hf
 from wrinklefree.export.certify import same_codes
+from wrinklefree.packed import native
 from wrinklefree.packed.linear import LayerSpec, PackedLinear, packed_layers, set_exact
 from wrinklefree.packed.quantizer import FORMAT, WrinkleFreeConfig
 
@@ -191,3 +192,32 @@ IMPORT_ORDERS = {
 def test_import_registers_the_plug_in_in_any_order(order: str) -> None:
     check = "assert a.AUTO_QUANTIZER_MAPPING['wrinklefree'] and a.AUTO_QUANTIZATION_CONFIG_MAPPING['wrinklefree']"
     subprocess.run([sys.executable, "-c", f"import sys; {IMPORT_ORDERS[order]}; {check}"], check=True, timeout=60)
+
+
+@torch.no_grad()
+def test_layers_with_the_same_inputs_share_one_product(tmp_path: Path) -> None:
+    """Bit for bit what each gives alone; never for other inputs, or for inputs that were changed; nothing is kept."""
+    if native.available() is not None:
+        pytest.skip("no native library")
+    method = find("bitdistill")(name="bitdistill", norm_mode="none")
+    hf.export(method.prepare(llama()), tokenizer(), method, tmp_path / "p", card="", force=False, batches=batches())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=torch.float32).eval()
+    layers = packed_layers(model)
+    q, k, v = (layers[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv")
+    assert q.shared is k.shared is v.shared is not layers["model.layers.1.self_attn.q_proj"].shared
+    x = torch.randn(3, 2, 64)
+    alone = [layer._alone(x, layer._build()) for layer in (q, k, v)]
+    assert all(torch.equal(layer(x), y) for layer, y in zip((q, k, v), alone, strict=True))
+    assert q.shared._x is None
+    q(x)
+    x *= 2
+    assert torch.equal(k(x), k._alone(x, k._build()))
+    other = torch.randn(1, 64)
+    assert torch.equal(v(other), v._alone(other, v._build()))
+    assert torch.equal(q(x), q._alone(x, q._build()))
+    with torch.inference_mode():
+        y = torch.randn(2, 64)
+        assert torch.equal(k(y), k._alone(y, k._build()))
+    twin = copy.deepcopy(model)
+    assert packed_layers(twin)["model.layers.0.self_attn.q_proj"].shared is not q.shared
+    assert torch.equal(twin(ids()).logits, model(ids()).logits)

@@ -247,7 +247,7 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, in which packed layers share no work
 def _run_transformers(
     model: Any, tokenizer: Any, ids: Tensor, choice: Choice, ends: Sequence[int], tell: _Teller
 ) -> None:

@@ -31,6 +31,7 @@ from wrinklefree.core.codes import Codes, pack, packed_length, unpack
 from wrinklefree.core.method import QuantMethod, compute_dtype
 from wrinklefree.core.norm import RMSNorm
 from wrinklefree.packed.product import GpuProduct, Product, gpu_product, product, usable
+from wrinklefree.packed.shared import Shared
 
 FEW = 8  # tokens that a GPU multiplies with packed codes; more of them with the decoded weight
 
@@ -72,6 +73,7 @@ class PackedLinear(nn.Module):
         self.product: Product | None = None  # the kernels' copy of the codes, likewise; None where they know no form
         self.gpu_product: GpuProduct | None = None
         self.asked = False  # whether the products are up to date
+        self.shared: Shared | None = None  # with layers that see the same inputs
         self.exact = False
         self.register_buffer("weight", torch.empty(spec.packed_shape, dtype=torch.uint8))
         for name, shape in spec.tensors.items():
@@ -138,11 +140,24 @@ class PackedLinear(nn.Module):
             with torch.no_grad():
                 return self._native(x)
         dtype = compute_dtype(x)
-        x = x if self.rms_norm is None else self.rms_norm(x)
-        rounded_within = self.config.int8_inputs and self.product.rounds_inputs
-        y = self.product(x if rounded_within else self.config.activation(x))
+        y = None if self.shared is None else self.shared.take(self, x)
+        y = self._alone(x, self.product) if y is None else y
         y = y if self.bias is None else y + self.bias.float()
         return y if y.dtype == dtype else y.to(dtype)
+
+    def _alone(self, x: Tensor, product: Product) -> Tensor:
+        x = x if self.rms_norm is None else self.rms_norm(x)
+        rounded_within = self.config.int8_inputs and product.rounds_inputs
+        return product(x if rounded_within else self.config.activation(x))
+
+    def shares(self) -> bool:
+        """Whether the kernels take its inputs as they come, so that they can be rounded for other layers too."""
+        if not self.asked:
+            self.product, self.asked = self._build(), True
+        if self.product is None or self.exact or self.rms_norm is not None:
+            return False
+        plain = self.product.rounds_inputs or not self.config.int8_inputs
+        return plain and self.product.matrix.shape == (self.out_features, self.in_features)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_gpu(self, x: Tensor) -> Tensor:
