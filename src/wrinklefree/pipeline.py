@@ -178,7 +178,8 @@ def finish(
     results.print()
     wrote = [text for name, text in PARTS.items() if (out / name).exists()]
     print(f"\nwrote {out}/: {', '.join(wrote)}")
-    print(f"next: wf generate {out} --prompt 'def '    wf eval {out}{'/packed' * (out / 'packed').exists()}")
+    best = out / "packed" if (out / "packed").exists() else out
+    print(f"next: wf generate {best} --prompt 'def '    wf eval {best}")
 
 
 def pack(
