@@ -49,9 +49,9 @@ def test_fairy_is_the_decoded_weight(stages: int, n: int, m: int, rows: int, gro
 def test_a_packed_layer_multiplies_few_tokens_by_its_codes_and_many_by_its_weight(method: QuantMethod) -> None:
     """And keeps no decoded weight, but for a method whose codes no program knows."""
     torch.manual_seed(0)
-    layer = PackedLinear.from_codes(method, method.layer(nn.Linear(96, 40), method).encode(), torch.randn(40)).to(
-        DEVICE
-    )
+    layer = PackedLinear.from_codes(method, method.layer(nn.Linear(96, 40), method).encode(), torch.randn(40))
+    layer(torch.randn(2, 96))  # by the kernels of the CPU, where there are any; then it moves, and has to begin anew
+    layer.to(DEVICE)
     for shape in ((1, 1, 96), (FEW, 96), (3, FEW, 96)):
         x = torch.randn(shape, device=DEVICE)
         expected = nn.functional.linear(layer.inputs(x), method.layer.decode(layer.codes()), layer.bias)

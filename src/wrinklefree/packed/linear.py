@@ -30,6 +30,7 @@ from typing_extensions import Self
 from wrinklefree.core.codes import Codes, pack, packed_length, unpack
 from wrinklefree.core.method import QuantMethod, compute_dtype
 from wrinklefree.core.norm import RMSNorm
+from wrinklefree.packed.native import Matrix
 from wrinklefree.packed.product import GpuProduct, Product, gpu_product, product, usable
 from wrinklefree.packed.shared import Shared
 
@@ -150,14 +151,15 @@ class PackedLinear(nn.Module):
         rounded_within = self.config.int8_inputs and product.rounds_inputs
         return product(x if rounded_within else self.config.activation(x))
 
-    def shares(self) -> bool:
-        """Whether the kernels take its inputs as they come, so that they can be rounded for other layers too."""
+    def shared_matrix(self) -> Matrix | None:
+        """Its matrix, where the kernels take its inputs as they come, so that they can be rounded for others too."""
         if not self.asked:
             self.product, self.asked = self._build(), True
         if self.product is None or self.exact or self.rms_norm is not None:
-            return False
+            return None
         plain = self.product.rounds_inputs or not self.config.int8_inputs
-        return plain and self.product.matrix.shape == (self.out_features, self.in_features)
+        padded = self.product.matrix.shape != (self.out_features, self.in_features)
+        return self.product.matrix if plain and not padded else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_gpu(self, x: Tensor) -> Tensor:
@@ -191,7 +193,7 @@ class PackedLinear(nn.Module):
             moved = fn(tensor)
             return tensor.to(moved.device) if id(tensor) in keep and moved.dtype != tensor.dtype else moved
 
-        self.dense = None
+        self._forget()
         super()._apply(apply, recurse)
         return self
 
