@@ -21,9 +21,9 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
 from wrinklefree.export import bundle
 from wrinklefree.export.agreement import Agreement, compare
-from wrinklefree.export.certify import Certificate, CertificateError, certify
-from wrinklefree.export.head import Head, HeadBits, quantize, rounded
-from wrinklefree.export.snapping import moves, snapped
+from wrinklefree.export.certify import Certificate, CertificateError, certify, trained_layers
+from wrinklefree.export.head import Head, HeadBits
+from wrinklefree.export.rounding import Rounding
 from wrinklefree.packed.linear import PackedLinear, exactly, packed_layers
 from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WrinkleFreeConfig
 
@@ -104,34 +104,30 @@ def export(
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; choose another folder or give --force to replace it")
     _check_architecture(model)
-    head = None if head_bits is None else quantize(model, head_bits)
-    with snapped(model, snap_scales):
-        packed = pack_model(model, method, dense_dtype, head)
-    changed = head is not None or (snap_scales and bool(moves(model)))
+    rounding = Rounding.of(model, head_bits, snap_scales)
+    with rounding.applied(model):
+        packed = pack_model(model, method, dense_dtype, rounding.head)
     batches = list(batches)
     with written_aside(out) as aside:
-        _write(packed, tokenizer, [method] if head is None else [method, head.method], aside)
+        _write(packed, tokenizer, [method, *([rounding.head.method] if rounding.head else [])], aside)
         back = _read_back(aside, model.device)
-        with snapped(model, snap_scales), rounded(model, head):
+        with rounding.applied(model):
             certificate = certify(model, back, batches)
         with exactly(back):
-            cost = compare(model, back, batches) if changed else None
-        report = _report(packed, aside, certificate, head, cost)
+            cost = compare(model, back, batches) if rounding.words else None
+        report = _report(packed, aside, certificate, cost)
         parts = [card, USAGE.format(name=out.name), f"## Size\n\n{report.markdown()}\n"]
         parts.append(f"## Certificate\n\n{certificate.markdown()}\n")
-        if cost is not None:
-            parts.append(described(head_bits, snap_scales and bool(moves(model)), cost))
+        parts += [] if cost is None else [described(rounding.words, cost)]
         (aside / "README.md").write_text("\n".join(parts), encoding="utf-8")
     return report
 
 
-def described(bits: HeadBits | None, snapped: bool, cost: Agreement) -> str:
+def described(words: list[str], cost: Agreement) -> str:
     """What was rounded after training, and what that costs, as a section of the model card."""
     lines = "\n".join(f"| {name} | {value} |" for name, value in cost.rows())
-    what = ["the scales lie on the grid of the fast kernels"] if snapped else []
-    what += [f"embedding and head are integers of {bits} bits"] if bits else []
     how = (
-        f"Rounded when the model was packed, not in training: {' and '.join(what)}. The certificate above is for the "
+        f"Rounded when the model was packed, not in training: {' and '.join(words)}. The certificate above is for the "
         "trained model with the same rounding; against the trained model as it was:"
     )
     return f"## Rounded when packed\n\n{how}\n\n| | value |\n|---|---|\n{lines}\n"
@@ -155,12 +151,8 @@ def _read_back(folder: Path, device: torch.device) -> PreTrainedModel:
     return loaded
 
 
-def _report(
-    packed: PreTrainedModel, folder: Path, certificate: Certificate, head: Head | None, cost: Agreement | None
-) -> PackedReport:
-    apart = head.codes if head is not None else {}
-    found = packed_layers(packed)
-    layers = [layer for fqn, layer in found.items() if fqn not in apart]
+def _report(packed: PreTrainedModel, folder: Path, certificate: Certificate, cost: Agreement | None) -> PackedReport:
+    found, layers = packed_layers(packed), trained_layers(packed).values()
     num_quantized = sum(layer.out_features * layer.in_features for layer in layers)
     num_packed = sum(layer.out_features * layer.in_features for layer in found.values())
     return PackedReport(
