@@ -167,6 +167,13 @@ class QuantMethod(Method):
         return model
 
 
+def num_groups(columns: int, size: int, kind: str = "columns") -> int:
+    """Groups of `size` columns in a row, for methods with a setting `group_size`. Raises UserError where one is cut."""
+    if columns % size:
+        raise UserError(f"method.group_size={size}: does not divide {columns} {kind}")
+    return columns // size
+
+
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """Every quantized layer by fqn."""
     return {fqn: module for fqn, module in model.named_modules() if isinstance(module, QuantLinear)}

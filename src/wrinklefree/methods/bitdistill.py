@@ -44,7 +44,7 @@ from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Table
-from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
+from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_groups, quant_layers
 from wrinklefree.core.norm import RMSNorm, normalized
 from wrinklefree.core.ste import round_fp16, straight_through
 
@@ -181,11 +181,7 @@ class Config(QuantMethod):
 
     def groups(self, in_features: int) -> int:
         """Scales in a row. Raises UserError where groups do not fill the rows."""
-        if self.granularity != "group":
-            return 1
-        if in_features % self.group_size:
-            raise UserError(f"method.group_size={self.group_size}: does not divide {in_features} columns")
-        return in_features // self.group_size
+        return num_groups(in_features, self.group_size) if self.granularity == "group" else 1
 
     @property
     def int8_inputs(self) -> bool:

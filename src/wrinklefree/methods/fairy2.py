@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from wrinklefree.core.codes import Codes
-from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Complex
 from wrinklefree.core.grid import snapped
-from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
+from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_groups, quant_layers
 from wrinklefree.core.ste import round_fp16
 
 log = logging.getLogger("wrinklefree")
@@ -274,10 +273,9 @@ class Config(QuantMethod):
 
     def grid(self, n: int, m: int) -> tuple[int, int]:
         """(R, G), the scales of an n x m complex matrix. Raises UserError where groups do not fill its rows."""
-        if self.scale_granularity == "group" and m % self.group_size:
-            raise UserError(f"method.group_size={self.group_size}: does not divide {m} complex columns")
         rows = n if self.scale_granularity in ("row", "group") else 1
-        return rows, m // self.group_size if self.scale_granularity == "group" else 1
+        grouped = self.scale_granularity == "group"
+        return rows, num_groups(m, self.group_size, "complex columns") if grouped else 1
 
     @property
     def int8_inputs(self) -> bool:

@@ -17,9 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from wrinklefree.core.codes import Codes
-from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Form, Integers, Table
-from wrinklefree.core.method import QuantLinear, QuantMethod
+from wrinklefree.core.method import QuantLinear, QuantMethod, num_groups
 from wrinklefree.core.ste import round_fp16
 
 SHRINKS = [1 - step / 32 for step in range(14)]
@@ -97,11 +96,7 @@ class Config(QuantMethod):
 
     def groups(self, in_features: int) -> int:
         """Scales in a row. Raises UserError where groups do not fill the rows."""
-        if self.granularity == "row":
-            return 1
-        if in_features % self.group_size:
-            raise UserError(f"method.group_size={self.group_size}: does not divide {in_features} columns")
-        return in_features // self.group_size
+        return num_groups(in_features, self.group_size) if self.granularity == "group" else 1
 
     @property
     def int8_inputs(self) -> bool:
