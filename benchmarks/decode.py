@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks import llama_cpp_peer as peer
 from benchmarks import quality, shapes
@@ -155,20 +155,9 @@ def against_bf16(threads: int, count: int) -> Figures:
 
 def dense_model(shape: shapes.Shape) -> LlamaForCausalLM:
     """The head tied to the embedding, as in the packed one."""
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.context,
-        tie_word_embeddings=True,
-    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(shapes.llama_config(shape)).eval()
     torch.set_default_dtype(before)
     return model
 

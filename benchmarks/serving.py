@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, llama_config
 from wrinklefree import load
 from wrinklefree.core.method import QuantMethod, find
 from wrinklefree.export import head, hf
@@ -85,18 +85,7 @@ async def one(host: str, port: int, length: int, prompt: str) -> int:
 def random_folder(out: Path, shape: str = "llama_1b") -> Path:
     """A packed ternary Llama of random weights; its tokenizer is the embedded one with words added."""
     sizes = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=sizes.vocab,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        max_position_embeddings=sizes.context,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-    )
+    config = llama_config(sizes, eos_token_id=None)
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     method = find("bitdistill")(name="bitdistill")

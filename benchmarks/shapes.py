@@ -102,10 +102,9 @@ def random_matrix(kind: str, n: int, k: int, generator: torch.Generator) -> nati
     return native.Matrix.dense(size * torch.randn(n, k, generator=generator))
 
 
-def random_model(shape: Shape, kind: str, seed: int = 0) -> LlamaForCausalLM:
-    """A model of transformers with packed layers and a packed head, which is the embedding too."""
-    generator = torch.Generator().manual_seed(seed)
-    config = LlamaConfig(
+def llama_config(shape: Shape, **more: Any) -> LlamaConfig:
+    """The same shape for transformers, the head tied to the embedding unless `more` says otherwise."""
+    return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -114,8 +113,14 @@ def random_model(shape: Shape, kind: str, seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         max_position_embeddings=shape.context,
-        tie_word_embeddings=False,
+        **({"tie_word_embeddings": True} | more),
     )
+
+
+def random_model(shape: Shape, kind: str, seed: int = 0) -> LlamaForCausalLM:
+    """A model of transformers with packed layers and a packed head, which is the embedding too."""
+    generator = torch.Generator().manual_seed(seed)
+    config = llama_config(shape, tie_word_embeddings=False)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     method, rounded = find(METHODS[kind])(name=METHODS[kind]), find("uniform")(name="uniform", bits=8)
