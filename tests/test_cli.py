@@ -221,6 +221,21 @@ def test_generate_wants_a_prompt_or_a_conversation() -> None:
     assert "--prompt" in err
 
 
+@pytest.mark.parametrize(
+    "options", [("--top-k", "5"), ("--stop", "x"), ("--engine", "native"), ("--threads", "1"), ("--top-p", "0.5")]
+)
+def test_thinking_refuses_what_it_would_ignore(options: tuple[str, str]) -> None:
+    code, _, err = wf("generate", "nowhere", "--prompt", "a", "--think", "latent", *options)
+    assert code == 2
+    assert "--think samples by --temperature and --seed alone" in err
+
+
+def test_a_repetition_penalty_of_zero_is_refused() -> None:
+    code, _, err = wf("generate", "nowhere", "--prompt", "a", "--repetition-penalty", "0")
+    assert code == 2
+    assert "--repetition-penalty 0: must be above 0" in err
+
+
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose `final/` is a model of random weights."""

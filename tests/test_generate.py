@@ -54,6 +54,12 @@ def test_stream_prints_the_prompt_and_what_complete_returns(model, tokenizer, ca
     assert capsys.readouterr().out == f"def{text}\n"
 
 
+def test_further_settings_reach_the_model(model, tokenizer) -> None:
+    plain = complete(model, tokenizer, "def", 24)
+    assert complete(model, tokenizer, "def", 24, repetition_penalty=8.0) != plain
+    assert complete(model, tokenizer, "def", 24, temperature=1.0, top_k=1) == plain
+
+
 def test_text_ends_with_the_context(model, tokenizer) -> None:
     prompt = "z" * (CONTEXT - 4)
     three, four, most = (complete(model, tokenizer, prompt, length) for length in (3, 4, 1000))

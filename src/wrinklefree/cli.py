@@ -36,6 +36,11 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite the output folde
 Processes = Annotated[int | None, typer.Option("--nproc", min=1, help="Processes to train in, started by torchrun.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, then stop.")]
 ModelFolder = Annotated[str, typer.Argument(metavar="PATH", help="A run, a model folder, a config's name or a hub id.")]
+EngineChoice = Annotated[
+    Literal["auto", "native", "transformers"],
+    typer.Option(help="auto: the native loop where a packed folder allows it."),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the engine; default one for each core.")]
 Scale = Literal["dev", "small", "medium", "large", "xlarge"]
 
 
@@ -324,11 +329,11 @@ def generate(
         float | None, typer.Option(min=0, max=1, help="Choose among the likeliest tokens that hold this probability.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this one; may be repeated.")] = None,
-    engine: Annotated[
-        Literal["auto", "native", "transformers"],
-        typer.Option(help="auto: the native loop where a packed folder allows it."),
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the engine; default one for each core.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0, help="Divides the logits of what was said already; 1 is off.")
+    ] = 1.0,
+    engine: EngineChoice = "auto",
+    threads: Threads = None,
 ) -> None:
     """Generate text from a model.
 
@@ -340,8 +345,9 @@ def generate(
       wf generate outputs/chains_trm_injection --think latent --prompt '3 +2 *4 ?'
     """
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    sampling |= {"think": think, "top_k": top_k, "top_p": top_p, "stop": stop, "engine": engine, "threads": threads}
-    call("generate", path, prompt=prompt, interactive=interactive, chat=chat, **sampling)
+    sampling |= {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "stop": stop}
+    running: dict[str, Any] = {"think": think, "engine": engine, "threads": threads}
+    call("generate", path, prompt=prompt, interactive=interactive, chat=chat, **sampling, **running)
 
 
 @app.command()
@@ -359,11 +365,8 @@ def serve(
         str | None, typer.Option(envvar="WF_API_KEY", help="Refuse requests without `Authorization: Bearer KEY`.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in requests; default the folder's.")] = None,
-    engine: Annotated[
-        Literal["auto", "native", "transformers"],
-        typer.Option(help="auto: the native loop where a packed folder allows it."),
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the engine; default one for each core.")] = None,
+    engine: EngineChoice = "auto",
+    threads: Threads = None,
 ) -> None:
     """Serve a model to OpenAI clients, with streaming.
 

@@ -42,15 +42,16 @@ def complete(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    show: Callable[[str], None] | None = None,
     **more: Any,
 ) -> str:
     """The text that follows `prompt`, without it; temperature 0 is greedy and ignores the seed.
 
-    `more` are further fields of `Choice`. Raises UserError where the prompt is empty, or leaves no room in the
-    model's context.
+    `show` gets it piece by piece as it comes, `more` are further fields of `Choice`. Raises UserError where the prompt
+    is empty, or leaves no room in the model's context.
     """
     choice = Choice(max_new_tokens, temperature, seed, **more)
-    return _say(model, tokenizer, _encode(tokenizer, prompt), choice)
+    return _say(model, tokenizer, _encode(tokenizer, prompt), choice, show=show or _hide)
 
 
 def reply(
@@ -77,19 +78,10 @@ def _from_user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def stream(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    **more: Any,
-) -> str:
+def stream(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, **more: Any) -> str:
     """`complete`, printing prompt and text word by word as they come."""
-    ids = _encode(tokenizer, prompt)
     print(prompt, end="", flush=True)
-    return _say(model, tokenizer, ids, Choice(max_new_tokens, temperature, seed, **more), show=_show)
+    return complete(model, tokenizer, prompt, max_new_tokens, show=_show, **more)
 
 
 def interactive(

@@ -23,6 +23,7 @@ def run(
     think: "Think | None" = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop: list[str] | None = None,
     engine: Literal["auto", "native", "transformers"] = "auto",
     threads: int | None = None,
@@ -35,9 +36,15 @@ def run(
         raise UserError("say either --prompt TEXT or --interactive")
     if chat and not interactive:
         raise UserError("--chat goes with --interactive")
+    if repetition_penalty == 0:
+        raise UserError("--repetition-penalty 0: must be above 0")
     if think is not None and prompt is None:
         raise UserError("--think goes with --prompt")
+    more: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    more["stop"] = stop or ()
     if think is not None and prompt is not None:
+        if (*more.values(), engine, threads) != (None, None, 1.0, (), "auto", None):
+            raise UserError("--think samples by --temperature and --seed alone: leave the other options out")
         from wrinklefree.thinking.reply import reply
 
         print(reply(path, prompt, think, max_new_tokens, temperature, seed))
@@ -49,8 +56,7 @@ def run(
     show_log_lines()
     model, tokenizer, which = open_engine(path, engine, threads)
     log.info("%s", which)
-    more: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "stop": stop or ()}
     if prompt is None:
         generate.interactive(model, tokenizer, chat, max_new_tokens, temperature, seed, **more)
     else:
-        generate.stream(model, tokenizer, prompt, max_new_tokens, temperature, seed, **more)
+        generate.stream(model, tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed, **more)
