@@ -35,23 +35,26 @@ void check_codes(const uint8_t* codes, size_t size, int limit) {
     check(largest < limit, "codes: an entry is too large for the bits");
 }
 
-// Per-row factors, padded to whole panels of each part.
-void set_rows(const wf_matrix& m, Buffer<float>& to, const float* from, const char* text) {
+// Per-row numbers of each rank, padded to whole panels of each part.
+void set_rows(const wf_matrix& m, int rank, Buffer<float>& to, const float* from, const char* text) {
     if (!from) return;
-    check_finite(from, m.n, text);
-    const size_t padded = size_t(m.panels()) * PANEL;
-    to.reset(padded * m.parts());
-    for (int part = 0; part < m.parts(); ++part)
-        std::copy_n(from + size_t(part) * m.rows(), m.rows(), to.data() + part * padded);
+    check_finite(from, size_t(rank) * m.n, text);
+    to.reset(rank * m.padded_rows());
+    for (int r = 0; r < rank; ++r)
+        for (int n = 0; n < m.n; ++n) to[r * m.padded_rows() + m.padded_row(n)] = from[size_t(r) * m.n + n];
 }
 
+// What all kinds end with.
 void set_factors(wf_matrix& m, const float* row, const float* col, const float* bias) {
-    set_rows(m, m.row, row, "row: not finite");
-    set_rows(m, m.bias, bias, "bias: not finite");
+    set_rows(m, m.rank, m.row, row, "row: not finite");
+    set_rows(m, 1, m.bias, bias, "bias: not finite");
+    for (const Stream& s : m.streams) m.read_bytes += s.bytes();
+    m.read_bytes += m.weight32.bytes() + m.weight16.bytes();
     if (!col) return;
-    check_finite(col, m.k, "col: not finite");
-    m.col.reset(m.k);
-    std::copy_n(col, m.k, m.col.data());
+    const size_t size = size_t(m.rank) * m.k;
+    check_finite(col, size, "col: not finite");
+    m.col.reset(size);
+    std::copy_n(col, size, m.col.data());
 }
 
 Stream stream(Format format, int rows, int columns, int num_rows, int num_groups) {
@@ -169,8 +172,10 @@ void set_table(Stream& s, const float* table, int size, float most) {
 }
 
 wf_matrix* table_matrix(int n, int k, int bits, const uint8_t* codes, const float* table, const float* scales,
-                        int num_rows, int num_groups, const float* row, const float* col, const float* bias) {
+                        int num_rows, int num_groups, int rank, const float* row, const float* col, const float* bias) {
     check_shape(n, k);
+    check(rank >= 1 && rank <= TILE, "rank: must be 1 to 8");
+    check(rank == 1 || (row && col), "row, col: must be given where there are several ranks");
     check(bits >= 1 && bits <= 4, "bits: must be 1 to 4");
     check(codes && table && scales, "codes, table, scales: must be given");
     check_grid(n, k, num_rows, num_groups);
@@ -186,6 +191,7 @@ wf_matrix* table_matrix(int n, int k, int bits, const uint8_t* codes, const floa
     m.kind = Kind::TABLE;
     m.n = n;
     m.k = k;
+    m.rank = rank;
     for (int i = 0; i < size; ++i) m.values[i] = used[i] ? table[i] : 0.0f;
     const float most = std::fabs(*std::max_element(m.values, m.values + size, [](float a, float b) {
         return std::fabs(a) < std::fabs(b);
@@ -421,9 +427,10 @@ wf_matrix* dense_matrix(int n, int k, const float* weight, const float* bias, in
 extern "C" {
 
 wf_matrix* wf_matrix_table(int n, int k, int bits, const uint8_t* codes, const float* table, const float* scales,
-                           int num_rows, int num_groups, const float* row, const float* col, const float* bias) {
+                           int num_rows, int num_groups, int rank, const float* row, const float* col,
+                           const float* bias) {
     return guarded<wf_matrix*>(nullptr, [&] {
-        return table_matrix(n, k, bits, codes, table, scales, num_rows, num_groups, row, col, bias);
+        return table_matrix(n, k, bits, codes, table, scales, num_rows, num_groups, rank, row, col, bias);
     });
 }
 

@@ -54,27 +54,45 @@ void add_fairy(const wf_matrix& m, const Stream& s, int first, int n, float* out
     }
 }
 
-}  // namespace
+void dense_row(const wf_matrix& m, int n, float* out) {
+    for (int j = 0; j < m.k; ++j) {
+        const size_t at = size_t(n) * m.k + j;
+        if (m.weight32.size()) {
+            out[j] = m.weight32[at];
+        } else {
+            const uint32_t bits = uint32_t{m.weight16[at]} << 16;
+            std::memcpy(out + j, &bits, 4);
+        }
+    }
+}
 
-void decode_row(const wf_matrix& m, int n, float* out) {
+void code_row(const wf_matrix& m, int n, float* out) {
     switch (m.kind) {
         case Kind::TABLE: return table_row(m, n, out);
         case Kind::INT8: return int8_row(m, n, out);
+        case Kind::DENSE: return dense_row(m, n, out);
         case Kind::FAIRY:
             std::fill_n(out, m.k, 0.0f);
             for (size_t i = 0; i < m.streams.size(); ++i) add_fairy(m, m.streams[i], static_cast<int>(2 * i), n, out);
-            return;
-        case Kind::DENSE:
-            for (int j = 0; j < m.k; ++j) {
-                const size_t at = size_t(n) * m.k + j;
-                if (m.weight32.size()) {
-                    out[j] = m.weight32[at];
-                } else {
-                    const uint32_t bits = uint32_t{m.weight16[at]} << 16;
-                    std::memcpy(out + j, &bits, 4);
-                }
-            }
     }
+}
+
+// sum over the ranks of row[n] col[j].
+float factor(const wf_matrix& m, int n, int j) {
+    float sum = 0;
+    for (int rank = 0; rank < m.rank; ++rank) {
+        const float row = m.row.size() ? m.row[rank * m.padded_rows() + m.padded_row(n)] : 1.0f;
+        sum += m.col.size() ? row * m.col[size_t(rank) * m.k + j] : row;
+    }
+    return sum;
+}
+
+}  // namespace
+
+void decode_row(const wf_matrix& m, int n, float* out) {
+    code_row(m, n, out);
+    if (!m.row.size() && !m.col.size()) return;
+    for (int j = 0; j < m.k; ++j) out[j] *= factor(m, n, j);
 }
 
 }  // namespace wf
@@ -84,9 +102,6 @@ extern "C" int wf_matrix_row(const wf_matrix* m, int n, float* out) {
         wf::check(m && out, "matrix, out: must be given");
         wf::check(n >= 0 && n < m->n, "row: not of this matrix");
         wf::decode_row(*m, n, out);
-        const int part = n / m->rows(), row = n % m->rows();
-        const float factor = m->row.size() ? m->row[size_t(part) * m->panels() * wf::PANEL + row] : 1.0f;
-        for (int j = 0; j < m->k; ++j) out[j] *= m->col.size() ? factor * m->col[j] : factor;
         return 0;
     });
 }

@@ -4,7 +4,7 @@
 
 namespace wf {
 
-// V[n, :], without the factors `row` and `col`: out [k].
+// W[n, :], the factors `row` and `col` included: out [k].
 void decode_row(const wf_matrix& m, int n, float* out);
 
 }  // namespace wf

@@ -7,7 +7,7 @@ namespace wf {
 namespace {
 
 struct V {
-    static constexpr int ROWS = 4, ZERO = 128, NUM_ROWS = 2, MOST_SUMS = 16, CHAINS = 8;
+    static constexpr int ROWS = 4, ZERO = 128, NUM_ROWS = 2, MOST_SUMS = 16, CHAINS = 16;
     using Bytes = __m512i;
     using Sums = __m512i;
     using Floats = __m512;
@@ -46,12 +46,15 @@ struct V {
     }
     static Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-    static void add_rows(Floats a, float* to) {
+    static void store_row(Floats a, float* to) {
         a = _mm512_add_ps(a, _mm512_shuffle_ps(a, a, _MM_SHUFFLE(2, 3, 0, 1)));
         a = _mm512_add_ps(a, _mm512_shuffle_ps(a, a, _MM_SHUFFLE(1, 0, 3, 2)));
         const __m512i row = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-        const __m128 sums = _mm512_castps512_ps128(_mm512_permutexvar_ps(row, a));
-        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sums));
+        _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(row, a)));
+    }
+    template <int N>
+    static void store_rows(const Floats (&a)[N], float* to) {
+        for (int i = 0; i < N; ++i) store_row(a[i], to + i * ROWS);
     }
     static void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
 };

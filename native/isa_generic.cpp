@@ -86,7 +86,10 @@ struct V {
         for (int i = 0; i < 4; ++i) a.at[i] *= b.at[i];
         return a;
     }
-    static void add_rows(const Floats& a, float* to) { *to += (a.at[0] + a.at[1]) + (a.at[2] + a.at[3]); }
+    template <int N>
+    static void store_rows(const Floats (&a)[N], float* to) {
+        for (int i = 0; i < N; ++i) to[i] = (a[i].at[0] + a[i].at[1]) + (a[i].at[2] + a[i].at[3]);
+    }
     static void prefetch(const void*) {}
 };
 

@@ -36,7 +36,10 @@ struct V {
     static Floats rows(const float* from) { return vdupq_n_f32(*from); }
     static Floats plus(Floats a, Floats b) { return vaddq_f32(a, b); }
     static Floats times(Floats a, Floats b) { return vmulq_f32(a, b); }
-    static void add_rows(Floats a, float* to) { *to += vaddvq_f32(a); }  // in pairs, as everywhere
+    template <int N>
+    static void store_rows(const Floats (&a)[N], float* to) {
+        for (int i = 0; i < N; ++i) to[i] = vaddvq_f32(a[i]);  // in pairs, as everywhere
+    }
     static void prefetch(const void* at) { __builtin_prefetch(at); }
 };
 

@@ -4,11 +4,20 @@
 
 namespace wf {
 
+// One stream of a matrix, times activations. The first stream sets y [tokens, n], later ones add to it.
+struct Job {
+    const wf_matrix& matrix;
+    int stream;
+    const Activations& activations;
+    const float* scales;  // of each token of the activations
+    float* y;
+};
+
 struct Kernels {
     const char* name;
 
-    // sums[token][part][8 rows] += scale * value, for one panel and all tokens.
-    void (*product)(const Stream&, int panel, const Activations&, float* sums);
+    // Panels [begin, end) of a job.
+    void (*product)(const Job&, int begin, int end);
 
     // q = rint(x * (1 / max|x| * 127)), and the scale max|x| / 127; NaN where x is not finite.
     float (*quantize)(const float* x, int size, int8_t* q);

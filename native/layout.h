@@ -85,20 +85,22 @@ struct Stream {
     size_t bytes() const { return cells.bytes() + heads.bytes() + scales.bytes(); }
 };
 
-// Activations of several tokens as one set of columns wants them.
+// Activations of several tokens as one set of columns wants them, in memory of the call's.
 //
-// Tokens come in tiles of up to TILE; the 16 bytes of one segment lie side by side for all tokens of a tile.
+// Tokens come in tiles of up to TILE; the 16 bytes of one segment lie side by side for all tokens of a tile. Of a matrix of
+// several ranks each token is as many tokens here, x times each of the rows of `col`; they share a tile.
 constexpr int TILE = 8;
 
 struct Activations {
     Columns columns;
     int batch = 0;
-    Buffer<int8_t> data;   // [tile][segment][token of the tile][16]
-    Buffer<int32_t> sums;  // [token][group][4]: of bytes 0-3, 4-7, 8-11 and 12-15 of every segment
+    int tile = TILE;           // tokens in a whole tile
+    int8_t* data = nullptr;    // [tile][segment][token of the tile][16]
+    int32_t* sums = nullptr;   // [token][group][4]: of bytes 0-3, 4-7, 8-11 and 12-15 of every segment
 
     size_t length() const { return size_t(columns.groups) * columns.stride; }
-    int tokens(int tile) const { return batch - tile * TILE < TILE ? batch - tile * TILE : TILE; }
-    const int8_t* tile(int index) const { return data.data() + index * TILE * length(); }
+    int tokens(int index) const { return batch - index * tile < tile ? batch - index * tile : tile; }
+    int8_t* at(int index) const { return data + size_t(index) * tile * length(); }
 };
 
 }  // namespace wf
@@ -110,12 +112,14 @@ struct wf_matrix {
     int n = 0, k = 0;
     const char* kernel = "";
     std::vector<wf::Stream> streams;         // several passes add up
+    int rank = 1;                            // rows of `row` and `col`, whose products add up
     wf::Buffer<float> row, col, bias;        // empty where not given; row and bias padded to whole panels of each part
     // What the codes stand for, for exact products.
     float values[16] = {};                   // TABLE
     int num_stages = 0;                      // FAIRY
     wf::Buffer<float> scales;                // FAIRY: [2, T, 2, R, G] as given
     int num_rows = 1, num_groups = 1;
+    size_t read_bytes = 0;  // by one product
     // DENSE
     wf::Buffer<float> weight32;
     wf::Buffer<uint16_t> weight16;  // bf16
@@ -123,4 +127,6 @@ struct wf_matrix {
     int parts() const { return kind == Kind::FAIRY ? 2 : 1; }
     int rows() const { return n / parts(); }
     int panels() const { return wf::ceil_div(rows(), wf::PANEL); }
+    size_t padded_row(int n) const { return size_t(n / rows()) * panels() * wf::PANEL + n % rows(); }
+    size_t padded_rows() const { return size_t(panels()) * wf::PANEL * parts(); }
 };

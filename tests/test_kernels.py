@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wrinklefree.core.codes import Codes
-from wrinklefree.core.forms import Complex, Form, Integers, Table
+from wrinklefree.core.forms import MAX_RANK, Complex, Form, Integers, Table, low_rank
 from wrinklefree.core.method import quant_layers
 from wrinklefree.export import hf
 from wrinklefree.methods.bitdistill import Config as BitDistill
@@ -71,7 +71,11 @@ class Layers:
         table = tables[list(tables)[self.pick(0, 1, 2, 3)]]
         index = self.below(self.pick(2**bits, 2**bits, 1), n, k)
         rows, groups = self.grid(n, k)
-        form = Table(index, table, self.positive(rows, groups), self.factor(n), self.factor(k))
+        rank = self.pick(1, 1, 2, 3, 5, 8)
+        row, col = self.factor(n), self.factor(k)
+        if rank > 1:
+            row, col = self.positive(rank, n), self.positive(rank, k)
+        form = Table(index, table, self.positive(rows, groups), row, col)
         scales = form.scales.double().repeat_interleave(k // groups, 1)
         return form, table.double()[index.long()] * scales
 
@@ -97,13 +101,15 @@ class Layers:
         return self.normal(batch, k) * self.positive(batch, 1)
 
 
-def col_of(form: Form) -> Tensor:
+def cols_of(form: Form) -> Tensor:
+    """[ranks, k or 1]"""
     col = None if isinstance(form, Integers) else form.col
-    return torch.ones(1) if col is None else col
+    return torch.ones(1, 1) if col is None else col.view(-1, col.shape[-1])
 
 
-def row_of(form: Form) -> Tensor:
-    return torch.ones(1) if form.row is None else form.row
+def rows_of(form: Form) -> Tensor:
+    """[ranks, n or 1]"""
+    return torch.ones(1, 1) if form.row is None else form.row.view(-1, form.row.shape[-1])
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -123,9 +129,11 @@ def reach(form: Form) -> Tensor:
 
 def error(form: Form, weight: Tensor, x: Tensor, y: Tensor, rounding: Callable[[Tensor], Tensor]) -> float:
     """The largest difference from float64, relative to the largest weight there could be times the token's sum."""
-    inputs, rows = rounding(x * col_of(form)), row_of(form).double()
-    expected = inputs @ weight.T * rows
-    size = (inputs.abs().sum(1, keepdim=True) * reach(form) * rows.abs()).clamp_min(1e-30)
+    expected, size = torch.zeros(()), torch.full((), 1e-30)
+    for row, col in zip(rows_of(form).double(), cols_of(form), strict=True):
+        inputs = rounding(x * col)
+        expected = expected + inputs @ weight.T * row
+        size = size + inputs.abs().sum(1, keepdim=True) * reach(form) * row.abs()
     return ((y.double() - expected).abs() / size).max().item()
 
 
@@ -212,8 +220,24 @@ def test_rows_of_the_weight_are_read_back() -> None:
     for _ in range(LAYERS):
         form, weight = made.any()
         layer, n = matrix(form), made.pick(0, len(weight) - 1)
-        factors = row_of(form).expand(len(weight))[n].double() * col_of(form).double()
-        torch.testing.assert_close(layer.row(n).double(), weight[n] * factors, rtol=1e-5, atol=1e-9)
+        rows = rows_of(form).double().expand(-1, len(weight))
+        factors = (rows[:, n : n + 1] * cols_of(form).double()).sum(0)
+        torch.testing.assert_close(layer.row(n).double(), weight[n] * factors, rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 8, 9])
+def test_few_ranks_of_scales_stay_factors_and_many_become_bytes(rank: int) -> None:
+    made = Layers(20 + rank)
+    n, k = 128, 192
+    index, table = made.below(4, n, k), made.normal(4)
+    a, b = made.normal(n, rank).abs(), made.normal(rank, k).abs()
+    form = low_rank(index, table, a, b)
+    assert isinstance(form, Integers) == (rank > MAX_RANK)
+    layer, x = matrix(form), made.inputs(k, 3)
+    weight = table[index.long()] * (a @ b)
+    found = native.matmul([layer], x)[0]
+    assert (found - x @ weight.T).norm() < 0.02 * (x @ weight.T).norm()
+    assert layer.nbytes < 1.1 * n * k * (1 if rank > MAX_RANK else 0.25) + 4 * rank * (n + k) + 4096
 
 
 def test_dense_layers_are_bf16_or_exact() -> None:
@@ -248,6 +272,11 @@ def test_mistakes_are_named() -> None:
         (lambda: native.Matrix.table(codes, table, scales * torch.nan), "scales: not finite"),
         (lambda: native.Matrix.table(codes, table, scales, row=torch.ones(3)), "row: "),
         (lambda: native.Matrix.table(codes[:0], table, scales), "n: must be 1 to"),
+        (
+            lambda: native.Matrix.table(codes, table, scales, row=torch.ones(9, 4), col=torch.ones(9, 8)),
+            "rank: must be",
+        ),
+        (lambda: native.Matrix.table(codes, table, scales, col=torch.ones(2, 8)), "row, col: must be given"),
         (lambda: native.Matrix.dense(torch.ones(1, 2**17)), "k: must be 1 to 65536"),
         (lambda: native.Matrix.dense(torch.ones(2, 2)).row(2), "row: not of this matrix"),
         (lambda: native.Pool(0), "threads: must be 1"),

@@ -52,9 +52,9 @@ int divisor(int of) {
 
 struct Factors {
     std::vector<float> row, col, bias;
-    Factors(int n, int k) {
-        if (below(2)) row = normals(n);
-        if (below(2)) col = normals(k);
+    Factors(int n, int k, int rank = 1) {
+        if (rank > 1 || below(2)) row = normals(size_t(rank) * n);
+        if (rank > 1 || below(2)) col = normals(size_t(rank) * k);
         if (below(2)) bias = normals(n);
     }
     static const float* at(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
@@ -62,14 +62,15 @@ struct Factors {
 
 wf_matrix* table() {
     const int n = 1 + below(70), k = 1 + below(300), bits = 1 + below(4), rows = pick({1, n}), groups = divisor(k);
-    const Factors f(n, k);
+    const int rank = pick({1, 1, 2, 3, 5, 8});
+    const Factors f(n, k, rank);
     auto entries = normals(16);
     if (below(2))
         for (int i = 0; i < 16; ++i) entries[i] = static_cast<float>(i % pick({2, 3, 16}) - 1);
     const auto index = codes(size_t(n) * k, 1 << bits);
     const auto scales = normals(size_t(rows) * groups);
-    return wf_matrix_table(n, k, bits, index.data(), entries.data(), scales.data(), rows, groups, f.at(f.row),
-                           f.at(f.col), f.at(f.bias));
+    return wf_matrix_table(n, k, bits, index.data(), entries.data(), scales.data(), rows, groups, rank,
+                           f.at(f.row), f.at(f.col), f.at(f.bias));
 }
 
 wf_matrix* fairy() {
@@ -124,8 +125,10 @@ void refuse() {
     const int wrong[][6] = {{0, 4, 2, 1, 1}, {2, 0, 2, 1, 1}, {2, 4, 0, 1, 1}, {2, 4, 5, 1, 1}, {2, 4, 2, 3, 1},
                             {2, 4, 2, 1, 3}, {2, 4, 2, 1, 0}, {2, 4, 1, 1, 1}, {-1, 4, 2, 1, 1}, {2, 1 << 30, 2, 1, 1}};
     for (const auto& w : wrong)
-        require(!wf_matrix_table(w[0], w[1], w[2], index, table, scale, w[3], w[4], nullptr, nullptr, nullptr), "refusal");
-    require(!wf_matrix_table(2, 4, 2, index, table, endless, 1, 1, nullptr, nullptr, nullptr), "refusal of infinity");
+        require(!wf_matrix_table(w[0], w[1], w[2], index, table, scale, w[3], w[4], 1, nullptr, nullptr, nullptr), "refusal");
+    require(!wf_matrix_table(2, 4, 2, index, table, endless, 1, 1, 1, nullptr, nullptr, nullptr), "refusal of infinity");
+    require(!wf_matrix_table(2, 4, 2, index, table, scale, 1, 1, 9, scale, scale, nullptr), "refusal of nine ranks");
+    require(!wf_matrix_table(2, 4, 2, index, table, scale, 1, 1, 2, nullptr, scale, nullptr), "refusal of ranks without rows");
     require(!wf_matrix_fairy(1, 4, 1, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of an odd width");
     require(!wf_matrix_fairy(2, 4, 5, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of five stages");
     require(!wf_pool_new(0) && !wf_pool_new(-1) && !wf_pool_new(1 << 20), "refusal of threads");

@@ -2,6 +2,8 @@
 
     y = row * (V (col * x))        V [n, k] given by codes; row [n] and col [k] may be left out
 
+A table may have several pairs of them, row [r, n] and col [r, k], whose results add up.
+
 Kernels know these forms and no method; a method whose layers have none of them is served by its decoded weight.
 """
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from wrinklefree.core.lowrank import look_up
 
+MAX_RANK = 8  # of scales that are kept as factors
+
 
 @dataclass(frozen=True)
 class Table:
@@ -21,8 +25,13 @@ class Table:
     index: Tensor  # uint8 [n, k]
     table: Tensor  # fp32 [2**bits], bits 1 to 4
     scales: Tensor  # fp32 [1 or n, groups]
-    row: Tensor | None = None
-    col: Tensor | None = None
+    row: Tensor | None = None  # [n], or [r, n] with 1 < r <= MAX_RANK
+    col: Tensor | None = None  # [k], or [r, k]
+
+    @property
+    def rank(self) -> int:
+        """Pairs of row and col."""
+        return 1 if self.col is None or self.col.ndim == 1 else len(self.col)
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,11 @@ def rounded(weight: Tensor) -> Integers:
 def low_rank(index: Tensor, table: Tensor, a: Tensor, b: Tensor) -> Form:
     """V = table[index] * (a @ b): a [n, r], b [r, k].
 
-    One rank is a factor of each row and one of each column. A product for each of several ranks would cost more than
-    reading a weight of bytes does, so they are folded into one.
+    One rank is a factor of each row and one of each column; of few, each is one more product with the same codes, read
+    once for all. More would cost more than reading a weight of bytes does, and are folded into one.
     """
     if len(b) == 1:
         return Table(index, table, torch.ones(1, 1), a.flatten(), b.flatten())
+    if len(b) <= MAX_RANK:
+        return Table(index, table, torch.ones(1, 1), a.T.contiguous(), b)
     return rounded(look_up(table, index) * (a @ b))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 NAMES = {"win32": "wf.dll", "darwin": "libwf.dylib"}
 FOLDER = Path(__file__).with_name("lib")
 
@@ -28,7 +28,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wf_error": (_text, []),
     "wf_pool_new": (_pointer, [_int]),
     "wf_pool_free": (None, [_pointer]),
-    "wf_matrix_table": (_pointer, [_int] * 3 + [_pointer] * 3 + [_int] * 2 + [_pointer] * 3),
+    "wf_matrix_table": (_pointer, [_int] * 3 + [_pointer] * 3 + [_int] * 3 + [_pointer] * 3),
     "wf_matrix_fairy": (_pointer, [_int] * 3 + [_pointer] * 2 + [_int] * 2 + [_pointer] * 3),
     "wf_matrix_int8": (_pointer, [_int] * 2 + [_pointer] * 3),
     "wf_matrix_dense": (_pointer, [_int] * 2 + [_pointer] * 2 + [_int]),
@@ -141,16 +141,17 @@ class Matrix:
         col: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> "Matrix":
-        """codes uint8 [n, k]; table [2**bits]; scales [1 or n, groups]."""
+        """codes uint8 [n, k]; table [2**bits]; scales [1 or n, groups]; row [n] or [r, n] and col [k] or [r, k]."""
         n, k = codes.shape
+        rank = 1 if col is None or col.ndim == 1 else len(col)
         bits = (len(table) - 1).bit_length()
         if len(table) != 2**bits:
             raise ValueError(f"table: {len(table)} entries, not a power of 2")
-        factors = _factors(n, k, row, col, bias)
+        factors = _factors(n, k, row, col, bias, rank)
         index, entries, grid = _as(codes, torch.uint8), _as(table, torch.float32), _as(scales, torch.float32)
         rows, groups = scales.shape
         handle = load().wf_matrix_table(
-            n, k, bits, _at(index), _at(entries), _at(grid), rows, groups, *map(_at, factors)
+            n, k, bits, _at(index), _at(entries), _at(grid), rows, groups, rank, *map(_at, factors)
         )
         return cls(handle, (n, k))
 
@@ -209,12 +210,13 @@ class Matrix:
 
 
 def _factors(
-    n: int, k: int, row: Tensor | None, col: Tensor | None, bias: Tensor | None
+    n: int, k: int, row: Tensor | None, col: Tensor | None, bias: Tensor | None, rank: int = 1
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Row, col and bias as the library takes them. Raises ValueError where one has not its length."""
-    for name, tensor, length in (("row", row, n), ("col", col, k), ("bias", bias, n)):
-        if tensor is not None and tensor.shape != (length,):
-            raise ValueError(f"{name}: {list(tensor.shape)}, not [{length}]")
+    """Row, col and bias as the library takes them. Raises ValueError where one has not its size."""
+    many = [] if rank == 1 else [rank]
+    for name, tensor, shape in (("row", row, [*many, n]), ("col", col, [*many, k]), ("bias", bias, [n])):
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"{name}: {list(tensor.shape)}, not {shape}")
     return _as(row, torch.float32), _as(col, torch.float32), _as(bias, torch.float32)
 
 

@@ -93,9 +93,11 @@ def gpu_programs() -> ModuleType | None:
 
 
 def gpu_product(form: Form | None, codes: Codes, device: torch.device) -> GpuProduct | None:
-    """None where the packed codes are not the form's own, or padded, or lie across bytes."""
+    """None where the packed codes are not the form's own, or padded, or lie across bytes; or of several ranks."""
     programs = gpu_programs()
     if programs is None or codes.bits == 3 or not isinstance(form, (Table, Complex)) or form.index is not codes.index:
+        return None
+    if isinstance(form, Table) and form.rank > 1:
         return None
     whole = form.index.shape[-2:] if isinstance(form, Table) else [2 * size for size in form.index.shape[-2:]]
     if list(whole) != list(codes.shape):
