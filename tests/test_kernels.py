@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wrinklefree.core.codes import Codes
-from wrinklefree.core.forms import MAX_RANK, Complex, Form, Integers, Table, low_rank
+from wrinklefree.core.forms import Complex, Form, Integers, Table, low_rank
 from wrinklefree.core.method import quant_layers
 from wrinklefree.export import hf
 from wrinklefree.methods.bitdistill import Config as BitDistill
@@ -225,19 +225,21 @@ def test_rows_of_the_weight_are_read_back() -> None:
         torch.testing.assert_close(layer.row(n).double(), weight[n] * factors, rtol=2e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4, 8, 9])
-def test_few_ranks_of_scales_stay_factors_and_many_become_bytes(rank: int) -> None:
+@pytest.mark.parametrize(("even", "most"), [(True, 8), (False, 4)])
+@pytest.mark.parametrize("rank", [1, 2, 4, 5, 8, 9])
+def test_few_ranks_of_scales_stay_factors_and_many_become_bytes(rank: int, even: bool, most: int) -> None:
     made = Layers(20 + rank)
     n, k = 128, 192
-    index, table = made.below(4, n, k), made.normal(4)
+    table = torch.linspace(-1, 1, 4).half().float() if even else made.normal(4)
+    index = made.below(4, n, k)
     a, b = made.normal(n, rank).abs(), made.normal(rank, k).abs()
     form = low_rank(index, table, a, b)
-    assert isinstance(form, Integers) == (rank > MAX_RANK)
+    assert isinstance(form, Integers) == (rank > most)
     layer, x = matrix(form), made.inputs(k, 3)
     weight = table[index.long()] * (a @ b)
     found = native.matmul([layer], x)[0]
     assert (found - x @ weight.T).norm() < 0.02 * (x @ weight.T).norm()
-    assert layer.nbytes < 1.1 * n * k * (1 if rank > MAX_RANK else 0.25) + 4 * rank * (n + k) + 4096
+    assert layer.nbytes < 1.1 * n * k * (1 if rank > most else 0.25) + 4 * rank * (n + k) + 4096
 
 
 def test_dense_layers_are_bf16_or_exact() -> None:

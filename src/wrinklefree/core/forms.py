@@ -15,7 +15,8 @@ from torch import Tensor
 
 from wrinklefree.core.lowrank import look_up
 
-MAX_RANK = 8  # of scales that are kept as factors
+MAX_RANK = 8  # pairs of row and col
+MAX_PRODUCTS = 8  # integer products for a weight of codes, above which a weight of bytes is read sooner
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Table:
     index: Tensor  # uint8 [n, k]
     table: Tensor  # fp32 [2**bits], bits 1 to 4
     scales: Tensor  # fp32 [1 or n, groups]
-    row: Tensor | None = None  # [n], or [r, n] with 1 < r <= MAX_RANK
+    row: Tensor | None = None  # [n], or [r, n], 2 to MAX_RANK of them
     col: Tensor | None = None  # [k], or [r, k]
 
     @property
@@ -69,10 +70,17 @@ def low_rank(index: Tensor, table: Tensor, a: Tensor, b: Tensor) -> Form:
     """V = table[index] * (a @ b): a [n, r], b [r, k].
 
     One rank is a factor of each row and one of each column; of few, each is one more product with the same codes, read
-    once for all. More would cost more than reading a weight of bytes does, and are folded into one.
+    once for all. Many would take longer than reading a weight of bytes does, and are folded into one.
     """
     if len(b) == 1:
         return Table(index, table, torch.ones(1, 1), a.flatten(), b.flatten())
-    if len(b) <= MAX_RANK:
+    if len(b) * products(table) <= MAX_PRODUCTS:
         return Table(index, table, torch.ones(1, 1), a.T.contiguous(), b)
     return rounded(look_up(table, index) * (a @ b))
+
+
+def products(table: Tensor) -> int:
+    """Integer products that a weight of a table takes: one for up to 4 even steps, else one for each of two bytes."""
+    steps = table.diff()
+    even = torch.allclose(steps, steps.mean(), rtol=1e-3, atol=0)
+    return 1 if len(table) <= 4 and even else 2
