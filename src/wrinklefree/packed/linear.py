@@ -116,11 +116,11 @@ class PackedLinear(nn.Module):
         return self.config.activation(x if self.rms_norm is None else self.rms_norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.exact or x.device.type not in ("cpu", "cuda") or (torch.is_grad_enabled() and x.requires_grad):
+        if self.exact or (torch.is_grad_enabled() and x.requires_grad):
             return self._decoded(x)
-        if x.device.type != "cpu":
-            return self._on_gpu(x)
-        return self._uncompiled(x) if torch.compiler.is_compiling() else self._native(x)
+        if x.is_cpu:
+            return self._uncompiled(x) if torch.compiler.is_compiling() else self._native(x)
+        return self._on_gpu(x) if x.is_cuda else self._decoded(x)
 
     def _decoded(self, x: Tensor) -> Tensor:
         """By the decoded weight."""
@@ -158,8 +158,7 @@ class PackedLinear(nn.Module):
         if self.product is None or self.exact or self.rms_norm is not None:
             return None
         plain = self.product.rounds_inputs or not self.config.int8_inputs
-        padded = self.product.matrix.shape != (self.out_features, self.in_features)
-        return self.product.matrix if plain and not padded else None
+        return self.product.matrix if plain and not self.product.padded else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_gpu(self, x: Tensor) -> Tensor:

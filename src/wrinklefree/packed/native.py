@@ -19,6 +19,7 @@ ABI = 2
 NAMES = {"win32": "wf.dll", "darwin": "libwf.dylib"}
 FOLDER = Path(__file__).with_name("lib")
 
+MOST_MATRICES = 8  # in one call
 INT8, EXACT = 0, 1  # what activations are rounded to: int8 per token, or nothing
 
 _int, _pointer, _text = ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p
@@ -220,21 +221,24 @@ def _factors(
     return _as(row, torch.float32), _as(col, torch.float32), _as(bias, torch.float32)
 
 
-_one = _pointer * 1
+_few = [_pointer * count for count in range(MOST_MATRICES + 1)]
 
 
-def product(matrix: Matrix, x: Tensor) -> Tensor:
-    """`matmul` of one matrix in INT8, with as little Python as there can be: x fp32 contiguous [..., k]."""
-    n, k = matrix.shape
-    out = x.new_empty((*x.shape[:-1], n))
-    batch = x.numel() // k
-    if load().wf_matmul(pool().handle, _one(matrix.handle), 1, x.data_ptr(), batch, _one(out.data_ptr()), INT8):
+def products(matrices: Sequence[Matrix], x: Tensor) -> list[Tensor]:
+    """`matmul` in INT8 of matrices as wide as x, unchecked: a model calls it hundreds of times for a token."""
+    x = (x if x.dtype == torch.float32 else x.float()).contiguous()
+    shape, count = x.shape[:-1], len(matrices)
+    outs = [x.new_empty((*shape, matrix.shape[0])) for matrix in matrices]
+    handles = _few[count](*[matrix.handle for matrix in matrices])
+    targets = _few[count](*[out.data_ptr() for out in outs])
+    batch = x.numel() // x.shape[-1]
+    if load().wf_matmul(pool().handle, handles, count, x.data_ptr(), batch, targets, INT8):
         raise ValueError(_error(load()))
-    return out
+    return outs
 
 
 def matmul(matrices: Sequence[Matrix], x: Tensor, mode: int = INT8, threads: Pool | None = None) -> list[Tensor]:
-    """Each matrix applied to x [..., k], rounded once for all of them: fp32 [..., n_i]."""
+    """Each of up to MOST_MATRICES applied to x [..., k], rounded once for all of them: fp32 [..., n_i]."""
     flat = x.detach().to(torch.float32).contiguous()
     if any(m.shape[1] != flat.shape[-1] for m in matrices):
         raise ValueError(f"x {list(x.shape)} does not fit matrices {[list(m.shape) for m in matrices]}")

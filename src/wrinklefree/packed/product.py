@@ -25,23 +25,25 @@ class Product:
     """y = V x for one layer, activations rounded to int8 per token."""
 
     matrix: native.Matrix
-    out_features: int
+    shape: tuple[int, int]  # of the layer; the matrix may be padded
     rounds_inputs: bool  # the rounding is that of x itself, not of x times a factor of each column
+
+    @property
+    def padded(self) -> bool:
+        return self.matrix.shape != self.shape
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] on the CPU -> fp32 [..., out]."""
-        x = x if x.dtype == torch.float32 else x.float()
-        missing = self.matrix.shape[1] - x.shape[-1]
-        if missing:
-            x = F.pad(x, (0, missing))
-        y = native.product(self.matrix, x.contiguous())
-        return y if self.matrix.shape[0] == self.out_features else y[..., : self.out_features]
+        if not self.padded:
+            return native.products([self.matrix], x)[0]
+        y = native.products([self.matrix], F.pad(x, (0, self.matrix.shape[1] - x.shape[-1])))[0]
+        return y[..., : self.shape[0]]
 
 
 def product(form: Form, codes: Codes) -> Product:
     """The kernels' copy of a layer that has `form`."""
     rounds_inputs = isinstance(form, Integers) or form.col is None
-    return Product(matrix(form), codes.shape[0], rounds_inputs)
+    return Product(matrix(form), codes.shape, rounds_inputs)
 
 
 def matrix(form: Form, bias: Tensor | None = None) -> native.Matrix:
