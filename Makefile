@@ -35,13 +35,15 @@ test-gguf: $(VENV)/installed-dev
 	$(PIP) llama-cpp-python
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp
 
-# The native library's own test under the address and undefined-behaviour sanitizers, with the fastest and the plainest kernels.
+# The native library's own tests under the address and undefined-behaviour sanitizers, with the fastest and the plainest kernels.
 sanitize: $(VENV)/installed-dev
 	$(PIP) cmake
 	$(BIN)/cmake -S . -B build/sanitized -DWF_TESTS=ON -DWF_SANITIZE=ON > /dev/null
-	$(BIN)/cmake --build build/sanitized --target wf_test
-	build/sanitized/wf_test
-	WF_ISA=generic build/sanitized/wf_test
+	$(BIN)/cmake --build build/sanitized --target wf_random_shapes wf_decoder
+	build/sanitized/wf_random_shapes
+	build/sanitized/wf_decoder
+	WF_ISA=generic build/sanitized/wf_random_shapes
+	WF_ISA=generic build/sanitized/wf_decoder
 
 # Wheels for five platforms into dist/, their libraries built by clang (in the package ziglang, some 400 MB).
 wheels: $(VENV)/installed-dev

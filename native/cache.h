@@ -30,6 +30,7 @@ class Cache {
     // Make room for `length` positions; false where memory is short.
     bool grow(int length) {
         size_t needed = ((size_t)length + PAGE - 1) / PAGE;
+        pages_.reserve(needed);  // what may throw, before there is a page to lose
         while (pages_.size() < needed) {
             // Zeros, since padded columns and places not yet written are multiplied with weights of 0.
             char* page = static_cast<char*>(std::calloc(shape_.page_bytes(), 1));

@@ -191,6 +191,7 @@ wf_decoder::wf_decoder(wf_pool* pool, const wf_model& model)
             frequencies_(copied(model.frequencies, model.head_dim / 2)),
             norm_(copied(model.norm, model.hidden)),
             head_(linear_of(model.head)),
+            sampler_(model.vocab),
             q_width_(model.heads * model.head_dim),
             kv_width_(model.kv_heads * model.head_dim) {
     for (int i = 0; i < m.num_layers; i++) layers_.push_back(layer_of(m.layers[i], m));
@@ -441,7 +442,7 @@ void wf_decoder::finish(const wf_append* appends, int count) {
         tokens.insert(tokens.end(), a.tokens, a.tokens + a.length);
         if (!a.next && !a.logits) continue;
         if (a.logits) std::copy_n(logits, m.vocab, a.logits);
-        if (a.next) *a.next = sampler_.choose(logits, m.vocab, tokens.data(), static_cast<int>(tokens.size()), *a.sampling);
+        if (a.next) *a.next = sampler_.choose(logits, tokens.data(), static_cast<int>(tokens.size()), *a.sampling);
         logits += m.vocab;
     }
 }
@@ -513,6 +514,6 @@ int32_t wf_sample(const float* logits, int vocab, const int32_t* history, int le
         for (int i = 0; i < length; i++)
             check(history[i] >= 0 && history[i] < vocab, "sample: a token id is not in the vocabulary");
         std::vector<float> own(logits, logits + vocab);
-        return Sampler().choose(own.data(), vocab, history, length, *sampling);
+        return Sampler(vocab).choose(own.data(), history, length, *sampling);
     });
 }

@@ -4,6 +4,9 @@
 // keys and values that grows by pages of 64 positions up to `context`. One step takes any number of tokens of any of
 // them, so that all share each product. Results are the same bits whatever else is in the step, however a
 // prompt is cut into steps and whatever the number of threads. Calls on one decoder take turns. Errors as in wf.h.
+//
+// A token whose values overflow gives NaN, and may make NaN of earlier tokens of its sequence in the same step: clear
+// the slot, truncating is not enough. Other sequences are not touched.
 #pragma once
 #include "wf.h"
 

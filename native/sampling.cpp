@@ -50,25 +50,28 @@ const char* sampling_fault(const wf_sampling& s) {
     return nullptr;
 }
 
-int32_t Sampler::choose(float* logits, int vocab, const int32_t* history, int length, const wf_sampling& s) {
-    if (s.repetition_penalty != 1) penalize(logits, vocab, history, length, s.repetition_penalty);
+Sampler::Sampler(int vocab) : weights_(vocab), sums_(vocab / STRETCH + 1), buckets_(NUM_BUCKETS), seen_(vocab) {
+    candidates_.reserve(vocab);
+}
+
+int32_t Sampler::choose(float* logits, const int32_t* history, int length, const wf_sampling& s) {
+    const int vocab = static_cast<int>(weights_.size());
+    if (s.repetition_penalty != 1) penalize(logits, history, length, s.repetition_penalty);
     const int32_t best = vectors().argmax(logits, vocab);
     if (s.temperature == 0) return best;
-    weights_.resize(vocab);
-    sums_.resize(vocab / STRETCH + 1);
     double mass = vectors().exp_sum(logits, logits[best], 1 / s.temperature, vocab, weights_.data(), sums_.data());
     if (!std::isfinite(mass)) return best;
     const double share = uniform(s.seed, s.counter);
     const bool some = s.top_k > 0 && s.top_k < vocab;
-    if (!some && s.top_p == 1) return draw_any(mass * share);
+    if (!some && s.top_p == 1) return draw_any(mass * share, best);
     candidates_.clear();
     if (some) mass = keep_top_k(s.top_k);
     if (s.top_p < 1) mass = keep_top_p(s.top_p * mass);
     return draw(mass * share);
 }
 
-void Sampler::penalize(float* logits, int vocab, const int32_t* history, int length, float penalty) {
-    seen_.assign(vocab, 0);
+void Sampler::penalize(float* logits, const int32_t* history, int length, float penalty) {
+    std::fill(seen_.begin(), seen_.end(), uint8_t{0});
     for (int i = 0; i < length; i++) {
         const int32_t token = history[i];
         if (seen_[token]) continue;
@@ -77,16 +80,17 @@ void Sampler::penalize(float* logits, int vocab, const int32_t* history, int len
     }
 }
 
-// The token at which the sum of all weights passes `left`.
-int32_t Sampler::draw_any(double left) const {
+// The token at which the sum of all weights passes `left`; `best` where rounding lets it pass at none (the last token
+// of the vocabulary may be a masked one).
+int32_t Sampler::draw_any(double left, int32_t best) const {
     const int vocab = static_cast<int>(weights_.size());
     int token = 0;
     for (size_t i = 0; token + STRETCH < vocab && left >= sums_[i]; i++, token += STRETCH) left -= sums_[i];
-    for (; token + 1 < vocab; token++) {
+    for (; token < vocab; token++) {
         left -= weights_[token];
-        if (left < 0) break;
+        if (left < 0) return token;
     }
-    return token;
+    return best;
 }
 
 // Candidates are all weights from `threshold` on, in the order of tokens; returns their sum.
@@ -127,7 +131,7 @@ double Sampler::keep_top_p(double mass) {
     size_t kept = 0;  // of the candidates, which are in order from there on
     double before = 0;
     if (candidates_.empty() && gather(LIKELY) < mass) {
-        buckets_.assign(NUM_BUCKETS, 0);
+        std::fill(buckets_.begin(), buckets_.end(), 0.0);
         for (float weight : weights_) buckets_[bucket(weight)] += weight;
         int last = NUM_BUCKETS - 1;
         while (last > 0 && before + buckets_[last] < mass) before += buckets_[last--];

@@ -9,11 +9,14 @@ namespace wf {
 // What is wrong with these settings, or nullptr.
 const char* sampling_fault(const wf_sampling&);
 
-// Memory that one choice needs, kept from one to the next.
+// Choices from one vocabulary. All memory is taken at the beginning, so that no choice fails, and no step of the decoder
+// once a sequence has got its tokens.
 class Sampler {
   public:
+    explicit Sampler(int vocab);
+
     // logits [vocab] are changed where there is a penalty. Tokens of `history` lie in [0, vocab).
-    int32_t choose(float* logits, int vocab, const int32_t* history, int length, const wf_sampling&);
+    int32_t choose(float* logits, const int32_t* history, int length, const wf_sampling&);
 
   private:
     struct Candidate {
@@ -21,8 +24,8 @@ class Sampler {
         int32_t token;
     };
 
-    void penalize(float* logits, int vocab, const int32_t* history, int length, float penalty);
-    int32_t draw_any(double left) const;
+    void penalize(float* logits, const int32_t* history, int length, float penalty);
+    int32_t draw_any(double left, int32_t best) const;
     double keep_top_k(int k);
     double keep_top_p(double mass);
     double gather(float threshold);

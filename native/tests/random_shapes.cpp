@@ -2,27 +2,10 @@
 // wrong arguments, several threads. One token is compared with many; tests/test_kernels.py compares with float64. The
 // checksum is that of every instruction set.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
-#include <vector>
 
-#include "../wf.h"
+#include "random.h"
 
 namespace {
-
-std::mt19937 generator(1);
-
-int below(int limit) { return static_cast<int>(generator() % static_cast<unsigned>(limit)); }
-int pick(std::initializer_list<int> of) { return of.begin()[below(static_cast<int>(of.size()))]; }
-
-// Near a normal distribution, and the same on every machine.
-float normal() {
-    float sum = -6;
-    for (int i = 0; i < 12; ++i) sum += static_cast<float>(generator() >> 8) / (1 << 24);
-    return sum;
-}
 
 uint64_t checksum = 14695981039346656037u;  // of all results: equal wherever the kernels are right
 void count_in(const std::vector<float>& values) {
@@ -33,74 +16,14 @@ void count_in(const std::vector<float>& values) {
     }
 }
 
-std::vector<float> normals(size_t size) {
-    std::vector<float> values(size);
-    for (float& value : values) value = normal();
-    return values;
-}
-
-std::vector<uint8_t> codes(size_t size, int limit) {
-    std::vector<uint8_t> values(size);
-    for (uint8_t& value : values) value = static_cast<uint8_t>(below(limit));
-    return values;
-}
-
-int divisor(int of) {
-    int groups = pick({1, 1, 2, 3, 5, of});
-    return of % groups ? 1 : groups;
-}
-
-struct Factors {
-    std::vector<float> row, col, bias;
-    Factors(int n, int k, int rank = 1) {
-        if (rank > 1 || below(2)) row = normals(size_t(rank) * n);
-        if (rank > 1 || below(2)) col = normals(size_t(rank) * k);
-        if (below(2)) bias = normals(n);
+wf_matrix* any_layer() {
+    const int kind = below(4);
+    if (kind == 0) {
+        const int n = 1 + below(40), k = 1 + below(150);
+        return fairy(2 * n, 2 * k);
     }
-    static const float* at(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
-};
-
-wf_matrix* table() {
-    const int n = 1 + below(70), k = 1 + below(300), bits = 1 + below(4), rows = pick({1, n}), groups = divisor(k);
-    const int rank = pick({1, 1, 2, 3, 5, 8});
-    const Factors f(n, k, rank);
-    auto entries = normals(16);
-    if (below(2))
-        for (int i = 0; i < 16; ++i) entries[i] = static_cast<float>(i % pick({2, 3, 16}) - 1);
-    const auto index = codes(size_t(n) * k, 1 << bits);
-    const auto scales = normals(size_t(rows) * groups);
-    return wf_matrix_table(n, k, bits, index.data(), entries.data(), scales.data(), rows, groups, rank,
-                           f.at(f.row), f.at(f.col), f.at(f.bias));
-}
-
-wf_matrix* fairy() {
-    const int n = 1 + below(40), k = 1 + below(150), stages = 1 + below(4), rows = pick({1, n}), groups = divisor(k);
-    const Factors f(2 * n, 2 * k);
-    auto scales = normals(size_t(4) * stages * rows * groups);
-    if (below(2))
-        for (float& scale : scales) scale = static_cast<float>(below(25));
-    const auto index = codes(size_t(2) * stages * n * k, 4);
-    return wf_matrix_fairy(2 * n, 2 * k, stages, index.data(), scales.data(), rows, groups, f.at(f.row), f.at(f.col),
-                           f.at(f.bias));
-}
-
-wf_matrix* bytes() {
     const int n = 1 + below(70), k = 1 + below(300);
-    const auto weight = codes(size_t(n) * k, 256);
-    const auto row = normals(n);
-    return wf_matrix_int8(n, k, reinterpret_cast<const int8_t*>(weight.data()), row.data(), nullptr);
-}
-
-wf_matrix* dense() {
-    const int n = 1 + below(70), k = 1 + below(300);
-    const auto weight = normals(size_t(n) * k);
-    return wf_matrix_dense(n, k, weight.data(), nullptr, below(2));
-}
-
-void require(bool holds, const char* what) {
-    if (holds) return;
-    std::printf("failed: %s: %s\n", what, wf_error());
-    std::exit(1);
+    return kind == 1 ? table(n, k) : kind == 2 ? bytes(n, k) : dense(n, k);
 }
 
 void multiply(wf_pool* one, wf_pool* many, const wf_matrix* m) {
@@ -144,8 +67,7 @@ int main(int count, char** arguments) {
     require(one && many, "threads");
     refuse();
     for (int round = 0; round < rounds; ++round) {
-        wf_matrix* (*const kinds[])() = {table, fairy, bytes, dense};
-        wf_matrix* m = kinds[below(4)]();
+        wf_matrix* m = any_layer();
         require(m != nullptr, "layer");
         multiply(one, many, m);
         std::vector<float> row(wf_matrix_columns(m));
