@@ -45,9 +45,10 @@ sanitize: $(VENV)/installed-dev
 	WF_ISA=generic build/sanitized/wf_random_shapes
 	WF_ISA=generic build/sanitized/wf_decoder
 
-# Wheels for five platforms into dist/, their libraries built by clang (in the package ziglang, some 400 MB).
+# Wheels for five platforms into dist/, their libraries built by clang (in the package ziglang, some 400 MB). Editable as
+# the rest of the environment: a copy of the package in it would hide the sources from then on.
 wheels: $(VENV)/installed-dev
-	$(PIP) '.[wheels]'
+	$(PIP) --editable '.[wheels]'
 	$(BIN)/python native/wheels.py dist
 
 format: $(VENV)/installed-dev
