@@ -3,14 +3,14 @@
 
 #include <cstring>
 
-#include "wf.h"
+#include "kernels.h"
 
 namespace wf {
 
 const Vectors& vectors() {
 #if defined(__x86_64__) || defined(_M_X64)
-    static const bool avx512 = std::strncmp(wf_isa(), "avx512", 6) == 0;
-    static const bool avx = std::strncmp(wf_isa(), "avx", 3) == 0;
+    static const bool avx512 = std::strncmp(kernels().name, "avx512", 6) == 0;
+    static const bool avx = std::strncmp(kernels().name, "avx", 3) == 0;
     if (avx512) return vectors_avx512();
     if (avx) return vectors_avx2();
 #endif

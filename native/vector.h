@@ -42,7 +42,7 @@ struct Vectors {
     double (*exp_sum)(const float* x, float peak, float scale, int n, float* y, float* sums);
 };
 
-const Vectors& vectors();
+const Vectors& vectors();  // throws Error where WF_ISA names one that is not there
 const Vectors& vectors_generic();
 #if defined(__x86_64__) || defined(_M_X64)
 const Vectors& vectors_avx2();

@@ -410,6 +410,17 @@ void refuse_steps(wf_pool* pool, const Net& net) {
     wf_decoder_free(nullptr);
 }
 
+// Before anything else has chosen: an instruction set that is not there.
+void refuse_an_instruction_set() {
+    const char* given = std::getenv("WF_ISA");
+    const std::string kept = given ? given : "";
+    setenv("WF_ISA", "none", 1);
+    const wf_sampling s = settings();
+    const float logit = 0;
+    require(!wf_isa() && wf_sample(&logit, 1, nullptr, 0, &s) <= 0, "refusal of an instruction set");
+    setenv("WF_ISA", kept.c_str(), 1);
+}
+
 // Caches grow by pages and are given back; a step may fill the context, and `max_rows` is the most it takes.
 void fill(wf_pool* pool, const Net& net) {
     const wf_model& m = net.model;
@@ -536,6 +547,7 @@ void choose() {
 
 int main(int count, char** arguments) {
     const int rounds = count > 1 ? std::atoi(arguments[1]) : 16;
+    refuse_an_instruction_set();
     wf_pool* one = wf_pool_new(1);
     wf_pool* many = wf_pool_new(3);
     require(one && many, "threads");
