@@ -269,6 +269,10 @@ model.save_pretrained(again)
 twice = AutoModelForCausalLM.from_pretrained(again, **options)
 assert torch.equal(model(ids).logits, twice(ids).logits)
 assert "wrinklefree" not in AUTO_QUANTIZER_MAPPING
+layer = other_model.model.layers[0].mlp.up_proj
+x = torch.ones(1, layer.in_features)
+with torch.no_grad():
+    torch.testing.assert_close(layer._on_gpu(x), layer._decoded(x))  # few tokens on a GPU, without Triton programs
 torch.save(model.eval()(ids).logits, out)
 """
 

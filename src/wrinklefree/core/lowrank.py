@@ -52,6 +52,16 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.flatten().int()).view(index.shape)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """A B [out, in]; to a compiler a sum over ranks, which it can work out where an entry is used."""
+    if not torch.compiler.is_compiling():
+        return a @ b
+    scales = a[:, :1] * b[:1]
+    for k in range(1, len(b)):
+        scales = scales + a[:, k : k + 1] * b[k]
+    return scales
+
+
 def group_svd(weight: Tensor, group_size: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best rank-r approximation of group maxima, max |W| over `group_size` columns, each repeated over its group.
 

@@ -90,7 +90,7 @@ class LutLinear(QuantLinear):
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
-        scales = codes.tensors["a"].float() @ codes.tensors["b"].float()
+        scales = lowrank.product(codes.tensors["a"].float(), codes.tensors["b"].float())
         return look_up(codes.tensors["lut"].float(), codes.index) * scales
 
     @staticmethod

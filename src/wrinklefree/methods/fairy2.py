@@ -36,6 +36,7 @@ from wrinklefree.core.forms import Complex
 from wrinklefree.core.grid import snapped
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_groups, quant_layers
 from wrinklefree.core.ste import round_fp16
+from wrinklefree.core.units import entries, spread, units
 
 log = logging.getLogger("wrinklefree")
 
@@ -58,19 +59,6 @@ def to_real(Z: Tensor) -> Tensor:
 def padded(weight: Tensor) -> Tensor:
     """[out, in] with a zero row or column where a width is odd."""
     return pad(weight, (0, weight.shape[1] % 2, 0, weight.shape[0] % 2))
-
-
-def spread(scales: Tensor, n: int, m: int) -> Tensor:
-    """Scales [..., R, G] in a shape that broadcasts with [..., n, m]."""
-    groups = scales.shape[-1]
-    return scales if groups == 1 else scales.repeat_interleave(m // groups, dim=-1)
-
-
-def units(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes k -> Re(i^k), Im(i^k), as fp32."""
-    sign = 1.0 - (index & 2).float()
-    imaginary = (index & 1).float()
-    return sign * (1 - imaginary), sign * imaginary
 
 
 def nearest_unit(Z: Tensor) -> Tensor:
@@ -199,7 +187,10 @@ class Fairy2Linear(QuantLinear):
     @staticmethod
     def decode(codes: Codes) -> Tensor:
         tensors = {name: tensor.float() for name, tensor in codes.tensors.items()}
-        weight = to_real(Dequantize.apply(codes.index, tensors["scales"]))
+        if torch.compiler.is_compiling():
+            weight = entries(codes.index, tensors["scales"])
+        else:
+            weight = to_real(Dequantize.apply(codes.index, tensors["scales"]))
         if "rows" in tensors:
             weight = weight * outer(tensors["rows"], tensors["columns"])
         return weight[: codes.shape[0], : codes.shape[1]]

@@ -11,7 +11,8 @@ On a CPU the native kernels multiply, where they could be built (packed/native.p
 token, as BitNet-like methods do in training, and every other method's here, which changes logits by about a percent.
 `set_exact(model)` turns that off: the decoded weight multiplies in the model's dtype then. So it does where a gradient
 is wanted, and where there are no kernels. They hold a copy of the codes, beside the saved buffers. On a GPU few tokens
-are multiplied with the codes as they lie here (packed/gpu.py), in fp32.
+are multiplied with the codes as they lie here, in fp32, by programs of ours (packed/gpu.py), or by what torch.compile
+makes of the method's `decode` (packed/compiled.py).
 
 The codes are called `weight` on purpose: to a program that does not know this format they are a weight of the wrong
 shape, which transformers refuses. Under any other name it would start from random weights and say so in a warning.
@@ -30,6 +31,7 @@ from typing_extensions import Self
 from wrinklefree.core.codes import Codes, pack, packed_length, unpack
 from wrinklefree.core.method import QuantMethod, compute_dtype
 from wrinklefree.core.norm import RMSNorm
+from wrinklefree.packed.compiled import CompiledProduct, compiled_product
 from wrinklefree.packed.native import Matrix
 from wrinklefree.packed.product import GpuProduct, Product, gpu_product, product, usable
 from wrinklefree.packed.shared import Shared
@@ -72,7 +74,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = spec.shape
         self.dense: Tensor | None = None  # the decoded weight, kept from the first forward on
         self.product: Product | None = None  # the kernels' copy of the codes, likewise; None where they know no form
-        self.gpu_product: GpuProduct | None = None
+        self.gpu_product: GpuProduct | CompiledProduct | None = None  # of few tokens; None where neither can be had
         self.asked = False  # whether the products are up to date
         self.shared: Shared | None = None  # with layers that see the same inputs
         self.exact = False
@@ -108,8 +110,13 @@ class PackedLinear(nn.Module):
         """The decoded weight [out, in] in the compute dtype, decoded once and kept."""
         if self.dense is None or self.dense.dtype != dtype or self.dense.device != self.weight.device:
             with torch.inference_mode(False), torch.no_grad():
-                self.dense = self.config.layer.decode(self.codes()).to(dtype)
+                self.dense = self._decode().to(dtype)
         return self.dense
+
+    def _decode(self) -> Tensor:
+        """The decoded weight in fp32, also where autocast would round its factors."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self.config.layer.decode(self.codes())
 
     def inputs(self, x: Tensor) -> Tensor:
         """What is multiplied with the weight: `x` through the layer's norm, if any, and the method's quantizer."""
@@ -164,17 +171,28 @@ class PackedLinear(nn.Module):
     def _on_gpu(self, x: Tensor) -> Tensor:
         """Few tokens from the packed codes; more by the weight, decoded for this once, so that memory stays small."""
         if not self.asked:
-            codes = self.codes()
-            self.gpu_product = gpu_product(self.config.layer.form(codes), codes, self.weight.device)
-            self.asked = True
+            self.gpu_product, self.asked = self._build_for_gpu(), True
         if self.gpu_product is None:
             return self._decoded(x)
         with torch.no_grad():
             dtype, inputs = compute_dtype(x), self.inputs(x)
             if inputs.numel() > FEW * self.in_features:
-                return F.linear(inputs, self.config.layer.decode(self.codes()).to(dtype), self.bias)
+                return F.linear(inputs, self._decode().to(dtype), self.bias)
             y = self.gpu_product(self.weight, inputs)
+            if y is None:
+                self.gpu_product = None
+                return self._decoded(x)
             return (y if self.bias is None else y + self.bias.float()).to(dtype)
+
+    @torch.no_grad()
+    def _build_for_gpu(self) -> GpuProduct | CompiledProduct:
+        codes = self.codes()
+        return gpu_product(self.config.layer.form(codes), codes, self.weight.device) or self.compiled(codes)
+
+    def compiled(self, codes: Codes) -> CompiledProduct:
+        """The product that torch.compile makes for `codes`, which are the layer's own."""
+        tensors = {name: self.get_buffer(name) for name in self.spec.tensors}
+        return compiled_product(self.config.layer, codes, tensors)
 
     @torch.no_grad()
     def _build(self) -> Product | None:
