@@ -1,0 +1,203 @@
+"""Products of few tokens on a GPU: our Triton programs and what torch.compile makes, beside torch's own in bf16.
+
+    python -m benchmarks.gpu [--json] [--shapes 4096x4096,11008x4096] [--batches 1,4,8]
+
+Each product is first compared with the decoded weight in float64; one that is off ends the run. Weights come from
+memory: a burst goes over more of them than the last cache holds. `us` is the GPU's time for one product, a burst
+captured as a CUDA graph and replayed; `called_us` is the same burst called from Python, which is what a model without
+graphs waits for. Medians of several bursts. Without a GPU it says so, and ends with exit code 2.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wrinklefree.core.codes import Codes
+from wrinklefree.core.method import QuantMethod
+from wrinklefree.methods.anemll import Config as Anemll
+from wrinklefree.methods.bitdistill import Config as BitDistill
+from wrinklefree.methods.fairy2 import Config as Fairy2
+from wrinklefree.methods.uniform import Config as Uniform
+from wrinklefree.packed.linear import PackedLinear
+from wrinklefree.packed.product import gpu_product
+
+COLD = 400e6  # bytes of weights in one burst, several times the last cache
+MOST = 64  # matrices in one burst
+BURSTS = 15
+ALLOWED = 1e-4  # of the largest result
+
+Call = Callable[[Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: the same product with several matrices."""
+
+    kind: str
+    by: str
+    nbytes: int  # of one matrix
+    calls: Sequence[Call]
+    x: Tensor
+
+    def burst(self) -> None:
+        for call in self.calls:
+            call(self.x)
+
+
+def half(*shape: int) -> Tensor:
+    """Positive fp16 numbers, in fp32."""
+    return (torch.rand(shape) + 0.5).half().float()
+
+
+def below(most: int, *shape: int) -> Tensor:
+    return torch.randint(most, shape, dtype=torch.uint8)
+
+
+def fairy(n: int, k: int, stages: int) -> Codes:
+    tensors = {"scales": half(2, stages, 2, 1, 1), "rows": half(n // 2), "columns": half(k // 2)}
+    return Codes(below(4, 2, stages, n // 2, k // 2), 2, tensors, (n, k))
+
+
+def ranks(n: int, k: int) -> Codes:
+    return Codes(below(4, n, k), 2, {"lut": half(4), "a": half(n, 4), "b": half(4, k)}, (n, k))
+
+
+KINDS: dict[str, tuple[QuantMethod, Callable[[int, int], Codes]]] = {
+    "ternary": (BitDistill(), lambda n, k: Codes(below(3, n, k), 2, {"scales": half(1, 1)}, (n, k))),
+    "Fairy2i W1": (Fairy2(num_stages=1), lambda n, k: fairy(n, k, 1)),
+    "Fairy2i W2": (Fairy2(num_stages=2), lambda n, k: fairy(n, k, 2)),
+    "3-bit": (Uniform(bits=3), lambda n, k: Codes(below(7, n, k), 3, {"scales": half(n, 1)}, (n, k))),
+    "2-bit table, 4 ranks": (Anemll(rank=4), ranks),
+}
+
+
+def by_triton(layer: PackedLinear) -> Call | None:
+    codes = layer.codes()
+    product = gpu_product(layer.config.layer.form(codes), codes, layer.weight.device)
+    return None if product is None else lambda x: product(layer.weight, x)
+
+
+def by_compiler(layer: PackedLinear) -> Call:
+    product = layer.compiled(layer.codes())
+    return lambda x: product(layer.weight, x)
+
+
+def copies(nbytes: int) -> int:
+    return max(1, min(MOST, int(COLD / nbytes)))
+
+
+def cases(n: int, k: int, x: Tensor) -> list[Case]:
+    """bf16 first; then every kind, checked, by whatever multiplies it."""
+    dense = [torch.randn(n, k, device=x.device, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
+    found = [Case("bf16", "torch", 2 * n * k, [lambda x, w=w: F.linear(x, w) for w in dense], x)]
+    for kind, (method, make) in KINDS.items():
+        first = PackedLinear.from_codes(method, make(n, k), None).to(x.device)
+        nbytes = sum(buffer.nbytes for buffer in first.buffers())
+        layers = [first, *(copy.deepcopy(first) for _ in range(copies(nbytes) - 1))]
+        ways = {"triton": [by_triton(layer) for layer in layers], "compiled": [by_compiler(layer) for layer in layers]}
+        for by, calls in ways.items():
+            known = [call for call in calls if call is not None]
+            if known:
+                check(f"{kind}, {by}", known[0], first, x)
+                found.append(Case(kind, by, nbytes, known, x))
+    return found
+
+
+def check(name: str, call: Call, layer: PackedLinear, x: Tensor) -> None:
+    """Raises SystemExit where the product is not the decoded weight's."""
+    y, expected = call(x), x.double() @ layer.config.layer.decode(layer.codes()).double().T
+    if y is None:
+        raise SystemExit(f"{name}: could not be compiled; see above")
+    error = ((y.double() - expected).abs().max() / expected.abs().max()).item()
+    if not error < ALLOWED:
+        raise SystemExit(f"{name}: off by {error:.1e} of the largest result")
+
+
+def called(case: Case) -> float:
+    """Seconds of one product, called from Python."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    case.burst()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / len(case.calls)
+
+
+def captured(case: Case) -> Callable[[], float]:
+    """A function that replays a burst, and tells the GPU's seconds of one product."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # everything is compiled and allocated before the capture
+        case.burst()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.burst()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def replay() -> float:
+        events[0].record()
+        graph.replay()
+        events[1].record()
+        torch.cuda.synchronize()
+        return float(events[0].elapsed_time(events[1])) / 1e3 / len(case.calls)
+
+    return replay
+
+
+@torch.no_grad()
+def rows(shape: str, batch: int) -> list[dict[str, Any]]:
+    """Everything for one shape, in turns, with ratios to bf16: above 1 is faster."""
+    n, k = map(int, shape.split("x"))
+    made = cases(n, k, torch.randn(batch, k, device="cuda", dtype=torch.bfloat16))
+    replays = [captured(case) for case in made]
+    bursts = [[(replay(), called(case)) for replay, case in zip(replays, made, strict=True)] for _ in range(BURSTS)]
+    seconds = [tuple(map(median, zip(*each, strict=True))) for each in zip(*bursts, strict=True)]
+    return [
+        {"shape": shape, "batch": batch, "kind": case.kind, "by": case.by, "us": 1e6 * on_gpu, "called_us": 1e6 * whole}
+        | {
+            "gbs": case.nbytes / on_gpu / 1e9,
+            "vs_bf16": seconds[0][0] / on_gpu,
+            "called_vs_bf16": seconds[0][1] / whole,
+        }
+        for case, (on_gpu, whole) in zip(made, seconds, strict=True)
+    ]
+
+
+def show(found: Sequence[dict[str, Any]]) -> None:
+    print(f"{found[0]['shape']}, batch {found[0]['batch']}; microseconds and ratio to bf16, on the GPU and called")
+    for row in found:
+        gpu = f"{row['us']:8.1f} us {row['vs_bf16']:5.2f}x {row['gbs']:7.0f} GB/s"
+        print(f"  {row['kind']:<22} {row['by']:<9} {gpu} {row['called_us']:8.1f} us {row['called_vs_bf16']:5.2f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--shapes", default="4096x4096,11008x4096")
+    parser.add_argument("--batches", default="1,4,8")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu: no CUDA device here", file=sys.stderr)
+        raise SystemExit(2)
+    everything = []
+    for shape in given.shapes.split(","):
+        for batch in map(int, given.batches.split(",")):
+            found = rows(shape, batch)
+            everything += found
+            if not given.json:
+                show(found)
+    if given.json:
+        print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": everything}))
+
+
+if __name__ == "__main__":
+    main()
