@@ -12,7 +12,7 @@ namespace {
 
 constexpr int MAX_TOKENS = 24 * TILE;
 constexpr size_t RUN_BYTES = 8 << 10;   // of weights, the least that is worth handing to a thread
-constexpr int RUNS_PER_THREAD = 12;
+constexpr int RUNS_PER_THREAD = 16;     // if all were short
 constexpr size_t MAX_BATCH = 1 << 20;
 constexpr int MAX_COUNT = 8, MAX_STREAMS = 2, MAX_ORDERS = MAX_COUNT * MAX_STREAMS;
 

@@ -19,6 +19,7 @@ namespace {
 constexpr int SPINS = 4000;        // some 50 microseconds, the time between two products of a model
 constexpr int YIELD_EVERY = 1024;  // where there are fewer cores than threads, somebody else has the work
 constexpr int MAX_THREADS = 1024;
+constexpr double LONG_SHARE = 0.9;  // of the tasks, in long runs
 
 // state_: the call's number above, whether it can still be joined, and by how many workers it has been.
 constexpr uint64_t OPEN = uint64_t{1} << 31, JOINED = OPEN - 1;
@@ -51,6 +52,7 @@ void wf_pool::run(int tasks, int run, Body body, void* context) {
     }
     tasks_ = tasks;
     run_ = run;
+    long_run_ = std::max(run, static_cast<int>(tasks * LONG_SHARE / threads()));
     body_ = body;
     context_ = context;
     next_.store(0, std::memory_order_relaxed);
@@ -70,9 +72,11 @@ void wf_pool::run(int tasks, int run, Body body, void* context) {
 
 void wf_pool::take(int thread) {
     for (;;) {
-        const int begin = next_.fetch_add(run_, std::memory_order_relaxed);
+        const int64_t taken = next_.fetch_add(1, std::memory_order_relaxed), longs = std::min<int64_t>(taken, threads());
+        const int64_t begin = longs * long_run_ + (taken - longs) * run_;
         if (begin >= tasks_) return;
-        body_(context_, thread, begin, begin + std::min(run_, tasks_ - begin));
+        const int64_t end = std::min<int64_t>(begin + (taken < threads() ? long_run_ : run_), tasks_);
+        body_(context_, thread, static_cast<int>(begin), static_cast<int>(end));
     }
 }
 

@@ -1,6 +1,7 @@
-// Worker threads. Work is a number of equal tasks that are taken in small runs by whoever is free, so that a thread that
-// lost its core for a moment, or has not woken yet, does not hold up the others. Workers spin for some microseconds before they sleep: a model
-// is a row of short products.
+// Worker threads. Work is a number of equal tasks. Whoever is free takes one long run of them, most of a thread's share,
+// for memory is read fastest in one piece; the rest goes in short runs, so that a thread that lost its core for a moment,
+// or has not woken yet, does not hold up the others for long. Workers spin for some microseconds before they sleep: a
+// model is a row of short products.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -21,7 +22,7 @@ struct wf_pool {
 
     int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-    // Do all tasks, `run` of them at a time, and return when they are done. One call at a time: hold `turn`.
+    // Do all tasks, the short runs of `run` tasks, and return when they are done. One call at a time: hold `turn`.
     void run(int tasks, int run, Body body, void* context);
 
     // body(thread, begin, end)
@@ -46,9 +47,9 @@ struct wf_pool {
     std::mutex mutex_;
     std::condition_variable wake_;
     std::atomic<uint64_t> state_{0};  // number of the call, whether it can be joined, how many workers have
-    std::atomic<int> next_{0}, sleeping_{0};
+    std::atomic<int> next_{0}, sleeping_{0};  // the run that nobody has taken yet; workers that sleep
     std::atomic<bool> stop_{false};
-    int tasks_ = 0, run_ = 1;
+    int tasks_ = 0, long_run_ = 1, run_ = 1;
     Body body_ = nullptr;
     void* context_ = nullptr;
 };
