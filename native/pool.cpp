@@ -19,7 +19,7 @@ namespace {
 constexpr int SPINS = 4000;        // some 50 microseconds, the time between two products of a model
 constexpr int YIELD_EVERY = 1024;  // where there are fewer cores than threads, somebody else has the work
 constexpr int MAX_THREADS = 1024;
-constexpr double LONG_SHARE = 0.9;  // of the tasks, in long runs
+constexpr double LONG_SHARE = 0.75;  // of the tasks, in long runs
 
 // state_: the call's number above, whether it can still be joined, and by how many workers it has been.
 constexpr uint64_t OPEN = uint64_t{1} << 31, JOINED = OPEN - 1;
