@@ -10,13 +10,15 @@ import pytest
 import torch
 from tiny import batches, ids, llama, qwen, shipped_methods, tokenizer, toy, with_toy_method
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.bitnet.modeling_bitnet import BitNetMLP
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import find, quant_layers
 from wrinklefree.export import hf
 from wrinklefree.export.certify import same_codes
 from wrinklefree.packed import native
-from wrinklefree.packed.linear import LayerSpec, PackedLinear, packed_layers, set_exact
+from wrinklefree.packed.linear import LayerSpec, PackedLinear, exactly, packed_layers, set_exact
 from wrinklefree.packed.quantizer import FORMAT, WrinkleFreeConfig
 
 torch.set_num_threads(1)
@@ -221,3 +223,36 @@ def test_layers_with_the_same_inputs_share_one_product(tmp_path: Path) -> None:
     twin = copy.deepcopy(model)
     assert packed_layers(twin)["model.layers.0.self_attn.q_proj"].shared is not q.shared
     assert torch.equal(twin(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("norm_mode", ["none", "subln", "per_linear"])
+@torch.no_grad()
+def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
+    norm_mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But layer by layer where one has a norm of its own, where products are to be exact, and for a gradient."""
+    if native.available() is not None:
+        pytest.skip("no native library")
+    method = find("bitdistill")(name="bitdistill", norm_mode=norm_mode)
+    hf.export(method.prepare(llama()), tokenizer(), method, tmp_path / "p", card="", force=False, batches=batches())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=torch.float32).eval()
+    mlp, x = model.model.layers[0].mlp, torch.randn(2, 3, 64)
+    calls: list[int] = []
+    monkeypatch.setattr("wrinklefree.packed.mlp.products", lambda m, x: calls.append(len(m)) or native.products(m, x))
+    kind = BitNetMLP if norm_mode == "subln" else LlamaMLP
+    assert isinstance(mlp, kind)
+    by_layers = kind.forward(mlp, x)
+    assert torch.equal(mlp(x), by_layers)
+    assert calls == ([] if norm_mode == "per_linear" else [2, 1])
+    with torch.inference_mode():
+        assert torch.equal(mlp(x.clone()), by_layers)
+    calls.clear()
+    with exactly(model):
+        assert not torch.equal(mlp(x), by_layers)
+    with torch.enable_grad():
+        assert mlp(x.requires_grad_()).requires_grad
+    assert calls == []
+    half = mlp(x.detach().bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), by_layers, rtol=0.1, atol=0.1 * float(by_layers.abs().max()))
+    assert torch.equal(copy.deepcopy(model)(ids()).logits, model(ids()).logits)

@@ -160,9 +160,11 @@ class PackedLinear(nn.Module):
 
     def shared_matrix(self) -> Matrix | None:
         """Its matrix, where the kernels take its inputs as they come, so that they can be rounded for others too."""
+        if self.exact or self.rms_norm is not None:
+            return None
         if not self.asked:
             self.product, self.asked = self._build(), True
-        if self.product is None or self.exact or self.rms_norm is not None:
+        if self.product is None:
             return None
         plain = self.product.rounds_inputs or not self.config.int8_inputs
         return self.product.matrix if plain and not self.product.padded else None
