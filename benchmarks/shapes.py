@@ -22,8 +22,8 @@ from wrinklefree.packed import native
 from wrinklefree.packed.decoder import Layer, Linear, Model
 from wrinklefree.packed.embedding import TiedEmbedding
 from wrinklefree.packed.engine import Engine, Sampling
+from wrinklefree.packed.fused import fuse
 from wrinklefree.packed.linear import PackedLinear
-from wrinklefree.packed.mlp import fuse_mlps
 from wrinklefree.packed.shared import share_inputs
 
 KINDS = ("ternary", "w1", "w2", "lut2_rank1", "uniform4", "int8", "bf16")
@@ -137,7 +137,7 @@ def random_model(shape: Shape, kind: str, seed: int = 0) -> LlamaForCausalLM:
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.ones(parameter.shape), requires_grad=False))
     share_inputs(model, PackedLinear)
-    fuse_mlps(model, PackedLinear)
+    fuse(model)
     return model.eval()
 
 

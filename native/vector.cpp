@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "wf.h"
 
 namespace wf {
 
@@ -18,3 +19,11 @@ const Vectors& vectors() {
 }
 
 }  // namespace wf
+
+extern "C" int wf_norm(const float* x, const float* gain, float eps, int batch, int k, float* y) {
+    return wf::guarded(1, [&] {
+        wf::check(x && gain && y && batch >= 0 && k >= 1 && eps >= 0, "norm: an argument is missing, or no size");
+        for (int row = 0; row < batch; ++row) wf::vectors().norm(x + size_t(row) * k, gain, eps, k, y + size_t(row) * k);
+        return 0;
+    });
+}

@@ -70,6 +70,9 @@ WF_API int wf_matrix_row(const wf_matrix*, int n, float* out);  // row n of the 
 WF_API int wf_matmul(wf_pool*, const wf_matrix* const* matrices, int count, const float* x, int batch, float* const* y,
                      enum wf_mode mode);
 
+// y = x / sqrt(mean of x^2 + eps) * gain for each row of x [batch, k].
+WF_API int wf_norm(const float* x, const float* gain, float eps, int batch, int k, float* y);
+
 #ifdef __cplusplus
 }
 #endif

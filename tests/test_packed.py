@@ -18,6 +18,7 @@ from wrinklefree.core.method import find, quant_layers
 from wrinklefree.export import hf
 from wrinklefree.export.certify import same_codes
 from wrinklefree.packed import native
+from wrinklefree.packed.fused import FusedNorm
 from wrinklefree.packed.linear import LayerSpec, PackedLinear, exactly, packed_layers, set_exact
 from wrinklefree.packed.quantizer import FORMAT, WrinkleFreeConfig
 
@@ -238,7 +239,7 @@ def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=torch.float32).eval()
     mlp, x = model.model.layers[0].mlp, torch.randn(2, 3, 64)
     calls: list[int] = []
-    monkeypatch.setattr("wrinklefree.packed.mlp.products", lambda m, x: calls.append(len(m)) or native.products(m, x))
+    monkeypatch.setattr("wrinklefree.packed.fused.products", lambda m, x: calls.append(len(m)) or native.products(m, x))
     kind = BitNetMLP if norm_mode == "subln" else LlamaMLP
     assert isinstance(mlp, kind)
     by_layers = kind.forward(mlp, x)
@@ -256,3 +257,23 @@ def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), by_layers, rtol=0.1, atol=0.1 * float(by_layers.abs().max()))
     assert torch.equal(copy.deepcopy(model)(ids()).logits, model(ids()).logits)
+
+
+@torch.no_grad()
+def test_known_norms_are_one_call_in_fp32_and_their_own_otherwise(pair: tuple[PreTrainedModel, Path]) -> None:
+    if native.available() is not None:
+        pytest.skip("no native library")
+    model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
+    norm = model.model.norm
+    assert isinstance(norm, FusedNorm)
+    norm.weight.copy_(torch.randn(64))
+    norm.weight.requires_grad_()
+    own = type(norm).__mro__[2].forward
+    for x in (torch.randn(2, 3, 64), torch.randn(64, 5).T, torch.zeros(1, 64), 1e12 * torch.randn(4, 64)):
+        torch.testing.assert_close(norm(x), own(norm, x), rtol=2e-6, atol=1e-7)
+        with exactly(model):
+            assert torch.equal(norm(x), own(norm, x))
+    half = torch.randn(2, 64).bfloat16()
+    assert torch.equal(norm(half), own(norm, half))
+    with torch.enable_grad():
+        assert norm(torch.randn(2, 64)).requires_grad

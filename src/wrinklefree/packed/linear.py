@@ -61,7 +61,13 @@ class LayerSpec:
         return [*self.index_shape[:-1], packed_length(self.index_shape[-1], self.bits)]
 
 
-class PackedLinear(nn.Module):
+class ByKernels(nn.Module):
+    """A module that native kernels work for, unless `exact`: then it does what the trained one did, bit for bit."""
+
+    exact = False
+
+
+class PackedLinear(ByKernels):
     """`decode(codes)` as a linear layer. Codes and scales keep their dtype whatever the model is cast to."""
 
     weight: Tensor
@@ -77,7 +83,6 @@ class PackedLinear(nn.Module):
         self.gpu_product: GpuProduct | CompiledProduct | None = None  # of few tokens; None where neither can be had
         self.asked = False  # whether the products are up to date
         self.shared: Shared | None = None  # with layers that see the same inputs
-        self.exact = False
         self.register_buffer("weight", torch.empty(spec.packed_shape, dtype=torch.uint8))
         for name, shape in spec.tensors.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float16))
@@ -246,17 +251,21 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
 
 def set_exact(model: nn.Module, exact: bool = True) -> None:
     """Let packed layers multiply with the decoded weight, activations unrounded; or (False, the default) by kernels."""
-    for layer in packed_layers(model).values():
-        layer.exact = exact
+    for module in _by_kernels(model):
+        module.exact = exact
+
+
+def _by_kernels(model: nn.Module) -> list[ByKernels]:
+    return [module for module in model.modules() if isinstance(module, ByKernels)]
 
 
 @contextmanager
 def exactly(model: nn.Module) -> Iterator[None]:
     """`set_exact` for a while."""
-    before = {fqn: layer.exact for fqn, layer in packed_layers(model).items()}
+    before = [(module, module.exact) for module in _by_kernels(model)]
     set_exact(model)
     try:
         yield
     finally:
-        for fqn, layer in packed_layers(model).items():
-            layer.exact = before[fqn]
+        for module, exact in before:
+            module.exact = exact

@@ -37,6 +37,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wf_matrix_bytes": (ctypes.c_size_t, [_pointer]),
     "wf_matrix_kernel": (_text, [_pointer]),
     "wf_matrix_row": (_int, [_pointer, _int, _pointer]),
+    "wf_norm": (_int, [_pointer, _pointer, ctypes.c_float, _int, _int, _pointer]),
     "wf_matmul": (_int, [_pointer, _pointer, _int, _pointer, _int, _pointer, _int]),
 }
 
@@ -235,6 +236,15 @@ def products(matrices: Sequence[Matrix], x: Tensor) -> list[Tensor]:
     if load().wf_matmul(pool().handle, handles, count, x.data_ptr(), batch, targets, INT8):
         raise ValueError(_error(load()))
     return outs
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean x^2 + eps) * weight over the last dimension; all fp32 on the CPU, and nobody checks."""
+    x, k = x.contiguous(), x.shape[-1]
+    y = torch.empty_like(x)
+    if load().wf_norm(x.data_ptr(), weight.data_ptr(), eps, x.numel() // k, k, y.data_ptr()):
+        raise ValueError(_error(load()))
+    return y
 
 
 def matmul(matrices: Sequence[Matrix], x: Tensor, mode: int = INT8, threads: Pool | None = None) -> list[Tensor]:

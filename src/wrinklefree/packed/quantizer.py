@@ -17,8 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wrinklefree.core.method import Method, QuantMethod, find
 from wrinklefree.packed.embedding import PackedEmbedding, TiedEmbedding
+from wrinklefree.packed.fused import fuse
 from wrinklefree.packed.linear import LayerSpec, PackedLinear
-from wrinklefree.packed.mlp import fuse_mlps
 from wrinklefree.packed.shared import share_inputs
 
 QUANT_METHOD = "wrinklefree"
@@ -76,7 +76,7 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
                     layer = PackedLinear(own.config_for(fqn), spec)
             model.set_submodule(fqn, layer, strict=True)
         share_inputs(model, PackedLinear)
-        fuse_mlps(model, PackedLinear)
+        fuse(model)
         for fqn, head in self.quantization_config.tied.items():
             tied = TiedEmbedding(model.get_submodule(head), model.get_submodule(fqn).weight.dtype)
             model.set_submodule(fqn, tied, strict=True)
