@@ -268,7 +268,7 @@ def test_known_norms_are_one_call_in_fp32_and_their_own_otherwise(pair: tuple[Pr
     assert isinstance(norm, FusedNorm)
     norm.weight.copy_(torch.randn(64))
     norm.weight.requires_grad_()
-    own = type(norm).__mro__[2].forward
+    own = type(norm).__bases__[1].forward
     for x in (torch.randn(2, 3, 64), torch.randn(64, 5).T, torch.zeros(1, 64), 1e12 * torch.randn(4, 64)):
         torch.testing.assert_close(norm(x), own(norm, x), rtol=2e-6, atol=1e-7)
         with exactly(model):
