@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Complex, Form, Integers, Table
-from wrinklefree.packed import native
+from wrinklefree.packed.native import Matrix, available, products
 
 log = logging.getLogger("wrinklefree")
 
@@ -24,7 +24,7 @@ log = logging.getLogger("wrinklefree")
 class Product:
     """y = V x for one layer, activations rounded to int8 per token."""
 
-    matrix: native.Matrix
+    matrix: Matrix
     shape: tuple[int, int]  # of the layer; the matrix may be padded
     rounds_inputs: bool  # the rounding is that of x itself, not of x times a factor of each column
 
@@ -35,8 +35,8 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] on the CPU -> fp32 [..., out]."""
         if not self.padded:
-            return native.products([self.matrix], x)[0]
-        y = native.products([self.matrix], F.pad(x, (0, self.matrix.shape[1] - x.shape[-1])))[0]
+            return products([self.matrix], x)[0]
+        y = products([self.matrix], F.pad(x, (0, self.matrix.shape[1] - x.shape[-1])))[0]
         return y[..., : self.shape[0]]
 
 
@@ -46,20 +46,20 @@ def product(form: Form, codes: Codes) -> Product:
     return Product(matrix(form), codes.shape, rounds_inputs)
 
 
-def matrix(form: Form, bias: Tensor | None = None) -> native.Matrix:
+def matrix(form: Form, bias: Tensor | None = None) -> Matrix:
     """`form` in the kernels' memory; widths are the form's, which may be padded."""
     if isinstance(form, Integers):
-        return native.Matrix.int8(form.weight, form.row, bias)
+        return Matrix.int8(form.weight, form.row, bias)
     if isinstance(form, Complex):
-        return native.Matrix.fairy(form.index, form.scales, row=form.row, col=form.col, bias=bias)
+        return Matrix.fairy(form.index, form.scales, row=form.row, col=form.col, bias=bias)
     assert isinstance(form, Table)
-    return native.Matrix.table(form.index, form.table, form.scales, row=form.row, col=form.col, bias=bias)
+    return Matrix.table(form.index, form.table, form.scales, row=form.row, col=form.col, bias=bias)
 
 
 @cache
 def usable() -> bool:
     """Whether there are kernels; says so once where there are none."""
-    reason = native.available()
+    reason = available()
     if reason is not None:
         log.warning("packed layers multiply with decoded weights, many times slower: %s", reason)
     return reason is None
