@@ -1,6 +1,7 @@
 """Packed layers and the transformers plug-in: what was trained is what is read back, whatever the model is cast to."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from wrinklefree.core.method import find, quant_layers
 from wrinklefree.export import hf
 from wrinklefree.export.certify import same_codes
 from wrinklefree.packed import native
-from wrinklefree.packed.fused import FusedNorm
+from wrinklefree.packed.fused import FusedMLP, FusedNorm
 from wrinklefree.packed.linear import LayerSpec, PackedLinear, exactly, packed_layers, set_exact
 from wrinklefree.packed.quantizer import FORMAT, WrinkleFreeConfig
 
@@ -256,7 +257,9 @@ def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
     half = mlp(x.detach().bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), by_layers, rtol=0.1, atol=0.1 * float(by_layers.abs().max()))
-    assert torch.equal(copy.deepcopy(model)(ids()).logits, model(ids()).logits)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(twin.model.layers[0].mlp, FusedMLP)
+        assert torch.equal(twin(ids()).logits, model(ids()).logits)
 
 
 @torch.no_grad()

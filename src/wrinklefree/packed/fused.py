@@ -27,8 +27,24 @@ def _plain(x: Tensor) -> bool:
     return x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) and not torch.compiler.is_compiling()
 
 
-class FusedMLP(nn.Module):
-    """Goes before the model's own class, whose children these are."""
+class Fused(ByKernels):
+    """Goes before a module's own class, in a class made for it: copies and pickles make theirs anew."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, type(self).__bases__, vars(self)
+
+
+def _class(first: type[Fused], own: type[nn.Module]) -> type[nn.Module]:
+    return type(own.__name__, (first, own), {"__module__": own.__module__})
+
+
+def _empty(first: type[Fused], own: type[nn.Module]) -> nn.Module:
+    kind = _class(first, own)
+    return kind.__new__(kind)
+
+
+class FusedMLP(Fused):
+    """Its children are those of the model's own class."""
 
     gate_proj: Any
     up_proj: Any
@@ -54,8 +70,8 @@ class FusedMLP(nn.Module):
         return matrices if len(matrices) == len(layers) else None
 
 
-class FusedNorm(ByKernels):
-    """Goes before the model's own class, whose these are."""
+class FusedNorm(Fused):
+    """Its weight is that of the model's own class."""
 
     weight: Tensor
     variance_epsilon: float
@@ -72,15 +88,15 @@ def fuse(model: nn.Module) -> None:
     """Let known norms work so, and known MLPs whose layers are all packed; where there are kernels."""
     if available() is not None:
         return
-    made: dict[tuple[type, type], type[nn.Module]] = {}
+    made: dict[type, type[nn.Module]] = {}
     for module in model.modules():
         first, own = _fused(module), type(module)
         if first is not None and not isinstance(module, first):
-            made.setdefault((first, own), type(own.__name__, (first, own), {"__module__": own.__module__}))
-            module.__class__ = made[first, own]
+            made.setdefault(own, _class(first, own))
+            module.__class__ = made[own]
 
 
-def _fused(module: nn.Module) -> type[nn.Module] | None:
+def _fused(module: nn.Module) -> type[Fused] | None:
     """The class that goes before the module's own."""
     name, children = type(module).__name__, dict(module.named_children())
     if name in MLPS and all(isinstance(children.get(layer), PackedLinear) for layer in LAYERS):
