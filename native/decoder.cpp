@@ -187,7 +187,7 @@ wf_decoder::wf_decoder(wf_pool* pool, const wf_model& model)
         : m(model),
             loops_(vectors()),
             pool_(pool),
-            shape_{model.num_layers, model.kv_heads, model.head_dim, model.mode == WF_INT8},
+            shape_{model.num_layers, model.kv_heads, model.head_dim, model.half_cache != 0},
             frequencies_(copied(model.frequencies, model.head_dim / 2)),
             norm_(copied(model.norm, model.hidden)),
             head_(linear_of(model.head)),

@@ -43,7 +43,8 @@ typedef struct wf_model {
   float eps;                     // of all norms but the linear layers' own
   float rope_scale;              // of sine and cosine
   enum wf_activation activation;
-  enum wf_mode mode;            // WF_EXACT keeps keys and values in fp32, WF_INT8 in bf16
+  enum wf_mode mode;
+  int half_cache;               // 1: keys and values in bf16, half of the memory; 0: in fp32
   const float* frequencies;     // [head_dim / 2], radians per position
   const wf_matrix* embedding;   // dense [vocab, hidden]
   const float* norm;            // [hidden]

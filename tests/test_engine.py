@@ -203,9 +203,23 @@ def test_the_embedded_model_says_the_same_quantized(values: dict[str, Any]) -> N
     assert isinstance(method, QuantMethod)
     trained, words = load.load("builtin:tiny", dtype=torch.float32)
     model = hf.pack_model(method.prepare(trained), method, "float32")
-    prompt = words("def main(arguments):\n    return").input_ids
     model = load_packed(model)
-    assert same(Engine.from_model(model, mode="exact"), model, prompt, 40)
+    engines = [Engine.from_model(model, mode="exact"), Engine.from_model(model)]
+    for text in ("def main(arguments):\n    return", "import ", "class A:\n    def ", "for i in "):
+        assert all(same(engine, model, words(text).input_ids, 40) for engine in engines)
+
+
+def test_a_half_cache_takes_half_the_memory_and_stays_near() -> None:
+    model = FAMILY["llama"]()
+    whole, half = (Engine.from_model(model, half_cache=half) for half in (False, True))
+    logits = []
+    for engine in (whole, half):
+        before = engine.bytes()
+        logits.append(read(engine._decoder, ids(200), (150, 50))[1])
+        logits.append(np.float32(engine.bytes() - before))
+    full, full_bytes, near, half_bytes = logits
+    assert 0 < np.linalg.norm(near - full) < 0.02 * np.linalg.norm(full)
+    assert half_bytes == full_bytes / 2
 
 
 def load_packed(model: PreTrainedModel) -> PreTrainedModel:

@@ -125,6 +125,7 @@ Net::Net(bool wide) {
     m.rope_scale = pick({1, 2});
     m.activation = below(2) ? WF_SILU : WF_RELU2;
     m.mode = below(2) ? WF_INT8 : WF_EXACT;
+    m.half_cache = below(2);
     m.frequencies = numbers(m.head_dim / 2, 0.3f);
     m.embedding = embedding();
     m.norm = numbers(m.hidden, 1);

@@ -367,6 +367,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="The model's name in requests; default the folder's.")] = None,
     engine: EngineChoice = "auto",
     threads: Threads = None,
+    half_cache: Annotated[
+        bool, typer.Option("--half-cache", help="Keys and values in bf16: half of their memory, nearly the same text.")
+    ] = False,
 ) -> None:
     """Serve a model to OpenAI clients, with streaming.
 
@@ -378,6 +381,7 @@ def serve(
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
     limits |= {"max_concurrent": max_concurrent, "max_waiting": max_waiting}
     more = {"api_key": api_key, "name": name, "engine": engine, "threads": threads}
+    more |= {"half_cache": half_cache}
     call("serve", path, host=host, port=port, **limits, **more)
 
 

@@ -31,7 +31,12 @@ def open_model(name: str) -> load.Loaded:
 
 
 def open_engine(
-    name: str, choice: Choice = "auto", threads: int | None = None, slots: int = 1, context: int | None = None
+    name: str,
+    choice: Choice = "auto",
+    threads: int | None = None,
+    slots: int = 1,
+    context: int | None = None,
+    half_cache: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase, str]:
     """What continues text, a native `Engine` or a model, its tokenizer, and one line that says which it is.
 
@@ -41,7 +46,7 @@ def open_engine(
     folder = load.model_folder(Path(load.resolve_pretrained(locate(name))))
     reason = "asked for" if choice == "transformers" else _why_not_native(folder, choice)
     if reason is None:
-        engine = Engine.from_folder(folder, threads, _within(folder, context), slots)
+        engine = Engine.from_folder(folder, threads, _within(folder, context), slots, half_cache=half_cache)
         return engine, load.open_tokenizer(str(folder)), f"engine: {engine.describe()}"
     if choice == "native":
         raise UserError(f"--engine native: {reason}")

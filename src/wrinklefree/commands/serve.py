@@ -26,6 +26,7 @@ def run(
     name: str | None = None,
     engine: Literal["auto", "native", "transformers"] = "auto",
     threads: int | None = None,
+    half_cache: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Raises UserError where the extra is missing, and like `load` and `bind`."""
     try:
@@ -43,7 +44,7 @@ def run(
         log.warning("--host %s without --api-key: whoever reaches this address may use it", host)
     bound = server.bind(host, port)
     context = max_prompt_tokens + max_tokens
-    running, tokenizer, which, ends = _open(path, engine, threads, max_concurrent, context)
+    running, tokenizer, which, ends = _open(path, engine, threads, max_concurrent, context, half_cache)
     limits = Limits(min(max_prompt_tokens, running.context - 1), min(max_tokens, running.context - 1))
     model = Model(name or model_name(path), tokenizer, ends)
     service = Service(model, Scheduler(running, max_waiting), limits, api_key)
@@ -55,7 +56,12 @@ def run(
 
 
 def _open(
-    path: str, choice: Literal["auto", "native", "transformers"], threads: int | None, slots: int, context: int
+    path: str,
+    choice: Literal["auto", "native", "transformers"],
+    threads: int | None,
+    slots: int,
+    context: int,
+    half_cache: bool,
 ) -> tuple[Any, Any, str, frozenset[int]]:
     """Engine, tokenizer, what it is, and the tokens that end an answer."""
     from wrinklefree.generate import context_of, turn_end
@@ -63,11 +69,13 @@ def _open(
     from wrinklefree.packed.engine import Engine
     from wrinklefree.serve.fallback import TransformersEngine
 
-    model, tokenizer, which = open_engine(path, choice, threads, slots, context)
+    model, tokenizer, which = open_engine(path, choice, threads, slots, context, half_cache)
     stated = (model.generation if isinstance(model, Engine) else model.generation_config).eos_token_id
     ends = [tokenizer.eos_token_id, turn_end(tokenizer) if tokenizer.chat_template else None]
     ends += stated if isinstance(stated, list) else [stated]
     if not isinstance(model, Engine):
+        if half_cache:
+            raise UserError(f"--half-cache is the native engine's, and this is not it ({which})")
         model = TransformersEngine(model, min(context, context_of(model)), slots)
         which += ", slow: one sequence after the other"
     return model, tokenizer, which, frozenset(end for end in ends if end is not None)

@@ -47,6 +47,7 @@ class _Model(Structure):
         ("rope_scale", c_float),
         ("activation", c_int),
         ("mode", c_int),
+        ("half_cache", c_int),
         ("frequencies", c_void_p),
         ("embedding", c_void_p),
         ("norm", c_void_p),
@@ -136,12 +137,14 @@ class Decoder:
         slots: int,
         max_rows: int,
         mode: Literal["int8", "exact"],
+        half_cache: bool = False,
     ) -> None:
         self._lib = _library()
         self._pool, self._model = pool, model
         self.context, self.slots, self.max_rows = context, slots, max_rows
         described, layers = _described(model, MODES[mode])
         described.context, described.slots, described.max_rows = context, slots, max_rows
+        described.half_cache = half_cache
         self._handle = self._lib.wf_decoder_new(pool.handle, ctypes.byref(described))
         del layers  # was borrowed until here
         if not self._handle:

@@ -78,9 +78,18 @@ class _Slot:
 class Engine:
     """The native decode loop over one model."""
 
-    def __init__(self, model: Model, pool: native.Pool, *, context: int, slots: int = 1, mode: Mode = "int8") -> None:
-        rows = CHUNK + slots
-        self._decoder = Decoder(pool, model, context=context, slots=slots, max_rows=rows, mode=mode)
+    def __init__(
+        self,
+        model: Model,
+        pool: native.Pool,
+        *,
+        context: int,
+        slots: int = 1,
+        mode: Mode = "int8",
+        half_cache: bool = False,
+    ) -> None:
+        sizes = {"context": context, "slots": slots, "max_rows": CHUNK + slots}
+        self._decoder = Decoder(pool, model, **sizes, mode=mode, half_cache=half_cache)
         self._slots = [_Slot() for _ in range(slots)]
         self._vocab = model.sizes["vocab"]
         self.context, self.slots, self.mode, self.threads = context, slots, mode, pool.threads
@@ -94,12 +103,14 @@ class Engine:
         context: int | None = None,
         slots: int = 1,
         mode: Mode = "int8",
+        half_cache: bool = False,
     ) -> Self:
         """The engine of a packed folder (or a plain one with safetensors).
 
-        `context` is that of the model, or less. Raises UserError where the folder is damaged or the loop cannot run it.
+        `context` is that of the model, or less; `half_cache` keeps keys and values in bf16, half of their memory, and
+        near the tokens of fp32. Raises UserError where the folder is damaged or the loop cannot run it.
         """
-        return cls._of(FolderSource(Path(path)), threads, context, slots, mode)
+        return cls._of(FolderSource(Path(path)), threads, context, slots, mode, half_cache)
 
     @classmethod
     def from_model(
@@ -109,12 +120,15 @@ class Engine:
         context: int | None = None,
         slots: int = 1,
         mode: Mode = "int8",
+        half_cache: bool = False,
     ) -> Self:
         """The engine of a loaded model with packed, or plain, linear layers. Raises UserError like `from_folder`."""
-        return cls._of(ModelSource(model), threads, context, slots, mode)
+        return cls._of(ModelSource(model), threads, context, slots, mode, half_cache)
 
     @classmethod
-    def _of(cls, source: Source, threads: int | None, context: int | None, slots: int, mode: Mode) -> Self:
+    def _of(
+        cls, source: Source, threads: int | None, context: int | None, slots: int, mode: Mode, half_cache: bool
+    ) -> Self:
         reason = supports(source.config)
         if reason is not None:
             raise UserError(f"the native loop cannot run this model: {reason}")
@@ -124,7 +138,8 @@ class Engine:
         if slots < 1:
             raise UserError(f"slots={slots}: must be at least 1")
         pool = native.Pool(default_threads() if threads is None else threads)
-        engine = cls(assemble(source, mode), pool, context=context or most, slots=slots, mode=mode)
+        model = assemble(source, mode)
+        engine = cls(model, pool, context=context or most, slots=slots, mode=mode, half_cache=half_cache)
         engine.generation = source.generation
         return engine
 
