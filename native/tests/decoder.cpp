@@ -434,7 +434,7 @@ void fill(wf_pool* pool, const Net& net) {
     require(wf_decoder_bytes(decoder) == empty, "no memory for what was refused");
     --all.back().length;
     require(!wf_decoder_step(decoder, all.data(), m.slots), "a step of max_rows");
-    const int d = (m.head_dim + 15) / 16 * 16 + m.head_dim, element = m.mode == WF_INT8 ? 2 : 4;
+    const int d = (m.head_dim + 15) / 16 * 16 + m.head_dim, element = m.half_cache ? 2 : 4;
     const size_t page = size_t(m.num_layers) * m.kv_heads * 64 * d * element;
     const size_t pages = (m.context + 63) / 64 * (m.slots - 1) + (m.context - 1 + 63) / 64;
     require(wf_decoder_bytes(decoder) == empty + pages * page, "as many pages as positions need");
