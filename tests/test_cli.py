@@ -285,6 +285,13 @@ def test_generate_prints_prompt_and_text(random_model: Path) -> None:
     assert result.stdout.startswith("some")
 
 
+def test_a_half_cache_is_the_native_engines(random_model: Path) -> None:
+    pytest.importorskip("uvicorn")
+    code, _, err = wf("serve", str(random_model / "final"), "--port", "0", "--half-cache")
+    assert code == 2
+    assert "--half-cache is the native engine's, and this is not it (engine: transformers" in err
+
+
 def test_a_model_config_name_stands_for_its_model() -> None:
     from wrinklefree.locate import locate
 

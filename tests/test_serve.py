@@ -433,6 +433,17 @@ def test_two_hundred_connections_half_of_which_break_off(process: Process, clien
     assert process.popen.poll() is None
 
 
+def test_a_half_cache_reaches_the_engine(folder: Path) -> None:
+    engines = [open_engine(str(folder), threads=1, half_cache=half)[0] for half in (False, True)]
+    grown = []
+    for engine in engines:
+        before = engine.bytes()
+        engine.open([1, 2, 3], Sampling(1))
+        engine.step()
+        grown.append(engine.bytes() - before)
+    assert grown[0] == 2 * grown[1] > 0
+
+
 def test_a_signal_ends_it_with_streams_open(folder: Path) -> None:
     """On transformers, with a key."""
     options = ["--engine", "transformers", "--api-key", "secret", "--max-concurrent", "2", "--name", "own"]

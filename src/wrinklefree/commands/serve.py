@@ -42,17 +42,18 @@ def run(
     show_log_lines()
     if host not in LOOPBACK and api_key is None:
         log.warning("--host %s without --api-key: whoever reaches this address may use it", host)
-    bound = server.bind(host, port)
-    context = max_prompt_tokens + max_tokens
-    running, tokenizer, which, ends = _open(path, engine, threads, max_concurrent, context, half_cache)
-    limits = Limits(min(max_prompt_tokens, running.context - 1), min(max_tokens, running.context - 1))
-    model = Model(name or model_name(path), tokenizer, ends)
-    service = Service(model, Scheduler(running, max_waiting), limits, api_key)
-    text = (
-        f"serving {model.name} at {server.url(bound)}/v1 ({which}; {max_concurrent} at once, {max_waiting} more may "
-        f"wait; prompts up to {limits.prompt} tokens, answers up to {limits.answer}). Try: {_example(bound, service)}"
-    )
-    server.run(service, bound, lambda: log.info("%s", text))
+    with server.bind(host, port) as bound:
+        context = max_prompt_tokens + max_tokens
+        running, tokenizer, which, ends = _open(path, engine, threads, max_concurrent, context, half_cache)
+        limits = Limits(min(max_prompt_tokens, running.context - 1), min(max_tokens, running.context - 1))
+        model = Model(name or model_name(path), tokenizer, ends)
+        service = Service(model, Scheduler(running, max_waiting), limits, api_key)
+        text = (
+            f"serving {model.name} at {server.url(bound)}/v1 ({which}; {max_concurrent} at once, {max_waiting} more "
+            f"may wait; prompts up to {limits.prompt} tokens, answers up to {limits.answer}). "
+            f"Try: {_example(bound, service)}"
+        )
+        server.run(service, bound, lambda: log.info("%s", text))
 
 
 def _open(
