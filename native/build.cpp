@@ -20,6 +20,14 @@ void check_shape(int n, int k) {
     check(k >= 1 && k <= MAX_COLUMNS, "k: must be 1 to 65536");
 }
 
+std::unique_ptr<wf_matrix> empty(Kind kind, int n, int k) {
+    auto made = std::make_unique<wf_matrix>();
+    made->kind = kind;
+    made->n = n;
+    made->k = k;
+    return made;
+}
+
 void check_grid(int rows, int columns, int num_rows, int num_groups) {
     check(num_rows == 1 || num_rows == rows, "num_rows: must be 1, or a scale for each row");
     check(num_groups >= 1 && num_groups <= columns && columns % num_groups == 0, "num_groups: must divide the columns");
@@ -186,11 +194,8 @@ wf_matrix* table_matrix(int n, int k, int bits, const uint8_t* codes, const floa
     bool used[256] = {};
     for (size_t i = 0; i < size_t(n) * k; ++i) used[codes[i]] = true;
 
-    auto made = std::make_unique<wf_matrix>();
+    auto made = empty(Kind::TABLE, n, k);
     wf_matrix& m = *made;
-    m.kind = Kind::TABLE;
-    m.n = n;
-    m.k = k;
     m.rank = rank;
     for (int i = 0; i < size; ++i) m.values[i] = used[i] ? table[i] : 0.0f;
     const float most = std::fabs(*std::max_element(m.values, m.values + size, [](float a, float b) {
@@ -348,11 +353,8 @@ wf_matrix* fairy_matrix(int n, int k, int num_stages, const uint8_t* codes, cons
     const size_t num_scales = size_t(4) * num_stages * num_rows * num_groups;
     check_finite(scales, num_scales, "scales: not finite");
 
-    auto made = std::make_unique<wf_matrix>();
+    auto made = empty(Kind::FAIRY, n, k);
     wf_matrix& m = *made;
-    m.kind = Kind::FAIRY;
-    m.n = n;
-    m.k = k;
     m.num_stages = num_stages;
     m.num_rows = num_rows;
     m.num_groups = num_groups;
@@ -378,11 +380,8 @@ wf_matrix* fairy_matrix(int n, int k, int num_stages, const uint8_t* codes, cons
 wf_matrix* int8_matrix(int n, int k, const int8_t* weight, const float* row, const float* bias) {
     check_shape(n, k);
     check(weight && row, "weight, row: must be given");
-    auto made = std::make_unique<wf_matrix>();
+    auto made = empty(Kind::INT8, n, k);
     wf_matrix& m = *made;
-    m.kind = Kind::INT8;
-    m.n = n;
-    m.k = k;
     m.kernel = "int8";
     m.streams.push_back(stream(Format::INT8, n, k, 1, 1));
     Stream& s = m.streams.back();
@@ -405,11 +404,8 @@ wf_matrix* dense_matrix(int n, int k, const float* weight, const float* bias, in
     check(weight, "weight: must be given");
     const size_t size = size_t(n) * k;
     check_finite(weight, size, "weight: not finite");
-    auto made = std::make_unique<wf_matrix>();
+    auto made = empty(Kind::DENSE, n, k);
     wf_matrix& m = *made;
-    m.kind = Kind::DENSE;
-    m.n = n;
-    m.k = k;
     m.kernel = exact ? "dense-fp32" : "dense-bf16";
     if (exact) {
         m.weight32.reset(size);

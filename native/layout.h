@@ -20,7 +20,6 @@
 namespace wf {
 
 constexpr int PANEL = 8, CELL = 16, CHUNK_BYTES = PANEL * CELL;
-constexpr int MAX_PARTS = 2;
 
 enum class Format {
     AFFINE2,       // q 2 bits, 4 segments: value 2 q - twice_zero

@@ -287,8 +287,10 @@ def test_mistakes_are_named() -> None:
         with pytest.raises(ValueError, match=text):
             make()
     layer = native.Matrix.table(codes, table, scales)
-    with pytest.raises(ValueError, match="does not fit"):
-        native.matmul([layer], torch.ones(1, 7))
+    for width in (7, 9):
+        with pytest.raises(ValueError, match="does not fit"):
+            native.matmul([layer], torch.ones(1, width))
+    assert native.matmul([layer], torch.ones(0, 3, 8))[0].shape == (0, 3, 4)
 
 
 # ---- In the model

@@ -240,7 +240,7 @@ def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=torch.float32).eval()
     mlp, x = model.model.layers[0].mlp, torch.randn(2, 3, 64)
     calls: list[int] = []
-    monkeypatch.setattr("wrinklefree.packed.fused.products", lambda m, x: calls.append(len(m)) or native.products(m, x))
+    monkeypatch.setattr("wrinklefree.packed.fused.matmul", lambda m, x: calls.append(len(m)) or native.matmul(m, x))
     kind = BitNetMLP if norm_mode == "subln" else LlamaMLP
     assert isinstance(mlp, kind)
     by_layers = kind.forward(mlp, x)
@@ -249,6 +249,11 @@ def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
     with torch.inference_mode():
         assert torch.equal(mlp(x.clone()), by_layers)
     calls.clear()
+    seen: list[int] = []
+    handle = mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(mlp(x), by_layers)
+    handle.remove()
+    assert seen == [1]
     with exactly(model):
         assert not torch.equal(mlp(x), by_layers)
     with torch.enable_grad():
@@ -278,5 +283,7 @@ def test_known_norms_are_one_call_in_fp32_and_their_own_otherwise(pair: tuple[Pr
             assert torch.equal(norm(x), own(norm, x))
     half = torch.randn(2, 64).bfloat16()
     assert torch.equal(norm(half), own(norm, half))
+    with pytest.raises(ValueError, match="does not fit"):
+        norm(torch.randn(2, 65))
     with torch.enable_grad():
         assert norm(torch.randn(2, 64)).requires_grad

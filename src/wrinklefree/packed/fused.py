@@ -4,7 +4,8 @@
     norm    x / sqrt(mean x^2 + eps) * weight: one call
 
 Only the classes named below are known to be this and no more. Where a gradient is wanted, exactness, or a compiler at
-work, on a GPU, in half precision (norms), with biases or norms of their layers' own (MLPs), they go on as they were.
+work, on a GPU, in half precision (norms), with biases, norms or hooks of their layers' own (MLPs), they go on as they
+were.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from wrinklefree.core.method import compute_dtype
 from wrinklefree.packed.linear import ByKernels, PackedLinear
-from wrinklefree.packed.native import Matrix, available, norm, products
+from wrinklefree.packed.native import Matrix, available, matmul, norm
 
 FAMILY = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "BitNet")
 MLPS = tuple(f"{name}MLP" for name in FAMILY)
@@ -43,6 +44,13 @@ def _empty(first: type[Fused], own: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
+def _bare(layer: nn.Module) -> bool:
+    """Whether it is a packed layer still, with nothing to be added and nobody who listens."""
+    if not isinstance(layer, PackedLinear) or layer.bias is not None:
+        return False
+    return not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 class FusedMLP(Fused):
     """Its children are those of the model's own class."""
 
@@ -57,17 +65,20 @@ class FusedMLP(Fused):
             y: Tensor = super().forward(x)
             return y
         with torch.no_grad():
-            gate, up = products(matrices[:2], x)
+            gate, up = matmul(matrices[:2], x)
             inner, between = self.act_fn(gate).mul_(up), self._modules.get("ffn_sub_norm")
-            (y,) = products(matrices[2:], inner if between is None else between(inner))
+            (y,) = matmul(matrices[2:], inner if between is None else between(inner))
         return y.to(compute_dtype(x))
 
     def _matrices(self) -> list[Matrix] | None:
         """Of gate, up and down; None where the layers have to be called one by one."""
-        layers = (self.gate_proj, self.up_proj, self.down_proj)
-        found = [layer.shared_matrix() for layer in layers if layer.bias is None]
-        matrices = [matrix for matrix in found if matrix is not None]
-        return matrices if len(matrices) == len(layers) else None
+        matrices = []
+        for layer in (self.gate_proj, self.up_proj, self.down_proj):
+            matrix = layer.shared_matrix() if _bare(layer) else None
+            if matrix is None:
+                return None
+            matrices.append(matrix)
+        return matrices
 
 
 class FusedNorm(Fused):
@@ -77,8 +88,7 @@ class FusedNorm(Fused):
     variance_epsilon: float
 
     def forward(self, x: Tensor) -> Tensor:
-        trained = torch.is_grad_enabled() and self.weight.requires_grad
-        if self.exact or trained or not _plain(x) or not x.dtype == self.weight.dtype == torch.float32:
+        if self.exact or not _plain(x) or not _plain(self.weight) or not x.dtype == self.weight.dtype == torch.float32:
             y: Tensor = super().forward(x)
             return y
         return norm(x.detach(), self.weight, self.variance_epsilon)

@@ -225,38 +225,31 @@ def _factors(
 _few = [_pointer * count for count in range(MOST_MATRICES + 1)]
 
 
-def products(matrices: Sequence[Matrix], x: Tensor) -> list[Tensor]:
-    """`matmul` in INT8 of matrices as wide as x, unchecked: a model calls it hundreds of times for a token."""
+def matmul(matrices: Sequence[Matrix], x: Tensor, mode: int = INT8, threads: Pool | None = None) -> list[Tensor]:
+    """Each of up to MOST_MATRICES applied to x [..., k], rounded once for all of them: fp32 [..., n_i].
+
+    A model calls it hundreds of times for a token: there is as little Python as there can be. Raises ValueError where
+    widths differ.
+    """
+    if x.shape[-1] != matrices[0].shape[1]:  # that the matrices' are one, the library checks
+        raise ValueError(f"x {list(x.shape)} does not fit a matrix {list(matrices[0].shape)}")
     x = (x if x.dtype == torch.float32 else x.float()).contiguous()
     shape, count = x.shape[:-1], len(matrices)
     outs = [x.new_empty((*shape, matrix.shape[0])) for matrix in matrices]
     handles = _few[count](*[matrix.handle for matrix in matrices])
     targets = _few[count](*[out.data_ptr() for out in outs])
-    batch = x.numel() // x.shape[-1]
-    if load().wf_matmul(pool().handle, handles, count, x.data_ptr(), batch, targets, INT8):
+    batch, owner = x.numel() // x.shape[-1], pool() if threads is None else threads
+    if batch and load().wf_matmul(owner.handle, handles, count, x.data_ptr(), batch, targets, mode):
         raise ValueError(_error(load()))
     return outs
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean x^2 + eps) * weight over the last dimension; all fp32 on the CPU, and nobody checks."""
+    """x / sqrt(mean x^2 + eps) * weight, x [..., k], weight [k], fp32. Raises ValueError where widths differ."""
     x, k = x.contiguous(), x.shape[-1]
-    y = torch.empty_like(x)
-    if load().wf_norm(x.data_ptr(), weight.data_ptr(), eps, x.numel() // k, k, y.data_ptr()):
+    if weight.shape != (k,):
+        raise ValueError(f"x {list(x.shape)} does not fit a weight {list(weight.shape)}")
+    y, batch = torch.empty_like(x), x.numel() // k
+    if batch and load().wf_norm(x.data_ptr(), weight.data_ptr(), eps, batch, k, y.data_ptr()):
         raise ValueError(_error(load()))
     return y
-
-
-def matmul(matrices: Sequence[Matrix], x: Tensor, mode: int = INT8, threads: Pool | None = None) -> list[Tensor]:
-    """Each of up to MOST_MATRICES applied to x [..., k], rounded once for all of them: fp32 [..., n_i]."""
-    flat = x.detach().to(torch.float32).contiguous()
-    if any(m.shape[1] != flat.shape[-1] for m in matrices):
-        raise ValueError(f"x {list(x.shape)} does not fit matrices {[list(m.shape) for m in matrices]}")
-    outs = [torch.empty(*flat.shape[:-1], m.shape[0]) for m in matrices]
-    handles = (_pointer * len(matrices))(*[m.handle for m in matrices])
-    targets = (_pointer * len(matrices))(*[out.data_ptr() for out in outs])
-    batch = flat.numel() // flat.shape[-1]
-    owner = pool() if threads is None else threads
-    if load().wf_matmul(owner.handle, handles, len(matrices), flat.data_ptr(), batch, targets, mode):
-        raise ValueError(_error(load()))
-    return outs

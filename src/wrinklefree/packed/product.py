@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Complex, Form, Integers, Table
-from wrinklefree.packed.native import Matrix, available, products
+from wrinklefree.packed.native import Matrix, available, matmul
 
 log = logging.getLogger("wrinklefree")
 
@@ -35,8 +35,8 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] on the CPU -> fp32 [..., out]."""
         if not self.padded:
-            return products([self.matrix], x)[0]
-        y = products([self.matrix], F.pad(x, (0, self.matrix.shape[1] - x.shape[-1])))[0]
+            return matmul([self.matrix], x)[0]
+        y = matmul([self.matrix], F.pad(x, (0, self.matrix.shape[1] - self.shape[1])))[0]
         return y[..., : self.shape[0]]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from wrinklefree.packed.native import Matrix, products
+from wrinklefree.packed.native import Matrix, matmul
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -47,7 +47,7 @@ class Shared:
             if len(matrices) < len(self.layers):
                 return None
             self._x, self._version = x, x._version
-            self._waiting = {id(m): y for m, y in zip(self.layers, products(matrices, x), strict=True)}
+            self._waiting = {id(m): y for m, y in zip(self.layers, matmul(matrices, x), strict=True)}
         y = self._waiting.pop(id(layer))
         if not self._waiting:
             self._x = None
