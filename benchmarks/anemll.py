@@ -22,14 +22,18 @@ from typing import Any
 import torch
 
 from benchmarks import quality
-from wrinklefree import config as configs
-from wrinklefree import launch, load, optim, pipeline, report, session
 from wrinklefree.commands import cache
-from wrinklefree.config import Config
-from wrinklefree.distributed import ALONE
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import Config
+from wrinklefree.distributed.world import ALONE
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.evaluate.perplexity import measure as measure_quality
-from wrinklefree.plotting import plot_runs
+from wrinklefree.models.load import load_pretrained
+from wrinklefree.runs import launch, report, setup
+from wrinklefree.runs.stage import calibration, choose_objective, choose_teacher, prepare_student
+from wrinklefree.tracking.plotting import plot_runs
+from wrinklefree.training import optim
+from wrinklefree.training.plan import choose_length, make_plan
 
 Figures = dict[str, Any]
 
@@ -55,16 +59,16 @@ def init(story: Path | None, quick: bool) -> Figures:
 
 def begun(model: str, settings: list[str], quick: bool) -> Quality:
     """A model as q2a4 before training, against itself in full precision."""
-    config = configs.load([f"model={model}", "training=anemll_q2a4", *settings])
-    original, tokenizer = load.load_pretrained(config.model)
-    session.choose_length(config, original)
+    config = load_config([f"model={model}", "training=anemll_q2a4", *settings])
+    original, tokenizer = load_pretrained(config.model)
+    choose_length(config, original)
     if model == "tiny":
-        seen = list(pipeline.calibration(config, tokenizer))
-        heldout = session.heldout(config, tokenizer, 4096 if quick else 65536)
+        seen = list(calibration(config, tokenizer))
+        heldout = setup.heldout(config, tokenizer, 4096 if quick else 65536)
     else:
         seen = quality.sampled(original, batches=4, rows=12, length=128, seed=0)
         heldout = quality.sampled(original, batches=1 if quick else 8, rows=12, length=256, seed=10_000)
-    student = pipeline.prepare(config, original, seen)
+    student = prepare_student(config, original, seen)
     return measure_quality(student.eval(), heldout, original)
 
 
@@ -108,7 +112,7 @@ def curves(out: Path, steps: int) -> Figures:
 def cached_vs_online(out: Path, steps: int, timed: int, topk: int = 32) -> Figures:
     """Speed and quality of `steps` steps on a cache, over those with the teacher running."""
     settings = [*TINY, f"training.max_steps={steps}"]
-    online = configs.load([*settings, f"output_dir={out / 'online'}"])
+    online = load_config([*settings, f"output_dir={out / 'online'}"])
     folder = out / f"cache_{steps}_{topk}"
     sizes = {"topk": topk, "negatives": 0, "num_heldout": 64, "shard_size": 1024}
     started = time.process_time()
@@ -116,7 +120,7 @@ def cached_vs_online(out: Path, steps: int, timed: int, topk: int = 32) -> Figur
         cache.run(folder, length=None, num_train=steps * online.training.batch_size, **sizes)
     writing = time.process_time() - started
     more = ["training.objective=cached_kd", f"distillation.cache={folder}"]
-    cached = configs.load([*settings, *more, f"output_dir={out / 'cached'}"])
+    cached = load_config([*settings, *more, f"output_dir={out / 'cached'}"])
     speed = step_seconds(online, cached, timed)
     results = {"online": finished(settings, out / "online"), "cached": finished([*settings, *more], out / "cached")}
     kl = {name: result["trained"]["kl"] for name, result in results.items()}
@@ -133,12 +137,12 @@ def cached_vs_online(out: Path, steps: int, timed: int, topk: int = 32) -> Figur
 
 def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]:
     """Median CPU seconds of a training step of each, on the same student, in turn."""
-    original, tokenizer = load.load_pretrained(online.model)
+    original, tokenizer = load_pretrained(online.model)
     original.requires_grad_(False)
     for config in (online, cached):
-        session.choose_length(config, original)
-    student = pipeline.prepare(online, original)
-    plan = session.make_plan(online, original, ALONE)
+        choose_length(config, original)
+    student = prepare_student(online, original)
+    plan = make_plan(online, original, ALONE)
     o = online.training.optimizer
     optimizers = optim.build(
         student,
@@ -151,8 +155,8 @@ def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]
     )
     arms = {}
     for name, config in (("online", online), ("cached", cached)):
-        objective = pipeline.choose_objective(config, student, pipeline.choose_teacher(config, original))
-        arms[name] = session.open_stream(config, tokenizer, ALONE), objective
+        objective = choose_objective(config, student, choose_teacher(config, original))
+        arms[name] = setup.open_stream(config, tokenizer, ALONE), objective
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(timed + 1):
         for name, (stream, objective) in arms.items():
@@ -172,8 +176,8 @@ def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]
 def finished(settings: list[str], run: Path) -> Figures:
     """The results of a run, which is made where it is not there."""
     if not (run / "results.json").exists():
-        launch.run([*settings, "training.pack=false", f"output_dir={run}"], force=True)
-    return report.load(run / "results.json")
+        launch.run_stage([*settings, "training.pack=false", f"output_dir={run}"], force=True)
+    return report.read_figures(run / "results.json")
 
 
 def main() -> None:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import quality
-from wrinklefree import config as configs
-from wrinklefree import launch, load, report, stages
+from wrinklefree.config.compose import load_config
+from wrinklefree.models.load import load_model
+from wrinklefree.runs import launch, prerequisites, report
 
 Figures = dict[str, Any]
 
@@ -45,7 +46,7 @@ def ablation(seeds: list[int], out: Path, limits: list[str]) -> Figures:
     accuracy: dict[str, list[float]] = {name: [] for name in ARMS}
     for seed in seeds:
         for name, run in arms(out / f"seed{seed}", pretrained, [*limits, f"seed={seed}"]).items():
-            accuracy[name].append(report.load(run / "results.json")["accuracy"]["trained"]["value"])
+            accuracy[name].append(report.read_figures(run / "results.json")["accuracy"]["trained"]["value"])
     mean = {name: statistics.mean(values) for name, values in accuracy.items()}
     gap = mean["fp"] - mean["direct"]
     figures: Figures = {"gap_recovered": (mean["bitdistill"] - mean["direct"]) / gap}
@@ -74,9 +75,9 @@ def stage(name: str, root: Path, settings: list[str]) -> Path:
     """Run one stage unless it has been run; its folder."""
     overrides = ["model=tiny", f"training={name}", f"output_root={root}", "training.pack=false"]
     overrides += ["training.final_eval_tokens=16384", "training.eval_examples=768", *settings]
-    run = Path(configs.load(overrides).output_dir)
-    if not stages.is_done(run):
-        launch.run(overrides, force=True)
+    run = Path(load_config(overrides).output_dir)
+    if not prerequisites.is_done(run):
+        launch.run_stage(overrides, force=True)
     return run
 
 
@@ -94,7 +95,7 @@ def lm(steps: int, out: Path) -> Figures:
 
 def story(folder: Path, steps: int, seeds: list[int]) -> Figures:
     """Mean final KL over the seeds: ours, and the quantizer of the paper, one absmean scale a tensor."""
-    teacher, tokenizer = load.load(folder, dtype=quality.torch.float32)
+    teacher, tokenizer = load_model(folder, dtype=quality.torch.float32)
     teacher.requires_grad_(False)
     heldout = quality.sampled(teacher, batches=4, rows=12, length=256, seed=10_000)
     data = {seed: quality.sampled(teacher, steps, rows=12, length=128, seed=seed) for seed in seeds}

@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import llama_cpp_peer as peer
 from benchmarks import quality, shapes
-from wrinklefree.packed.engine import Engine, Sampling
+from wrinklefree.engine.engine import Engine, Sampling
 
 Figures = dict[str, Any]
 Burst = Callable[[], float]  # tokens a second, once

@@ -28,8 +28,8 @@ from wrinklefree.methods.anemll import Config as Anemll
 from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Config as Fairy2
 from wrinklefree.methods.uniform import Config as Uniform
-from wrinklefree.packed.linear import PackedLinear
-from wrinklefree.packed.product import gpu_product
+from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.products.choose import gpu_product
 
 COLD = 400e6  # bytes of weights in one burst, several times the last cache
 MOST = 64  # matrices in one burst

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wrinklefree.packed import native
-from wrinklefree.packed.native import Matrix
+from wrinklefree.packed.products import native
+from wrinklefree.packed.products.native import Matrix
 
 COLD = 200e6  # bytes of weights in one burst, several times the last cache
 BURSTS = 12

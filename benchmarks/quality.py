@@ -27,11 +27,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wrinklefree import config as configs
-from wrinklefree import distributed, load, optim, pipeline, report, session
+from wrinklefree.config.compose import load_config
 from wrinklefree.core.method import QuantMethod, quant_layers
-from wrinklefree.objectives import Batch, LanguageModelling
-from wrinklefree.trainer import fit
+from wrinklefree.distributed.world import World, join_world
+from wrinklefree.models.load import load_model, load_pretrained
+from wrinklefree.objectives.base import Batch
+from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.runs import report, setup
+from wrinklefree.runs.stage import prepare_student, train_stage
+from wrinklefree.training import optim
+from wrinklefree.training.loop import fit
+from wrinklefree.training.plan import choose_length, make_plan
 
 PAPER = ["method.preset=paper"]
 MIXED_LR = {"w2": "training.lr=7e-4", "w1": "training.lr=1.5e-3"}  # peaks of a schedule that is 71 % over
@@ -68,13 +74,13 @@ def mixed(name: str, steps: int, out: Path) -> Figures:
     """The run `name` gone on with for 0.4 times its steps, on labels and teacher in equal parts, linearly to rate 0."""
     target = out / f"{name}_{steps}_mixed"
     if (target / "results.json").exists():
-        return report.load(target / "results.json")
+        return report.read_figures(target / "results.json")
     more = ["distillation.ce_weight=0.5", "distillation.weight=0.5", "training.scheduler.name=linear"]
     more += [MIXED_LR[name], f"training.max_steps={steps + 2 * steps // 5}", "training.final_eval_tokens=1000000"]
     more += ["training.eval_interval=1000000", f"output_dir={target}"]
     more += [f"training.resume_from={out / f'{name}_{steps}' / 'checkpoints' / f'step_{steps}'}"]
-    pipeline.train(configs.load(["model=tiny", *TINY[name], *more]), force=False)
-    return report.load(target / "results.json")
+    train_stage(load_config(["model=tiny", *TINY[name], *more]), force=False)
+    return report.read_figures(target / "results.json")
 
 
 def demo(out: Path, overrides: list[str]) -> Figures:
@@ -87,8 +93,8 @@ def run(overrides: list[str], out: Path) -> Figures:
     """The figures of one training, from its folder where it has been run before."""
     if not (out / "results.json").exists():
         resume = ["training.resume_from=latest"] if list(out.glob("checkpoints/step_*")) else []
-        pipeline.train(configs.load([*overrides, f"output_dir={out}", *resume]), force=False)
-    return report.load(out / "results.json")
+        train_stage(load_config([*overrides, f"output_dir={out}", *resume]), force=False)
+    return report.read_figures(out / "results.json")
 
 
 def ratio(result: Figures) -> float:
@@ -112,7 +118,7 @@ def story(folder: Path, steps: int, seeds: list[int]) -> Figures:
         "w1": ["training=fairy2_w1", "training.lr=5e-3"],
         "w1_paper": ["training=fairy2_w1", "training.lr=5e-3", *PAPER],
     }
-    teacher, tokenizer = load.load(folder, dtype=torch.float32)
+    teacher, tokenizer = load_model(folder, dtype=torch.float32)
     teacher.requires_grad_(False)
     heldout = sampled(teacher, batches=4, rows=12, length=256, seed=10_000)
     data = {seed: sampled(teacher, steps, rows=12, length=128, seed=seed) for seed in seeds}
@@ -174,19 +180,19 @@ def story_run(
     recipe += ["training.scheduler.warmup_ratio=0.08", "training.scheduler.decay_ratio=0.2"]
     recipe += ["training.freeze_names=[embed_tokens,lm_head]"]
     with tempfile.TemporaryDirectory() as out:
-        config = configs.load([f"model={folder}", *recipe, *overrides, f"output_dir={out}"])
+        config = load_config([f"model={folder}", *recipe, *overrides, f"output_dir={out}"])
         config.method = method or config.method
-        world = distributed.start()
+        world = join_world()
         torch.manual_seed(seed)
-        student = pipeline.prepare(config, teacher, data[:4])
-        session.choose_length(config, student)
-        plan = session.make_plan(config, student, world)
+        student = prepare_student(config, teacher, data[:4])
+        choose_length(config, student)
+        plan = make_plan(config, student, world)
         objective = LanguageModelling(student, teacher, config.distillation)
         extra = {"tokenizer": tokenizer, "world": world, "evaluate": lambda model: {"eval_loss": math.nan}}
         fit(student, objective, Fixed(data), config, plan, **extra)
         layers = quant_layers(student).values()
         bits = sum(layer.encode().num_bits() for layer in layers) / sum(layer.weight.numel() for layer in layers)
-        return StoryRun(session.quality(student, heldout, plan, teacher).kl, bits)
+        return StoryRun(setup.quality(student, heldout, plan, teacher).kl, bits)
 
 
 def cost(repeats: int, quantized: str = "fairy2_w2") -> Figures:
@@ -211,12 +217,12 @@ def cost(repeats: int, quantized: str = "fairy2_w2") -> Figures:
 
 def stepper(name: str) -> Any:
     """A function that does one optimizer step of `-m tiny` on the labels alone, with the config `training=name`."""
-    config = configs.load(["model=tiny", f"training={name}", "distillation=none"])
-    model, tokenizer = load.load_pretrained(config.model)
-    model = pipeline.prepare(config, model).train()
-    session.choose_length(config, model)
-    plan = session.make_plan(config, model, distributed.World(0, 1, torch.device("cpu")))
-    stream = session.open_stream(config, tokenizer, distributed.World(0, 1, torch.device("cpu")))
+    config = load_config(["model=tiny", f"training={name}", "distillation=none"])
+    model, tokenizer = load_pretrained(config.model)
+    model = prepare_student(config, model).train()
+    choose_length(config, model)
+    plan = make_plan(config, model, World(0, 1, torch.device("cpu")))
+    stream = setup.open_stream(config, tokenizer, World(0, 1, torch.device("cpu")))
     objective = LanguageModelling(model, None, config.distillation)
     o = dataclasses.asdict(config.training.optimizer) | {"lr": plan.lr}
     optimizers = optim.build(model, **o)

@@ -24,9 +24,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.shapes import SHAPES, llama_config
-from wrinklefree import load
 from wrinklefree.core.method import QuantMethod, find
-from wrinklefree.export import head, hf
+from wrinklefree.export.formats.packed import pack_model
+from wrinklefree.export.rounded import head
+from wrinklefree.models.find import resolve_pretrained
+from wrinklefree.models.load import open_tokenizer
 
 PROMPT = "def"
 
@@ -91,8 +93,8 @@ def random_folder(out: Path, shape: str = "llama_1b") -> Path:
     method = find("bitdistill")(name="bitdistill")
     assert isinstance(method, QuantMethod)
     student = method.prepare(model)
-    packed = hf.pack_model(student, method, "bfloat16", head.quantize(student, 8))
-    words = load.open_tokenizer(load.resolve_pretrained("builtin:tiny"))
+    packed = pack_model(student, method, "bfloat16", head.quantize(student, 8))
+    words = open_tokenizer(resolve_pretrained("builtin:tiny"))
     words.add_tokens([f" {i}" for i in range(len(words), sizes.vocab)])
     packed.save_pretrained(out)
     words.save_pretrained(out)

@@ -18,13 +18,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import find
-from wrinklefree.packed import native
-from wrinklefree.packed.decoder import Layer, Linear, Model
+from wrinklefree.engine.binding import Layer, Linear, Model
+from wrinklefree.engine.engine import Engine, Sampling
 from wrinklefree.packed.embedding import TiedEmbedding
-from wrinklefree.packed.engine import Engine, Sampling
-from wrinklefree.packed.fused import fuse
-from wrinklefree.packed.linear import PackedLinear
-from wrinklefree.packed.shared import share_inputs
+from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.products import native
+from wrinklefree.packed.products.fused import fuse
+from wrinklefree.packed.products.shared import share_inputs
 
 KINDS = ("ternary", "w1", "w2", "lut2_rank1", "uniform4", "int8", "bf16")
 METHODS = {"ternary": "bitdistill", "w1": "fairy2", "w2": "fairy2", "lut2_rank1": "anemll"}  # of `random_model`

@@ -22,11 +22,13 @@ from typing import Any
 import torch
 
 from benchmarks import quality
-from wrinklefree import config as configs
-from wrinklefree import launch, load, stages
 from wrinklefree.commands import pretrain
+from wrinklefree.config.compose import load_config
 from wrinklefree.data import stdlib
-from wrinklefree.thinking import compressor, measure
+from wrinklefree.models.find import resolve_pretrained
+from wrinklefree.models.load import load_model
+from wrinklefree.runs import launch, prerequisites
+from wrinklefree.thinking import compare, compressor
 from wrinklefree.thinking import stages as thinking
 
 Figures = dict[str, Any]
@@ -37,7 +39,7 @@ STAGES = {
     "trm_recursion": thinking.recursion,
     "trm_injection": thinking.injection,
     "trm_grpo": thinking.grpo,
-    "trm_eval": measure.run,
+    "trm_eval": compare.compare_ways,
 }
 
 # Adapters that have seen a single pair and were not trained: what reinforcement is to improve.
@@ -58,7 +60,7 @@ def chain(seed: int, out: Path, more: list[str], quick: bool) -> Figures:
 
 
 def language_model(given: list[str], out: Path, more: list[str]) -> None:
-    if not stages.is_done(out / "pretrain_chains"):
+    if not prerequisites.is_done(out / "pretrain_chains"):
         pretrain.run([*given, *more], force=True)
 
 
@@ -72,7 +74,7 @@ def run(stage: str, given: list[str], out: Path, quick: bool, more: list[str] | 
         "trm_eval": ["training.eval_examples=20", "method.pairs.num_heldout=40"],
     }.get(stage, ["training.max_steps=3", "training.eval_examples=20"])
     overrides = [f"training={stage}", *given, *(more or []), *(short if quick else [])]
-    STAGES[stage](configs.load(overrides), force=True)
+    STAGES[stage](load_config(overrides), force=True)
 
 
 def results(folder: Path) -> Figures:
@@ -130,7 +132,7 @@ def pca(out: Path, quick: bool) -> Figures:
     for name, more in ways.items():
         place = folder / name
         if not (place / "sweep.json").exists():
-            compressor.sweep(configs.load([*given, *more, f"output_dir={place}"]), WIDTHS, force=True)
+            compressor.sweep(load_config([*given, *more, f"output_dir={place}"]), WIDTHS, force=True)
         errors[name] = {path.name: results(path)["mse"] for path in sorted(place.glob("d*")) if path.is_dir()}
     ratios = {
         name: {width: errors[name][width] / errors["adamw"][width] for width in errors[name]}
@@ -146,7 +148,7 @@ def pca(out: Path, quick: bool) -> Figures:
 
 def texts(folder: Path, tokens: int) -> list[str]:
     """Settings that name files of so many tokens to train on, and as many held out, of the standard library."""
-    _, tokenizer = load.load(load.resolve_pretrained("builtin:tiny"))
+    _, tokenizer = load_model(resolve_pretrained("builtin:tiny"))
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     for split in ("train", "heldout"):
@@ -168,12 +170,12 @@ def quantized(out: Path, quick: bool) -> Figures:
     for name, overrides in QUANTIZED.items():
         made = root / f"lm_{name}"
         steps = 3 if quick else QUANTIZED_STEPS
-        if not stages.is_done(made):
+        if not prerequisites.is_done(made):
             settings = ["training.batch_size=4", "training.lr=1e-3", f"training.max_steps={steps}"]
             settings += ["training.max_seq_length=auto", "training.gradient_accumulation_steps=1"]
             settings += ["training.pack=false"]
             where = [f"output_root={root}", f"output_dir={made}", "data=downstream", "task=mod7_chains"]
-            launch.run(["model=chains", *overrides, *settings, *where], force=True)
+            launch.run_stage(["model=chains", *overrides, *settings, *where], force=True)
         given = ["model=chains", f"model.pretrained={made}", f"experiment={name}", f"output_root={root}"]
         for stage in ("trm_compressor", "trm_pairs", "trm_recursion", "trm_injection", "trm_eval"):
             run(stage, given, root / f"{name}_{stage}", quick)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import quality
-from wrinklefree import load
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import QuantLinear, QuantMethod
+from wrinklefree.models.load import load_model
 
 W2 = ["training=fairy2_w2", "training.lr=2.5e-3"]
 W1 = ["training=fairy2_w1", "training.lr=5e-3"]
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def measure(story: Path, steps: int, seeds: list[int], only: str) -> dict[str, Any]:
-    teacher, tokenizer = load.load(story, dtype=torch.float32)
+    teacher, tokenizer = load_model(story, dtype=torch.float32)
     teacher.requires_grad_(False)
     heldout = quality.sampled(teacher, batches=4, rows=12, length=256, seed=10_000)
     data = {seed: quality.sampled(teacher, steps, rows=12, length=128, seed=seed) for seed in seeds}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import _anemll
 
-from wrinklefree import cli, storage
+from wrinklefree import cli
+from wrinklefree.training import storage
 
 
 def main() -> None:

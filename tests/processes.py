@@ -25,12 +25,13 @@ from torch.distributed.tensor import DTensor
 from toyrun import nothing, resolved, run
 from transformers import PreTrainedModel
 
-from wrinklefree import checkpoint, distributed
-from wrinklefree.config import DistillationConfig
+from wrinklefree.config.schema import DistillationConfig
+from wrinklefree.core import files
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
-from wrinklefree.distributed import World
-from wrinklefree.objectives import Batch, LanguageModelling, Metrics, Objective
+from wrinklefree.distributed.world import World, barrier, join_world, leave_world
+from wrinklefree.objectives.base import Batch, Metrics, Objective
+from wrinklefree.objectives.language_modelling import LanguageModelling
 
 
 def act_for(kind: str | None, world: World) -> Callable[[nn.Module, int], None]:
@@ -98,13 +99,13 @@ def work(folder: Path, job: dict[str, Any], world: World) -> None:
 
 def main() -> None:
     warnings.simplefilter("error")
-    checkpoint.FULL = (errno.EFBIG,)  # a limit on the size of a file stands for the disk's
+    files.FULL = (errno.EFBIG,)  # a limit on the size of a file stands for the disk's
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    world, folder = distributed.start(), Path(sys.argv[1])
+    world, folder = join_world(), Path(sys.argv[1])
     for job in json.loads((folder / "jobs.json").read_text()):
         work(folder, job, world)
-        distributed.barrier(world)
-    distributed.stop()
+        barrier(world)
+    leave_world()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # as `wf` does it, and why

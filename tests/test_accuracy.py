@@ -8,10 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import Example, packing
+from wrinklefree.data import packing
+from wrinklefree.data.open import Example
 from wrinklefree.evaluate import accuracy
 from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
-from wrinklefree.objectives import Decoder
+from wrinklefree.objectives.language_model import BodyAndHead
 
 WORDS = (" w1", " w2", " w3")
 MIXED = (" w1", " w1 w5", " w7 w8 w9")  # of different lengths, one the beginning of another
@@ -49,7 +50,7 @@ def test_likelihoods_are_those_of_each_choice_alone(
     rows = [(e, choice) for e in examples for choice in e.choices]
     answered = [e._replace(answer=choice) for e, choice in rows]
     documents = [packing.shorten(d, length)[:, :-1] for d in packing.encode(tiny.tokenizer(), answered)]
-    found = accuracy.log_likelihoods(Decoder(model), documents, batch_size=5, device=model.device)
+    found = accuracy.log_likelihoods(BodyAndHead(model), documents, batch_size=5, device=model.device)
     expected = torch.tensor([alone(model, e, choice, length) for e, choice in rows])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 

@@ -20,14 +20,16 @@ from typer.testing import CliRunner
 
 import qat_lora
 from qat_lora import files
-from wrinklefree import checkpoint, load
-from wrinklefree import config as configs
 from wrinklefree.cli import app
+from wrinklefree.config.compose import load_config, read_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.lowrank import look_up
 from wrinklefree.core.method import quant_layers
-from wrinklefree.export import anemll
+from wrinklefree.export.formats import anemll
 from wrinklefree.methods.anemll import Config
+from wrinklefree.models.find import model_folder
+from wrinklefree.models.load import load_model
+from wrinklefree.training import checkpoint
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHORT = ["data=local", "data.path=text", "training.final_eval_tokens=64", "training.eval_tokens=64"]
@@ -71,7 +73,7 @@ def steps(run: Path) -> list[dict[str, str]]:
 
 
 def plain_codes(folder: Path) -> dict[str, Tensor]:
-    return {fqn: layer.encode().index for fqn, layer in quant_layers(load.load(folder)[0]).items()}
+    return {fqn: layer.encode().index for fqn, layer in quant_layers(load_model(folder)[0]).items()}
 
 
 # --- workflows
@@ -85,7 +87,7 @@ def test_a_workflow_is_one_command(folder: Path, workflow: str, last: str) -> No
     assert result.exit_code == 0, result.output
     run = folder / "outputs" / f"anemll_toy_{last}"
     assert {"final", "packed", "anemll"} <= {path.name for path in run.iterdir()}
-    trained, packed = (load.load(run / name, dtype=torch.float32)[0] for name in ("final", "packed"))
+    trained, packed = (load_model(run / name, dtype=torch.float32)[0] for name in ("final", "packed"))
     ids = torch.arange(12).unsqueeze(0)
     assert torch.allclose(trained(ids).logits, packed(ids).logits, atol=5e-3)  # the rest is bf16
     again = CliRunner().invoke(app, arguments)
@@ -104,7 +106,7 @@ def test_a_setting_may_be_for_one_step(folder: Path) -> None:
     arguments = ["anemll", "-m", "./toy", "--workflow", "a", "--cache", "cache", *SHORT, "v1:training.max_steps=2"]
     assert CliRunner().invoke(app, [*arguments, "v2:training.max_steps=0"]).exit_code == 0
     assert len([row for row in steps(folder / "outputs" / "anemll_toy_a_v1") if row["train_loss"]]) >= 1
-    assert load.load(folder / "outputs" / "anemll_toy_a_v2")[0] is not None
+    assert load_model(folder / "outputs" / "anemll_toy_a_v2")[0] is not None
 
 
 def test_a_setting_for_a_step_that_this_workflow_lacks_is_refused(folder: Path) -> None:
@@ -179,7 +181,7 @@ def test_a_run_may_start_from_a_file_in_its_own_folder_twice(
     start = ["--v2-checkpoint", f"run/{anemll.FILE}", "--output-dir", "run", "--model-id", "./toy", *SMALL, *SHORT]
     assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "nocache") == 2
     assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "cache") == 0, capsys.readouterr().err
-    assert load.model_folder(Path("run")) == Path("run/final")
+    assert model_folder(Path("run")) == Path("run/final")
     assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "cache") == 2
     assert "--force" in capsys.readouterr().err
 
@@ -254,7 +256,7 @@ def test_every_flag_arrives(
     expected: dict[str, Any],
 ) -> None:
     assert script(monkeypatch, name, *arguments, "--output-dir", "run", *ONE_STEP) == 0, capsys.readouterr().err
-    config = configs.from_yaml(folder / "run" / "final" / checkpoint.CONFIG)
+    config = read_config(folder / "run" / "final" / checkpoint.CONFIG)
     for key, value in expected.items():
         assert operator.attrgetter(key)(config) == pytest.approx(value), key
 
@@ -425,7 +427,7 @@ def test_a_layer_that_was_left_as_it_was_stays_so(folder: Path) -> None:
     opened = files.open_checkpoint(folder / "theirs.pt", "./toy")
     assert quant_layers(opened.model).keys() == quant_layers(model).keys()
     files.save(opened, folder / "ours")
-    assert len(quant_layers(load.load(folder / "ours")[0])) == 6
+    assert len(quant_layers(load_model(folder / "ours")[0])) == 6
 
 
 def test_biases_are_read(folder: Path) -> None:
@@ -484,7 +486,7 @@ def test_a_file_that_would_run_code_is_refused(folder: Path) -> None:
 
 
 def test_nothing_is_overwritten_unasked(folder: Path) -> None:
-    opened = files.Opened(Config(rank=4).prepare(llama()), tokenizer(), files.configs.load(["model=tiny"]))  # type: ignore[arg-type]
+    opened = files.Opened(Config(rank=4).prepare(llama()), tokenizer(), load_config(["model=tiny"]))  # type: ignore[arg-type]
     (folder / "x.pt").write_text("mine")
     with pytest.raises(UserError, match="--force"):
         files.save(opened, folder / "x.pt")
@@ -503,7 +505,7 @@ def test_the_guides_functions(folder: Path) -> None:
     assert after < before
     ids = torch.arange(12).unsqueeze(0)
     logits = model.eval()(ids).logits
-    assert torch.allclose(load.load("run")[0](ids).logits, logits, atol=1e-5)
+    assert torch.allclose(load_model("run")[0](ids).logits, logits, atol=1e-5)
     with pytest.raises(UserError, match="already holds a run"):
         qat_lora.train_e2e(model, words, "cache", "run", max_steps=1)
     for switch in (qat_lora.set_factored_inference_v2, qat_lora.set_batched_forward_v2):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from wrinklefree import config as configs
 from wrinklefree.cli import app
+from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
 
 VERBS = [
@@ -293,11 +293,11 @@ def test_a_half_cache_is_the_native_engines(random_model: Path) -> None:
 
 
 def test_a_model_config_name_stands_for_its_model() -> None:
-    from wrinklefree.locate import locate
+    from wrinklefree.generate.open import pretrained_of
 
-    assert locate("tiny") == "builtin:tiny"
-    assert locate("smollm2_135m") == "HuggingFaceTB/SmolLM2-135M"
-    assert locate("org/other") == "org/other"
+    assert pretrained_of("tiny") == "builtin:tiny"
+    assert pretrained_of("smollm2_135m") == "HuggingFaceTB/SmolLM2-135M"
+    assert pretrained_of("org/other") == "org/other"
 
 
 @pytest.mark.parametrize(("last", "code"), [("2.5", 0), ("3.5", 0), ("nan", 1), ("", 1)])
@@ -318,5 +318,5 @@ def test_smoke_script_judges_the_log(tmp_path: Path, monkeypatch, capsys, last: 
         runpy.run_path(str(script), run_name="__main__")
     assert stopped.value.code == code
     assert ("ALL TESTS PASSED!" in capsys.readouterr().out) == (code == 0)
-    config = configs.load(given[0])
+    config = load_config(given[0])
     assert (config.training.max_steps, config.training.stage, config.model.name) == (2, "w1", "tiny")

@@ -21,8 +21,8 @@ from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Config as Fairy2
 from wrinklefree.methods.fairy2 import Dequantize, to_real
 from wrinklefree.methods.uniform import Config as Uniform
-from wrinklefree.packed import compiled
-from wrinklefree.packed.linear import FEW, PackedLinear
+from wrinklefree.packed.layer import FEW, PackedLinear
+from wrinklefree.packed.products import compiled
 
 torch.set_num_threads(1)
 

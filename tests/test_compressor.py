@@ -18,14 +18,15 @@ from tiny import VOCAB, ids, llama
 from torch import Tensor
 from toyrun import toy_files
 
-from wrinklefree import config as configs
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.moments import Moments, principal_axes, tied_error, weighted_code
-from wrinklefree.data import IGNORE
+from wrinklefree.data.open import IGNORE
 from wrinklefree.data.packing import Batch, make_batch, pack, padding
-from wrinklefree.distributed import ALONE
+from wrinklefree.distributed.world import ALONE
 from wrinklefree.methods.trm import DimensionCompressor
-from wrinklefree.objectives import Decoder
+from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking import compressor, gathering, loading
 from wrinklefree.thinking.bench import open_bench
 from wrinklefree.thinking.gathering import Gathered
@@ -72,12 +73,12 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    return Decoder(llama().requires_grad_(False))
+def decoder() -> BodyAndHead:
+    return BodyAndHead(llama().requires_grad_(False))
 
 
 @pytest.fixture(scope="module")
-def states(decoder: Decoder) -> Tensor:
+def states(decoder: BodyAndHead) -> Tensor:
     """Some 1,500 states [N, D] of the toy model."""
     return real_states(decoder, mark(rows(64), PAD))
 
@@ -98,7 +99,7 @@ def gathered(states: Tensor) -> Gathered:
     return Gathered(moments)
 
 
-def config(*more: str) -> configs.Config:
+def config(*more: str) -> Config:
     """A run on the toy model in the working folder."""
     given = ["training=trm_compressor", "model=./toy", "data=local", "data.path=text", f"method.d_compressed={SIZE}"]
     given += [
@@ -108,7 +109,7 @@ def config(*more: str) -> configs.Config:
         "output_dir=run",
         *SMALL,
     ]
-    return configs.load([*given, *SMALL, *more])
+    return load_config([*given, *SMALL, *more])
 
 
 def script(*words: str) -> int:
@@ -132,13 +133,13 @@ def toy_script(*words: str) -> list[str]:
 
 def test_the_head_reads_the_logits_in_the_states() -> None:
     model = llama()
-    decoder = Decoder(model)
+    decoder = BodyAndHead(model)
     batch = {"input_ids": ids()}
     states, head = decoder.project(decoder.states(batch))
     torch.testing.assert_close(F.linear(states, head), model(**batch).logits)
 
 
-def test_padding_does_not_count(decoder: Decoder) -> None:
+def test_padding_does_not_count(decoder: BodyAndHead) -> None:
     """The same documents alone, and with padding behind them: loss, metrics and moments are the same."""
     documents = [torch.tensor([[3, 4, 5, PAD], [1, 0, 0, 0], [0, 1, 1, 1]]), torch.tensor([[9, PAD], [1, 0], [0, 1]])]
     bare = mark(make_batch(torch.cat(documents, dim=1)[None]), PAD)
@@ -186,7 +187,7 @@ def test_metrics_are_what_they_are_called_and_exact_over_batches(states: Tensor)
 # --- optima
 
 
-def test_the_floor_of_pca_is_the_measured_error(decoder: Decoder, states: Tensor) -> None:
+def test_the_floor_of_pca_is_the_measured_error(decoder: BodyAndHead, states: Tensor) -> None:
     found = gathered(states)
     for size in (1, SIZE, WIDTH):
         made = found.pca.put(DimensionCompressor(WIDTH, size))
@@ -212,7 +213,7 @@ def test_training_comes_near_pca_and_not_below(states: Tensor) -> None:
     assert floor <= F.mse_loss(trained(states), states).item() < 1.02 * floor
 
 
-def test_fisher_has_the_least_error_in_its_metric_and_less_kl(decoder: Decoder, states: Tensor) -> None:
+def test_fisher_has_the_least_error_in_its_metric_and_less_kl(decoder: BodyAndHead, states: Tensor) -> None:
     """Less than PCA and a random metric in its objective; and in the KL itself, which that stands for."""
     stream = MarkedStream(Repeated(rows(64)), PAD)
     found = gathering.gather(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
@@ -235,7 +236,7 @@ def test_fisher_has_the_least_error_in_its_metric_and_less_kl(decoder: Decoder, 
     assert weight.grad.norm() < 1e-3 * loss / weight.detach().norm()  # nothing to gain in any direction
 
 
-def test_the_fisher_metric_is_the_kl_to_second_order(decoder: Decoder, states: Tensor) -> None:
+def test_the_fisher_metric_is_the_kl_to_second_order(decoder: BodyAndHead, states: Tensor) -> None:
     """Of small errors that know nothing of the state."""
     stream = MarkedStream(Repeated(rows(64)), PAD)
     found = gathering.gather(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 import wrinklefree
-from wrinklefree import config as configs
-from wrinklefree.config import CONFIGS, Config, from_yaml, load, options, to_yaml
+from wrinklefree.config.check import _union_members
+from wrinklefree.config.compose import CONFIGS, config_yaml, load_config, options, read_config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import available, find
 
@@ -39,9 +40,9 @@ def pairs() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("choice", list(pairs()), ids=" ".join)
 def test_every_pair_of_configs_composes(choice: list[str]) -> None:
-    config = load(list(dict.fromkeys([*choice, *(more for c in choice for more in REQUIRED.get(c, []))])))
+    config = load_config(list(dict.fromkeys([*choice, *(more for c in choice for more in REQUIRED.get(c, []))])))
     assert isinstance(config, Config)
-    assert "???" not in to_yaml(config)
+    assert "???" not in config_yaml(config)
 
 
 def test_pairs_cover_every_yaml() -> None:
@@ -49,14 +50,14 @@ def test_pairs_cover_every_yaml() -> None:
     shipped = {p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.glob("*/*.yaml")}
     assert named == shipped
     assert {p.stem for p in CONFIGS.glob("*.yaml")} == {"config", "pretrain"}
-    assert load([], "pretrain").training.stage == "pretrain"
+    assert load_config([], "pretrain").training.stage == "pretrain"
 
 
 def sections(cls: type, prefix: str = "") -> Iterator[tuple[type, str]]:
     """Every config dataclass below `cls`, with the path of its keys."""
     yield cls, prefix
     for f in dataclasses.fields(cls):
-        for part in (f.type, *configs._union_members(f.type)):
+        for part in (f.type, *_union_members(f.type)):
             if isinstance(part, type) and dataclasses.is_dataclass(part):
                 yield from sections(part, f"{prefix}{f.name}.")
 
@@ -114,7 +115,7 @@ def test_every_yaml_says_what_it_is(file: Path) -> None:
 
 def mistakes(*overrides: str) -> list[str]:
     with pytest.raises(UserError) as refused:
-        load(list(overrides))
+        load_config(list(overrides))
     return str(refused.value).splitlines()
 
 
@@ -179,35 +180,37 @@ def test_settings_that_exclude_each_other_are_one_line() -> None:
 
 
 def test_values_come_with_their_types() -> None:
-    config = load(["training.optimizer.lr=5e-5", "training.total_tokens=100_000_000", "training.freeze_names=[a,b]"])
+    config = load_config(
+        ["training.optimizer.lr=5e-5", "training.total_tokens=100_000_000", "training.freeze_names=[a,b]"]
+    )
     assert config.training.optimizer.lr == 5e-5
     assert config.training.total_tokens == 100_000_000
     assert config.training.freeze_names == ["a", "b"]
     assert config.training.optimizer.betas == (0.9, 0.95)
-    assert load(["training.lr=5e-5"]).training.optimizer.lr == 5e-5
-    assert load(["training.resume_from=gs://b/x=1/step_5"]).training.resume_from == "gs://b/x=1/step_5"
+    assert load_config(["training.lr=5e-5"]).training.optimizer.lr == 5e-5
+    assert load_config(["training.resume_from=gs://b/x=1/step_5"]).training.resume_from == "gs://b/x=1/step_5"
 
 
 def test_mode_sets_stages_and_folder() -> None:
     for mode, stages in (("w1", 1), ("w2", 2)):
-        config = load(["model=smollm2_135m", f"training=fairy2_{mode}"])
+        config = load_config(["model=smollm2_135m", f"training=fairy2_{mode}"])
         assert config.method.num_stages == stages
         assert config.output_dir == f"outputs/fairy2_smollm2_135m_{mode}"
 
 
 @pytest.mark.parametrize("choice", [["training=fairy2_w1"], ["data=local", "data.path=a: b"], ["distillation=none"]])
 def test_yaml_comes_back_the_same(tmp_path: Path, choice: list[str]) -> None:
-    config = load([*choice, "training.freeze_names=[layers.0]", "training.lr=1e-5"])
-    (tmp_path / "wrinklefree.yaml").write_text(to_yaml(config))
-    assert from_yaml(tmp_path / "wrinklefree.yaml") == config
-    assert type(from_yaml(tmp_path / "wrinklefree.yaml").method) is type(config.method)
+    config = load_config([*choice, "training.freeze_names=[layers.0]", "training.lr=1e-5"])
+    (tmp_path / "wrinklefree.yaml").write_text(config_yaml(config))
+    assert read_config(tmp_path / "wrinklefree.yaml") == config
+    assert type(read_config(tmp_path / "wrinklefree.yaml").method) is type(config.method)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "model: 3", "\x00"])
 def test_a_foreign_yaml_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "wrinklefree.yaml").write_text(text)
     with pytest.raises(UserError):
-        from_yaml(tmp_path / "wrinklefree.yaml")
+        read_config(tmp_path / "wrinklefree.yaml")
 
 
 def test_a_folder_of_ones_own_adds_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,5 +219,5 @@ def test_a_folder_of_ones_own_adds_choices(tmp_path: Path, monkeypatch: pytest.M
     (mine / "mine.yaml").write_text("name: mine\npretrained: /models/mine\n")
     assert "no such option" in mistakes("model=mine")[0]
     monkeypatch.chdir(tmp_path)
-    assert load(["model=mine"]).model.pretrained == "/models/mine"
-    assert load(["model=tiny"]).model.name == "tiny"
+    assert load_config(["model=mine"]).model.pretrained == "/models/mine"
+    assert load_config(["model=tiny"]).model.name == "tiny"

@@ -414,7 +414,7 @@ def test_extreme_weights_stay_finite(method: QuantMethod, value: float) -> None:
 
 
 def test_an_unknown_setting_is_refused(default: QuantMethod) -> None:
-    from wrinklefree import config as configs
+    from wrinklefree.config.compose import load_config
 
     with pytest.raises(UserError, match=r"method\.num_stagez: unknown key"):
-        configs.load([f"method={default.name}", "method.num_stagez=3"])
+        load_config([f"method={default.name}", "method.num_stagez=3"])

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from wrinklefree.cli import app
 from wrinklefree.core.errors import UserError
-from wrinklefree.export import coreml
-from wrinklefree.export.certify import CertificateError
-from wrinklefree.export.palette import Palette, palettes
+from wrinklefree.export.formats import coreml
+from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.export.views.lut import Palette, palettes
 from wrinklefree.methods import anemll, bitdistill, fairy2
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # before its first import, as the command does it
@@ -28,7 +28,7 @@ ct = pytest.importorskip("coremltools")
 
 from coremltools.converters.mil.mil import Builder, Function, Program, types  # noqa: E402
 
-from wrinklefree.export import mil, mil_run  # noqa: E402
+from wrinklefree.export.coreml import interpreter, program  # noqa: E402
 
 BATCHES = [{"input_ids": ids(2, 8)}]
 WORDS = tokenizer()
@@ -78,11 +78,11 @@ def one_layer(layer: Palette, folder: Path) -> Any:
     """A package of one layer on [1, in, 1, 5], and its function read back."""
     width = layer.index.shape[1]
     with Function({"x": Builder.placeholder((1, width, 1, 5), dtype=types.fp16)}, opset_version=ct.target.iOS18) as f:
-        f.set_outputs([Builder.identity(x=mil.palettized(f.inputs["x"], layer, "layer"), name="y")])
-    program = Program()
-    program.add_function("main", f)
+        f.set_outputs([Builder.identity(x=program.palettized(f.inputs["x"], layer, "layer"), name="y")])
+    written = Program()
+    written.add_function("main", f)
     with coreml._no_progress_bars():
-        made = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+        made = ct.convert(written, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
     made.save(str(folder / "one.mlpackage"))
     return coreml.read(folder / "one.mlpackage")["main"]
 
@@ -111,7 +111,7 @@ def test_a_layer_is_one_palettized_convolution_between_two_products(tmp_path: Pa
     assert kinds.count("conv") == 1
     assert coreml._same_palette(operations, "layer", layer)
     x = torch.randn(1, 40, 1, 5).half().float()
-    y = mil_run.Function(function)({"x": x}, {})["y"]
+    y = interpreter.Function(function)({"x": x}, {})["y"]
     torch.testing.assert_close(y[0, :, 0], layer.weight() @ x[0, :, 0], rtol=1e-4, atol=1e-4)
     size = coreml.weights_bytes(tmp_path / "one.mlpackage")
     assert filled(size) == 64 + sum(64 + filled(n) for entries, n in layer.constants() if entries >= 10)
@@ -173,7 +173,7 @@ def test_prefill_and_decode_share_the_cache(tmp_path: Path) -> None:
     """70 ids: one pass of 64, then six of one. A padded pass of 64 leaves the same logits for the ids it has."""
     model = table_model(llama(num_key_value_heads=2, **WIDE))
     write(model, tmp_path)
-    program = mil_run.Decoder(coreml.read(tmp_path / "model.mlpackage"))
+    program = interpreter.Decoder(coreml.read(tmp_path / "model.mlpackage"))
     x = ids(1, 70)
     with torch.no_grad():
         expected: Tensor = model(x).logits
@@ -233,9 +233,9 @@ def test_packages_are_for_ios_18_and_hold_states(tmp_path: Path) -> None:
 def test_a_package_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sign error in the rotation, which no code shows; a layer with other codes; a weight stored twice."""
     model = table_model(llama(initializer_range=0.2))  # attention that looks at something
-    right = mil.rotary_tables
+    right = program.rotary_tables
     with monkeypatch.context() as wrong:
-        wrong.setattr(mil, "rotary_tables", lambda *args: (right(*args)[0], -right(*args)[1]))
+        wrong.setattr(program, "rotary_tables", lambda *args: (right(*args)[0], -right(*args)[1]))
         with pytest.raises(CertificateError, match="KL to the trained model"):
             write(model, tmp_path)
     other = palettes(model, "coreml")

@@ -11,10 +11,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from wrinklefree import data
-from wrinklefree.config import CONFIGS, DataConfig
+from wrinklefree.config.compose import CONFIGS
+from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import IGNORE, packing, sources
+from wrinklefree.data import packing, sources
+from wrinklefree.data.open import (
+    IGNORE,
+    BatchStream,
+    _refuse_unread,
+    _render,
+    file_batches,
+    heldout_batches,
+    training_stream,
+)
 from wrinklefree.data.tokenizer import train_tokenizer
 
 WORDS = [f"word{i} is the {i * i}th of many words, and {i}\n" for i in range(97)]
@@ -55,11 +64,11 @@ def hub_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def stream(config: DataConfig, tokenizer: PreTrainedTokenizerFast, **kwargs: int) -> data.BatchStream:
-    return data.training_stream(config, tokenizer, **{"batch_size": 2, "length": 32, "seed": 5} | kwargs)
+def stream(config: DataConfig, tokenizer: PreTrainedTokenizerFast, **kwargs: int) -> BatchStream:
+    return training_stream(config, tokenizer, **{"batch_size": 2, "length": 32, "seed": 5} | kwargs)
 
 
-def take(batches: data.BatchStream, count: int) -> torch.Tensor:
+def take(batches: BatchStream, count: int) -> torch.Tensor:
     """Everything in the next batches, [count, 3, batch, length]."""
     return torch.stack([torch.stack(list(next(batches).values())) for _ in range(count)])
 
@@ -195,7 +204,7 @@ def test_an_epoch_has_every_document_once_and_none_held_out(
     shuffle_buffer: int, corpus: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     config = DataConfig(source="local", path=str(corpus), shuffle_buffer=shuffle_buffer)
-    heldout = data.heldout_batches(config, tokenizer, batch_size=1, length=8)
+    heldout = heldout_batches(config, tokenizer, batch_size=1, length=8)
     shown = tokenizer.decode([i for batch in heldout for i in batch["input_ids"][0].tolist()])
     assert sorted(documents_of_epoch(config, tokenizer)) == sorted(w for i, w in enumerate(WORDS) if i % 20)
     assert "".join(WORDS[::20]).startswith(shown.replace("<|endoftext|>", ""))
@@ -247,11 +256,11 @@ def test_more_processes_than_documents(tmp_path: Path, tokenizer: PreTrainedToke
 def test_stdlib_heldout_is_cut_evenly_and_the_same_each_time(tokenizer: PreTrainedTokenizerFast) -> None:
     config = DataConfig(source="stdlib")
     whole, again = (
-        torch.cat([b["input_ids"] for b in data.heldout_batches(config, tokenizer, batch_size=8, length=128)])
+        torch.cat([b["input_ids"] for b in heldout_batches(config, tokenizer, batch_size=8, length=128)])
         for _ in range(2)
     )
     assert torch.equal(whole, again)
-    cut = data.heldout_batches(config, tokenizer, batch_size=4, length=128, max_tokens=10 * 128)
+    cut = heldout_batches(config, tokenizer, batch_size=4, length=128, max_tokens=10 * 128)
     assert [len(batch["labels"]) for batch in cut] == [4, 4, 2]
     total = len(whole)
     assert torch.equal(torch.cat([b["input_ids"] for b in cut]), whole[[(2 * i + 1) * total // 20 for i in range(10)]])
@@ -263,7 +272,7 @@ def test_named_heldout_file_leaves_training_whole(
     heldout = tmp_path / "heldout.txt"
     heldout.write_text("only this")
     config = DataConfig(source="local", path=str(corpus), heldout_path=str(heldout))
-    batches = data.heldout_batches(config, tokenizer, batch_size=1, length=64)
+    batches = heldout_batches(config, tokenizer, batch_size=1, length=64)
     assert tokenizer.decode(batches[0]["input_ids"][0]).startswith("only this<|endoftext|>")
     assert sorted(documents_of_epoch(config, tokenizer)) == sorted(WORDS)
 
@@ -273,7 +282,7 @@ def test_hub_holds_out_its_first_documents(hub_folder: Path, tokenizer: PreTrain
     trained = documents_of_epoch(config, tokenizer)
     rows = [f"shard {shard} row {i}" for shard in range(3) for i in range(250)]
     assert sorted(trained) == sorted(rows[sources.HELDOUT_DOCUMENTS :])
-    heldout = data.heldout_batches(config, tokenizer, batch_size=100, length=16)
+    heldout = heldout_batches(config, tokenizer, batch_size=100, length=16)
     shown = tokenizer.decode(torch.cat([b["input_ids"].flatten() for b in heldout])).split("<|endoftext|>")[:-1]
     assert shown == rows[: len(shown)]
     assert len(shown) > sources.HELDOUT_DOCUMENTS - 10
@@ -284,7 +293,7 @@ def test_a_book_in_one_file_is_shuffled_and_held_out_in_parts(
 ) -> None:
     book = tmp_path / "book.rst"  # a file named outright is text, whatever its suffix
     book.write_text("".join(WORDS))
-    render = data._render(tokenizer, "text")
+    render = _render(tokenizer, "text")
     parts = list(sources.read(book, render, piece=100))
     assert "".join(parts) == "".join(WORDS)
     assert len(parts) > 20
@@ -296,20 +305,18 @@ def test_evaluated_text_file_is_one_document(
 ) -> None:
     monkeypatch.setattr(sources, "PIECE", 100)
     (tmp_path / "a.txt").write_text("".join(WORDS))
-    batches = data.file_batches(tmp_path / "a.txt", tokenizer, batch_size=4, length=64)
+    batches = file_batches(tmp_path / "a.txt", tokenizer, batch_size=4, length=64)
     labels = torch.cat([batch["labels"] for batch in batches])
     assert (labels == IGNORE).sum() == 1
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": word}) + "\n" for word in WORDS))
-    labels = torch.cat(
-        [b["labels"] for b in data.file_batches(tmp_path / "a.jsonl", tokenizer, batch_size=4, length=8)]
-    )
+    labels = torch.cat([b["labels"] for b in file_batches(tmp_path / "a.jsonl", tokenizer, batch_size=4, length=8)])
     assert (labels == IGNORE).sum() == len(WORDS)
 
 
 def test_chat_rows_are_written_by_the_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
-    batches = data.file_batches(tmp_path / "chat.jsonl", tokenizer, batch_size=1, length=100)
+    batches = file_batches(tmp_path / "chat.jsonl", tokenizer, batch_size=1, length=100)
     text = tokenizer.decode(batches[0]["input_ids"][0])
     assert text.startswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n<|endoftext|>")
 
@@ -336,7 +343,7 @@ def test_every_data_yaml_is_a_data_config() -> None:
     found = {path.stem: DataConfig(**OmegaConf.load(path)) for path in (CONFIGS / "data").glob("*.yaml")}
     assert {"stdlib", "local", "hub", "fineweb", "fineweb_edu", "downstream"} <= set(found)
     for config in found.values():
-        data._refuse_unread(config)
+        _refuse_unread(config)
 
 
 BAD_FILES = {
@@ -381,7 +388,7 @@ def test_bad_setting_is_said_before_anything_is_read(
     with pytest.raises(UserError, match=message):
         stream(config, tokenizer)
     with pytest.raises(UserError, match=message):
-        data.heldout_batches(config, tokenizer, batch_size=1, length=8)
+        heldout_batches(config, tokenizer, batch_size=1, length=8)
 
 
 def test_folder_without_readable_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

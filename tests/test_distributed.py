@@ -17,11 +17,14 @@ import torch
 from safetensors.torch import load_file
 from toyrun import overrides, resolved, rows, run, tensors, toy_files
 
-from wrinklefree import checkpoint, launch, load, sharding
-from wrinklefree import config as configs
+from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
-from wrinklefree.distributed import ALONE
+from wrinklefree.distributed import sharding
+from wrinklefree.distributed.world import ALONE
+from wrinklefree.models.load import load_model
+from wrinklefree.runs import launch
+from wrinklefree.training import checkpoint
 
 # Sequences of an odd length have unlike numbers of labels, so that a mean of means would show.
 ODD = ["training.max_seq_length=11"]
@@ -163,9 +166,9 @@ def test_large_offloads_to_the_cpu_and_gathers_ahead(folder: Path) -> None:
 
 def test_a_sharded_checkpoint_is_a_hugging_face_folder_with_shards_without_pickles(folder: Path) -> None:
     path = folder / "fsdp" / "checkpoints" / "step_3"
-    model, _ = load.load(path)
+    model, _ = load_model(path)
     assert quant_layers(model)
-    one, _ = load.load(folder / "one_fsdp" / "checkpoints" / "step_3")
+    one, _ = load_model(folder / "one_fsdp" / "checkpoints" / "step_3")
     names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "wrinklefree.yaml", "state/trainer.pt"} <= names
     assert len([name for name in names if name.startswith("state/shards/")]) == 2
@@ -246,19 +249,19 @@ def test_compiling_sharded_layers_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("setting", ["cpu_offload=true", "prefetch=1", "reshard_after_forward=false"])
 def test_settings_of_fsdp_without_it_are_refused(setting: str) -> None:
     with pytest.raises(UserError, match="no effect without fsdp"):
-        sharding.choose(configs.load([f"distributed.{setting}"]), ALONE)
+        sharding.choose_placement(load_config([f"distributed.{setting}"]), ALONE)
 
 
 def test_one_process_shards_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "wrinklefree"):
-        placement = sharding.choose(configs.load(["distributed=fsdp_large"]), ALONE)
+        placement = sharding.choose_placement(load_config(["distributed=fsdp_large"]), ALONE)
     assert type(placement) is sharding.Whole
     assert "nothing to shard" in caplog.text
 
 
 def test_processes_are_counted_by_gpus_and_wishes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    whole, sharded = (configs.load([f"distributed={name}"]) for name in ("single_gpu", "fsdp_multi"))
+    whole, sharded = (load_config([f"distributed={name}"]) for name in ("single_gpu", "fsdp_multi"))
     counts = {}
     for gpus in (0, 4):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)

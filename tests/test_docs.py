@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from wrinklefree import config as configs
 from wrinklefree.cli import app
+from wrinklefree.config.check import key_paths
+from wrinklefree.config.schema import Config
 from wrinklefree.core import method
 
 ROOT = Path(__file__).parents[1]
@@ -17,9 +18,9 @@ CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 def settings() -> list[str]:
     """Every key with its full path, sections left out."""
-    keys = [key for key, _ in configs._paths(configs.Config)]
+    keys = [key for key, _ in key_paths(Config)]
     for name in method.available():
-        keys += [key for key, _ in configs._paths(method.find(name), "method.")]
+        keys += [key for key, _ in key_paths(method.find(name), "method.")]
     return [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
 
 

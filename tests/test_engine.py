@@ -25,18 +25,19 @@ from transformers import (
 )
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from wrinklefree import generate, load
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, find, quant_layers
-from wrinklefree.export import hf
-from wrinklefree.locate import open_engine
-from wrinklefree.packed import native
-from wrinklefree.packed.assemble import assemble
-from wrinklefree.packed.decoder import Append, CSampling, Decoder, sample
-from wrinklefree.packed.engine import CHUNK, Engine, Sampling, supports
-from wrinklefree.packed.linear import set_exact
-from wrinklefree.packed.source import ModelSource
-from wrinklefree.streaming import TextStream
+from wrinklefree.engine.assemble import assemble
+from wrinklefree.engine.binding import Append, CSampling, Decoder, sample
+from wrinklefree.engine.engine import CHUNK, Engine, Sampling, supports
+from wrinklefree.engine.source import ModelSource
+from wrinklefree.export.formats.packed import export_packed, pack_model
+from wrinklefree.generate import generate
+from wrinklefree.generate.open import open_engine
+from wrinklefree.generate.text import TextStream
+from wrinklefree.models.load import load_model
+from wrinklefree.packed.layer import set_exact
+from wrinklefree.packed.products import native
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
@@ -150,12 +151,12 @@ def test_greedy_tokens_are_those_of_transformers(name: str, penalty: float) -> N
 
 def export(model: PreTrainedModel, out: Path, **options: Any) -> Path:
     method = next(iter(quant_layers(model).values())).config
-    hf.export(model, tokenizer(), method, out, card="", force=False, batches=batches(), **options)
+    export_packed(model, tokenizer(), method, out, card="", force=False, batches=batches(), **options)
     return out
 
 
 def read_exactly(folder: Path) -> PreTrainedModel:
-    model = load.load(folder, dtype=torch.float32)[0]
+    model = load_model(folder, dtype=torch.float32)[0]
     set_exact(model)
     return model
 
@@ -182,7 +183,7 @@ def test_packed_folders_say_what_transformers_says(name: str, head_bits: Any, tm
 @pytest.mark.parametrize("name", PACKED)
 def test_int8_activations_stay_near(name: str) -> None:
     method, base = PACKED[name]
-    model = hf.pack_model(method.prepare(base(initializer_range=0.3), batches()), method, "float32")
+    model = pack_model(method.prepare(base(initializer_range=0.3), batches()), method, "float32")
     exact = read(decoder(model), ids(60), (60,))[0]
     near = read(decoder(model, "int8"), ids(60), (60,))[0]
     assert 0 < np.linalg.norm(near - exact) < 0.06 * np.linalg.norm(exact)
@@ -201,8 +202,8 @@ def test_a_method_of_ones_own_runs(tmp_path: Path) -> None:
 def test_the_embedded_model_says_the_same_quantized(values: dict[str, Any]) -> None:
     method = find(values["name"])(**values)
     assert isinstance(method, QuantMethod)
-    trained, words = load.load("builtin:tiny", dtype=torch.float32)
-    model = hf.pack_model(method.prepare(trained), method, "float32")
+    trained, words = load_model("builtin:tiny", dtype=torch.float32)
+    model = pack_model(method.prepare(trained), method, "float32")
     model = load_packed(model)
     engines = [Engine.from_model(model, mode="exact"), Engine.from_model(model)]
     for text in ("def main(arguments):\n    return", "import ", "class A:\n    def ", "for i in "):

@@ -22,11 +22,13 @@ from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, find, quant_layers
-from wrinklefree.export import bundle, certify, hf
-from wrinklefree.export.certify import CertificateError
-from wrinklefree.load import load
+from wrinklefree.export import bundle
+from wrinklefree.export.formats.packed import PackedReport, export_packed
+from wrinklefree.export.proof import certify
+from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.models.load import load_model
 from wrinklefree.packed.embedding import PackedEmbedding, TiedEmbedding
-from wrinklefree.packed.linear import packed_layers
+from wrinklefree.packed.layer import packed_layers
 
 torch.set_num_threads(1)
 
@@ -37,9 +39,9 @@ def _method() -> Iterator[None]:
         yield
 
 
-def export(trained: PreTrainedModel, out: Path, force: bool = False, **options: Any) -> hf.PackedReport:
+def export(trained: PreTrainedModel, out: Path, force: bool = False, **options: Any) -> PackedReport:
     method = next(iter(quant_layers(trained).values())).config
-    return hf.export(trained, tokenizer(), method, out, card="# Card", force=force, batches=batches(), **options)
+    return export_packed(trained, tokenizer(), method, out, card="# Card", force=force, batches=batches(), **options)
 
 
 def test_the_folder_is_complete_and_its_card_states_the_figures(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_certificate_is_exact_and_counts_the_rounding_of_dense_weights(tmp_path:
 def test_a_quantized_head_is_packed_and_no_longer_tied(tmp_path: Path) -> None:
     trained = toy(exclude_names=["embed_tokens"]).prepare(llama())
     assert export(trained, tmp_path / "packed").certificate.layers == 15
-    assert not load(tmp_path / "packed")[0].config.tie_word_embeddings
+    assert not load_model(tmp_path / "packed")[0].config.tie_word_embeddings
 
 
 def damage(name: str, model: PreTrainedModel) -> None:
@@ -116,7 +118,7 @@ def damage(name: str, model: PreTrainedModel) -> None:
 def test_certify_refuses_a_model_that_is_not_the_trained_one(name: str, message: str, tmp_path: Path) -> None:
     trained = toy().prepare(llama(initializer_range=0.2))
     export(trained, tmp_path / "packed")
-    packed = load(tmp_path / "packed", dtype=torch.float32)[0]
+    packed = load_model(tmp_path / "packed", dtype=torch.float32)[0]
     certify.certify(trained, packed, batches())
     damage(name, trained)
     with pytest.raises(CertificateError, match=message):
@@ -137,14 +139,14 @@ def test_embedding_and_head_are_packed_and_what_that_costs_is_said(make, bits: i
     assert (report.num_parameters, report.linear_bytes) == (plain.num_parameters, plain.linear_bytes)
     assert report.file_bytes < plain.file_bytes
     assert f"integers of {bits} bits" in (tmp_path / "packed" / "README.md").read_text()
-    packed, _ = load(tmp_path / "packed", dtype=torch.float32)
+    packed, _ = load_model(tmp_path / "packed", dtype=torch.float32)
     assert isinstance(packed.get_input_embeddings(), TiedEmbedding if make is llama else PackedEmbedding)
     stored = {name.rpartition(".")[0] for name in packed.state_dict()}
     assert ("model.embed_tokens" in stored) == (make is qwen)
     assert torch.equal(copy.deepcopy(packed)(ids()).logits, packed(ids()).logits)
     table = packed.lm_head.effective_weight(torch.float32) if make is llama else None
     assert table is None or torch.equal(packed.get_input_embeddings()(ids()), table[ids()])
-    assert load(tmp_path / "packed", dtype=torch.bfloat16)[0](ids()).logits.dtype == torch.bfloat16
+    assert load_model(tmp_path / "packed", dtype=torch.bfloat16)[0](ids()).logits.dtype == torch.bfloat16
 
 
 def test_scales_are_packed_on_the_kernels_grid_and_codes_stay(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_scales_are_packed_on_the_kernels_grid_and_codes_stay(tmp_path: Path) ->
     assert report.rounding is not None
     assert 0 < report.rounding.kl_mean < 1e-3
     assert "on the grid of the fast kernels" in (tmp_path / "packed" / "README.md").read_text()
-    packed = packed_layers(load(tmp_path / "packed", dtype=torch.float32)[0])
+    packed = packed_layers(load_model(tmp_path / "packed", dtype=torch.float32)[0])
     for fqn, layer in quant_layers(trained).items():
         codes, stored = layer.encode(), packed[fqn].codes()
         assert torch.equal(codes.index, stored.index)
@@ -177,7 +179,7 @@ def test_a_head_that_is_quantized_already_is_not_packed_again(tmp_path: Path) ->
 def test_certify_refuses_logits_that_differ_at_equal_rounding(tmp_path: Path) -> None:
     trained = toy().prepare(llama())
     export(trained, tmp_path / "packed")
-    packed = load(tmp_path / "packed", dtype=torch.float32)[0]
+    packed = load_model(tmp_path / "packed", dtype=torch.float32)[0]
     packed.model.layers[0].mlp.act_fn = nn.ReLU()
     with pytest.raises(CertificateError, match="at equal rounding"):
         certify.certify(trained, packed, batches())
@@ -230,7 +232,7 @@ def test_a_full_disk_leaves_the_old_folder_and_no_half_one(
 
 def test_an_unquantized_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to pack"):
-        hf.export(llama(), tokenizer(), toy(), tmp_path / "packed", card="", force=False, batches=batches())
+        export_packed(llama(), tokenizer(), toy(), tmp_path / "packed", card="", force=False, batches=batches())
 
 
 def test_a_weight_that_the_format_has_no_place_for_is_named(tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_remote_code_beside_the_package_keeps_the_package_registered(tmp_path: P
     export(toy().prepare(llama()), tmp_path / "packed")
     before = AUTO_QUANTIZER_MAPPING["wrinklefree"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", trust_remote_code=True)
-    assert torch.equal(model(ids()).logits, load(tmp_path / "packed")[0](ids()).logits)
+    assert torch.equal(model(ids()).logits, load_model(tmp_path / "packed")[0](ids()).logits)
     assert AUTO_QUANTIZER_MAPPING["wrinklefree"] is before
 
 

@@ -20,10 +20,10 @@ from wrinklefree.cli import app
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
 from wrinklefree.data.tokenizer import train_tokenizer
-from wrinklefree.export import bitnet, compressed, dense
-from wrinklefree.export import gguf as gguf_export
-from wrinklefree.export.certify import CertificateError
-from wrinklefree.export.ternary import ternary_layers
+from wrinklefree.export.formats import bitnet, compressed_tensors, dense
+from wrinklefree.export.formats import gguf as gguf_export
+from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.export.views.ternary import ternary_layers
 from wrinklefree.methods import fairy2
 from wrinklefree.methods.bitdistill import Config
 
@@ -129,14 +129,14 @@ def test_a_wrong_scale_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
 def test_compressed_tensors_opens_in_plain_transformers(tmp_path: Path, granularity: str) -> None:
     model = prepared(llama(), norm_mode="none", granularity=granularity, group_size=32, activation_bits=None)
-    compressed.write(model, WORDS, tmp_path, BATCHES)
+    compressed_tensors.write(model, WORDS, tmp_path, BATCHES)
     torch.testing.assert_close(logits(open_plainly(tmp_path)), logits(model), atol=1e-5, rtol=1e-4)
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size < 0.5 * sum(p.numel() * 4 for p in model.parameters())
 
 
 def test_compressed_tensors_states_int8_activations(tmp_path: Path) -> None:
-    compressed.write(prepared(llama(), norm_mode="none"), WORDS, tmp_path, BATCHES)
+    compressed_tensors.write(prepared(llama(), norm_mode="none"), WORDS, tmp_path, BATCHES)
     group = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
     assert group["weights"]["num_bits"] == 2
     assert group["input_activations"]["strategy"] == "token"
@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], Any, str]] = {
     "norms in gguf": (lambda: prepared(llama(), norm_mode="per_linear"), gguf_export, "has a norm inside"),
     "an untied head": (lambda: prepared(llama(tie_word_embeddings=False)), gguf_export, "output matrix from the embed"),
     "another activation": (lambda: prepared(llama(hidden_act="relu2")), gguf_export, "activation relu2"),
-    "SubLN in vLLM": (lambda: prepared(llama()), compressed, "no class with SubLN"),
+    "SubLN in vLLM": (lambda: prepared(llama()), compressed_tensors, "no class with SubLN"),
     "words in gguf": (lambda: prepared(llama()), gguf_export, "only byte-level BPE"),
 }
 

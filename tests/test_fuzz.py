@@ -13,10 +13,10 @@ import torch
 from tiny import batches, llama, tokenizer
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.export import hf
+from wrinklefree.engine import source
+from wrinklefree.engine.engine import Engine, Sampling, supports
+from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.methods.fairy2 import Config
-from wrinklefree.packed import source
-from wrinklefree.packed.engine import Engine, Sampling, supports
 
 torch.set_num_threads(1)
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "packed"
     method = Config()
     trained = method.prepare(llama())
-    hf.export(trained, tokenizer(), method, folder, card="", force=False, batches=batches(), head_bits=8)
+    export_packed(trained, tokenizer(), method, folder, card="", force=False, batches=batches(), head_bits=8)
     return folder
 
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.tokenizer import train_tokenizer
-from wrinklefree.generate import complete, interactive, stream
+from wrinklefree.generate.generate import complete, interactive, stream
 
 CONTEXT = 64
 

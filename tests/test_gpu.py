@@ -12,9 +12,9 @@ from wrinklefree.core.codes import pack
 from wrinklefree.core.method import QuantMethod
 from wrinklefree.methods.anemll import Config as Anemll
 from wrinklefree.methods.fairy2 import Dequantize, to_real
-from wrinklefree.packed import gpu
-from wrinklefree.packed.linear import FEW, PackedLinear
-from wrinklefree.packed.product import GpuProduct
+from wrinklefree.packed.layer import FEW, PackedLinear
+from wrinklefree.packed.products import triton
+from wrinklefree.packed.products.choose import GpuProduct
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # With fewer ranks than by default, which take the compiler's time.
@@ -33,7 +33,7 @@ def test_a_table_is_the_decoded_weight(bits: int, n: int, k: int, rows: int, gro
     table, scales, x = torch.randn(2**bits), torch.rand(rows, groups) + 0.1, torch.randn(3, k)
     weight = (table[index.long()].unflatten(1, (groups, -1)) * scales.unsqueeze(-1)).flatten(1)
     packed, *others = (t.to(DEVICE) for t in (pack(index, bits), table, scales, x))
-    found = gpu.table_product(packed, bits, *others)
+    found = triton.table_product(packed, bits, *others)
     assert_near(found, x.double() @ weight.double().T)
 
 
@@ -44,7 +44,7 @@ def test_fairy_is_the_decoded_weight(stages: int, n: int, m: int, rows: int, gro
     index = torch.randint(0, 4, (2, stages, n, m), dtype=torch.uint8)
     scales, x = torch.rand(2, stages, 2, rows, groups) + 0.1, torch.randn(2, 2 * m)
     weight = to_real(Dequantize.apply(index, scales))
-    found = gpu.fairy_product(*(t.to(DEVICE) for t in (pack(index, 2), scales, x)))
+    found = triton.fairy_product(*(t.to(DEVICE) for t in (pack(index, 2), scales, x)))
     assert_near(found, x.double() @ weight.double().T)
 
 

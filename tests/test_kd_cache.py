@@ -19,24 +19,37 @@ from torch import Tensor
 from toyrun import overrides, resolved, rows, run, tensors, toy_files
 from typer.testing import CliRunner
 
-from wrinklefree import checkpoint, session
-from wrinklefree import config as configs
 from wrinklefree.cli import app
 from wrinklefree.commands import cache as command
-from wrinklefree.config import DataConfig, DistillationConfig
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import DataConfig, DistillationConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import chat, heldout_batches, sources, training_stream
-from wrinklefree.data import kd_cache as kd
-from wrinklefree.data.kd_cache import KDCache, KDStream
+from wrinklefree.data import chat, sources
+from wrinklefree.data.kd_cache import read, write
+from wrinklefree.data.kd_cache.manifest import (
+    HEADER_BYTES,
+    MANIFEST,
+    Manifest,
+    model_fingerprint,
+    read_manifest,
+    tokenizer_fingerprint,
+)
+from wrinklefree.data.kd_cache.read import KDCache, KDStream
+from wrinklefree.data.kd_cache.write import append, begin, finish
+from wrinklefree.data.open import heldout_batches, training_stream
 from wrinklefree.data.tokenizer import train_tokenizer
-from wrinklefree.losses import CHUNK, NEVER, CachedTeacher, cached_losses, token_losses
-from wrinklefree.objectives import CachedKD, LanguageModelling
+from wrinklefree.objectives.cached_kd import CachedKD
+from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.losses import CHUNK, NEVER, CachedTeacher, cached_losses, token_losses
+from wrinklefree.runs import setup
+from wrinklefree.training import checkpoint
+from wrinklefree.training.plan import choose_length
 
 LENGTH = 16
 SIZES = {"topk": 8, "negatives": 0, "num_train": 40, "num_heldout": 6, "shard_size": 16}
 
 
-def make(folder: Path, out: Path, *more: str, force: bool = False, **sizes: int) -> kd.Manifest:
+def make(folder: Path, out: Path, *more: str, force: bool = False, **sizes: int) -> Manifest:
     """A cache of the toy model on the toy text."""
     given = ["data=local", f"data.path={folder / 'text'}", "training.batch_size=4", "training.precision=fp32", *more]
     config = command.settings(str(folder / "toy"), LENGTH, given)
@@ -173,7 +186,7 @@ def test_the_loss_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> 
     states, head, labels, other = case(num=64)
     teacher = known(other, 6)
     whole = cached_losses(states.requires_grad_(), head, labels, teacher).loss
-    monkeypatch.setattr("wrinklefree.losses.CHUNK", 8)
+    monkeypatch.setattr("wrinklefree.objectives.losses.CHUNK", 8)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -205,7 +218,7 @@ def test_a_cache_holds_what_the_teacher_says_of_each_next_token(folder: Path) ->
 
 
 def test_the_teacher_computes_in_the_precision_of_the_manifest(folder: Path, tmp_path: Path) -> None:
-    assert kd.read_manifest(folder / "cache").precision == "float32"
+    assert read_manifest(folder / "cache").precision == "float32"
     assert make(folder, tmp_path / "cache", "training.precision=bf16").precision == "bfloat16"
     exact, rounded = (
         KDCache(path).batch("train", range(5))["kd_rest"] for path in (folder / "cache", tmp_path / "cache")
@@ -282,7 +295,7 @@ def test_the_size_is_predicted_to_the_byte_but_for_headers(folder: Path) -> None
         assert m.sequence_bytes == (i + 2) * LENGTH + (LENGTH - 1) * ((i + 2) * (k + r) + 4)
         headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
         assert sum(file.stat().st_size for file in files) - headers == 46 * m.sequence_bytes
-        assert headers <= len(files) * kd.HEADER_BYTES
+        assert headers <= len(files) * HEADER_BYTES
 
 
 def test_prompts_are_masked_where_asked(folder: Path, tmp_path: Path) -> None:
@@ -306,15 +319,16 @@ class KilledError(Exception):
 
 
 def dies_at(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
-    """The function of that name in kd_cache raises at its call number `calls`, before doing anything."""
-    whole, seen = getattr(kd, name), iter(range(calls))
+    """The function `name` of kd_cache.write raises at its call number `calls`, before doing anything."""
+    whole, seen = getattr(write, name), iter(range(calls))
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         if next(seen, None) is None:
             raise KilledError
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(kd, name, dying)
+    for module in (write, command):
+        monkeypatch.setattr(module, name, dying, raising=module is write)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +421,7 @@ def test_a_disk_that_fills_up_is_said_and_the_cache_goes_on(
         aside.replace(target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kd, "_rename", full)
+        patch.setattr(read, "_rename", full)
         with pytest.raises(UserError, match=rf"{name}: cannot be written .*No space left"):
             make(folder, tmp_path / "cache")
     make(folder, tmp_path / "cache")
@@ -423,13 +437,13 @@ def test_where_no_folder_can_be_is_said(folder: Path, tmp_path: Path) -> None:
 
 def test_what_a_kill_left_before_the_first_manifest_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / f".{kd.MANIFEST}.tmp").touch()
+    (tmp_path / "cache" / f".{MANIFEST}.tmp").touch()
     assert make(folder, tmp_path / "cache").complete
 
 
 def test_two_processes_do_not_write_one_cache(folder: Path, tmp_path: Path) -> None:
-    wanted = kd.read_manifest(folder / "cache").settings
-    with kd.begin(tmp_path / "cache", wanted), pytest.raises(UserError, match="another process is writing it"):
+    wanted = read_manifest(folder / "cache").settings
+    with begin(tmp_path / "cache", wanted), pytest.raises(UserError, match="another process is writing it"):
         make(folder, tmp_path / "cache")
     assert make(folder, tmp_path / "cache").complete
 
@@ -446,18 +460,18 @@ def swap(cache: Path) -> None:
 def reshape(cache: Path) -> None:
     file = cache / "train-00001.safetensors"
     kept = {name: tensor[:3] for name, tensor in load_file(file).items()}
-    save_file(kept, file, metadata={"kd_cache": kd.read_manifest(cache).key})
+    save_file(kept, file, metadata={"kd_cache": read_manifest(cache).key})
 
 
 def retype(cache: Path) -> None:
     file = cache / "train-00001.safetensors"
     tensors = load_file(file)
     kept = tensors | {"topk_logits": tensors["topk_logits"].int()}
-    save_file(kept, file, metadata={"kd_cache": kd.read_manifest(cache).key})
+    save_file(kept, file, metadata={"kd_cache": read_manifest(cache).key})
 
 
 def relabel(cache: Path, **values: object) -> None:
-    file = cache / kd.MANIFEST
+    file = cache / MANIFEST
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
@@ -467,9 +481,9 @@ BROKEN = {
     "of another cache": (swap, "train-00001.safetensors: belongs to another cache"),
     "of other shapes": (reshape, "train-00001.safetensors: holds"),
     "of other types": (retype, "train-00001.safetensors: holds"),
-    "no manifest": (lambda c: (c / kd.MANIFEST).unlink(), "no manifest.json, so no KD cache"),
-    "no JSON": (lambda c: (c / kd.MANIFEST).write_text("{"), "not the manifest of a KD cache"),
-    "another JSON": (lambda c: (c / kd.MANIFEST).write_text("{}"), "not the manifest of a KD cache"),
+    "no manifest": (lambda c: (c / MANIFEST).unlink(), "no manifest.json, so no KD cache"),
+    "no JSON": (lambda c: (c / MANIFEST).write_text("{"), "not the manifest of a KD cache"),
+    "another JSON": (lambda c: (c / MANIFEST).write_text("{}"), "not the manifest of a KD cache"),
     "other settings": (partial(relabel, topk=9), "belongs to another cache"),
     "impossible settings": (partial(relabel, topk=0), "top 0 and 0 random ones of 96 words"),
     "no split": (partial(relabel, shards={"train": [16, 16, 8]}), "not the manifest of a KD cache .*shards"),
@@ -493,7 +507,7 @@ def test_what_is_no_whole_cache_is_refused_in_one_line(folder: Path, tmp_path: P
 
 def test_a_student_of_another_tokenizer_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"written with the tokenizer of .*toy, the student's .* is another") as error:
-        session.open_cache(str(folder / "cache"), train_tokenizer(["some text"], 300))
+        setup.open_cache(str(folder / "cache"), train_tokenizer(["some text"], 300))
     assert "\n" not in str(error.value)
 
 
@@ -502,19 +516,19 @@ def test_tokenizers_of_one_vocabulary_that_end_or_cut_otherwise_differ() -> None
 
     other = tokenizer()
     other.eos_token = "w1"
-    assert kd.tokenizer_fingerprint(other) != kd.tokenizer_fingerprint(tokenizer())
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer())
     other = tokenizer()
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(",")
     assert other.get_vocab() == tokenizer().get_vocab()
-    assert kd.tokenizer_fingerprint(other) != kd.tokenizer_fingerprint(tokenizer())
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer())
 
 
 def test_fingerprints_of_models_tell_a_trained_one(folder: Path) -> None:
     first, second = llama(), llama()
-    assert kd.model_fingerprint(first.state_dict()) == kd.model_fingerprint(second.state_dict())
+    assert model_fingerprint(first.state_dict()) == model_fingerprint(second.state_dict())
     with torch.no_grad():
         second.model.norm.weight += 1e-3
-    assert kd.model_fingerprint(first.state_dict()) != kd.model_fingerprint(second.state_dict())
+    assert model_fingerprint(first.state_dict()) != model_fingerprint(second.state_dict())
 
 
 # The stream
@@ -565,7 +579,7 @@ def test_a_position_of_another_cache_or_of_text_is_refused(folder: Path) -> None
 
 def test_few_shards_are_mapped_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = KDCache(folder / "cache").batch("train", range(40))["input_ids"]
-    monkeypatch.setattr(kd, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(read, "OPEN_SHARDS", 2)
     cache = KDCache(folder / "cache")
     for row in (0, 39, 20, 1, 17, 38):
         assert torch.equal(cache.batch("train", [row])["input_ids"][0], expected[row])
@@ -577,16 +591,16 @@ def test_reading_takes_the_memory_of_a_batch(tmp_path: Path) -> None:
     values = dict.fromkeys(("teacher", "teacher_fingerprint", "tokenizer", "tokenizer_fingerprint", "precision"), "x")
     sizes = {"vocab_size": 50_000, "length": 128, "topk": 128, "negatives": 0, "shard_size": 512, "seed": 0}
     counts = {"num_train": 2048, "num_heldout": 512}
-    manifest = kd.Manifest(**values, **sizes, **counts, data={}, data_fingerprint="x", tail="exact")
+    manifest = Manifest(**values, **sizes, **counts, data={}, data_fingerprint="x", tail="exact")
     (tmp_path / "cache").mkdir()
     shard = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in manifest.shapes(512).items()}
-    manifest = kd.append(tmp_path / "cache", manifest, {"heldout": shard}, None)
+    manifest = append(tmp_path / "cache", manifest, {"heldout": shard}, None)
     for _ in range(4):
-        manifest = kd.append(tmp_path / "cache", manifest, {"train": shard}, None)
-    kd.finish(tmp_path / "cache", manifest)
+        manifest = append(tmp_path / "cache", manifest, {"train": shard}, None)
+    finish(tmp_path / "cache", manifest)
     program = (
         "import sys; from pathlib import Path\n"
-        "from wrinklefree.data.kd_cache import KDCache, KDStream\n"
+        "from wrinklefree.data.kd_cache.read import KDCache, KDStream\n"
         "def held(): return next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('RssAnon'))\n"
         "stream = KDStream(KDCache(Path(sys.argv[1])), batch_size=8, seed=0); next(stream); before = held()\n"
         "for _ in range(256): next(stream)\n"
@@ -656,7 +670,7 @@ def test_two_processes_give_the_losses_of_one(folder: Path, tmp_path: Path) -> N
 def test_held_out_loss_is_the_objective_on_held_out_sequences(folder: Path) -> None:
     config = resolved(folder, *CACHED, f"distillation.cache={folder / 'cache'}", "distillation.hard_top1=0.2")
     student = llama(intermediate_size=128)
-    values = session.evaluator(config, tokenizer())(student)
+    values = setup.evaluator(config, tokenizer())(student)
     cache = KDCache(folder / "cache")
     objective = CachedKD(student, config.distillation)
     batch = next(cache.heldout(4, config.training.eval_tokens))
@@ -694,21 +708,21 @@ REFUSED = {
 def test_settings_that_do_not_go_together_are_refused(given: str) -> None:
     settings, message = REFUSED[given]
     with pytest.raises(UserError, match=message):
-        configs.load(["training.objective=cached_kd", *settings])
+        load_config(["training.objective=cached_kd", *settings])
 
 
 def test_another_length_than_the_caches_is_refused(folder: Path) -> None:
     config = resolved(folder, f"distillation.cache={folder / 'cache'}", CACHED[0], "training.max_seq_length=8")
     with pytest.raises(UserError, match=r"max_seq_length=8: the sequences of .*cache have 16 tokens"):
-        session.choose_length(config, llama())
+        choose_length(config, llama())
 
 
 def test_a_cache_of_words_that_the_student_does_not_have_is_refused(folder: Path) -> None:
     """Models of one tokenizer pad their vocabularies to various sizes."""
     config = resolved(folder, f"distillation.cache={folder / 'random'}", *CACHED)
     with pytest.raises(UserError, match=f"random: of a vocabulary of {VOCAB} words, .* has {VOCAB - 4}"):
-        session.choose_length(config, llama(vocab_size=VOCAB - 4))
-    session.choose_length(config, llama(vocab_size=VOCAB + 4))
+        choose_length(config, llama(vocab_size=VOCAB - 4))
+    choose_length(config, llama(vocab_size=VOCAB + 4))
 
 
 # Importing

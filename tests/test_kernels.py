@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Complex, Form, Integers, Table, low_rank
 from wrinklefree.core.method import quant_layers
-from wrinklefree.export import hf
+from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Fairy2Linear
-from wrinklefree.packed import native
-from wrinklefree.packed.linear import PackedLinear, exactly, packed_layers, set_exact
-from wrinklefree.packed.product import matrix
+from wrinklefree.packed.layer import PackedLinear, exactly, packed_layers, set_exact
+from wrinklefree.packed.products import native
+from wrinklefree.packed.products.choose import matrix
 
 torch.set_num_threads(1)
 
@@ -300,7 +300,7 @@ def test_mistakes_are_named() -> None:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     method = next(m for m in shipped_methods() if m.name == request.param)
     path = tmp_path_factory.mktemp(request.param) / "packed"
-    hf.export(method.prepare(qwen()), tokenizer(), method, path, card="", force=False, batches=batches())
+    export_packed(method.prepare(qwen()), tokenizer(), method, path, card="", force=False, batches=batches())
     return path
 
 

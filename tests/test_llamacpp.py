@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import config as configs
-from wrinklefree import launch, load
-from wrinklefree.data import heldout_batches
-from wrinklefree.export import gguf
+from wrinklefree.config.compose import load_config
+from wrinklefree.data.open import heldout_batches
+from wrinklefree.export.formats import gguf
+from wrinklefree.models.load import load_model
+from wrinklefree.runs import launch
 
 pytestmark = pytest.mark.llamacpp
 
@@ -42,14 +43,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         run = tmp_path_factory.mktemp("run") / "out"
         settings = ["model=tiny", "training=stage2_pretrain", "training.start_from=[]", "training.max_steps=60"]
         settings += [f"method.norm_mode={norm_mode}", f"method.granularity={granularity}", f"output_dir={run}"]
-        launch.run([*settings, "training.final_eval_tokens=1024"], force=True)
-        return load.load(run, dtype=torch.float32)
+        launch.run_stage([*settings, "training.final_eval_tokens=1024"], force=True)
+        return load_model(run, dtype=torch.float32)
 
     return train
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
-    data = configs.load(["model=tiny"]).data
+    data = load_config(["model=tiny"]).data
     for batch in heldout_batches(data, tokenizer, batch_size=1, length=LENGTH, max_tokens=TOKENS):
         yield batch["input_ids"][0]
 

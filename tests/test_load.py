@@ -12,15 +12,16 @@ from huggingface_hub import constants
 from tiny import batches, ids, llama, tokenizer, toy, with_toy_method
 from transformers import BertConfig, BertForMaskedLM
 
-from wrinklefree import checkpoint
-from wrinklefree import load as loading
 from wrinklefree.commands import export as export_command
-from wrinklefree.config import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
+from wrinklefree.config.schema import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import Method, quant_layers
-from wrinklefree.export import hf
-from wrinklefree.load import load, load_pretrained, resolve_pretrained
+from wrinklefree.export.formats.packed import export_packed
+from wrinklefree.models import find
+from wrinklefree.models.find import model_folder, resolve_pretrained
+from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.packed.quantizer import FORMAT
+from wrinklefree.training import checkpoint
 
 torch.set_num_threads(1)
 
@@ -52,7 +53,7 @@ def plain(tmp_path: Path) -> Path:
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     out = tmp_path / "packed"
-    hf.export(toy().prepare(llama()), tokenizer(), toy(), out, card="", force=False, batches=batches())
+    export_packed(toy().prepare(llama()), tokenizer(), toy(), out, card="", force=False, batches=batches())
     return out
 
 
@@ -68,7 +69,7 @@ def trained() -> torch.nn.Module:
 
 def test_a_training_checkpoint_comes_back_bit_for_bit(tmp_path: Path, trained: torch.nn.Module) -> None:
     checkpoint.save(tmp_path / "final", trained, tokenizer(), config(toy()), None)
-    model, words = load(tmp_path / "final")
+    model, words = load_model(tmp_path / "final")
     assert not model.training
     assert len(words) == len(tokenizer())
     expected, got = trained.state_dict(), model.state_dict()
@@ -82,34 +83,36 @@ def test_a_run_folder_means_final_or_else_the_newest_checkpoint(tmp_path: Path) 
         checkpoint.save(
             tmp_path / f"checkpoints/step_{number}", toy().prepare(llama()), tokenizer(), config(toy()), None
         )
-    assert loading.model_folder(tmp_path).name == "step_10"
+    assert model_folder(tmp_path).name == "step_10"
     checkpoint.save(tmp_path / "final", toy().prepare(llama()), tokenizer(), config(toy()), None)
-    assert loading.model_folder(tmp_path).name == "final"
-    assert len(quant_layers(load(tmp_path)[0])) == 14
+    assert model_folder(tmp_path).name == "final"
+    assert len(quant_layers(load_model(tmp_path)[0])) == 14
 
 
 def test_a_checkpoint_without_a_method_is_a_plain_model(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "final", llama(), tokenizer(), config(None), None)
-    assert torch.equal(load(tmp_path / "final")[0](ids()).logits, llama()(ids()).logits)
+    assert torch.equal(load_model(tmp_path / "final")[0](ids()).logits, llama()(ids()).logits)
 
 
 def test_a_training_checkpoint_is_not_cast(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "final", toy().prepare(llama()), tokenizer(), config(toy()), None)
     with pytest.raises(UserError, match="wf export"):
-        load(tmp_path / "final", dtype=torch.bfloat16)
+        load_model(tmp_path / "final", dtype=torch.bfloat16)
 
 
 def test_plain_and_packed_folders_load_in_their_own_dtype_or_the_one_asked_for(plain: Path, packed: Path) -> None:
-    assert load(plain)[0].dtype == torch.float32
-    assert load(packed)[0].dtype == torch.bfloat16
-    assert load(plain, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert load_model(plain)[0].dtype == torch.float32
+    assert load_model(packed)[0].dtype == torch.bfloat16
+    assert load_model(plain, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
     assert load_pretrained(ModelConfig(name="x", pretrained=str(packed)))[0].dtype == torch.float32
 
 
 def test_export_command_packs_a_run_and_refuses_twice(tmp_path: Path, trained: torch.nn.Module) -> None:
     checkpoint.save(tmp_path / "final", trained, tokenizer(), config(toy()), None)
     export_command.run(tmp_path, "hf", None, False)
-    assert torch.equal(load(tmp_path / "packed", dtype=torch.float32)[0].model.norm.weight, trained.model.norm.weight)
+    assert torch.equal(
+        load_model(tmp_path / "packed", dtype=torch.float32)[0].model.norm.weight, trained.model.norm.weight
+    )
     with pytest.raises(UserError, match="--force"):
         export_command.run(tmp_path, "hf", None, False)
     with pytest.raises(UserError, match="available: hf"):
@@ -171,41 +174,41 @@ def test_a_broken_folder_is_one_line(name: str, plain: Path) -> None:
     damage, message = BROKEN[name]
     damage(plain)
     with pytest.raises(UserError, match=message) as caught:
-        load(plain)
+        load_model(plain)
     assert str(plain) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_is_no_model(plain: Path) -> None:
     with pytest.raises(UserError, match="a model is a folder"):
-        load(plain / "config.json")
+        load_model(plain / "config.json")
 
 
 def test_a_masked_language_model_is_refused(tmp_path: Path) -> None:
     small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     BertForMaskedLM(small).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="BertForMaskedLM, not a causal language model"):
-        load(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_checkpoint_of_another_method_or_with_a_tensor_missing_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "final", llama(), tokenizer(), config(toy()), None)  # no scales in it
     with pytest.raises(UserError, match="does not fit this model and method"):
-        load(tmp_path / "final")
+        load_model(tmp_path / "final")
 
 
 def test_a_packed_folder_of_a_newer_format_is_refused(packed: Path) -> None:
     values = json.loads((packed / "config.json").read_text())["quantization_config"]
     edit(packed / "config.json", quantization_config=values | {"format": FORMAT + 1})
     with pytest.raises(UserError, match="upgrade"):
-        load(packed)
+        load_model(packed)
 
 
 def test_a_packed_folder_of_an_unknown_method_is_refused(packed: Path) -> None:
     values = json.loads((packed / "config.json").read_text())["quantization_config"]
     edit(packed / "config.json", quantization_config=values | {"method": {"name": "toyy"}})
     with pytest.raises(UserError, match="did you mean 'toy'"):
-        load(packed)
+        load_model(packed)
 
 
 def test_a_packed_folder_with_a_scale_missing_is_refused(packed: Path) -> None:
@@ -215,11 +218,11 @@ def test_a_packed_folder_with_a_scale_missing_is_refused(packed: Path) -> None:
     del tensors["model.layers.0.mlp.up_proj.scales"]
     save_file(tensors, packed / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"up_proj\.scales is missing"):
-        load(packed)
+        load_model(packed)
 
 
 def test_builtin_models_are_folders_of_the_package(monkeypatch: pytest.MonkeyPatch, plain: Path) -> None:
-    monkeypatch.setattr(loading, "BUILTIN", plain.parent)
+    monkeypatch.setattr(find, "BUILTIN", plain.parent)
     assert resolve_pretrained("builtin:plain") == str(plain)
     with pytest.raises(UserError, match="there are: plain"):
         resolve_pretrained("builtin:nope")
@@ -245,5 +248,5 @@ def test_an_unreachable_hub_is_said_at_once_with_a_way_out(monkeypatch: pytest.M
 
 def test_without_the_hub_a_cached_copy_is_used(monkeypatch: pytest.MonkeyPatch, plain: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda name, file: str(plain / file))
+    monkeypatch.setattr(find, "try_to_load_from_cache", lambda name, file: str(plain / file))
     assert resolve_pretrained("someone/model") == str(plain)

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from tiny import llama, tokenizer
 from torch import Tensor
 
-from wrinklefree import losses
-from wrinklefree.config import DistillationConfig
+from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.data.packing import encode, make_batch, pack
-from wrinklefree.losses import shifted, token_losses
-from wrinklefree.objectives import Decoder, compare
+from wrinklefree.objectives import losses
+from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.language_modelling import compare
+from wrinklefree.objectives.losses import shifted, token_losses
 
 N, D, V = 37, 8, 50  # N is no multiple of any chunk below
 
@@ -128,7 +129,7 @@ KL = DistillationConfig(name="logits", weight=1.0, ce_weight=0.0)
 
 
 def test_kl_to_itself_is_zero() -> None:
-    model = Decoder(llama())
+    model = BodyAndHead(llama())
     found = compare(model, model, batch(), KL)
     assert found.kl.abs() < 1e-7
     assert found.same_top1 == 1
@@ -137,11 +138,11 @@ def test_kl_to_itself_is_zero() -> None:
 def test_compare_is_the_models_own_loss() -> None:
     model = llama()
     expected = model(**batch(), use_cache=False).loss
-    assert torch.allclose(compare(Decoder(model), None, batch(), CE).loss, expected, rtol=1e-5)
+    assert torch.allclose(compare(BodyAndHead(model), None, batch(), CE).loss, expected, rtol=1e-5)
 
 
 def test_unlabelled_tokens_do_not_count() -> None:
-    model, data = Decoder(llama()), batch()
+    model, data = BodyAndHead(llama()), batch()
     expected = compare(model, None, data, CE).ce
     more = {name: torch.cat([tensor, tensor.flip(0)]) for name, tensor in data.items()}
     more["labels"][len(data["labels"]) :] = -100
@@ -158,7 +159,7 @@ def test_shifted_pairs_each_state_with_the_next_label() -> None:
 
 def test_documents_of_a_block_do_not_see_each_other() -> None:
     """Changing the first document leaves the states and losses of the others as they were, unless the mask is off."""
-    model = Decoder(llama())
+    model = BodyAndHead(llama())
     for mask in (True, False):
         data = batch(mask)
         changed = {name: tensor.clone() for name, tensor in data.items()}

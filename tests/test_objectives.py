@@ -8,11 +8,13 @@ import torch
 from tiny import ids, llama, qwen
 from torch import Tensor
 
-from wrinklefree import config as configs
-from wrinklefree.config import AttentionConfig, DistillationConfig, HiddenConfig
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import AttentionConfig, DistillationConfig, HiddenConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.losses import attention_relation, hidden_alignment, same_document, token_losses
-from wrinklefree.objectives import LanguageModelling, Shares, hidden_share, layer_weights
+from wrinklefree.objectives.base import Shares
+from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.losses import attention_relation, hidden_alignment, same_document, token_losses
+from wrinklefree.objectives.terms import hidden_share, layer_weights
 
 POSITIONS = torch.tensor([[*range(10), *range(6), 0, 0]])  # two documents and two tokens of padding
 
@@ -216,7 +218,7 @@ def test_a_term_that_is_next_to_nothing_is_named_once(caplog: pytest.LogCaptureF
 
 def test_the_presets_are_the_papers_coefficients() -> None:
     for name, kd, relation in (("classification", 10.0, 1e5), ("summarization", 1.0, 1e3)):
-        d = configs.load(["model=smollm2_135m", "training=fairy2_w2", f"distillation={name}"]).distillation
+        d = load_config(["model=smollm2_135m", "training=fairy2_w2", f"distillation={name}"]).distillation
         assert (d.ce_weight, d.weight, d.temperature, d.tau_squared) == (1.0, kd, 5.0, False)
         assert d.attention.weight == relation
 

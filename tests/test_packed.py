@@ -16,11 +16,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import find, quant_layers
-from wrinklefree.export import hf
-from wrinklefree.export.certify import same_codes
-from wrinklefree.packed import native
-from wrinklefree.packed.fused import FusedMLP, FusedNorm
-from wrinklefree.packed.linear import LayerSpec, PackedLinear, exactly, packed_layers, set_exact
+from wrinklefree.export.formats.packed import export_packed
+from wrinklefree.export.proof.certify import same_codes
+from wrinklefree.packed.layer import LayerSpec, PackedLinear, exactly, packed_layers, set_exact
+from wrinklefree.packed.products import native
+from wrinklefree.packed.products.fused import FusedMLP, FusedNorm
 from wrinklefree.packed.quantizer import FORMAT, WrinkleFreeConfig
 
 torch.set_num_threads(1)
@@ -43,7 +43,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     method = next(iter(quant_layers(trained).values())).config
     folder = tmp_path_factory.mktemp(request.param) / "packed"
     options = {"card": "", "force": False, "batches": batches(), "dense_dtype": "float32", "snap_scales": False}
-    hf.export(trained, tokenizer(), method, folder, **options)
+    export_packed(trained, tokenizer(), method, folder, **options)
     return trained, folder
 
 
@@ -188,7 +188,7 @@ def test_a_newer_format_is_refused() -> None:
 IMPORT_ORDERS = {
     "package first": "import wrinklefree; assert 'torch' not in sys.modules; import transformers.quantizers.auto as a",
     "transformers first": "import transformers.quantizers.auto as a; import wrinklefree",
-    "plug-in first": "import wrinklefree.packed.linear; import transformers.quantizers.auto as a",
+    "plug-in first": "import wrinklefree.packed.layer; import transformers.quantizers.auto as a",
 }
 
 
@@ -204,7 +204,7 @@ def test_layers_with_the_same_inputs_share_one_product(tmp_path: Path) -> None:
     if native.available() is not None:
         pytest.skip("no native library")
     method = find("bitdistill")(name="bitdistill", norm_mode="none")
-    hf.export(method.prepare(llama()), tokenizer(), method, tmp_path / "p", card="", force=False, batches=batches())
+    export_packed(method.prepare(llama()), tokenizer(), method, tmp_path / "p", card="", force=False, batches=batches())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=torch.float32).eval()
     layers = packed_layers(model)
     q, k, v = (layers[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv")
@@ -236,11 +236,13 @@ def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
     if native.available() is not None:
         pytest.skip("no native library")
     method = find("bitdistill")(name="bitdistill", norm_mode=norm_mode)
-    hf.export(method.prepare(llama()), tokenizer(), method, tmp_path / "p", card="", force=False, batches=batches())
+    export_packed(method.prepare(llama()), tokenizer(), method, tmp_path / "p", card="", force=False, batches=batches())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=torch.float32).eval()
     mlp, x = model.model.layers[0].mlp, torch.randn(2, 3, 64)
     calls: list[int] = []
-    monkeypatch.setattr("wrinklefree.packed.fused.matmul", lambda m, x: calls.append(len(m)) or native.matmul(m, x))
+    monkeypatch.setattr(
+        "wrinklefree.packed.products.fused.matmul", lambda m, x: calls.append(len(m)) or native.matmul(m, x)
+    )
     kind = BitNetMLP if norm_mode == "subln" else LlamaMLP
     assert isinstance(mlp, kind)
     by_layers = kind.forward(mlp, x)

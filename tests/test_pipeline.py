@@ -10,14 +10,17 @@ from tiny import ids
 from toyrun import overrides, resolved, rows, run, toy_files
 from typer.testing import CliRunner
 
-from wrinklefree import checkpoint, load, session
-from wrinklefree import pipeline as train
 from wrinklefree.cli import app
-from wrinklefree.config import from_yaml
+from wrinklefree.config.compose import read_config
 from wrinklefree.core.method import quant_layers
-from wrinklefree.export.certify import same_codes
-from wrinklefree.export.snapping import snapped
-from wrinklefree.packed.linear import exactly, packed_layers
+from wrinklefree.export.proof.certify import same_codes
+from wrinklefree.export.rounded.scales import snapped
+from wrinklefree.models.load import load_model
+from wrinklefree.packed.layer import exactly, packed_layers
+from wrinklefree.runs import setup
+from wrinklefree.runs.stage import prompts
+from wrinklefree.training import checkpoint
+from wrinklefree.training.plan import Plan
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -54,12 +57,12 @@ def test_everything_promised_is_there(finished: tuple[Path, str]) -> None:
     assert [path.name for path in checkpoint.step_folders(out / "checkpoints")] == ["step_4", "step_6"]
     assert (out / "plots" / "loss.png").read_bytes().startswith(PNG)
     assert len(rows(out)) == 6
-    assert from_yaml(out / "final" / "wrinklefree.yaml").method.num_stages == 2
+    assert read_config(out / "final" / "wrinklefree.yaml").method.num_stages == 2
 
 
 def test_the_packed_folder_is_the_trained_model(finished: tuple[Path, str]) -> None:
-    trained, _ = load.load(finished[0] / "run")
-    packed, tokenizer = load.load(finished[0] / "run" / "packed", dtype=torch.float32)
+    trained, _ = load_model(finished[0] / "run")
+    packed, tokenizer = load_model(finished[0] / "run" / "packed", dtype=torch.float32)
     layers = packed_layers(packed)
     assert len(layers) == 14
     with torch.no_grad(), snapped(trained), exactly(packed):
@@ -87,10 +90,10 @@ def test_results_are_measured_figures(finished: tuple[Path, str]) -> None:
 def test_the_figure_before_training_is_that_of_the_quantized_model(finished: tuple[Path, str]) -> None:
     config = resolved(finished[0], f"output_dir={finished[0] / 'again'}", "training.max_steps=0")
     model = run(config)
-    _, words = load.load(finished[0] / "toy")
-    batches = session.heldout(config, words, config.training.final_eval_tokens)
-    plan = session.Plan(0, 1.0, torch.float32)
-    quality = session.quality(model, batches, plan)
+    _, words = load_model(finished[0] / "toy")
+    batches = setup.heldout(config, words, config.training.final_eval_tokens)
+    plan = Plan(0, 1.0, torch.float32)
+    quality = setup.quality(model, batches, plan)
     results = json.loads((finished[0] / "run" / "results.json").read_text())
     assert quality.nll == pytest.approx(results["one_shot"]["nll"], rel=1e-6)
 
@@ -163,7 +166,7 @@ def test_the_control_trains_in_full_precision(tmp_path: Path) -> None:
     settings = [o.replace("fairy2_w2", "full_precision") for o in overrides(tmp_path, "training.max_steps=3")]
     code, out, err = wf("train", *settings)
     assert code == 0, err
-    model, _ = load.load(tmp_path / "run")
+    model, _ = load_model(tmp_path / "run")
     assert not quant_layers(model)
     assert not (tmp_path / "run" / "packed").exists()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -237,8 +240,8 @@ def test_a_window_of_special_tokens_still_gives_a_prompt() -> None:
     from tiny import tokenizer
 
     window = {"input_ids": torch.full((1, 16), 95)}
-    assert train.prompts([window], tokenizer()) == [" ".join(["<eos>"] * 8)]
-    assert train.prompts([window, {"input_ids": torch.arange(16)[None]}], tokenizer()) == ["w0 w1 w2 w3 w4 w5 w6 w7"]
+    assert prompts([window], tokenizer()) == [" ".join(["<eos>"] * 8)]
+    assert prompts([window, {"input_ids": torch.arange(16)[None]}], tokenizer()) == ["w0 w1 w2 w3 w4 w5 w6 w7"]
 
 
 def test_the_shipped_model_goes_all_the_way(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 import pytest
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.schedule import SCHEDULES, choose_lr, choose_steps, rate
+from wrinklefree.training.plan import choose_lr, choose_steps
+from wrinklefree.training.schedule import SCHEDULES, rate
 
 
 def rates(name: str, max_steps: int, warmup: float = 0.05, decay: float = 0.15, floor: float = 0.0) -> list[float]:

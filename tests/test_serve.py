@@ -23,13 +23,14 @@ import pytest
 import torch
 from openai import OpenAI
 
-from wrinklefree import generate, load
 from wrinklefree.commands.serve import model_name
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, find
-from wrinklefree.export import hf
-from wrinklefree.locate import open_engine
-from wrinklefree.packed.engine import Engine, Sampling
+from wrinklefree.engine.engine import Engine, Sampling
+from wrinklefree.export.formats.packed import export_packed
+from wrinklefree.generate import generate
+from wrinklefree.generate.open import open_engine
+from wrinklefree.models.load import load_model
 from wrinklefree.serve import server
 from wrinklefree.serve.app import Limits, Model, Service
 from wrinklefree.serve.fallback import TransformersEngine
@@ -46,11 +47,11 @@ LINUX = sys.platform == "linux"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model in ternary, untrained, packed."""
     out = tmp_path_factory.mktemp("serve") / "toy" / "packed"
-    model, words = load.load("builtin:tiny", dtype=torch.float32)
+    model, words = load_model("builtin:tiny", dtype=torch.float32)
     method = find("bitdistill")(name="bitdistill")
     assert isinstance(method, QuantMethod)
     ids = words(PROMPT, return_tensors="pt").input_ids
-    hf.export(method.prepare(model), words, method, out, card="", force=False, batches=[{"input_ids": ids}])
+    export_packed(method.prepare(model), words, method, out, card="", force=False, batches=[{"input_ids": ids}])
     return out
 
 
@@ -451,7 +452,7 @@ def test_a_signal_ends_it_with_streams_open(folder: Path) -> None:
         assert "slow: one sequence after the other" in process.announced
         with process.client() as stranger, pytest.raises(openai.AuthenticationError, match="no valid API key"):
             stranger.models.list()
-        model, words = load.load(folder, dtype=torch.float32)
+        model, words = load_model(folder, dtype=torch.float32)
         asked: dict[str, Any] = {"model": "own", "prompt": PROMPT}
         with OpenAI(base_url=f"{process.url}/v1", api_key="secret", max_retries=0) as client:
             answer = client.completions.create(**asked, max_tokens=10, temperature=0)

@@ -10,10 +10,11 @@ from toyrun import toy_files
 from transformers import AutoModelForCausalLM, BitNetForCausalLM
 from typer.testing import CliRunner
 
-from wrinklefree import checkpoint, load
-from wrinklefree import config as configs
 from wrinklefree.cli import app
+from wrinklefree.config.compose import load_config, read_config
 from wrinklefree.core.method import quant_layers
+from wrinklefree.models.load import load_model
+from wrinklefree.training import checkpoint
 
 SHORT = ["training.batch_size=2", "training.gradient_accumulation_steps=1", "training.max_seq_length=32"]
 SHORT += ["training.precision=fp32", "training.final_eval_tokens=64", "training.eval_tokens=64", "training.lr=1e-3"]
@@ -55,8 +56,7 @@ def test_the_chain_runs_skips_what_is_done_and_refuses_other_settings(folder: Pa
         assert (run(stage) / "final" / "model.safetensors").is_file()
         assert stage in said.partition("held-out perplexity  ")[2] or stage in said
     started = {
-        stage: configs.from_yaml(run(stage) / "final" / checkpoint.CONFIG)
-        for stage in ("stage2_pretrain", "stage3_distill")
+        stage: read_config(run(stage) / "final" / checkpoint.CONFIG) for stage in ("stage2_pretrain", "stage3_distill")
     }
     assert started["stage2_pretrain"].training.start_from == ["stage1_9_layerwise"]
     assert started["stage3_distill"].training.start_from == ["stage2_pretrain"]
@@ -81,10 +81,10 @@ def test_an_unknown_stage_is_one_line(folder: Path) -> None:
 def test_stage_1_inserts_and_trains_nothing(folder: Path) -> None:
     code, said = train("stage1_subln")
     assert code == 0, said
-    model, _ = load.load(run("stage1_subln"))
+    model, _ = load_model(run("stage1_subln"))
     assert isinstance(model, BitNetForCausalLM)
     assert len(quant_layers(model)) == 14
-    original, _ = load.load(Path("toy"))
+    original, _ = load_model(Path("toy"))
     masters, pretrained = model.state_dict(), original.state_dict()
     assert all(torch.equal(masters[name], pretrained[name]) for name in pretrained)
     assert model.model.layers[0].mlp.ffn_sub_norm.weight.unique().numel() > 1  # calibrated
@@ -93,7 +93,7 @@ def test_stage_1_inserts_and_trains_nothing(folder: Path) -> None:
 def test_every_stage_leaves_a_folder_that_plain_transformers_opens(folder: Path) -> None:
     for stage, settings in (("stage1_subln", []), ("stage2_pretrain", STEPS)):
         assert train(stage, *settings, "method.scale_mode=absmean")[0] == 0
-        ours = load.load(run(stage))[0]
+        ours = load_model(run(stage))[0]
         native, info = AutoModelForCausalLM.from_pretrained(
             run(stage) / "final", dtype=torch.float32, output_loading_info=True
         )
@@ -140,14 +140,14 @@ def test_an_interrupted_stage_goes_on(folder: Path) -> None:
     settings = [*CHAIN, *SHORT, "--stages", "1,2", "2:training.save_interval=2", "2:training.max_steps=4"]
     code, said = wf(*settings)
     assert code == 0, said
-    whole = load.load(run("stage2_pretrain"))[0].state_dict()
+    whole = load_model(run("stage2_pretrain"))[0].state_dict()
     final = run("stage2_pretrain") / "final"
     final.rename(folder / "aside")
     (run("stage2_pretrain") / "checkpoints" / "step_4").rename(folder / "step_4")
     code, said = wf(*settings)
     assert code == 0, said
     assert "resuming from" in said
-    again = load.load(run("stage2_pretrain"))[0].state_dict()
+    again = load_model(run("stage2_pretrain"))[0].state_dict()
     assert all(torch.equal(whole[name], tensor) for name, tensor in again.items())
 
 
@@ -155,16 +155,15 @@ def test_weight_bits_are_checked_and_activation_bits_read(folder: Path) -> None:
     code, said = wf("config", "training=stage1_subln", "model.quantization.weight_bits=4")
     assert code == 2
     assert said == "error: model.quantization.weight_bits=4: bitdistill has 1.58\n"
-    config = configs.load(["training=stage1_subln", "model.quantization.weight_bits=1.58"])
+    config = load_config(["training=stage1_subln", "model.quantization.weight_bits=1.58"])
     assert config.method.activation_bits == 8
     assert (
-        configs.load(["training=stage1_subln", "model.quantization.activation_bits=none"]).method.activation_bits
-        is None
+        load_config(["training=stage1_subln", "model.quantization.activation_bits=none"]).method.activation_bits is None
     )
-    assert configs.load(["training=fairy2_w1", "model.quantization.weight_bits=1"]).method.num_stages == 1
+    assert load_config(["training=fairy2_w1", "model.quantization.weight_bits=1"]).method.num_stages == 1
 
 
 def test_local_yaml_gives_way_to_the_command_line(folder: Path) -> None:
     (folder / "local.yaml").write_text("model: smollm2_135m\ntraining:\n  batch_size: 3\n  lr: 1e-5\n")
-    config = configs.load(["training=stage1_subln", "training.batch_size=5"])
+    config = load_config(["training=stage1_subln", "training.batch_size=5"])
     assert (config.model.name, config.training.batch_size, config.training.lr) == ("smollm2_135m", 5, 1e-5)

@@ -7,8 +7,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from wrinklefree import storage
 from wrinklefree.core.errors import UserError
+from wrinklefree.training import storage
 
 
 @pytest.fixture

@@ -11,10 +11,18 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from wrinklefree import data
-from wrinklefree.config import DataConfig
+from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import IGNORE, Batch, Example, packing, stdlib, stdlib_kind, tasks
+from wrinklefree.data import packing, stdlib, stdlib_kind, tasks
+from wrinklefree.data.open import (
+    IGNORE,
+    Batch,
+    BatchStream,
+    Example,
+    heldout_batches,
+    heldout_examples,
+    training_stream,
+)
 from wrinklefree.data.tokenizer import train_tokenizer
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -59,8 +67,8 @@ def downstream(path: Path | None, task: str | None = "sst2", **values: Any) -> D
     return DataConfig(source="downstream", task=task, path=None if path is None else str(path), **values)
 
 
-def stream(config: DataConfig, tokenizer: PreTrainedTokenizerFast, **kwargs: int) -> data.BatchStream:
-    return data.training_stream(config, tokenizer, **{"batch_size": 2, "length": 96, "seed": 5} | kwargs)
+def stream(config: DataConfig, tokenizer: PreTrainedTokenizerFast, **kwargs: int) -> BatchStream:
+    return training_stream(config, tokenizer, **{"batch_size": 2, "length": 96, "seed": 5} | kwargs)
 
 
 def learned(batch: Batch, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -158,7 +166,7 @@ def test_an_epoch_has_every_example_once_and_whole(rows: Path, tokenizer: PreTra
     while len(seen) < 85:
         seen += shown(next(batches), tokenizer)
     assert sorted(seen[:85]) == sorted(text_of(i) for i in range(90) if i % 20)
-    heldout = data.heldout_batches(downstream(rows), tokenizer, batch_size=2, length=96)
+    heldout = heldout_batches(downstream(rows), tokenizer, batch_size=2, length=96)
     assert [text for batch in heldout for text in shown(batch, tokenizer)] == [text_of(i) for i in range(0, 90, 20)]
     assert [a for batch in heldout for a in learned(batch, tokenizer)] == [
         text_of(i).rpartition(":")[2] for i in range(0, 90, 20)
@@ -227,7 +235,7 @@ def test_rows_without_a_label_are_skipped(tmp_path: Path, tokenizer: PreTrainedT
     path = write(tmp_path / "a.jsonl", [*held, {"sentence": "trained", "label": 0}])
     batch = next(stream(downstream(path), tokenizer, batch_size=1))
     assert {text.partition("\n")[0] for text in shown(batch, tokenizer)} == {"trained"}
-    examples = data.heldout_examples(downstream(path), tokenizer)
+    examples = heldout_examples(downstream(path), tokenizer)
     assert [e.prompt.partition("\n")[0] for e in examples] == ["held out"]
     assert [e.answer for e in examples] == [" positive"]
 
@@ -241,7 +249,7 @@ def test_named_heldout_file_leaves_training_whole(
     heldout = tmp_path / "heldout.parquet"
     pq.write_table(pa.Table.from_pylist([{"sentence": "only this", "label": 1}]), heldout)
     config = downstream(rows, heldout_path=str(heldout))
-    assert len(data.heldout_examples(config, tokenizer)) == 1
+    assert len(heldout_examples(config, tokenizer)) == 1
     batches, seen = stream(config, tokenizer, batch_size=1), []
     while len(seen) < 90:
         seen += shown(next(batches), tokenizer)
@@ -259,7 +267,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer
     batches = stream(downstream(None), tokenizer, batch_size=40)
     assert {text.partition("\n")[0] for text in shown(next(batches), tokenizer)} <= set(SENTENCES[:80])
     assert batches.state_dict()["source"] == f"data.task=sst2 data.path={tmp_path}"
-    examples = data.heldout_examples(downstream(None), tokenizer)
+    examples = heldout_examples(downstream(None), tokenizer)
     assert [e.prompt.partition("\n")[0] for e in examples] == SENTENCES[80:]
 
 
@@ -326,7 +334,7 @@ def test_bad_settings(config: DataConfig, message: str, tokenizer: PreTrainedTok
     with pytest.raises(UserError, match=message):
         stream(config, tokenizer)
     with pytest.raises(UserError, match=message):
-        data.heldout_batches(config, tokenizer, batch_size=1, length=8)
+        heldout_batches(config, tokenizer, batch_size=1, length=8)
 
 
 SPLITS: list[stdlib.Split] = ["train", "heldout"]
@@ -363,8 +371,8 @@ def test_stdlib_kind_streams(tokenizer: PreTrainedTokenizerFast) -> None:
     batch = next(stream(config, tokenizer, batch_size=8, length=512))
     assert set(learned(batch, tokenizer)) <= {f" {name}" for name in stdlib_kind.PACKAGES}
     assert len(learned(batch, tokenizer)) >= 8
-    assert data.heldout_examples(config, tokenizer) == list(stdlib_kind.examples("heldout"))
+    assert heldout_examples(config, tokenizer) == list(stdlib_kind.examples("heldout"))
 
 
 def test_other_data_has_no_examples(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert data.heldout_examples(DataConfig(source="stdlib"), tokenizer) == []
+    assert heldout_examples(DataConfig(source="stdlib"), tokenizer) == []

@@ -21,26 +21,27 @@ from torch import Tensor
 from toyrun import rows
 from transformers import LlamaForCausalLM
 
-from wrinklefree import checkpoint, load
-from wrinklefree import config as configs
-from wrinklefree import stages as prerequisites
-from wrinklefree.config import Config
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.moments import Moments, tied_code
 from wrinklefree.core.thinking import GRPOConfig, NetworkConfig, PairsConfig
-from wrinklefree.data import chains, hidden_pairs, problems
-from wrinklefree.data.hidden_pairs import HiddenPairs, Pair
+from wrinklefree.data import chains, problems
 from wrinklefree.data.packing import encode, make_batch, pack_whole
 from wrinklefree.data.problems import Problem, same_answer
 from wrinklefree.evaluate.paired import mcnemar, quantile
 from wrinklefree.methods.trm import LatentThinker, RecursiveNetwork, ThinkerConfig
-from wrinklefree.objectives import Decoder
-from wrinklefree.thinking import loading, measure, pairs, stages, tags
+from wrinklefree.models.load import load_model
+from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.runs import prerequisites
+from wrinklefree.thinking import compare, hidden_pairs, loading, pairs, stages, tags
 from wrinklefree.thinking.grpo import GRPO, group_advantages, policy_loss
+from wrinklefree.thinking.hidden_pairs import HiddenPairs, Pair
 from wrinklefree.thinking.injection import fit_adapter
 from wrinklefree.thinking.recursion import Recursion, prompt_of, read, read_out
 from wrinklefree.thinking.reply import reply
 from wrinklefree.thinking.speech import Speaker
+from wrinklefree.training import checkpoint
 
 TOKENIZER = chains.tokenizer()
 TOKENS = {"segments": "tokens", "segment_tokens": 2}
@@ -77,7 +78,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compressor(folder: Path, model: LlamaForCausalLM) -> None:
     config = resolved(folder, "trm_compressor")
-    moments, decoder = Moments.zeros(64), Decoder(model)
+    moments, decoder = Moments.zeros(64), BodyAndHead(model)
     documents = encode(TOKENIZER, chains.examples("train")[:200])
     with torch.no_grad():
         moments.add(decoder.states(make_batch(pack_whole(documents, 128, 0))).flatten(0, 1))
@@ -87,7 +88,7 @@ def compressor(folder: Path, model: LlamaForCausalLM) -> None:
 
 
 def resolved(folder: Path, training: str, *more: str) -> Config:
-    return configs.load(overrides(folder, training, *more))
+    return load_config(overrides(folder, training, *more))
 
 
 def overrides(folder: Path, training: str, *more: str) -> list[str]:
@@ -118,7 +119,7 @@ def overrides(folder: Path, training: str, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def speaker(toy: Path) -> Speaker:
-    model, tokenizer = load.load(toy / "lm", dtype=torch.float32)
+    model, tokenizer = load_model(toy / "lm", dtype=torch.float32)
     return Speaker(model.requires_grad_(False), tokenizer)
 
 
@@ -848,7 +849,7 @@ def test_two_processes_make_the_pairs_of_one_and_train_alike(toy: Path, tmp_path
 
 
 def test_every_way_to_think_is_measured(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = measure.run(resolved(trained, "trm_eval", "training.eval_examples=12"), force=False)
+    out = compare.compare_ways(resolved(trained, "trm_eval", "training.eval_examples=12"), force=False)
     values = json.loads((out / "results.json").read_text())
     assert list(values["ways"]) == ["words", "nothing", "pause", "shuffled", "latent", "grpo", "oracle"]
     assert all(len(way["right"]) == values["problems"] for way in values["ways"].values())
@@ -899,10 +900,10 @@ def test_the_whole_chain_thinks_in_latents_what_it_thought_in_words(tmp_path: Pa
 
     given = ["model=chains", f"output_root={tmp_path}"]
     pretrain.run(given)
-    phase1.run(configs.load([*given, "training=trm_compressor"]), False)
+    phase1.run(load_config([*given, "training=trm_compressor"]), False)
     chain = {"pairs": stages.make_pairs, "recursion": stages.recursion, "injection": stages.injection}
-    for name, stage in {**chain, "eval": measure.run}.items():
-        stage(configs.load([*given, f"training=trm_{name}"]), False)
+    for name, stage in {**chain, "eval": compare.compare_ways}.items():
+        stage(load_config([*given, f"training=trm_{name}"]), False)
     values = json.loads((tmp_path / "chains_trm_eval" / "results.json").read_text())
     right = {name: way["accuracy"] for name, way in values["ways"].items()}
     assert right["words"] > 0.95

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from wrinklefree import config as configs
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import Config, LoggingConfig, WandbConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.plotting import plot_runs, smooth
-from wrinklefree.terminal import short_number, short_size, short_time
-from wrinklefree.tracking import COLUMNS, CSV_NAME, Lines, Tracker
+from wrinklefree.tracking.plotting import plot_runs, smooth
+from wrinklefree.tracking.progress import Lines
+from wrinklefree.tracking.run_log import COLUMNS, CSV_NAME, Tracker
+from wrinklefree.tracking.terminal import short_number, short_size, short_time
 
 ROW = {"train_loss": 2.5, "lr": 1e-4, "grad_norm": 0.5, "tokens": 4096, "tokens_per_sec": 1234.5}
 
 
 @pytest.fixture(scope="module")
-def config() -> configs.Config:
-    return configs.load([])
+def config() -> Config:
+    return load_config([])
 
 
 def read(folder: Path) -> list[dict[str, str]]:
@@ -27,14 +29,14 @@ def read(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def record(folder: Path, config: configs.Config, steps: range, start: int = 0) -> None:
+def record(folder: Path, config: Config, steps: range, start: int = 0) -> None:
     with Tracker(folder, 100, config, start) as tracker:
         for step in steps:
             tracker.log(step, ROW)
             tracker.update(step, ROW["train_loss"], ROW["lr"], ROW["tokens_per_sec"])
 
 
-def test_columns_and_empty_cells(tmp_path: Path, config: configs.Config) -> None:
+def test_columns_and_empty_cells(tmp_path: Path, config: Config) -> None:
     record(tmp_path, config, range(1, 4))
     rows = read(tmp_path)
     assert tuple(rows[0]) == COLUMNS
@@ -44,13 +46,13 @@ def test_columns_and_empty_cells(tmp_path: Path, config: configs.Config) -> None
     assert rows[0]["tokens"] == "4096"
 
 
-def test_a_row_is_on_disk_while_the_run_goes_on(tmp_path: Path, config: configs.Config) -> None:
+def test_a_row_is_on_disk_while_the_run_goes_on(tmp_path: Path, config: Config) -> None:
     with Tracker(tmp_path, 10, config) as tracker:
         tracker.log(1, ROW)
         assert len(read(tmp_path)) == 1
 
 
-def test_resume_drops_what_came_after(tmp_path: Path, config: configs.Config) -> None:
+def test_resume_drops_what_came_after(tmp_path: Path, config: Config) -> None:
     record(tmp_path, config, range(1, 8))
     before = read(tmp_path)
     record(tmp_path, config, range(5, 7), start=4)
@@ -62,7 +64,7 @@ def test_resume_drops_what_came_after(tmp_path: Path, config: configs.Config) ->
     assert list(tmp_path.iterdir()) == [tmp_path / CSV_NAME]
 
 
-def test_resume_survives_a_row_cut_short(tmp_path: Path, config: configs.Config) -> None:
+def test_resume_survives_a_row_cut_short(tmp_path: Path, config: Config) -> None:
     record(tmp_path, config, range(1, 4))
     path = tmp_path / CSV_NAME
     path.write_text(path.read_text() + "4,2.5")
@@ -70,13 +72,13 @@ def test_resume_survives_a_row_cut_short(tmp_path: Path, config: configs.Config)
     assert [row["step"] for row in read(tmp_path)] == ["1", "2", "3", "5"]
 
 
-def test_a_fresh_start_begins_a_new_log(tmp_path: Path, config: configs.Config) -> None:
+def test_a_fresh_start_begins_a_new_log(tmp_path: Path, config: Config) -> None:
     record(tmp_path, config, range(1, 8))
     record(tmp_path, config, range(1, 3))
     assert [row["step"] for row in read(tmp_path)] == ["1", "2"]
 
 
-def test_a_new_metric_becomes_a_column(tmp_path: Path, config: configs.Config) -> None:
+def test_a_new_metric_becomes_a_column(tmp_path: Path, config: Config) -> None:
     with Tracker(tmp_path, 10, config) as tracker:
         tracker.log(1, ROW)
         tracker.log(2, ROW | {"eval_loss": 2.25, "train_kl": 0.5, "quant_error/layers.0": 0.3})
@@ -87,7 +89,7 @@ def test_a_new_metric_becomes_a_column(tmp_path: Path, config: configs.Config) -
     assert [row["eval_loss"] for row in rows] == ["", "2.25", ""]
 
 
-def test_progress_is_plain_lines_without_a_terminal(tmp_path: Path, config: configs.Config, capsys) -> None:
+def test_progress_is_plain_lines_without_a_terminal(tmp_path: Path, config: Config, capsys) -> None:
     record(tmp_path, config, range(99, 101))
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "step 100/100  loss 2.500  lr 1.0e-04  1.23k tok/s  ETA 0:00:00"
@@ -101,12 +103,12 @@ def test_progress_lines_are_seldom(capsys) -> None:
     assert capsys.readouterr().out.splitlines() == ["step 1/1000  x", "step 1000/1000  x"]
 
 
-def with_wandb(config: configs.Config) -> configs.Config:
-    settings = configs.LoggingConfig(wandb=configs.WandbConfig(enabled=True))
+def with_wandb(config: Config) -> Config:
+    settings = LoggingConfig(wandb=WandbConfig(enabled=True))
     return dataclasses.replace(config, training=dataclasses.replace(config.training, logging=settings))
 
 
-def test_missing_wandb_names_the_extra(tmp_path: Path, config: configs.Config, monkeypatch) -> None:
+def test_missing_wandb_names_the_extra(tmp_path: Path, config: Config, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'wrinklefree\[wandb\]'"):
         Tracker(tmp_path, 10, with_wandb(config))
@@ -150,7 +152,7 @@ def test_wandb_gets_every_number_and_the_same_run_on_resume(tmp_path: Path, conf
     assert ROW.items() <= logged.items()
 
 
-def test_plot_of_runs_with_and_without_a_teacher_is_a_png(tmp_path: Path, config: configs.Config) -> None:
+def test_plot_of_runs_with_and_without_a_teacher_is_a_png(tmp_path: Path, config: Config) -> None:
     record(tmp_path / "w1", config, range(1, 30))
     with Tracker(tmp_path / "w2", 30, config) as tracker:
         for step in range(1, 30):

@@ -17,12 +17,18 @@ from torch import nn
 from toyrun import CPU, resolved, rows, run, tensors, toy_files
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from wrinklefree import checkpoint, distributed, load, session
-from wrinklefree.config import DistillationConfig
+from wrinklefree.config.schema import DistillationConfig
+from wrinklefree.core import files
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import written_aside
 from wrinklefree.core.method import quant_layers
-from wrinklefree.objectives import Batch, LanguageModelling, Metrics, Objective
-from wrinklefree.sharding import Whole
+from wrinklefree.distributed.sharding import Whole
+from wrinklefree.distributed.world import any_of, gather, sum_over_processes
+from wrinklefree.models.load import load_model
+from wrinklefree.objectives.base import Batch, Metrics, Objective
+from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.training import checkpoint
 
 
 @pytest.fixture
@@ -242,9 +248,9 @@ def test_a_kill_in_the_middle_of_a_save_leaves_only_whole_checkpoints(folder: Pa
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "best"
     for text in ("old", "new"):
-        with checkpoint.written_aside(path) as aside:
+        with written_aside(path) as aside:
             (aside / "file").write_text(text)
-    with pytest.raises(IsADirectoryError), checkpoint.written_aside(path) as aside:
+    with pytest.raises(IsADirectoryError), written_aside(path) as aside:
         aside.write_text("half")
     assert (path / "file").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
@@ -255,7 +261,7 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(
     folder: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """Real writes that fail: a limit on the size of a file stands for the disk's."""
-    monkeypatch.setattr(checkpoint, "FULL", (errno.EFBIG,))
+    monkeypatch.setattr(files, "FULL", (errno.EFBIG,))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(model: nn.Module) -> None:
@@ -308,9 +314,9 @@ def test_an_existing_run_is_refused_unless_forced(folder: Path) -> None:
     with pytest.raises(UserError, match=r"already holds a run.*resume_from=latest.*--force"):
         run(resolved(folder))
     assert (folder / "run" / "final" / "model.safetensors").is_file()
-    assert session.claim(resolved(folder), force=True) is None
+    assert resume_point(resolved(folder), force=True) is None
     assert (folder / "run" / "final" / "model.safetensors").is_file()  # until nothing can be wrong any more
-    session.clear(resolved(folder))
+    make_run_folder(resolved(folder))
     assert [path.name for path in (folder / "run").iterdir()] == ["notes.txt"]
 
 
@@ -339,7 +345,7 @@ def test_keep_best_returns_the_best_model_also_across_a_resume(folder: Path) -> 
     assert list(seen) == [2, 4, 6, 8]
     assert torch.equal(model.get_parameter("model.norm.weight"), seen[4])
     assert not torch.equal(seen[4], seen[8])
-    final, _ = load.load(folder / "run" / "final")
+    final, _ = load_model(folder / "run" / "final")
     assert torch.equal(final.get_parameter("model.norm.weight"), seen[4])
 
 
@@ -453,7 +459,7 @@ def test_a_checkpoint_is_a_hugging_face_folder(interrupted: Path) -> None:
     assert wanted <= names
     assert AutoTokenizer.from_pretrained(path)("w3 w5").input_ids == [3, 5]
     plain = AutoModelForCausalLM.from_pretrained(path)
-    trained, _ = load.load(path)
+    trained, _ = load_model(path)
     assert not quant_layers(plain)
     assert torch.equal(plain.model.norm.weight, trained.model.norm.weight)
 
@@ -463,7 +469,7 @@ def test_one_process_needs_no_group() -> None:
     parameter.grad = torch.tensor([1.0, 2.0])
     Whole(CPU).finish_gradients([parameter, nn.Parameter(torch.ones(1))], 0.5)
     assert parameter.grad.tolist() == [0.5, 1]
-    assert distributed.gather({"a": 1}, CPU) == [{"a": 1}]
-    assert distributed.totals({"a": torch.tensor(3), "b": torch.tensor(0.5)}, CPU) == {"a": 3, "b": 0.5}
-    assert distributed.any_of(True, CPU)
-    assert not distributed.any_of(False, CPU)
+    assert gather({"a": 1}, CPU) == [{"a": 1}]
+    assert sum_over_processes({"a": torch.tensor(3), "b": torch.tensor(0.5)}, CPU) == {"a": 3, "b": 0.5}
+    assert any_of(True, CPU)
+    assert not any_of(False, CPU)

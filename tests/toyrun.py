@@ -10,13 +10,17 @@ from tiny import VOCAB, llama, tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from wrinklefree import config as configs
-from wrinklefree import distributed, load, session, sharding
-from wrinklefree import pipeline as train
-from wrinklefree.config import Config
-from wrinklefree.distributed import World
-from wrinklefree.objectives import Objective
-from wrinklefree.trainer import fit
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import Config
+from wrinklefree.distributed import sharding
+from wrinklefree.distributed.world import World, gather
+from wrinklefree.models.load import load_pretrained
+from wrinklefree.objectives.base import Objective
+from wrinklefree.runs import setup
+from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.runs.stage import choose_objective, prepare_student
+from wrinklefree.training.loop import fit
+from wrinklefree.training.plan import choose_length, make_plan
 
 CPU = World(0, 1, torch.device("cpu"))
 CLOCKS = ("elapsed_sec", "tokens_per_sec")  # the columns that no two runs share
@@ -50,7 +54,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
 
 
 def resolved(folder: Path, *more: str) -> Config:
-    return configs.load(overrides(folder, *more))
+    return load_config(overrides(folder, *more))
 
 
 def nothing(model: nn.Module, step: int) -> None:
@@ -66,28 +70,28 @@ def run(
     world: World = CPU,
 ) -> PreTrainedModel:
     """What `wf train` does between loading and packing; returns the trained model."""
-    resume = distributed.gather(session.claim(config, force=False) if world.is_main else None, world)[0]
+    resume = gather(resume_point(config, force=False) if world.is_main else None, world)[0]
     if world.is_main and resume is None:
-        session.clear(config)
+        make_run_folder(config)
     torch.manual_seed(config.seed)
-    teacher, words = load.load_pretrained(config.model)
-    session.choose_length(config, teacher)
+    teacher, words = load_pretrained(config.model)
+    choose_length(config, teacher)
     teacher.requires_grad_(False)
-    student = train.prepare(config, teacher)
-    make = objective or partial(train.choose_objective, config)
-    placement = sharding.choose(config, world)
+    student = prepare_student(config, teacher)
+    make = objective or partial(choose_objective, config)
+    placement = sharding.choose_placement(config, world)
     made = make(student, teacher)
     placement.place(student)
     placement.place(teacher)
     fit(
         student,
         made,
-        session.open_stream(config, words, world),
+        setup.open_stream(config, words, world),
         config,
-        session.make_plan(config, teacher, world),
+        make_plan(config, teacher, world),
         tokenizer=words,
         world=world,
-        evaluate=evaluate or session.evaluator(config, words),
+        evaluate=evaluate or setup.evaluator(config, words),
         placement=placement,
         resume=resume,
         on_step=on_step,

@@ -15,15 +15,19 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_lora.files import layers_in, put, read_state
-from wrinklefree import config as configs
-from wrinklefree import distributed, session
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import Config as RunConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.lowrank import Factors
 from wrinklefree.core.method import quant_layers
 from wrinklefree.core.ste import round_fp16 as ste_fp16
+from wrinklefree.distributed.world import join_world
 from wrinklefree.methods.anemll import Config, LutLinear
-from wrinklefree.objectives import CachedKD
-from wrinklefree.trainer import fit
+from wrinklefree.objectives.cached_kd import CachedKD
+from wrinklefree.runs import setup
+from wrinklefree.runs.folder import resume_point
+from wrinklefree.training.loop import fit
+from wrinklefree.training.plan import choose_length, make_plan
 
 __all__ = [
     "convert_model_to_fp16_v2",
@@ -127,9 +131,9 @@ def load_v2_checkpoint(model: nn.Module, path: str | Path) -> int:
     return put(model, state, layers_in(state, file), file)
 
 
-def _config(model: PreTrainedModel, cache_dir: str | Path, *settings: str) -> configs.Config:
+def _config(model: PreTrainedModel, cache_dir: str | Path, *settings: str) -> RunConfig:
     training = ["training=anemll_v2", "training.objective=cached_kd", f"distillation.cache={cache_dir}"]
-    return configs.load([f"model={model.name_or_path}", *training, *settings])
+    return load_config([f"model={model.name_or_path}", *training, *settings])
 
 
 def train_e2e(
@@ -150,13 +154,13 @@ def train_e2e(
     values |= {"distillation.hard_top1": hard_top1, "distillation.hard_full": hard_full}
     config = _config(model, cache_dir, *(f"{k}={v}" for k, v in values.items()), f"output_dir={output_dir}")
     config.method = _method(_layers(model))  # what the checkpoints say of themselves
-    session.claim(config, force=False)
-    world = distributed.start()
-    session.choose_length(config, model)
-    plan = session.make_plan(config, model, world)
-    stream = session.open_stream(config, tokenizer, world)
+    resume_point(config, force=False)
+    world = join_world()
+    choose_length(config, model)
+    plan = make_plan(config, model, world)
+    stream = setup.open_stream(config, tokenizer, world)
     objective = CachedKD(model, config.distillation)
-    evaluate = session.evaluator(config, tokenizer)
+    evaluate = setup.evaluator(config, tokenizer)
     fit(model, objective, stream, config, plan, tokenizer=tokenizer, world=world, evaluate=evaluate)
     return evaluate_kd_loss(model, tokenizer, cache_dir, temperature)
 
@@ -166,5 +170,5 @@ def evaluate_kd_loss(
 ) -> float:
     """KL to the cached teacher on the sequences that are held out, times the square of the temperature."""
     config = _config(model, cache_dir, f"distillation.temperature={temperature}")
-    session.choose_length(config, model)
-    return float(session.evaluator(config, tokenizer)(model)["eval_kl"])
+    choose_length(config, model)
+    return float(setup.evaluator(config, tokenizer)(model)["eval_kl"])

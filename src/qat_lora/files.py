@@ -21,15 +21,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import checkpoint, load
-from wrinklefree import config as configs
+from wrinklefree.config.compose import load_config, read_config
+from wrinklefree.config.schema import Config as RunConfig
 from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.lowrank import Factors, guarded, nearest
 from wrinklefree.core.method import quant_layers
-from wrinklefree.export.anemll import write_state
+from wrinklefree.export.formats.anemll import write_state
 from wrinklefree.methods.anemll import Config, LutLinear
+from wrinklefree.models.find import model_folder
+from wrinklefree.models.load import load_model, load_pretrained
+from wrinklefree.training import checkpoint
 
 State = dict[str, Tensor]
 
@@ -41,7 +44,7 @@ class Opened(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    config: configs.Config
+    config: RunConfig
 
 
 def open_checkpoint(path: Path, base: str) -> Opened:
@@ -52,11 +55,11 @@ def open_checkpoint(path: Path, base: str) -> Opened:
     """
     if path.is_file():
         return open_state(path, base)
-    folder = load.model_folder(standing_for(path))
+    folder = model_folder(standing_for(path))
     file = folder / checkpoint.CONFIG
     if not file.is_file():
         raise UserError(f"{path}: no such file, and no checkpoint of `wf anemll` or `wf train` in its place")
-    opened = Opened(*load.load(folder), configs.from_yaml(file))
+    opened = Opened(*load_model(folder), read_config(file))
     if not isinstance(opened.config.method, Config):
         raise UserError(f"{path}: not trained with lookup tables; see `wf anemll`")
     return opened
@@ -101,8 +104,8 @@ def open_state(file: Path, base: str) -> Opened:
     found = layers_in(state, file)
     method = detect(found, file)
     names = [f"method.{key}={value}" for key, value in method.items()]
-    config = configs.load([f"model={base}", f"training=anemll_{'v2' if method['view'] == 'v2' else 'q2a4'}", *names])
-    model, tokenizer = load.load_pretrained(config.model)
+    config = load_config([f"model={base}", f"training=anemll_{'v2' if method['view'] == 'v2' else 'q2a4'}", *names])
+    model, tokenizer = load_pretrained(config.model)
     assert config.method is not None
     plain = surgery.linears(model, config.method.exclude_names)
     config.method.exclude_names += [fqn for fqn, _ in plain if fqn not in found and f"{fqn}.weight" in state]

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from qat_lora import evaluate_kd_loss, files, train_e2e
 from qat_lora.files import Opened
-from wrinklefree import config as configs
-from wrinklefree import generate, launch, session
-from wrinklefree.checkpoint import CONFIG
+from wrinklefree.config.compose import load_config, read_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
-from wrinklefree.load import load_pretrained, model_folder
+from wrinklefree.generate import generate
 from wrinklefree.methods.anemll import Config, LutLinear, factored
-from wrinklefree.terminal import print_table
+from wrinklefree.models.find import model_folder
+from wrinklefree.models.load import load_pretrained
+from wrinklefree.runs import launch, setup
+from wrinklefree.tracking.terminal import print_table
+from wrinklefree.training.checkpoint import CONFIG
 
 PROMPTS = ("What is the capital of France?", "def fibonacci(n):", "What is 2+2?")
 DEBUG_STEPS = 20
@@ -42,12 +44,12 @@ def train(
         start = [f"training.start_from=[{folder}]"]
         sizes = sizes or sizes_of(folder)
     chosen = [f"method.{key}={value}" for key, value in zip(KEYS, sizes or (), strict=False)]
-    launch.run([f"model={model_id}", *chosen, *overrides, *start, f"output_dir={output}"], force=force)
+    launch.run_stage([f"model={model_id}", *chosen, *overrides, *start, f"output_dir={output}"], force=force)
 
 
 def sizes_of(folder: Path) -> Sizes:
     """Bits and ranks of a checkpoint of ours. Raises UserError where it has none."""
-    method = configs.from_yaml(folder / CONFIG).method if (folder / CONFIG).is_file() else None
+    method = read_config(folder / CONFIG).method if (folder / CONFIG).is_file() else None
     if not isinstance(method, Config):
         raise UserError(f"{folder}: not trained with lookup tables; see `wf anemll`")
     return (method.bits, method.rank, method.attn_bits, method.attn_rank)
@@ -124,7 +126,7 @@ def _kd_loss(opened: Opened, cache: Path | None) -> str:
     if cache is None:
         return ""
     opened.config.distillation.cache = str(cache)
-    value = session.evaluator(opened.config, opened.tokenizer)(opened.model)["eval_kl"]
+    value = setup.evaluator(opened.config, opened.tokenizer)(opened.model)["eval_kl"]
     opened.config.distillation.cache = None
     return f"{value:.4f}"
 
@@ -257,7 +259,7 @@ def _fitted(model_id: str, checkpoint: Path | None, bits: int, rank: int, group_
         return opened.model, opened.tokenizer
     sizes = {"bits": bits, "attn_bits": bits, "rank": rank, "attn_rank": rank, "group_size": group_size}
     settings = [f"method.{key}={value}" for key, value in sizes.items()]
-    config = configs.load([f"model={model_id}", "training=anemll_q2a4", *settings])
+    config = load_config([f"model={model_id}", "training=anemll_q2a4", *settings])
     model, tokenizer = load_pretrained(config.model)
     assert config.method is not None
     return config.method.prepare(model), tokenizer

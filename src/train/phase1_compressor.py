@@ -25,10 +25,13 @@ from pathlib import Path
 
 import typer
 
-from wrinklefree import checkpoint, cli, load
-from wrinklefree import config as configs
-from wrinklefree.config import Config
+from wrinklefree import cli
+from wrinklefree.config.compose import config_yaml, load_config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import written_aside
+from wrinklefree.models.find import at_hand, model_folder
+from wrinklefree.training import checkpoint
 
 log = logging.getLogger("wrinklefree")
 
@@ -108,7 +111,7 @@ def resolve(args: argparse.Namespace) -> Config:
         )
     if args.sweep and args.stage == "1b":
         raise UserError("--sweep: compares sizes in stage 1a; then run --stage 1b with the chosen --d_compressed")
-    config = configs.load([*overrides(args), *args.settings])
+    config = load_config([*overrides(args), *args.settings])
     if not given(args, "training.max_steps"):
         config.training.max_steps = steps(args, config)
     if config.training.max_steps and args.init == "pca":
@@ -162,8 +165,8 @@ def wandb_wanted(args: argparse.Namespace) -> bool:
 
 def longest(model: str) -> int:
     """The default length: the guide's, or all positions of a model with fewer."""
-    folder = load.at_hand(configs.load([f"model={model}"]).model.pretrained)
-    file = None if folder is None else load.model_folder(folder) / "config.json"
+    folder = at_hand(load_config([f"model={model}"]).model.pretrained)
+    file = None if folder is None else model_folder(folder) / "config.json"
     if file is None or not file.is_file():
         return LENGTH
     positions = json.loads(file.read_text()).get("max_position_embeddings", LENGTH)
@@ -183,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
     """What the flags say."""
     config = resolve(args)
     if args.dry_run:
-        print(configs.to_yaml(config), end="")
+        print(config_yaml(config), end="")
         log.info("dry run: nothing was trained or written")
         return
     check(args)
@@ -222,7 +225,7 @@ def publish(made: Path, out: Path, stage: str) -> Iterator[str]:
     """Copy what a run left to the guide's names; gives them."""
     copies = {folder: f"stage{stage}_step{folder.name[5:]}" for folder in checkpoint.step_folders(made / "checkpoints")}
     for folder, name in {**copies, made / "final": f"stage{stage}_final"}.items():
-        with checkpoint.written_aside(out / name) as aside:
+        with written_aside(out / name) as aside:
             shutil.copytree(folder, aside, dirs_exist_ok=True)
         yield name
 

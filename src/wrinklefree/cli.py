@@ -499,7 +499,7 @@ def _fail(message: str, code: int, debug: bool) -> None:
 
 def _quiet(debug: bool) -> None:
     """Our lines only: no progress bars, warnings or notes of the libraries, unless the user's environment asks."""
-    from wrinklefree.terminal import show_log_lines
+    from wrinklefree.tracking.terminal import show_log_lines
 
     show_log_lines()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,1 +1,1 @@
-"""Rank 5: one file per `wf` verb; verbs never import each other."""
+"""Rank 9: one file for each verb of `wf`."""

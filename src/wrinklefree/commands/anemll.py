@@ -10,12 +10,12 @@ What is done already, with the same settings, is skipped; what was interrupted g
 from pathlib import Path
 from typing import Literal
 
-from wrinklefree import launch, report
-from wrinklefree.config import Config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.export import anemll
-from wrinklefree.load import load
-from wrinklefree.terminal import print_table
+from wrinklefree.export.formats import anemll
+from wrinklefree.models.load import load_model
+from wrinklefree.runs import launch, report
+from wrinklefree.tracking.terminal import print_table
 
 Workflow = Literal["a", "b", "c"]
 
@@ -42,7 +42,7 @@ def run(
             chosen += ["training.objective=cached_kd", f"distillation.cache={cache}"]
         finished.append(launch.run_once([*chosen, *meant[name]], force, processes))
     last = Path(finished[-1].output_dir)
-    trained, tokenizer = load(last)
+    trained, tokenizer = load_model(last)
     table = anemll.write(trained, tokenizer, last / "anemll", [])
     summary(finished, table)
     print(f"\nwrote {last}/anemll/ (for ANEMLL's converters) and {last}/packed/ (for transformers)")
@@ -67,7 +67,7 @@ def summary(finished: list[Config], table: list[list[str]]) -> None:
     """Perplexity, KL and bits after each step."""
     rows = []
     for config in finished:
-        figures = report.load(Path(config.output_dir) / "results.json")
+        figures = report.read_figures(Path(config.output_dir) / "results.json")
         kl = [f"{figures[state]['kl']:.4f}" for state in ("one_shot", "trained")]
         bits = f"{figures['bits_per_quantized_weight']:.3f}"
         rows.append([config.training.stage, f"{figures['trained']['ppl']:.2f}", *kl, bits])

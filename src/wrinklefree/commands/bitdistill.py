@@ -6,10 +6,10 @@ What is done already, with the same settings, is skipped; what was interrupted g
 from collections.abc import Iterator
 from pathlib import Path
 
-from wrinklefree import launch, report
-from wrinklefree.config import Config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.terminal import print_table
+from wrinklefree.runs import launch, report
+from wrinklefree.tracking.terminal import print_table
 
 STAGES = {
     "0": "stage0_sft",
@@ -81,7 +81,7 @@ def summary(finished: list[Config]) -> None:
     """What each stage came to."""
     rows = []
     for config in finished:
-        figures = report.load(Path(config.output_dir) / "results.json")
+        figures = report.read_figures(Path(config.output_dir) / "results.json")
         accuracy = figures["accuracy"].get("trained")
         task = "" if accuracy is None else f"{accuracy['value']:.1%} on {config.data.task}"
         rows.append([config.training.stage, f"{figures['trained']['ppl']:.2f}", task])

@@ -21,16 +21,22 @@ from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from wrinklefree import config as configs
-from wrinklefree import distributed, load, session
-from wrinklefree.config import Config
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import BatchStream, training_stream
-from wrinklefree.data import kd_cache as kd
-from wrinklefree.losses import CHUNK, NEVER
-from wrinklefree.objectives import Decoder
-from wrinklefree.terminal import short_size
-from wrinklefree.tracking import Bar, Clock, Lines
+from wrinklefree.data.kd_cache.manifest import Manifest, Split, fingerprint, model_fingerprint, tokenizer_fingerprint
+from wrinklefree.data.kd_cache.read import batch_of, sequences
+from wrinklefree.data.kd_cache.write import append, begin, finish
+from wrinklefree.data.open import BatchStream, training_stream
+from wrinklefree.distributed.world import join_world, leave_world
+from wrinklefree.models.find import resolve_pretrained
+from wrinklefree.models.load import load_pretrained
+from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.losses import CHUNK, NEVER
+from wrinklefree.runs import setup
+from wrinklefree.tracking.progress import Bar, Clock, Lines
+from wrinklefree.tracking.terminal import short_size
+from wrinklefree.training.plan import choose_dtype, choose_length, sequence_length
 
 log = logging.getLogger("wrinklefree")
 
@@ -75,35 +81,35 @@ def settings(model: str, length: int | None, overrides: list[str]) -> Config:
         if not override.startswith(("data", "task=", "seed=", "training.batch_size=", "training.precision=")):
             raise UserError(f"{override}: wf cache takes data.*, seed, training.batch_size and training.precision")
     sized = [f"training.max_seq_length={length}"] if length else []
-    return configs.load([f"model={model}", "training=full_precision", *sized, *overrides])
+    return load_config([f"model={model}", "training=full_precision", *sized, *overrides])
 
 
-def write(config: Config, out: Path, force: bool, **sizes: Any) -> kd.Manifest:
+def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
     """A cache of the teacher `config.model` on `config.data`; goes on where one was begun."""
-    world = distributed.start()
+    world = join_world()
     log.info("loading %s", config.model.pretrained)
-    teacher, tokenizer = load.load_pretrained(config.model)
-    session.choose_length(config, teacher)
-    heldout = _joined([kd.sequences(b) for b in session.heldout(config, tokenizer, _tokens(config, sizes))])
+    teacher, tokenizer = load_pretrained(config.model)
+    choose_length(config, teacher)
+    heldout = _joined([sequences(b) for b in setup.heldout(config, tokenizer, _tokens(config, sizes))])
     data = dataclasses.asdict(config.data)
     if sizes["topk"] + sizes["negatives"] > teacher.config.vocab_size:
         raise UserError(f"--topk, --rand-neg: more words than the {teacher.config.vocab_size} of the vocabulary")
-    dtype = session.choose_dtype(config.training.precision, world.device)
+    dtype = choose_dtype(config.training.precision, world.device)
     wanted = _manifest(
         teacher=config.model.pretrained,
-        teacher_fingerprint=kd.model_fingerprint(teacher.state_dict()),
+        teacher_fingerprint=model_fingerprint(teacher.state_dict()),
         precision=str(dtype).removeprefix("torch."),
         tokenizer=tokenizer.name_or_path,
-        tokenizer_fingerprint=kd.tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         data=data,
-        data_fingerprint=kd.fingerprint([data, heldout["input_ids"].tolist()]),
+        data_fingerprint=fingerprint([data, heldout["input_ids"].tolist()]),
         vocab_size=teacher.config.vocab_size,
-        length=session.length(config),
+        length=sequence_length(config),
         tail="exact",
         seed=config.seed,
         **(sizes | {"num_heldout": len(heldout["input_ids"])}),
     )
-    with kd.begin(out, wanted, force=force) as manifest:
+    with begin(out, wanted, force=force) as manifest:
         if manifest.complete:
             log.info("%s is complete; --force writes it anew", out)
             return manifest
@@ -114,27 +120,27 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> kd.Manifest:
             manifest = fill(out, manifest, ask, heldout, stream)
         finally:
             ask.progress.close()
-        distributed.stop()
-        return kd.finish(out, manifest)
+        leave_world()
+        return finish(out, manifest)
 
 
 def _tokens(config: Config, sizes: dict[str, Any]) -> int:
-    return int(sizes["num_heldout"]) * session.length(config)
+    return int(sizes["num_heldout"]) * sequence_length(config)
 
 
-def _manifest(**values: Any) -> kd.Manifest:
+def _manifest(**values: Any) -> Manifest:
     try:
-        return kd.Manifest(**values)
+        return Manifest(**values)
     except ValueError as error:
         raise UserError(f"--topk, --rand-neg: {error}") from error
 
 
-def fill(out: Path, manifest: kd.Manifest, ask: "Teacher", heldout: Shard, stream: BatchStream) -> kd.Manifest:
+def fill(out: Path, manifest: Manifest, ask: "Teacher", heldout: Shard, stream: BatchStream) -> Manifest:
     """Write what is missing, shard by shard: first what is held out, then one pass over the data."""
     size = manifest.shard_size
     for start in range(manifest.count("heldout"), manifest.num_heldout, size):
         shard = {name: tensor[start : start + size] for name, tensor in heldout.items()}
-        manifest = kd.append(out, manifest, {"heldout": ask(shard, "heldout", start)}, None)
+        manifest = append(out, manifest, {"heldout": ask(shard, "heldout", start)}, None)
     if manifest.position is not None:
         stream.load_state_dict(manifest.position)
     while (done := manifest.count("train")) < manifest.num_train:
@@ -142,7 +148,7 @@ def fill(out: Path, manifest: kd.Manifest, ask: "Teacher", heldout: Shard, strea
         if read is None:
             log.info("the data ends after %d sequences", done)
             break
-        manifest = kd.append(out, manifest, {"train": ask(read, "train", done)}, stream.state_dict())
+        manifest = append(out, manifest, {"train": ask(read, "train", done)}, stream.state_dict())
     return manifest
 
 
@@ -152,7 +158,7 @@ def read_shard(stream: BatchStream, num: int) -> Shard | None:
     for batch in itertools.islice(stream, num):
         if stream.state_dict()["epoch"]:  # the sequence goes on in the second pass
             break
-        found.append(kd.sequences(batch))
+        found.append(sequences(batch))
     return _joined(found) if found else None
 
 
@@ -177,16 +183,16 @@ class Upstream:
 class Teacher:
     """A model that adds its answers to a shard's sequences."""
 
-    def __init__(self, model: Any, manifest: kd.Manifest, batch_size: int, dtype: torch.dtype) -> None:
-        self.decoder, self.manifest, self.batch_size, self.dtype = Decoder(model), manifest, batch_size, dtype
+    def __init__(self, model: Any, manifest: Manifest, batch_size: int, dtype: torch.dtype) -> None:
+        self.decoder, self.manifest, self.batch_size, self.dtype = BodyAndHead(model), manifest, batch_size, dtype
         total, done = manifest.num_train + manifest.num_heldout, manifest.count("train") + manifest.count("heldout")
         self.progress = Bar(total, done) if sys.stdout.isatty() else Lines(total, "sequence")
         self.clock, self.device = Clock(total, done), model.device
         self.done = done
 
-    def __call__(self, shard: Shard, split: kd.Split, start: int) -> Shard:
+    def __call__(self, shard: Shard, split: Split, start: int) -> Shard:
         """The whole shard, whose first sequence has the number `start` in its split."""
-        draw = torch.Generator().manual_seed(int(kd.fingerprint([self.manifest.seed, split, start]), 16) >> 1)
+        draw = torch.Generator().manual_seed(int(fingerprint([self.manifest.seed, split, start]), 16) >> 1)
         parts = range(0, len(shard["input_ids"]), self.batch_size)
         answers = [self._batch({name: x[i : i + self.batch_size] for name, x in shard.items()}, draw) for i in parts]
         return shard | _joined(answers)
@@ -194,7 +200,7 @@ class Teacher:
     @torch.no_grad()
     def _batch(self, rows: Shard, draw: torch.Generator) -> Shard:
         """The answers to some sequences [n, L]."""
-        batch = {name: tensor.to(self.device) for name, tensor in kd.batch_of(rows).items()}
+        batch = {name: tensor.to(self.device) for name, tensor in batch_of(rows).items()}
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             states, head = self.decoder.project(self.decoder.states(batch)[:, :-1].flatten(0, 1))
         head = head.to(states.dtype)
@@ -227,22 +233,22 @@ def scattered(num: int, per_row: int, vocab_size: int, draw: torch.Generator) ->
 # Taking over
 
 
-def take_over(source: Path, out: Path, model: str | None, force: bool) -> kd.Manifest:
+def take_over(source: Path, out: Path, model: str | None, force: bool) -> Manifest:
     """A cache of `.pt` shards in our format; every 20th sequence is held out. Goes on where it was begun.
 
     What the other words weigh is not in it, but estimated from its random ones, or else not known. Its teacher read
     each block as one document, and so does the student.
     """
     meta, data, files = _upstream(source)
-    tokenizer = AutoTokenizer.from_pretrained(load.resolve_pretrained(_tokenizer_name(meta, model)))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(_tokenizer_name(meta, model)))
     wanted = _manifest(
         teacher=meta.teacher_model,
         teacher_fingerprint="",  # not recorded, nor is the precision
         precision="",
         tokenizer=tokenizer.name_or_path,
-        tokenizer_fingerprint=kd.tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         data=data,
-        data_fingerprint=kd.fingerprint(data),
+        data_fingerprint=fingerprint(data),
         vocab_size=max(meta.vocab_size, len(tokenizer)),
         length=meta.max_length,
         topk=meta.topk,
@@ -253,25 +259,25 @@ def take_over(source: Path, out: Path, model: str | None, force: bool) -> kd.Man
         num_train=meta.num_sequences,
         num_heldout=0,
     )
-    with kd.begin(out, wanted, force=force) as manifest:
+    with begin(out, wanted, force=force) as manifest:
         return manifest if manifest.complete else _translate_all(files, out, manifest)
 
 
-def _translate_all(files: list[Path], out: Path, manifest: kd.Manifest) -> kd.Manifest:
+def _translate_all(files: list[Path], out: Path, manifest: Manifest) -> Manifest:
     first = manifest.position["file"] if manifest.position else 0
     progress = Bar(len(files), first) if sys.stdout.isatty() else Lines(len(files), "file")
     for number, file in enumerate(files[first:], start=first):
         shard = translated(_load(file, manifest), manifest)
         held = torch.arange(len(shard["input_ids"])) % HOLDOUT_EVERY == 0
-        new: dict[kd.Split, Shard] = {"heldout": _rows(shard, held), "train": _rows(shard, ~held)}
+        new: dict[Split, Shard] = {"heldout": _rows(shard, held), "train": _rows(shard, ~held)}
         kept = {split: part for split, part in new.items() if len(part["input_ids"])}
-        manifest = kd.append(out, manifest, kept, {"file": number + 1})
+        manifest = append(out, manifest, kept, {"file": number + 1})
         progress.show(number + 1, file.name)
     progress.close()
     found = manifest.count("train") + manifest.count("heldout")
     if found != manifest.num_train:
         log.info("%d sequences, of %d that meta.json says", found, manifest.num_train)
-    return kd.finish(out, manifest)
+    return finish(out, manifest)
 
 
 def _rows(shard: Shard, kept: Tensor) -> Shard:
@@ -302,10 +308,10 @@ def _upstream(source: Path) -> tuple[Upstream, dict[str, Any], list[Path]]:
 def _tokenizer_name(meta: Upstream, model: str | None) -> str:
     if model is None:
         return meta.tokenizer
-    return configs.load([f"model={model}"]).model.pretrained
+    return load_config([f"model={model}"]).model.pretrained
 
 
-def _load(file: Path, manifest: kd.Manifest) -> Shard:
+def _load(file: Path, manifest: Manifest) -> Shard:
     """The tensors of one `.pt` shard. Raises UserError where it is broken, or not as described."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
@@ -327,7 +333,7 @@ def _load(file: Path, manifest: kd.Manifest) -> Shard:
     return {name: found[name] for name in shapes}
 
 
-def translated(old: Shard, manifest: kd.Manifest) -> Shard:
+def translated(old: Shard, manifest: Manifest) -> Shard:
     """An upstream shard in our names: positions and order are the same."""
     starts = torch.zeros_like(old["input_ids"], dtype=torch.uint8)
     starts[:, 0] = 1

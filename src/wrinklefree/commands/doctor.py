@@ -16,8 +16,8 @@ from huggingface_hub import constants
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import stdlib
 from wrinklefree.data.sources import hub_reachable
-from wrinklefree.packed import native
-from wrinklefree.terminal import print_hanging, short_size
+from wrinklefree.packed.products import native
+from wrinklefree.tracking.terminal import print_hanging, short_size
 
 PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "matplotlib")

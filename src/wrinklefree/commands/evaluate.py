@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from wrinklefree.config import DataConfig
+from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import Batch, file_batches, heldout_batches
+from wrinklefree.data.open import Batch, file_batches, heldout_batches
 from wrinklefree.evaluate.perplexity import measure
-from wrinklefree.locate import open_model
-from wrinklefree.terminal import print_table
+from wrinklefree.generate.open import open_model
+from wrinklefree.tracking.terminal import print_table
 
 _DEFAULT_CONTEXT = 512
 _BATCH_SIZE = 8

@@ -4,25 +4,29 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from wrinklefree import checkpoint, load
-from wrinklefree import config as configs
-from wrinklefree.config import Config
+from wrinklefree.config.compose import read_config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import QuantMethod, did_you_mean
-from wrinklefree.data import heldout_batches
-from wrinklefree.export import hf
+from wrinklefree.core.files import written_aside
+from wrinklefree.core.method import QuantMethod
+from wrinklefree.core.text import did_you_mean
+from wrinklefree.data.open import heldout_batches
 from wrinklefree.export.card import card
-from wrinklefree.terminal import print_table, short_size
+from wrinklefree.export.formats.packed import PackedReport, export_packed
+from wrinklefree.models.find import model_folder
+from wrinklefree.models.load import load_model
+from wrinklefree.tracking.terminal import print_table, short_size
+from wrinklefree.training import checkpoint
 
 # `hf` is our own packed folder; the others are modules of `export/` with a function `write`.
 FORMATS = {
     "hf": "",
-    "dense": "wrinklefree.export.dense",
-    "bitnet": "wrinklefree.export.bitnet",
-    "gguf": "wrinklefree.export.gguf",
-    "compressed-tensors": "wrinklefree.export.compressed",
-    "coreml": "wrinklefree.export.coreml",
-    "anemll": "wrinklefree.export.anemll",
+    "dense": "wrinklefree.export.formats.dense",
+    "bitnet": "wrinklefree.export.formats.bitnet",
+    "gguf": "wrinklefree.export.formats.gguf",
+    "compressed-tensors": "wrinklefree.export.formats.compressed_tensors",
+    "coreml": "wrinklefree.export.formats.coreml",
+    "anemll": "wrinklefree.export.formats.anemll",
 }
 CERTIFY_TOKENS = 8192
 
@@ -40,15 +44,15 @@ def run(run: Path, format: str, out: Path | None, force: bool, **settings: Any) 
         if SETTINGS[name] != format:
             flag = f"--{name}".replace("_", "-")
             raise UserError(f"{flag}: has no effect with --format {format}, it is for --format {SETTINGS[name]}")
-    folder, target = load.model_folder(run), out or default_out(run, format)
+    folder, target = model_folder(run), out or default_out(run, format)
     config = _config(folder)
     if target.exists() and not force:  # before the minutes that loading a large model takes
         raise UserError(f"{target}: exists already; choose another with --out or give --force to replace it")
-    model, tokenizer = load.load(folder)
+    model, tokenizer = load_model(folder)
     length = min(config.training.max_seq_length, model.config.max_position_embeddings)
     batches = heldout_batches(config.data, tokenizer, batch_size=1, length=length, max_tokens=CERTIFY_TOKENS)
     if format == "hf":
-        report = hf.export(
+        report = export_packed(
             model,
             tokenizer,
             config.method,
@@ -62,7 +66,7 @@ def run(run: Path, format: str, out: Path | None, force: bool, **settings: Any) 
         table = rows(report)
     else:
         write = importlib.import_module(FORMATS[format]).write
-        with checkpoint.written_aside(target) as aside:
+        with written_aside(target) as aside:
             table = write(model, tokenizer, aside, batches, **given)
             (aside / "README.md").write_text(f"{card(config)}\n{described(format, table)}", encoding="utf-8")
     print_table(["", str(target)], table)
@@ -89,7 +93,7 @@ def described(format: str, table: list[list[str]]) -> str:
 def default_out(run: Path, format: str) -> Path:
     """`RUN/packed`, `RUN/gguf` and so on, or a sibling where one checkpoint was named."""
     name = "packed" if format == "hf" else format
-    return run / name if load.model_folder(run) != run else run.with_name(f"{run.name}-{name}")
+    return run / name if model_folder(run) != run else run.with_name(f"{run.name}-{name}")
 
 
 def _config(folder: Path) -> Config:
@@ -97,7 +101,7 @@ def _config(folder: Path) -> Config:
     file = folder / checkpoint.CONFIG
     if not file.is_file():
         raise UserError(f"{folder}: no {checkpoint.CONFIG}, so not a checkpoint that `wf train` wrote")
-    config = configs.from_yaml(file)
+    config = read_config(file)
     if not isinstance(config.method, QuantMethod):
         raise UserError(
             f"{folder}: trained without quantization, so there is nothing to pack: {folder} is a plain model already"
@@ -105,7 +109,7 @@ def _config(folder: Path) -> Config:
     return config
 
 
-def rows(report: hf.PackedReport) -> list[list[str]]:
+def rows(report: PackedReport) -> list[list[str]]:
     """The report as lines of a table."""
     proof = report.certificate
     cost = report.rounding

@@ -49,9 +49,9 @@ def run(
 
         print(reply(path, prompt, think, max_new_tokens, temperature, seed))
         return
-    from wrinklefree import generate
-    from wrinklefree.locate import open_engine
-    from wrinklefree.terminal import show_log_lines
+    from wrinklefree.generate import generate
+    from wrinklefree.generate.open import open_engine
+    from wrinklefree.tracking.terminal import show_log_lines
 
     show_log_lines()
     model, tokenizer, which = open_engine(path, engine, threads)

@@ -3,9 +3,9 @@
 import importlib
 import re
 
-from wrinklefree.config import CONFIGS
+from wrinklefree.config.compose import CONFIGS
 from wrinklefree.core import method
-from wrinklefree.terminal import print_table
+from wrinklefree.tracking.terminal import print_table
 
 
 def run() -> None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from wrinklefree.plotting import plot_runs
-from wrinklefree.tracking import CSV_NAME
+from wrinklefree.tracking.plotting import plot_runs
+from wrinklefree.tracking.run_log import CSV_NAME
 
 
 def run(runs: list[Path], out: Path | None = None) -> None:

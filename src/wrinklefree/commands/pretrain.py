@@ -11,15 +11,22 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import checkpoint, distributed, launch, load, session, sharding
-from wrinklefree import config as configs
-from wrinklefree.config import ArchitectureConfig, Config
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import ArchitectureConfig, Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import Batch, chains, stdlib
+from wrinklefree.core.files import written_aside
+from wrinklefree.data import chains, stdlib
+from wrinklefree.data.open import Batch
 from wrinklefree.data.tokenizer import train_tokenizer
+from wrinklefree.distributed import sharding
+from wrinklefree.distributed.world import World, gather, join_world, leave_world
 from wrinklefree.evaluate.perplexity import Quality
-from wrinklefree.objectives import LanguageModelling
-from wrinklefree.trainer import fit
+from wrinklefree.models.load import load_model
+from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.runs import launch, setup
+from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.training.loop import fit
+from wrinklefree.training.plan import Plan, choose_length, make_plan, sequence_length
 
 log = logging.getLogger("wrinklefree")
 
@@ -44,7 +51,7 @@ Byte-level BPE of {vocab:,} tokens with a ChatML template. The text is under the
 
 def run(overrides: list[str], *, force: bool = False, processes: int | None = None) -> None:
     """Pretrain `model.architecture`; leaves `final/` (fp32) and `shipped/` (bf16, with a model card)."""
-    config = configs.load(overrides, "pretrain")
+    config = load_config(overrides, "pretrain")
     if config.model.architecture is None:
         raise UserError(f"model={config.model.name}: has no architecture to train from nothing; try model=tiny")
     number = launch.count_processes(config, processes)
@@ -57,35 +64,35 @@ def run(overrides: list[str], *, force: bool = False, processes: int | None = No
 def train(config: Config, force: bool) -> None:
     """The same in this process, one of those that torchrun has started or the only one."""
     assert config.model.architecture is not None
-    world = distributed.start()
-    resume = distributed.gather(session.claim(config, force) if world.is_main else None, world)[0]
-    placement = sharding.choose(config, world)
+    world = join_world()
+    resume = gather(resume_point(config, force) if world.is_main else None, world)[0]
+    placement = sharding.choose_placement(config, world)
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer(config, config.model.architecture.vocab_size)
     model = build(config.model.architecture, tokenizer)
-    session.choose_length(config, model)
-    plan = session.make_plan(config, model, world)
+    choose_length(config, model)
+    plan = make_plan(config, model, world)
     objective = LanguageModelling(model, None, config.distillation, config.training.compile)
     if world.is_main and resume is None:
-        session.clear(config)
+        make_run_folder(config)
     placement.place(model)
     final = fit(
         model,
         objective,
         Curriculum(config, tokenizer, plan, world)
         if config.data.tests
-        else session.open_stream(config, tokenizer, world),
+        else setup.open_stream(config, tokenizer, world),
         config,
         plan,
         tokenizer=tokenizer,
         world=world,
-        evaluate=session.evaluator(config, tokenizer),
+        evaluate=setup.evaluator(config, tokenizer),
         placement=placement,
         resume=resume,
     )
     if world.is_main and config.data.source == "stdlib":
-        ship(config, model if world.size == 1 else load.load(final)[0], tokenizer, plan)
-    distributed.stop()
+        ship(config, model if world.size == 1 else load_model(final)[0], tokenizer, plan)
+    leave_world()
 
 
 def make_tokenizer(config: Config, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -102,11 +109,9 @@ class Curriculum(Iterator[Batch]):
     alone 73.9 (LOG.md).
     """
 
-    def __init__(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, plan: session.Plan, world: distributed.World
-    ) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan, world: World) -> None:
         library = dataclasses.replace(config, data=dataclasses.replace(config.data, tests=False))
-        self.streams = [session.open_stream(c, tokenizer, world) for c in (config, library)]
+        self.streams = [setup.open_stream(c, tokenizer, world) for c in (config, library)]
         per_step = config.training.gradient_accumulation_steps
         decay_start = 1 - config.training.scheduler.decay_ratio
         self.switch, self.served = int(plan.max_steps * decay_start) * per_step, 0
@@ -147,31 +152,31 @@ def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) 
     return model
 
 
-def ship(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: session.Plan) -> None:
+def ship(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
     """Write `shipped/`: bf16 weights, tokenizer and a card with the perplexity of exactly these weights."""
     model = model.to(torch.bfloat16).float()
-    quality = session.quality(model, session.heldout(config, tokenizer, None), plan)
+    quality = setup.quality(model, setup.heldout(config, tokenizer, None), plan)
     out = Path(config.output_dir) / "shipped"
-    with checkpoint.written_aside(out) as aside:
+    with written_aside(out) as aside:
         model.to(torch.bfloat16).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(card(config, model, quality, plan))
     log.info("held-out perplexity %.2f; wrote %s", quality.ppl, out)
 
 
-def card(config: Config, model: PreTrainedModel, quality: Quality, plan: session.Plan) -> str:
+def card(config: Config, model: PreTrainedModel, quality: Quality, plan: Plan) -> str:
     """The model card."""
     t = config.training
     return CARD.format(
         name=config.model.name,
         parameters=model.num_parameters() / 1e6,
         train_files=len(stdlib.files("train")),
-        tokens=plan.max_steps * t.batch_size * session.length(config) * t.gradient_accumulation_steps / 1e6,
+        tokens=plan.max_steps * t.batch_size * sequence_length(config) * t.gradient_accumulation_steps / 1e6,
         seed=config.seed,
         python=platform.python_version(),
         heldout_files=len(stdlib.files("heldout")),
         heldout_tokens=quality.tokens,
-        context=session.length(config),
+        context=sequence_length(config),
         nll=quality.nll,
         ppl=quality.ppl,
         vocab=model.config.vocab_size,

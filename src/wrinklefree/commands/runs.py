@@ -6,8 +6,8 @@ from pathlib import Path
 import yaml
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.terminal import print_table
-from wrinklefree.tracking import CSV_NAME, read_rows
+from wrinklefree.tracking.run_log import CSV_NAME, read_rows
+from wrinklefree.tracking.terminal import print_table
 
 # A log that was written to within this many seconds belongs to a run that is alive.
 _ALIVE = 120

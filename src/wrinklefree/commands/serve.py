@@ -37,7 +37,7 @@ def run(
         raise UserError("wf serve needs two more libraries: pip install 'wrinklefree[serve]'") from None
     from wrinklefree.serve.app import Limits, Model, Service
     from wrinklefree.serve.scheduler import Scheduler
-    from wrinklefree.terminal import show_log_lines
+    from wrinklefree.tracking.terminal import show_log_lines
 
     show_log_lines()
     if host not in LOOPBACK and api_key is None:
@@ -65,9 +65,9 @@ def _open(
     half_cache: bool,
 ) -> tuple[Any, Any, str, frozenset[int]]:
     """Engine, tokenizer, what it is, and the tokens that end an answer."""
-    from wrinklefree.generate import context_of, turn_end
-    from wrinklefree.locate import open_engine
-    from wrinklefree.packed.engine import Engine
+    from wrinklefree.engine.engine import Engine
+    from wrinklefree.generate.generate import context_of, turn_end
+    from wrinklefree.generate.open import open_engine
     from wrinklefree.serve.fallback import TransformersEngine
 
     model, tokenizer, which = open_engine(path, choice, threads, slots, context, half_cache)

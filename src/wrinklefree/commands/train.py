@@ -5,11 +5,13 @@ import logging
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from wrinklefree import config as configs
-from wrinklefree import launch, load, session
-from wrinklefree.config import Config
+from wrinklefree.config.compose import config_yaml, load_config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.distributed import World
+from wrinklefree.distributed.world import World
+from wrinklefree.models.find import at_hand
+from wrinklefree.runs import launch
+from wrinklefree.training.plan import choose_length, make_plan
 
 log = logging.getLogger("wrinklefree")
 
@@ -31,25 +33,25 @@ def run(
         sizes = [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulation}"]
         overrides = [*overrides[:2], *sizes, *overrides[2:]]
     if dry_run:
-        show(configs.load(overrides), processes or 1)
+        show(load_config(overrides), processes or 1)
         return
     if scale not in (None, "dev") and processes is not None:
-        configs.load(overrides)
+        load_config(overrides)
         check_gpus(processes, f"--scale {scale}")
-    launch.run(overrides, force=force, processes=processes)
+    launch.run_stage(overrides, force=force, processes=processes)
 
 
 def show(config: Config, processes: int) -> None:
     """`--dry-run`: the resolved config and, where the model is at hand, what `auto` means for it."""
-    print(configs.to_yaml(config), end="")
-    source = load.at_hand(config.model.pretrained)
+    print(config_yaml(config), end="")
+    source = at_hand(config.model.pretrained)
     if source is None:
         log.info("%s is not at hand: what `auto` means depends on it", config.model.pretrained)
     else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-        session.choose_length(config, model)
-        session.make_plan(config, model, World(0, processes, torch.device("cpu")))
+        choose_length(config, model)
+        make_plan(config, model, World(0, processes, torch.device("cpu")))
     log.info("dry run: nothing was trained or written")
 
 

@@ -2,8 +2,8 @@
 
 import importlib
 
-from wrinklefree import config as configs
-from wrinklefree.config import Config
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 
 # What runs each verb, and the training that its settings come from.
@@ -40,4 +40,4 @@ def compressor(config: Config, force: bool, sweep: str | None) -> None:
 
 
 def load(overrides: list[str], training: str) -> Config:
-    return configs.load([f"training={training}", *overrides])
+    return load_config([f"training={training}", *overrides])

@@ -1,1 +1,1 @@
-"""Rank 0: codes, straight-through estimators, module surgery and the method contract. Needs torch alone."""
+"""Rank 0: what a quantized layer is; it needs torch alone."""

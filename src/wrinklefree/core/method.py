@@ -3,7 +3,6 @@
 A file `methods/<name>.py` with a class `Config` is the whole registration: `find("<name>")` imports it.
 """
 
-import difflib
 import importlib
 import logging
 import pkgutil
@@ -23,8 +22,10 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Form
 from wrinklefree.core.norm import RMSNorm
 from wrinklefree.core.ste import int8_per_token, straight_through
+from wrinklefree.core.text import did_you_mean
 
 log = logging.getLogger("wrinklefree")
+
 
 METHODS = "wrinklefree.methods"
 
@@ -197,9 +198,3 @@ def find(name: str, package: str = METHODS) -> type[Method]:
         raise UserError(f"unknown method {name!r}{did_you_mean(name, names)}; available: {', '.join(names)}")
     config: type[Method] = importlib.import_module(f"{package}.{name}").Config
     return config
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest known word, or nothing."""
-    close: list[Any] = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

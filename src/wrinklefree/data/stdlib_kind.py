@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-import wrinklefree.data.stdlib as stdlib
 from wrinklefree.core.errors import UserError
+from wrinklefree.data import stdlib
 from wrinklefree.data.sources import Example
 
 NAME = "stdlib_kind"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import did_you_mean
+from wrinklefree.core.text import did_you_mean
 from wrinklefree.data import chains, stdlib_kind
 from wrinklefree.data.sources import Example, Row
 

@@ -1,1 +1,1 @@
-"""Rank 3: how good a model is: perplexity and divergence, benchmarks, quantization error."""
+"""Rank 4: how good and how fast a model is."""

@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import Example
+from wrinklefree.data.open import Example
 from wrinklefree.data.packing import encode, shorten
-from wrinklefree.objectives import Decoder
+from wrinklefree.objectives.language_model import BodyAndHead
 
 Z = 1.959964  # of a 95 % interval
 
@@ -65,13 +65,13 @@ def measure_accuracy(
         raise UserError("no accuracy without held-out examples that have a fixed set of answers")
     answered = [e._replace(answer=choice) for e in examples for choice in e.choices]
     documents = [shorten(d, length)[:, :-1] for d in encode(tokenizer, answered)]  # every choice ends alike
-    scores = log_likelihoods(Decoder(model), documents, batch_size, model.device)
+    scores = log_likelihoods(BodyAndHead(model), documents, batch_size, model.device)
     by_example = scores.split([len(e.choices) for e in examples])
     correct = sum(e.choices[int(s.argmax())] == e.answer for e, s in zip(examples, by_example, strict=True))
     return Accuracy(correct, len(examples))
 
 
-def log_likelihoods(decoder: Decoder, documents: list[Tensor], batch_size: int, device: torch.device) -> Tensor:
+def log_likelihoods(decoder: BodyAndHead, documents: list[Tensor], batch_size: int, device: torch.device) -> Tensor:
     """The log-probability of the learned tokens of each document [3, n], given the tokens before them: fp32 [N].
 
     The last token is nobody's context, so documents that differ only there, the choices of one word, share a row.

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from wrinklefree.config import DistillationConfig
+from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.objectives import Batch, Decoder, compare
-from wrinklefree.sharding import whole_layers
+from wrinklefree.distributed.sharding import whole_layers
+from wrinklefree.objectives.base import Batch
+from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.language_modelling import compare
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch], reference: PreTrai
 
     Raises UserError where there is no token to score.
     """
-    student, teacher = Decoder(model), None if reference is None else Decoder(reference)
+    student, teacher = BodyAndHead(model), None if reference is None else BodyAndHead(reference)
     config = DistillationConfig(name="logits", weight=1.0)
     tokens, sums = 0, torch.zeros(3, dtype=torch.float64)
     for batch in batches:

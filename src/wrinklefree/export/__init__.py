@@ -1,1 +1,1 @@
-"""Rank 3: one file per target format."""
+"""Rank 4: a trained model for others, proved."""

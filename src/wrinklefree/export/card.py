@@ -1,6 +1,6 @@
 """The model card's own part: what the model is. `export.hf` adds how to load it, its sizes and the certificate."""
 
-from wrinklefree.config import Config
+from wrinklefree.config.schema import Config
 
 FRONT = """\
 ---

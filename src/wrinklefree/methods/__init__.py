@@ -1,1 +1,1 @@
-"""One file per method; the file's name is the method's name. Methods never import each other."""
+"""Rank 2: one quantizer each, found by its name."""

@@ -39,7 +39,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import BitNetForCausalLM, PreTrainedModel
 
-from wrinklefree import bitnet
 from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
@@ -47,6 +46,7 @@ from wrinklefree.core.forms import Table
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_groups, quant_layers
 from wrinklefree.core.norm import RMSNorm, normalized
 from wrinklefree.core.ste import round_fp16, straight_through
+from wrinklefree.families import bitnet
 
 log = logging.getLogger("wrinklefree")
 

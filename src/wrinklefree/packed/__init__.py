@@ -1,4 +1,4 @@
-"""Rank 2: packed layers and the transformers plug-in that loads them. Importing this package registers the plug-in."""
+"""Rank 2: packed layers inside transformers; importing this package registers the plug-in."""
 
 from wrinklefree.packed.quantizer import register
 

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from wrinklefree.core.codes import Codes, unpack
 from wrinklefree.core.method import QuantMethod
-from wrinklefree.packed.linear import LayerSpec, PackedLinear
+from wrinklefree.packed.layer import LayerSpec, PackedLinear
 
 
 def rows(layer: PackedLinear, ids: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wrinklefree.core.method import Method, QuantMethod, find
 from wrinklefree.packed.embedding import PackedEmbedding, TiedEmbedding
-from wrinklefree.packed.fused import fuse
-from wrinklefree.packed.linear import LayerSpec, PackedLinear
-from wrinklefree.packed.shared import share_inputs
+from wrinklefree.packed.layer import LayerSpec, PackedLinear
+from wrinklefree.packed.products.fused import fuse
+from wrinklefree.packed.products.shared import share_inputs
 
 QUANT_METHOD = "wrinklefree"
 FORMAT = 3  # the newest that is read; a reader refuses newer ones

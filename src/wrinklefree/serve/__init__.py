@@ -1,1 +1,1 @@
-"""An OpenAI-compatible endpoint over one model: continuous batching on the native loop, text streamed as it comes."""
+"""Rank 8: the OpenAI endpoint."""

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from wrinklefree.generate.text import TextStream
 from wrinklefree.serve.errors import ending
 from wrinklefree.serve.scheduler import ClosedError, Stream
-from wrinklefree.streaming import TextStream
 
 Kind = Literal["completion", "chat"]
 

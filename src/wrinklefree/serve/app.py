@@ -19,12 +19,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.packed.engine import Sampling
+from wrinklefree.engine.engine import Sampling
+from wrinklefree.generate.text import TextStream
 from wrinklefree.serve import prompts, schema
 from wrinklefree.serve.answers import Answer, Envelope, Kind
 from wrinklefree.serve.errors import ApiError, ending
 from wrinklefree.serve.scheduler import BusyError, ClosedError, Scheduler, Stream
-from wrinklefree.streaming import TextStream
 
 log = logging.getLogger("wrinklefree")
 

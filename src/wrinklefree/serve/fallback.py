@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.packed.engine import CHUNK, Sampling
+from wrinklefree.engine.engine import CHUNK, Sampling
 
 MASK = 2**63 - 1  # torch's generators take no more
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.packed.engine import Sampling
+from wrinklefree.engine.engine import Sampling
 
 
 class Engine(Protocol):

@@ -1,1 +1,1 @@
-"""The stages of a thinker (`methods/trm.py`): compressor, thoughts, recursion, speech, reinforcement, evaluation."""
+"""Rank 8: LLM-TRM, all of it."""

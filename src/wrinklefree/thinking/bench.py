@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import session
-from wrinklefree.config import Config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.distributed import World
+from wrinklefree.distributed.world import World
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives import Batch, Decoder
+from wrinklefree.objectives.base import Batch
+from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.runs import setup
 from wrinklefree.thinking import gathering, loading
 from wrinklefree.thinking.gathering import Gathered
 from wrinklefree.thinking.reconstruction import MarkedStream, Reconstruction, mark
+from wrinklefree.training.plan import Plan, choose_length, make_plan, sequence_length
 
 log = logging.getLogger("wrinklefree")
 
@@ -25,8 +27,8 @@ class Bench(NamedTuple):
     """What every compressor of a run or a sweep is made with."""
 
     world: World
-    plan: session.Plan
-    decoder: Decoder
+    plan: Plan
+    decoder: BodyAndHead
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     watched: list[Batch]  # marked held-out batches, for evaluations during training
@@ -44,7 +46,7 @@ class Bench(NamedTuple):
 
     def stream(self, config: Config) -> MarkedStream:
         """The training text from its beginning."""
-        return MarkedStream(session.open_stream(config, self.tokenizer, self.world), self.tokenizer.eos_token_id)
+        return MarkedStream(setup.open_stream(config, self.tokenizer, self.world), self.tokenizer.eos_token_id)
 
     def thinker(self, config: Config) -> LatentThinker:
         """A new one. Raises UserError where D' is wider than the model."""
@@ -57,7 +59,7 @@ class Bench(NamedTuple):
 
     def gather(self, config: Config) -> Gathered:
         """The pass over the training text."""
-        method, length = loading.method_of(config), session.length(config)
+        method, length = loading.method_of(config), sequence_length(config)
         with self.autocast():
             return gathering.gather(
                 self.decoder,
@@ -92,11 +94,11 @@ def open_bench(config: Config, world: World) -> Bench:
             raise UserError(f"{setting}: has no effect on a compressor, whose language model is frozen: leave it out")
     log.info("loading %s", config.model.pretrained)
     model, tokenizer = loading.load_language_model(config)
-    session.choose_length(config, model)
-    plan = session.make_plan(config, model, world)
+    choose_length(config, model)
+    plan = make_plan(config, model, world)
     model.to(world.device)
     watched, judged = (
-        [mark(batch, tokenizer.eos_token_id) for batch in session.heldout(config, tokenizer, tokens)]
+        [mark(batch, tokenizer.eos_token_id) for batch in setup.heldout(config, tokenizer, tokens)]
         for tokens in (t.eval_tokens, t.final_eval_tokens)
     )
-    return Bench(world, plan, Decoder(model, t.compile), model, tokenizer, watched, judged)
+    return Bench(world, plan, BodyAndHead(model, t.compile), model, tokenizer, watched, judged)

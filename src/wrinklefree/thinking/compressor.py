@@ -13,38 +13,40 @@ from pathlib import Path
 
 from torch import nn
 
-from wrinklefree import distributed, session, stages
-from wrinklefree.config import Config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.distributed.world import gather, join_world, leave_world
 from wrinklefree.methods.trm import LatentThinker
+from wrinklefree.runs import prerequisites
+from wrinklefree.runs.folder import make_run_folder, resume_point
 from wrinklefree.thinking import gathering, loading, results
 from wrinklefree.thinking.bench import Bench, Made, open_bench
 from wrinklefree.thinking.gathering import Gathered
 from wrinklefree.thinking.reconstruction import Figures, Reconstruction
-from wrinklefree.trainer import fit
+from wrinklefree.training.loop import fit
 
 log = logging.getLogger("wrinklefree")
 
 
 def run(config: Config, force: bool) -> Path:
     """Make one compressor; its folder `final/`. Raises UserError for anything that the user can mend."""
-    world = distributed.start()
-    resume = session.claim(config, force) if world.is_main else None
-    resume = distributed.gather(resume, world)[0]
-    start = stages.start(config)
+    world = join_world()
+    resume = resume_point(config, force) if world.is_main else None
+    resume = gather(resume, world)[0]
+    start = prerequisites.starting_folder(config)
     bench = open_bench(config, world)
     thinker = bench.thinker(config)
     earlier = None if start is None else _earlier(start, config, thinker)
     found = bench.gather(config)
     if world.is_main and resume is None:
-        session.clear(config)
+        make_run_folder(config)
     seen = int(found.moments.count)
     if earlier is not None:
         found = earlier.mixed(found, loading.method_of(config).thought_share)
     made = _make(bench, config, thinker, found, resume, anew=earlier is None)
     if world.is_main:
         results.report(bench, made, found, seen)
-    distributed.stop()
+    leave_world()
     return made.final
 
 
@@ -55,19 +57,19 @@ def sweep(config: Config, values: list[int], force: bool) -> Path:
     """
     if config.training.start_from or config.training.resume_from is not None:
         raise UserError("a sweep starts from nothing: leave out training.start_from and training.resume_from")
-    world, out = distributed.start(), Path(config.output_dir)
+    world, out = join_world(), Path(config.output_dir)
     bench = open_bench(config, world)
     sizes = _fitting(values, bench.width)
     configs = [config, *(_sized(config, size) for size in sizes)]
     for one in configs if world.is_main else ():
-        session.claim(one, force)
+        resume_point(one, force)
     found = bench.gather(config)
     for one in configs if world.is_main else ():
-        session.clear(one)
+        make_run_folder(one)
     made = [_make(bench, one, bench.thinker(one), found, None) for one in configs[1:]]
     if world.is_main:
         results.report_sweep(bench, config, made, found)
-    distributed.stop()
+    leave_world()
     return out
 
 

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.moments import Fisher, Moments, tied_code, weighted_code
-from wrinklefree.distributed import World
-from wrinklefree.losses import CHUNK
+from wrinklefree.distributed.world import World
 from wrinklefree.methods.trm import DimensionCompressor
-from wrinklefree.objectives import Batch, Decoder
-from wrinklefree.terminal import short_number
+from wrinklefree.objectives.base import Batch
+from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.losses import CHUNK
 from wrinklefree.thinking.reconstruction import MarkedStream, real_states
-from wrinklefree.tracking import Lines
+from wrinklefree.tracking.progress import Lines
+from wrinklefree.tracking.terminal import short_number
 
 log = logging.getLogger("wrinklefree")
 
@@ -117,7 +118,14 @@ def read(folder: Path) -> Gathered:
 
 
 def gather(
-    decoder: Decoder, stream: MarkedStream, world: World, *, blocks: int, batch_size: int, width: int, weighted: bool
+    decoder: BodyAndHead,
+    stream: MarkedStream,
+    world: World,
+    *,
+    blocks: int,
+    batch_size: int,
+    width: int,
+    weighted: bool,
 ) -> Gathered:
     """The moments of `blocks` blocks of the stream, one epoch of it at most; with `weighted` the head's metric too.
 
@@ -147,7 +155,7 @@ def gather(
 
 
 @torch.no_grad()
-def _add(moments: Moments, fisher: Fisher | None, decoder: Decoder, batch: Batch) -> None:
+def _add(moments: Moments, fisher: Fisher | None, decoder: BodyAndHead, batch: Batch) -> None:
     states = real_states(decoder, batch)
     with torch.autocast(states.device.type, enabled=False):  # products in fp32, whatever the model computes in
         moments.add(states)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from wrinklefree.core.thinking import GRPOConfig
 from wrinklefree.data.problems import same_answer
-from wrinklefree.losses import token_losses
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives import Batch, Metrics
+from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.injection import soft_tokens
 from wrinklefree.thinking.speech import Speaker, rows_of
 

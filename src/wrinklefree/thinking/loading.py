@@ -6,14 +6,17 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import checkpoint, load, stages
-from wrinklefree import config as configs
-from wrinklefree.config import Config
+from wrinklefree.config.compose import read_config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.hidden_pairs import Manifest
-from wrinklefree.data.kd_cache import fingerprint, model_fingerprint, tokenizer_fingerprint
+from wrinklefree.data.kd_cache.manifest import fingerprint, model_fingerprint, tokenizer_fingerprint
 from wrinklefree.methods.trm import Config as Method
 from wrinklefree.methods.trm import LatentThinker, ThinkerConfig
+from wrinklefree.models.check import check_safetensors
+from wrinklefree.models.load import load_pretrained
+from wrinklefree.runs import prerequisites
+from wrinklefree.thinking.hidden_pairs import Manifest
+from wrinklefree.training import checkpoint
 
 # What a later stage takes over from the one it starts from, where it is not set anew.
 INHERITED = ("d_compressed", "objective", "network")
@@ -48,11 +51,11 @@ def load_thinker(path: Path) -> tuple[LatentThinker, Config]:
         raise UserError(
             f"{path}: no thinker here ({checkpoint.CONFIG} is missing); `wf trm compressor` makes the first"
         )
-    config = configs.from_yaml(folder / checkpoint.CONFIG)
+    config = read_config(folder / checkpoint.CONFIG)
     if not isinstance(config.method, Method):
         raise UserError(f"{path}: a model, not a thinker; give a folder that `wf trm` made")
     shape = ThinkerConfig.from_json_file(folder / "config.json")
-    load.check_safetensors(folder / checkpoint.WEIGHTS)
+    check_safetensors(folder / checkpoint.WEIGHTS)
     thinker = LatentThinker(shape)
     checkpoint.load_weights(folder, thinker)
     return thinker.eval(), config
@@ -76,13 +79,13 @@ def inherit(config: Config, path: Path) -> LatentThinker:
 
 def load_language_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen language model, in eval mode."""
-    model, tokenizer = load.load_pretrained(config.model)
+    model, tokenizer = load_pretrained(config.model)
     return model.requires_grad_(False).eval(), tokenizer
 
 
 def pairs_folder(config: Config) -> Path:
     """Where this experiment's hidden pairs are."""
-    return stages.folder(config, "trm_pairs")
+    return prerequisites.stage_folder(config, "trm_pairs")
 
 
 def check_pairs(manifest: Manifest, folder: Path, thinker: LatentThinker, tokenizer: PreTrainedTokenizerBase) -> None:

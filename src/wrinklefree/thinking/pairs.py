@@ -18,18 +18,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import distributed
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.thinking import PairsConfig
-from wrinklefree.data import hidden_pairs, problems
-from wrinklefree.data.hidden_pairs import Pair
+from wrinklefree.data import problems
 from wrinklefree.data.problems import Problem
 from wrinklefree.data.stdlib import Split
-from wrinklefree.distributed import World
+from wrinklefree.distributed.world import World, barrier
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives import Decoder
-from wrinklefree.thinking import tags
-from wrinklefree.tracking import Lines
+from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.thinking import hidden_pairs, tags
+from wrinklefree.thinking.hidden_pairs import Pair
+from wrinklefree.tracking.progress import Lines
 
 log = logging.getLogger("wrinklefree")
 
@@ -91,7 +90,7 @@ class Writer:
 def write_thoughts(writer: Writer, folder: Path, splits: dict[Split, list[Problem]], seed: int, world: World) -> None:
     """Append what is missing to `thoughts-RANK.jsonl`, batch after batch."""
     done = {(r["split"], r["id"], r["sample"]) for r in read_thoughts(folder)}
-    distributed.barrier(world)  # all have read what there is before anyone writes more
+    barrier(world)  # all have read what there is before anyone writes more
     config = writer.config
     todo = [
         (split, problem, sample)
@@ -116,7 +115,7 @@ def write_thoughts(writer: Writer, folder: Path, splits: dict[Split, list[Proble
             if world.is_main:
                 right = sum(record["correct"] for record in records) / len(records)
                 lines.show(number, f"{right:.0%} of the last answers are right")
-    distributed.barrier(world)
+    barrier(world)
 
 
 def read_thoughts(folder: Path) -> list[Record]:
@@ -180,7 +179,7 @@ class Reader:
         thinker: LatentThinker,
         config: PairsConfig,
     ) -> None:
-        self.decoder, self.tokenizer, self.thinker, self.config = Decoder(model), tokenizer, thinker, config
+        self.decoder, self.tokenizer, self.thinker, self.config = BodyAndHead(model), tokenizer, thinker, config
         self.tags, self.device = tags.find(tokenizer), model.device
 
     @torch.no_grad()

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wrinklefree.core.moments import RIDGE
-from wrinklefree.data import IGNORE
-from wrinklefree.losses import TokenLosses, token_losses
+from wrinklefree.data.open import IGNORE
 from wrinklefree.methods.trm import DimensionCompressor
-from wrinklefree.objectives import Batch, Decoder, Metrics
+from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.losses import TokenLosses, token_losses
 
 Sums = dict[str, Tensor]
 Figures = dict[str, float]
@@ -66,7 +67,7 @@ class MarkedStream(Iterator[Batch]):
 
 
 @torch.no_grad()
-def real_states(decoder: Decoder, batch: Batch) -> Tensor:
+def real_states(decoder: BodyAndHead, batch: Batch) -> Tensor:
     """The states [N, D] that count of a marked batch."""
     return decoder.states(batch)[batch["labels"][:, 1:] != IGNORE]
 
@@ -105,7 +106,7 @@ def metrics(sums: Sums) -> Metrics:
     return found | {name: sums[name] / count for name in ("kl", "top1_agreement", "loss") if name in sums}
 
 
-def reading(decoder: Decoder, states: Tensor, rebuilt: Tensor) -> TokenLosses:
+def reading(decoder: BodyAndHead, states: Tensor, rebuilt: Tensor) -> TokenLosses:
     """The KL from what the head reads in states [N, D] to what it reads in rebuilt ones, differentiable in these."""
     meant, head = decoder.project(states)
     said = decoder.project(rebuilt)[0]
@@ -119,7 +120,7 @@ class Reconstruction:
     """Objective over marked batches."""
 
     def __init__(
-        self, compressor: DimensionCompressor, decoder: Decoder, objective: str, metric: Tensor | None = None
+        self, compressor: DimensionCompressor, decoder: BodyAndHead, objective: str, metric: Tensor | None = None
     ) -> None:
         """`metric` [D, D] is M, for objective fisher."""
         self.compressor, self.decoder, self.objective = compressor, decoder, objective

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wrinklefree.core.thinking import NetworkConfig
-from wrinklefree.data.hidden_pairs import HiddenPairs
-from wrinklefree.losses import token_losses
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives import Batch, Decoder, Metrics
+from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.losses import token_losses
+from wrinklefree.thinking.hidden_pairs import HiddenPairs
 
 AVERAGE_WARMUP = 10  # steps in which the mean of the weights forgets where it began
 
@@ -30,7 +31,7 @@ def prompt_of(thinker: LatentThinker, batch: Batch) -> tuple[Tensor, Tensor]:
 class Recursion:
     """Objective of both modes; batches are of `HiddenPairs`."""
 
-    def __init__(self, model: LatentThinker, decoder: Decoder, config: NetworkConfig) -> None:
+    def __init__(self, model: LatentThinker, decoder: BodyAndHead, config: NetworkConfig) -> None:
         self.thinker, self.decoder, self.config = model, decoder, config
         self.sampling = False
 
@@ -112,7 +113,7 @@ class Recursion:
         return loss, metrics
 
 
-def read(decoder: Decoder, thinker: LatentThinker, thoughts: Tensor) -> Tensor:
+def read(decoder: BodyAndHead, thinker: LatentThinker, thoughts: Tensor) -> Tensor:
     """What the language model's head reads in whitened thoughts [..., D']: fp32 logits [..., V].
 
     Only of the first token after a thought: later ones look at keys and values that a thought does not have.
@@ -136,7 +137,7 @@ class ReadOut(NamedTuple):
 
 @torch.no_grad()
 def read_out(
-    thinker: LatentThinker, decoder: Decoder, pairs: HiddenPairs, count: int, batch_size: int = 256
+    thinker: LatentThinker, decoder: BodyAndHead, pairs: HiddenPairs, count: int, batch_size: int = 256
 ) -> ReadOut:
     """Think about the first `count` pairs and compare the last thoughts with the true ones."""
     device = thinker.mean.device

@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 
-from wrinklefree import distributed, load
 from wrinklefree.core.errors import UserError
-from wrinklefree.locate import open_model
+from wrinklefree.distributed.world import join_world
+from wrinklefree.generate.open import open_model
 from wrinklefree.methods.trm import LatentThinker
+from wrinklefree.models.find import resolve_pretrained
 from wrinklefree.thinking import loading, tags
 from wrinklefree.thinking.speech import Speaker
 
@@ -45,7 +46,7 @@ def open_thinker(path: Path) -> tuple[LatentThinker, Speaker]:
     thinker, config = loading.load_thinker(path)
     if config.training.stage not in ("trm_injection", "trm_grpo"):
         raise UserError(f"{path}: made by {config.training.stage}, it cannot speak yet: run `wf trm inject` first")
-    device = distributed.start().device
+    device = join_world().device
     model, tokenizer = loading.load_language_model(config)
     return thinker.to(device), Speaker(model.to(device), tokenizer)
 
@@ -54,4 +55,4 @@ def _language_model(path: str) -> str:
     """The language model of a thinker's folder; any other path itself."""
     if not loading.is_thinker(Path(path)):
         return path
-    return load.resolve_pretrained(loading.load_thinker(Path(path))[1].model.pretrained)
+    return resolve_pretrained(loading.load_thinker(Path(path))[1].model.pretrained)

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wrinklefree import session
-from wrinklefree.config import Config
+from wrinklefree.config.schema import Config
 from wrinklefree.methods.trm import DimensionCompressor
-from wrinklefree.terminal import print_table
 from wrinklefree.thinking import loading
 from wrinklefree.thinking.bench import Bench, Made
 from wrinklefree.thinking.curves import plot_sweep
 from wrinklefree.thinking.gathering import Code, Gathered
 from wrinklefree.thinking.reconstruction import Figures
+from wrinklefree.tracking.terminal import print_table
+from wrinklefree.training.plan import sequence_length
 
 PCA = "pca"  # the tied optimum of the squared error, which every run is measured against
 # Columns of the tables: the figure, what it is called, how it is written.
@@ -76,7 +76,7 @@ def _facts(made: Made, found: Gathered, figures: dict[str, Figures]) -> dict[str
 def _forward_tokens(bench: Bench, config: Config, gathered: int, measured: int, runs: int) -> dict[str, int]:
     """How many tokens the language model read, and for what."""
     t = config.training
-    per_step = t.batch_size * session.length(config) * t.gradient_accumulation_steps * bench.world.size
+    per_step = t.batch_size * sequence_length(config) * t.gradient_accumulation_steps * bench.world.size
     return {"moments": gathered, "training": runs * bench.plan.max_steps * per_step, "heldout": measured}
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives import Decoder
+from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking import tags
 
 
@@ -35,7 +35,7 @@ class Speaker:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError where the model has no tags, or a head that is not plain."""
         self.model, self.tokenizer = model, tokenizer
-        self.tags, self.decoder = tags.find(tokenizer), Decoder(model)
+        self.tags, self.decoder = tags.find(tokenizer), BodyAndHead(model)
         self.ends = {tokenizer.eos_token_id}
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -17,27 +17,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree import distributed, session, stages
-from wrinklefree.config import Config
+from wrinklefree.config.schema import Config
 from wrinklefree.core import surgery
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import hidden_pairs, problems
-from wrinklefree.data.hidden_pairs import HiddenPairs, Manifest
-from wrinklefree.data.kd_cache import model_fingerprint, tokenizer_fingerprint
+from wrinklefree.data import problems
+from wrinklefree.data.kd_cache.manifest import model_fingerprint, tokenizer_fingerprint
 from wrinklefree.data.problems import Problem
 from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.data.stdlib import Split
-from wrinklefree.distributed import World
+from wrinklefree.distributed.world import World, barrier, gather, join_world, leave_world
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives import Batch, Decoder, Metrics
-from wrinklefree.plotting import plot_runs
-from wrinklefree.terminal import print_table
-from wrinklefree.thinking import loading, pairs
+from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.runs import prerequisites
+from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.thinking import hidden_pairs, loading, pairs
 from wrinklefree.thinking.grpo import GRPO
+from wrinklefree.thinking.hidden_pairs import HiddenPairs, Manifest
 from wrinklefree.thinking.injection import Injection, fit_adapter, scale_adapter
 from wrinklefree.thinking.recursion import Recursion, prompt_of, read_out
 from wrinklefree.thinking.speech import Speaker, rows_of
-from wrinklefree.trainer import fit
+from wrinklefree.tracking.plotting import plot_runs
+from wrinklefree.tracking.terminal import print_table
+from wrinklefree.training.loop import fit
+from wrinklefree.training.plan import Plan, choose_length, make_plan
 
 log = logging.getLogger("wrinklefree")
 
@@ -57,13 +60,13 @@ class StageObjective(Protocol):
     def on_step(self, step: int, max_steps: int) -> None: ...
 
 
-class Setting(NamedTuple):
+class StageSetup(NamedTuple):
     """What every stage after the pairs works with."""
 
     config: Config
     world: World
     resume: Path | None
-    plan: session.Plan
+    plan: Plan
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     thinker: LatentThinker
@@ -76,9 +79,9 @@ def make_pairs(config: Config, force: bool) -> Path:
 
     Raises UserError where the folder has other pairs and `force` is not given, or a split comes out empty.
     """
-    world = distributed.start()
+    world = join_world()
     folder, settings = loading.pairs_folder(config), loading.method_of(config).pairs
-    start = stages.start(config)
+    start = prerequisites.starting_folder(config)
     if start is None:
         raise UserError(NO_START)
     thinker = loading.inherit(config, start).to(world.device)
@@ -86,7 +89,7 @@ def make_pairs(config: Config, force: bool) -> Path:
     manifest = describe(config, model, tokenizer, thinker)
     if world.is_main:
         _claim(folder, manifest, force)
-    distributed.barrier(world)
+    barrier(world)
     found: dict[Split, list[Problem]] = {
         "train": problems.load(settings.problems, "train", settings.num_problems, settings.num_heldout),
         "heldout": problems.load(settings.problems, "heldout", settings.num_heldout, settings.num_heldout),
@@ -97,7 +100,7 @@ def make_pairs(config: Config, force: bool) -> Path:
     if world.is_main:
         manifest.save(folder)
         _tell_pairs(folder, manifest, config)
-    distributed.stop()
+    leave_world()
     return folder
 
 
@@ -154,7 +157,7 @@ def keep_pairs(
             why = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
             raise UserError(f"{folder}: no thought of the {split} split can be kept ({why or 'no problems'})")
         pairs.write_shards(reader, folder, split, kept, manifest.key, world)
-    distributed.barrier(world)
+    barrier(world)
 
 
 def _tell_pairs(folder: Path, manifest: Manifest, config: Config) -> None:
@@ -168,7 +171,7 @@ def _tell_pairs(folder: Path, manifest: Manifest, config: Config) -> None:
 def recursion(config: Config, force: bool) -> Path:
     """Train the network; leaves a thinker whose last thoughts the head reads."""
     setting = _open(config, force, anew=True)
-    decoder, thinker = Decoder(setting.model), setting.thinker
+    decoder, thinker = BodyAndHead(setting.model), setting.thinker
     count = config.training.eval_examples
 
     def evaluate(model: nn.Module) -> Figures:
@@ -210,13 +213,13 @@ def grpo(config: Config, force: bool) -> Path:
     return _tell(setting, final, _spoken(setting, speaker)(setting.thinker), {}, "eval")
 
 
-def _open(config: Config, force: bool, anew: bool = False) -> Setting:
+def _open(config: Config, force: bool, anew: bool = False) -> StageSetup:
     """Everything a stage needs, checked; the folder is cleared last. With `anew` the network is a new one."""
-    world = distributed.start()
-    resume = session.claim(config, force) if world.is_main else None
-    resume = distributed.gather(resume, world)[0]
+    world = join_world()
+    resume = resume_point(config, force) if world.is_main else None
+    resume = gather(resume, world)[0]
     torch.manual_seed(config.seed)
-    start = stages.start(config)
+    start = prerequisites.starting_folder(config)
     if start is None:
         raise UserError(NO_START)
     model, tokenizer = loading.load_language_model(config)
@@ -225,15 +228,15 @@ def _open(config: Config, force: bool, anew: bool = False) -> Setting:
     train, heldout = (HiddenPairs(folder, split) for split in hidden_pairs.SPLITS)
     loading.check_pairs(train.manifest, folder, thinker, tokenizer)
     loading.check_model(train.manifest, folder, model)
-    session.choose_length(config, model)
-    plan = session.make_plan(config, model, world)
+    choose_length(config, model)
+    plan = make_plan(config, model, world)
     surgery.freeze(thinker, config.training.freeze_names)
     if anew:
         whiten(thinker, train)
     if world.is_main and resume is None:
-        session.clear(config)
+        make_run_folder(config)
     model.to(world.device)
-    return Setting(config, world, resume, plan, model, tokenizer, thinker.to(world.device), train, heldout)
+    return StageSetup(config, world, resume, plan, model, tokenizer, thinker.to(world.device), train, heldout)
 
 
 def _new_network(config: Config, model: PreTrainedModel, start: Path) -> LatentThinker:
@@ -263,7 +266,7 @@ def whiten(thinker: LatentThinker, train: HiddenPairs) -> None:
     thinker.deviation.copy_(deviation.clamp(min=1e-3 * deviation.max()))
 
 
-def _train(setting: Setting, objective: StageObjective, evaluate: Callable[[nn.Module], Figures]) -> Path:
+def _train(setting: StageSetup, objective: StageObjective, evaluate: Callable[[nn.Module], Figures]) -> Path:
     config, plan = setting.config, setting.plan
     stream = ShuffledStream(
         len(setting.train),
@@ -288,7 +291,7 @@ def _train(setting: Setting, objective: StageObjective, evaluate: Callable[[nn.M
     )
 
 
-def _spoken(setting: Setting, speaker: Speaker) -> Callable[[nn.Module], Figures]:
+def _spoken(setting: StageSetup, speaker: Speaker) -> Callable[[nn.Module], Figures]:
     """Measures how many held-out problems the language model answers rightly after the thinker's soft tokens."""
     longest = max(len(pair.answer_ids) for pair in setting.heldout.pairs)
 
@@ -317,7 +320,7 @@ def spoken_right(thinker: LatentThinker, speaker: Speaker, batch: Batch, max_new
     ]
 
 
-def _tell(setting: Setting, final: Path, figures: Figures, by_steps: dict[int, float], following: str) -> Path:
+def _tell(setting: StageSetup, final: Path, figures: Figures, by_steps: dict[int, float], following: str) -> Path:
     """Print and keep what the stage came to."""
     config, out = setting.config, Path(setting.config.output_dir)
     if setting.world.is_main:
@@ -328,5 +331,5 @@ def _tell(setting: Setting, final: Path, figures: Figures, by_steps: dict[int, f
         print_table(["held-out pairs", "value"], [[name, f"{value:.4g}"] for name, value in shown.items()])
         print(f"\nwrote {out}/: final/ (thinker), training_log.csv, results.json")
         print(f"next: wf trm {following} model={config.model.name}")
-    distributed.stop()
+    leave_world()
     return final

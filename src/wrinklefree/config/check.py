@@ -1,0 +1,110 @@
+"""Plain values against the schema: every mistake at once, one line each, with the closest known key."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from wrinklefree.config.schema import Config, QuantizationConfig
+from wrinklefree.core.errors import UserError
+
+
+def check_config(values: Mapping[str, Any]) -> Config:
+    """Check plain values against the schema. Raises UserError with one line per mistake."""
+    problems: list[str] = []
+    config: Config = _check(Config, dict(values) | {"method": None}, "", problems)
+    method = values.get("method")
+    if method is not None:
+        checked = _check(method.find(method["name"]), method, "method.", problems)
+    if not problems:
+        problems += _cached_kd(config)
+    if not problems:
+        config.method = None if method is None else _quantization(checked, config.model.quantization, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _cached_kd(config: Config) -> Iterator[str]:
+    """What does not go together with `training.objective`."""
+    d, hard = (
+        config.distillation,
+        {"hard_top1": config.distillation.hard_top1, "hard_full": config.distillation.hard_full},
+    )
+    if config.training.objective != "cached_kd":
+        for key, value in {"cache": d.cache, **hard}.items():
+            if value:
+                yield f"distillation.{key}={value}: has no effect without training.objective=cached_kd"
+        return
+    if d.cache is None:
+        yield "distillation.cache: training.objective=cached_kd needs a folder that `wf cache` wrote"
+    if not d.weight and not any(hard.values()):
+        yield "distillation.weight=0: training.objective=cached_kd has nothing to learn from the cache; try 1"
+    running = {"teacher": d.teacher, "attention.weight": d.attention.weight, "hidden.enabled": d.hidden.enabled}
+    for key, value in running.items():
+        if value:
+            yield f"distillation.{key}={value}: needs a running teacher, and training.objective=cached_kd has none"
+
+
+def _quantization(method: Any, given: QuantizationConfig, problems: list[str]) -> Any:
+    """The method with `model.quantization` applied, which must name what the method can do."""
+    own = {f.name for f in dataclasses.fields(method)}
+    if given.weight_bits is not None and given.weight_bits != method.weight_bits:
+        problems.append(f"model.quantization.weight_bits={given.weight_bits:g}: {method.name} has {method.weight_bits}")
+    if given.activation_bits is None:
+        return method
+    if "activation_bits" not in own:
+        problems.append(
+            f"model.quantization.activation_bits={given.activation_bits}: {method.name} has no such setting"
+        )
+        return method
+    bits = None if given.activation_bits == "none" else given.activation_bits
+    return dataclasses.replace(method, activation_bits=bits)
+
+
+def _check(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        lines = [_describe(cls, prefix, e) for e in error.errors()]
+        problems += {line.partition(":")[0]: line for line in reversed(lines)}.values()  # one a path: unions give two
+        return None
+
+
+def _describe(cls: type, prefix: str, error: Any) -> str:
+    where = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained", "literal"))]
+    where = [part for part in where if part not in ("int", "float", "str")]
+    path = prefix + ".".join(where)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = dict(key_paths(cls, prefix))
+        return f"{path}: unknown key{_closest(path, list(known))}"
+    if error["type"] == "missing" or error["input"] == "???":
+        return f"{path}: a value is required"
+    if error["type"] == "value_error" and not where:  # two settings that do not go together
+        return f"{prefix.rstrip('.')}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def _closest(path: str, known: list[str]) -> str:
+    elsewhere = [k for k in known if k.rpartition(".")[2] == path.rpartition(".")[2]]
+    close = difflib.get_close_matches(path, elsewhere, n=1, cutoff=0) or difflib.get_close_matches(path, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def key_paths(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of the schema with its full path."""
+    for f in dataclasses.fields(cls):
+        path = f"{prefix}{f.name}"
+        yield path, f
+        for inner in (f.type, *_union_members(f.type)):
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+                yield from key_paths(inner, path + ".")
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union annotation."""
+    from typing import get_args
+
+    return get_args(annotation)

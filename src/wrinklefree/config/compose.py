@@ -1,0 +1,183 @@
+"""From YAML and KEY=VALUE to plain values: Hydra composes, `local.yaml` and `model=PATH` join in."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from wrinklefree.config.check import check_config
+from wrinklefree.config.schema import (
+    Config,
+    DataConfig,
+    DistillationConfig,
+    DistributedConfig,
+    ExportConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from wrinklefree.core import method
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import did_you_mean
+
+CONFIGS = Path(__file__).parent / "yaml"
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Field defaults as plain values, `???` where a value is required: Hydra then knows every key."""
+    return {f.name: _default(f) for f in dataclasses.fields(cls)}
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    if f.default is not dataclasses.MISSING:
+        return list(f.default) if isinstance(f.default, tuple) else f.default
+    if f.default_factory is dataclasses.MISSING:
+        return "???"
+    value = f.default_factory()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def options(group: str) -> list[str]:
+    """The choices of a group: its YAML files, or every method found."""
+    if group == "method":
+        return method.available()
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def resolve_model(override: str) -> list[str]:
+    """`model=NAME` for a name without a YAML is a local folder or a hub id; `task=NAME` is short for `data.task`."""
+    key, _, value = override.partition("=")
+    if key == "task":
+        return [f"data.task={value}"]
+    if key != "model" or value in options("model") or not _names_a_model(value):
+        return [override]
+    return ["model=pretrained", f"model.name={Path(value).resolve().name}", f"model.pretrained={value}"]
+
+
+def _names_a_model(value: str) -> bool:
+    """Whether it looks like a path or a hub id, not like a misspelt config."""
+    return "/" in value or value.startswith((".", "~")) or Path(value).is_dir()
+
+
+def load_config(overrides: list[str], config_name: str = "config") -> Config:
+    """Compose the YAML with `a.b=c` overrides and check it. Raises UserError naming every mistake, one line each."""
+    values = compose_values(overrides, config_name)
+    return check_config(values)
+
+
+def compose_values(overrides: list[str], config_name: str = "config") -> dict[str, Any]:
+    """The resolved values as plain dictionaries, unchecked."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    store = ConfigStore.instance()
+    sections = {
+        "model": ModelConfig,
+        "training": TrainingConfig,
+        "data": DataConfig,
+        "distillation": DistillationConfig,
+        "distributed": DistributedConfig,
+        "export": ExportConfig,
+    }
+    plain = {f.name: f.default for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING}
+    store.store("schema", {**plain, **{name: defaults(cls) for name, cls in sections.items()}})
+    for name in method.available():
+        store.store(name, defaults(method.find(name)), group="method")
+    try:
+        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+            everything = [*local_overrides(overrides), *overrides]
+            given = [_soften(resolved) for o in everything for resolved in resolve_model(o)]
+            composed = hydra_compose(config_name, given + search_path())
+        values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def search_path() -> list[str]:
+    """A folder `configs/` where the user stands adds groups of their own."""
+    mine = Path.cwd() / "configs"
+    return [f"hydra.searchpath=[file://{mine}]"] if mine.is_dir() else []
+
+
+def local_overrides(given: list[str]) -> list[str]:
+    """The settings of `local.yaml` where the user stands, as overrides, but for keys that are `given`.
+
+    A name for a group chooses (`model: smollm2_135m`), a mapping sets (`training: {batch_size: 4}`).
+    Raises UserError where the file is not such a mapping.
+    """
+    file = Path("local.yaml")
+    if not file.is_file():
+        return []
+    values = read_yaml(file)
+    taken = {override.partition("=")[0].lstrip("+~") for override in given}
+    flat = [(key, value) for key, value in _flatten(values) if key not in taken]
+    return [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in flat]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises UserError where the file is not a YAML mapping."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable YAML file ({error.__class__.__name__})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a wrinklefree config")
+    return {str(key): value for key, value in values.items()}
+
+
+def _soften(override: str) -> str:
+    """Let Hydra take any key, so that our own check reports all wrong ones together; group choices stay as they are."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"override {override!r} is not key=value")
+    if key == "method" and value == "null":
+        raise UserError("method=null: choose a training without a method, such as training=full_precision")
+    if (CONFIGS / key.lstrip("+~")).is_dir() or key == "method":
+        return override
+    if "=" in value and not value.startswith(("'", '"', "[", "{")):
+        value = f"'{value}'"
+    return f"++{key.lstrip('+')}={value}"
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's message without its stack of hints."""
+    text = str(error)
+    choice = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if choice:
+        group, name = choice.groups()
+        known = options(group)
+        return f"{group}={name}: no such option{did_you_mean(name, known)}; available: {', '.join(known)}"
+    missing = re.search(r"Missing mandatory value: (\S+)", text)
+    if missing:
+        return f"{missing.group(1)}: a value is required"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def config_yaml(config: Config) -> str:
+    """The resolved config as YAML; `from_yaml` gives the same config back."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def read_config(path: Path) -> Config:
+    """Read a `wrinklefree.yaml`. Raises UserError where it is not one of ours."""
+    return check_config(read_yaml(path))

@@ -1,1 +1,0 @@
-"""The YAML groups that Hydra composes; nothing else."""

@@ -1,0 +1,182 @@
+"""The offline KD cache: a teacher's answers to every next token, written once and read by any number of trainings.
+
+    DIR/manifest.json               what is in it, and what it was made of (`Manifest`)
+    DIR/train-00000.safetensors     up to `shard_size` sequences each, in the order of the data
+    DIR/heldout-00000.safetensors   never trained on
+
+With n sequences of L tokens, K likeliest words, R random ones, a vocabulary of V, and ids of uint16 where V <= 65536,
+else int32, a shard holds
+
+    input_ids      [n, L]         ids     the sequences
+    starts         [n, L]         uint8   1 at the first token of each document
+    learned        [n, L]         uint8   1 where the token is a label: not the first of a text, not a masked prompt
+    topk_ids       [n, L-1, K]    ids     the likeliest words after token t, likeliest first: for token t+1
+    topk_logits    [n, L-1, K]    fp16    their logits
+    rest           [n, L-1]       fp32    log-sum-exp of the logits of all words outside of the support
+    random_ids     [n, L-1, R]    ids     other words, one from each R-th of the vocabulary
+    random_logits  [n, L-1, R]    fp16    their logits; -1e4 where the word is in the top-k, or there twice
+
+The support of a position is top-k and random words together: distinct words whose logits are known; with `rest` that
+gives the log-sum-exp of all V. Not the other way round: of a tail below 1e-6, where a teacher is sure, the difference
+of two fp32 numbers keeps nothing, and a temperature of 4 makes 3 % of it. Files are mapped, not read: a training needs
+the memory of its batch, whatever the size.
+"""
+
+import bisect
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.data.kd_cache.manifest import DTYPES, MANIFEST, Split, read_manifest, shard_name, tokenizer_fingerprint
+from wrinklefree.data.packing import IGNORE, Batch, make_batch
+
+OPEN_SHARDS = 64  # kept mapped at a time
+
+
+class KDCache:
+    """A whole cache, open for reading."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError for no cache, an unfinished one, and shards that are missing, truncated or of another."""
+        self.folder, self.manifest = folder, read_manifest(folder)
+        if not self.manifest.complete:
+            raise UserError(f"{folder}: the cache is not finished: run the same `wf cache` again, it goes on")
+        self._ends = {split: list(accumulate(nums)) for split, nums in self.manifest.shards.items()}
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        for split in ("train", "heldout"):
+            for number, num in enumerate(self.manifest.shards[split]):
+                self._check(shard_name(split, number), num)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UserError where these are not the cache's tokens."""
+        if tokenizer_fingerprint(tokenizer) != self.manifest.tokenizer_fingerprint:
+            raise UserError(
+                f"{self.folder}: written with the tokenizer of {self.manifest.tokenizer}, the student's "
+                f"({tokenizer.name_or_path}) is another: a cache is for students with the teacher's tokenizer"
+            )
+
+    def batch(self, split: Split, rows: Sequence[int]) -> Batch:
+        """Sequences as a model's arguments and labels (`packing.make_batch`), and what the teacher said of them:
+
+        kd_ids int64, kd_logits fp32 [B, L-1, K+R], the support; kd_rest fp32 [B, L-1], where the tail is known.
+        """
+        found = [self._sequence(split, row) for row in rows]
+        tensors = {name: torch.stack([sequence[name] for sequence in found]) for name in found[0]}
+        batch = batch_of(tensors)
+        kinds = ["topk", "random"] if self.manifest.negatives else ["topk"]
+        batch["kd_ids"] = torch.cat([tensors[f"{kind}_ids"] for kind in kinds], dim=-1)
+        batch["kd_logits"] = torch.cat([tensors[f"{kind}_logits"] for kind in kinds], dim=-1)
+        if "rest" in tensors:
+            batch["kd_rest"] = tensors["rest"]
+        return batch
+
+    def heldout(self, batch_size: int, max_tokens: int) -> Iterator[Batch]:
+        """Held-out batches, of sequences spread evenly over all of them. The same at every call."""
+        total = self.manifest.count("heldout")
+        kept = min(total, max(1, max_tokens // self.manifest.length))
+        rows = [(2 * i + 1) * total // (2 * kept) for i in range(kept)]
+        return (self.batch("heldout", rows[i : i + batch_size]) for i in range(0, kept, batch_size))
+
+    def _sequence(self, split: Split, row: int) -> dict[str, Tensor]:
+        ends = self._ends[split]
+        number = bisect.bisect_right(ends, row)
+        shard = self._shard(shard_name(split, number))
+        inside = row - (ends[number - 1] if number else 0)
+        return {name: _plain(shard.get_slice(name)[inside]) for name in self.manifest.shapes(1)}
+
+    def _shard(self, name: str) -> Any:
+        """A mapped shard; the one used longest ago is let go where many are open."""
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        return self._open[name]
+
+    def _check(self, name: str, num: int) -> None:
+        """Raises UserError where a shard is missing, truncated, of another cache, or of other shapes."""
+        file = self.folder / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing; the manifest counts {num} sequences in it")
+        try:
+            shard = self._shard(name)
+        except SafetensorError as error:
+            raise UserError(f"{file}: truncated or not safetensors ({error})") from error
+        if (shard.metadata() or {}).get("kd_cache") != self.manifest.key:
+            raise UserError(f"{file}: belongs to another cache than {MANIFEST}")
+        expected = {key: (DTYPES[dtype], *shape) for key, (dtype, shape) in self.manifest.shapes(num).items()}
+        slices = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
+        found = {key: (part.get_dtype(), *part.get_shape()) for key, part in slices.items()}
+        if found != expected:
+            raise UserError(f"{file}: holds {found}, the manifest says {expected}")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """As int64 or fp32: few of torch's functions take uint16."""
+    return tensor.float() if tensor.is_floating_point() else tensor.long()
+
+
+class KDStream(Iterator[Batch]):
+    """Batches of a cache without end, each epoch shuffled by (seed, epoch), from any exact position.
+
+    All processes walk one order, and process `rank` keeps its `batch_size` rows of each global batch, as `BatchStream`.
+    """
+
+    def __init__(self, cache: KDCache, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self._cache, self._batch_size = cache, batch_size
+        self._rank, self._world_size = rank, world_size
+        # What a position means something under; a resume under other values is refused.
+        self._identity: dict[str, Any] = {"kd_cache": cache.manifest.key, "seed": seed}
+        self._epoch = self._place = 0
+        self._order: list[int] = []  # of this epoch; empty until it is asked for
+
+    def __next__(self) -> Batch:
+        rows = [self._next_row() for _ in range(self._world_size * self._batch_size)]
+        first = self._rank * self._batch_size
+        return self._cache.batch("train", rows[first : first + self._batch_size])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exact position, in plain values, the same in every process."""
+        return {**self._identity, "epoch": self._epoch, "place": self._place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position. Raises UserError where it was saved under another cache, seed or kind of data."""
+        for key, value in self._identity.items():
+            if state.get(key) != value:
+                raise UserError(
+                    f"data position was saved with {key}={state.get(key)!r}, this run has {value!r}: "
+                    f"resume with the same cache and seed, or start anew from the checkpoint's weights"
+                )
+        self._epoch, self._place, self._order = state["epoch"], state["place"], []
+
+    def _next_row(self) -> int:
+        if self._place == self._cache.manifest.count("train"):
+            self._epoch, self._place, self._order = self._epoch + 1, 0, []
+        if not self._order:
+            self._order = list(range(self._cache.manifest.count("train")))
+            random.Random(f"{self._identity['seed']} {self._epoch}").shuffle(self._order)
+        self._place += 1
+        return self._order[self._place - 1]
+
+
+def sequences(batch: Batch) -> dict[str, Tensor]:
+    """What a shard keeps of a batch of `BatchStream` [n, L] itself: `batch_of` gives the same batch back."""
+    return {
+        "input_ids": batch["input_ids"],
+        "starts": (batch["position_ids"] == 0).to(torch.uint8),
+        "learned": (batch["labels"] != IGNORE).to(torch.uint8),
+    }
+
+
+def batch_of(tensors: Mapping[str, Tensor]) -> Batch:
+    """The other way round."""
+    return make_batch(torch.stack([tensors[name].long() for name in ("input_ids", "starts", "learned")], dim=1))

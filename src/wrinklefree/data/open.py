@@ -1,0 +1,293 @@
+"""Text and tasks to train and evaluate on, as packed batches.
+
+A batch is `input_ids`, `labels` and `position_ids`, each int64 [batch, length]. Give a model all three, no
+`attention_mask`, and `use_cache=False`: `packing.py` says why.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.data import chat, sources, stdlib, stdlib_kind, tasks
+from wrinklefree.data.packing import IGNORE, Batch, BatchStream, encode, make_batch, pack, pack_whole, spread
+from wrinklefree.data.sources import Document, Example, Source
+
+if TYPE_CHECKING:
+    from wrinklefree.config.schema import DataConfig
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "BatchStream",
+    "Example",
+    "file_batches",
+    "heldout_batches",
+    "heldout_examples",
+    "training_stream",
+]
+
+# The settings that only some sources read, and which.
+_READ_BY = {
+    "tests": ("stdlib",),
+    "path": ("local", "hub", "downstream"),
+    "text_column": ("local", "hub"),
+    "format": ("local", "hub"),
+    "enable_thinking": ("local", "hub"),
+    "mask_prompt": ("local", "hub"),
+    "subset": ("hub",),
+    "split": ("hub",),
+    "heldout_split": ("hub",),
+    "heldout_path": ("local", "downstream"),
+    "task": ("downstream",),
+}
+
+
+def training_stream(
+    config: "DataConfig",
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchStream:
+    """Batches of the training documents without end, shuffled, for process `rank` of `world_size`.
+
+    Raises UserError for a setting the source does not read, and where the source cannot be opened; what is wrong with
+    its content comes with the first batch.
+    """
+    return BatchStream(
+        _training_source(config, tokenizer),
+        partial(encode, tokenizer),
+        batch_size=batch_size,
+        length=length,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        shuffle_buffer=config.shuffle_buffer,
+        document_mask=config.document_mask,
+        pad=tokenizer.eos_token_id if config.source == "downstream" else None,
+    )
+
+
+def heldout_batches(
+    config: "DataConfig",
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    length: int,
+    max_tokens: int | None = None,
+) -> list[Batch]:
+    """The held-out documents, packed; with `max_tokens` blocks spread evenly over all of them. The same at every call.
+
+    The last batch may be smaller. Raises UserError as `training_stream` does, and where nothing is held out.
+    """
+    source = _heldout_source(config, tokenizer)
+    first = sources.HELDOUT_DOCUMENTS if _may_be_endless(config) else None
+    texts = list(islice(source.documents(None), first))
+    if not texts:
+        raise UserError(f"{source.name}: no text to evaluate on{source.hint}")
+    whole = config.source == "downstream"
+    return _batches(texts, tokenizer, batch_size, length, max_tokens, config.document_mask, whole)
+
+
+def heldout_examples(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """All held-out examples that have a fixed set of answers to choose from; none for other data."""
+    if config.source != "downstream":
+        return []
+    documents = _heldout_source(config, tokenizer).documents(None)
+    return [example for example in documents if isinstance(example, Example) and example.choices]
+
+
+def file_batches(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    length: int,
+    max_tokens: int | None = None,
+    text_column: str = "text",
+) -> list[Batch]:
+    """A file, packed: a text file is one document, .jsonl, .json and .parquet have one per row.
+
+    Raises UserError where there is no such file, or no text in it.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    rows = sources.read(path, _render(tokenizer, text_column), piece=-1)
+    texts = [text for text in rows if not sources.is_blank(text)]
+    if not texts:
+        raise UserError(f"{path}: no text to evaluate on")
+    return _batches(texts, tokenizer, batch_size, length, max_tokens, document_mask=True)
+
+
+def _batches(
+    texts: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    length: int,
+    max_tokens: int | None,
+    document_mask: bool,
+    whole: bool = False,
+) -> list[Batch]:
+    fill = pack_whole if whole else pack
+    blocks = fill(encode(tokenizer, texts), length, pad=tokenizer.eos_token_id)
+    kept = spread(blocks, max_tokens)
+    return [make_batch(kept[i : i + batch_size], document_mask) for i in range(0, len(kept), batch_size)]
+
+
+class _Rows(NamedTuple):
+    """Where rows are, how one becomes a document, and what to call them in messages and at a resume."""
+
+    name: str
+    render: sources.Render
+    path: str | None
+    subset: str | None
+    split: str
+    heldout_split: str | None
+    instead: str  # where the hub does not answer
+
+
+def _rows(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> _Rows:
+    if config.source != "downstream":
+        render = _render(tokenizer, config.text_column)
+        name = f"data.path={config.path}"
+        if config.format != "plain":
+            render = partial(chat.render, tokenizer, config.format, thinking, config.mask_prompt)
+            name += f" data.format={config.format} data.enable_thinking={config.enable_thinking}"
+        instead = "data=stdlib, or data=local data.path=FILE_OR_FOLDER"
+        return _Rows(
+            name,
+            render,
+            config.path,
+            config.subset,
+            config.split,
+            config.heldout_split,
+            instead,
+        )
+    task = tasks.find(config.task)
+    name = f"data.task={task.name} data.path={config.path or task.path}"
+    instead = f"task={stdlib_kind.NAME}, or data.path=FILE_OR_FOLDER with the columns of {task.name}"
+    render = partial(tasks.render, task)
+    return _Rows(name, render, config.path or task.path, task.subset, task.train, task.heldout, instead)
+
+
+def _training_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> Source:
+    _refuse_unread(config)
+    variants = chat.VARIANTS[config.enable_thinking]
+    return _together([_training_variant(config, tokenizer, thinking) for thinking in variants])
+
+
+def _heldout_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> Source:
+    _refuse_unread(config)
+    variants = chat.VARIANTS[config.enable_thinking]
+    return _together([_heldout_variant(config, tokenizer, thinking) for thinking in variants])
+
+
+def _together(variants: list[Source]) -> Source:
+    return variants[0] if len(variants) == 1 else sources.Interleaved(variants)
+
+
+def _training_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> Source:
+    if config.source == "stdlib":
+        return _library("train", config.tests)
+    if _is_builtin(config):
+        return _builtin(config, "train")
+    rows = _rows(config, tokenizer, thinking)
+    if _is_local(config):
+        files = sources.find_files("data.path", rows.path)
+        if config.heldout_path:
+            return sources.Files(rows.name, files, rows.render)
+        hint = " (the first document is held out): add text, or name a held-out file with data.heldout_path"
+        return sources.Files(rows.name, files, rows.render, keep=lambda n: n % sources.HOLDOUT_EVERY != 0, hint=hint)
+    stream = sources.load_hub(rows.name, rows.path, rows.subset, rows.split, rows.instead)
+    if rows.heldout_split:
+        return sources.Hub(rows.name, stream, rows.render)
+    hint = f" (the first {sources.HELDOUT_DOCUMENTS} documents are held out): name a split with data.heldout_split"
+    return sources.Hub(rows.name, stream, rows.render, skip=sources.HELDOUT_DOCUMENTS, hint=hint)
+
+
+def _heldout_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> Source:
+    if config.source == "stdlib":
+        return _library("heldout", tests=False)
+    if _is_builtin(config):
+        return _builtin(config, "heldout")
+    rows = _rows(config, tokenizer, thinking)
+    if not _is_local(config):
+        split = rows.heldout_split or rows.split
+        stream = sources.load_hub(rows.name, rows.path, rows.subset, split, rows.instead)
+        return sources.Hub(rows.name, stream, rows.render)
+    if config.heldout_path:
+        files = sources.find_files("data.heldout_path", config.heldout_path)
+        return sources.Files(f"data.heldout_path={config.heldout_path}", files, rows.render)
+    files = sources.find_files("data.path", rows.path)
+    return sources.Files(rows.name, files, rows.render, keep=lambda n: n % sources.HOLDOUT_EVERY == 0)
+
+
+def _is_builtin(config: "DataConfig") -> bool:
+    return config.source == "downstream" and config.task in tasks.BUILTIN
+
+
+def _builtin(config: "DataConfig", split: stdlib.Split) -> Source:
+    assert config.task is not None
+    return sources.Memory(f"data.task={config.task}", tasks.BUILTIN[config.task](split))
+
+
+def _may_be_endless(config: "DataConfig") -> bool:
+    """Whether the held-out text is more than a file that was named for it."""
+    return config.heldout_path is None and config.source != "stdlib" and not _is_builtin(config)
+
+
+def _is_local(config: "DataConfig") -> bool:
+    return config.source == "local" or (config.source == "downstream" and config.path is not None)
+
+
+def _library(split: stdlib.Split, tests: bool) -> Source:
+    try:
+        return sources.Memory("data=stdlib" + " with tests" * tests, stdlib.documents(split, tests))
+    except ValueError as error:
+        raise UserError(f"data=stdlib: {error}") from error
+
+
+def _refuse_unread(config: "DataConfig") -> None:
+    """A setting that has no effect is an error, not a silence."""
+    defaults = type(config)(source=config.source)
+    for key, readers in _READ_BY.items():
+        value = vars(config)[key]
+        if config.source not in readers and value != vars(defaults)[key]:
+            raise UserError(f"data.{key}={value} has no effect with data.source={config.source}: leave it out")
+    for key in ("enable_thinking", "mask_prompt"):
+        if config.format == "plain" and vars(config)[key]:
+            raise UserError(f"data.{key}={vars(config)[key]} has no effect with data.format=plain: leave it out")
+    if config.format != "plain" and config.text_column != "text":
+        raise UserError(f"data.text_column={config.text_column} has no effect with data.format={config.format}")
+    if _is_builtin(config) and config.path is not None:
+        raise UserError(f"data.path={config.path} has no effect with task={config.task}: leave it out")
+    if config.source == "downstream" and config.heldout_path is not None and config.path is None:
+        raise UserError(f"data.heldout_path={config.heldout_path} has no effect without data.path: leave it out")
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, column: str) -> sources.Render:
+    return partial(sources.row_text, column=column, chat=partial(_chat, tokenizer))
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, row: sources.Row, where: str) -> str:
+    """A row's `messages`, a list of {role, content}, as text by the tokenizer's chat template."""
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{where}: messages, but tokenizer {tokenizer.name_or_path!r} has no chat template to write them"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+    except (TemplateError, TypeError) as error:
+        raise UserError(
+            f"{where}: messages must be a list of {{role, content}}; the chat template says: {error}"
+        ) from error

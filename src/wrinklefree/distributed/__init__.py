@@ -1,0 +1,1 @@
+"""Rank 2: several processes, sharing or sharding a model."""

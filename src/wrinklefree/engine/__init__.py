@@ -1,0 +1,1 @@
+"""Rank 3: the native decode loop."""

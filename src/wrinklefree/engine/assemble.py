@@ -1,0 +1,131 @@
+"""A native decoder's model from weights by name: which tensor of transformers goes where."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.forms import Complex, Integers, rounded
+from wrinklefree.core.ste import int8_per_token
+from wrinklefree.engine import family
+from wrinklefree.engine.binding import Floats, Layer, Linear, Model
+from wrinklefree.engine.source import Source
+from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.products import native
+from wrinklefree.packed.products.choose import matrix
+
+Mode = Literal["int8", "exact"]
+
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+SUB_NORMS = {"o": "self_attn.attn_sub_norm", "down": "mlp.ffn_sub_norm"}  # of a BitNet
+
+
+def assemble(source: Source, mode: Mode) -> Model:
+    """Read all weights of `source`, whose config `family.supports`. Raises UserError for what is missing or odd."""
+    values = source.config.to_dict()
+    sizes = family.sizes(values)
+    frequencies, rope_scale = family.frequencies(source.config)
+    embedding = source.embedding("model.embed_tokens", (sizes["vocab"], sizes["hidden"]))
+    tied = values["tie_word_embeddings"]
+    head = Linear(_table(embedding)) if tied else _head(source, sizes, mode)
+    return Model(
+        sizes=sizes,
+        eps=values["rms_norm_eps"],
+        frequencies=frequencies,
+        rope_scale=rope_scale,
+        activation=values["hidden_act"],
+        embedding=head.matrix if tied or embedding is None else _table(embedding),
+        norm=_floats(source.tensor("model.norm.weight", (sizes["hidden"],))),
+        head=head,
+        layers=[_layer(source, index, mode) for index in range(sizes["num_layers"])],
+    )
+
+
+def _table(embedding: Tensor | PackedLinear | None) -> native.Matrix:
+    assert embedding is not None, "an embedding tied to a packed head is not tied in the config"
+    if isinstance(embedding, PackedLinear):
+        return _matrix(embedding, exact=True)
+    return native.Matrix.dense(embedding, exact=not _is_bf16(embedding))
+
+
+def _head(source: Source, sizes: dict[str, int], mode: Mode) -> Linear:
+    return _linear("lm_head", source.linear("lm_head", (sizes["vocab"], sizes["hidden"]), bias=False), mode)
+
+
+def _layer(source: Source, index: int, mode: Mode) -> Layer:
+    values = source.config.to_dict()
+    sizes, prefix = family.sizes(values), f"model.layers.{index}."
+    hidden, inner = sizes["hidden"], sizes["intermediate"]
+    q, kv = sizes["heads"] * sizes["head_dim"], sizes["kv_heads"] * sizes["head_dim"]
+    shapes = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+    shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    linears = {}
+    for name, shape in shapes.items():
+        fqn = f"{prefix}{'self_attn' if name in ATTENTION else 'mlp'}.{name}_proj"
+        layer = source.linear(fqn, shape, bias=source.has(f"{fqn}.bias"))
+        linears[name] = _linear(fqn, layer, mode, _sub_norm(source, prefix, name, shape[1]), values["rms_norm_eps"])
+    norms = {
+        "attention_norm": _floats(source.tensor(f"{prefix}input_layernorm.weight", (hidden,))),
+        "mlp_norm": _floats(source.tensor(f"{prefix}post_attention_layernorm.weight", (hidden,))),
+    }
+    for name in ("q_norm", "k_norm"):
+        if source.has(f"{prefix}self_attn.{name}.weight"):
+            norms[name] = _floats(source.tensor(f"{prefix}self_attn.{name}.weight", (sizes["head_dim"],)))
+    return Layer(linears, norms, family.has_positions(values, index), family.window(values, index))
+
+
+def _sub_norm(source: Source, prefix: str, name: str, width: int) -> Floats | None:
+    """The gain of a BitNet's norm before the layer `name`, where there is one."""
+    norm = f"{prefix}{SUB_NORMS[name]}.weight" if name in SUB_NORMS else ""
+    return _floats(source.tensor(norm, (width,))) if source.has(norm) else None
+
+
+def _linear(
+    fqn: str, layer: nn.Linear | PackedLinear, mode: Mode, gain: Floats | None = None, eps: float = 0.0
+) -> Linear:
+    exact = mode == "exact"
+    if not isinstance(layer, PackedLinear):
+        dense = native.Matrix.dense(layer.weight, layer.bias, exact=exact or not _is_bf16(layer.weight))
+        return Linear(dense, gain, eps)
+    if layer.rms_norm is not None:
+        assert gain is None, "one norm for the inputs of a layer"
+        gain, eps = _floats(layer.rms_norm.weight), layer.rms_norm.variance_epsilon
+    try:
+        return Linear(_matrix(layer, exact), gain, eps, _rounds(fqn, layer))
+    except (ValueError, RuntimeError, IndexError, KeyError) as error:
+        # Codes and scales of shapes that a method would not have made; torch and the library name the mismatch.
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{fqn}: its codes do not fit its method ({reason}): export it again") from error
+
+
+def _rounds(fqn: str, layer: PackedLinear) -> bool:
+    """Whether the layer's method rounds its inputs to 8 bits. Raises UserError where it does anything else to them."""
+    probe = torch.linspace(-1.0, 0.7, 50).unsqueeze(0)
+    inputs = layer.config.activation(probe)
+    if torch.equal(inputs, probe):
+        return False
+    if not torch.equal(inputs, int8_per_token(probe)):
+        raise UserError(f"{fqn}: method {layer.config.name} changes its inputs in a way that the native loop cannot")
+    return True
+
+
+def _matrix(layer: PackedLinear, exact: bool) -> native.Matrix:
+    """The layer without its norm. Where no form has its very shape, it is decoded: to fp32 if exact, else to bytes."""
+    codes = layer.codes()
+    form = layer.config.layer.form(codes)
+    folded = isinstance(form, Integers) and codes.bits < 8
+    padded = isinstance(form, Complex) and bool(codes.shape[0] % 2 or codes.shape[1] % 2)
+    if form is not None and not padded and not (exact and folded):
+        return matrix(form, layer.bias)
+    weight = layer.config.layer.decode(codes)
+    return native.Matrix.dense(weight, layer.bias, exact=True) if exact else matrix(rounded(weight), layer.bias)
+
+
+def _is_bf16(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16
+
+
+def _floats(tensor: Tensor) -> Floats:
+    values: Floats = tensor.detach().float().contiguous().numpy()
+    return values

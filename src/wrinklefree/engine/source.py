@@ -1,0 +1,189 @@
+"""Where the native decoder's weights come from: a model in memory, or a folder read layer by layer.
+
+A folder is read without building the model: never more than one layer is unpacked, and every shape in a file's header
+is compared with what the config says before its tensor is read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import QuantMethod, find
+from wrinklefree.core.norm import RMSNorm
+from wrinklefree.packed.embedding import TiedEmbedding
+from wrinklefree.packed.layer import LayerSpec, PackedLinear
+from wrinklefree.packed.quantizer import FORMAT
+
+WIDTHS = (1, 2, 3, 4, 8)  # bits of a code
+
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """Weights by the names that transformers gives them."""
+
+    config: PreTrainedConfig
+    generation: GenerationConfig
+
+    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A parameter. Raises UserError where it is missing or has another shape."""
+
+    def embedding(self, fqn: str, shape: Sequence[int]) -> Tensor | PackedLinear | None:
+        """An embedding's weight; None where its rows are those of the packed head."""
+
+    def linear(self, fqn: str, shape: Sequence[int], bias: bool) -> nn.Linear | PackedLinear:
+        """A layer with weight [out, in]; `bias` says whether a layer that is not packed has one."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a parameter."""
+
+
+class ModelSource:
+    """The weights of a loaded model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config, self.generation = model.config, model.generation_config
+        self._model = model
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        if not self.has(name):
+            raise UserError(f"{name}: this model has no such weight")
+        return self._parameters[name].detach().cpu()
+
+    def embedding(self, fqn: str, shape: Sequence[int]) -> Tensor | PackedLinear | None:
+        layer = self._model.get_submodule(fqn)
+        if isinstance(layer, TiedEmbedding):
+            return None
+        return layer if isinstance(layer, PackedLinear) else self.tensor(f"{fqn}.weight", shape)
+
+    def linear(self, fqn: str, shape: Sequence[int], bias: bool) -> nn.Linear | PackedLinear:
+        layer = self._model.get_submodule(fqn)
+        if not isinstance(layer, (nn.Linear, PackedLinear)):
+            raise UserError(f"{fqn}: a {type(layer).__name__} is not a linear layer")
+        return layer
+
+    def has(self, name: str) -> bool:
+        return name in self._parameters
+
+
+@dataclass
+class Quantization:
+    """The part of config.json that is read here."""
+
+    quant_method: str = ""
+    format: int = 1
+    method: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tied: dict[str, str] | None = None
+
+
+class FolderSource:
+    """The weights of a folder with config.json and safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError for a folder without a readable config, or with damaged files."""
+        self.folder = folder
+        try:
+            self.config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+            # What transformers makes of values of a wrong kind depends on the model.
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder}: config.json is no model of transformers ({reason})") from error
+        stated = (folder / "generation_config.json").is_file()
+        self.generation = GenerationConfig.from_pretrained(folder) if stated else GenerationConfig()
+        self._files = opened(folder)
+        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  # not a dict
+        quantization = self._stated(Quantization, self.config.to_dict().get("quantization_config") or {})
+        if quantization.format > FORMAT:
+            raise UserError(f"{folder}: packed in format {quantization.format}, this reads up to {FORMAT}: upgrade it")
+        self._specs, self._values, self._tied = quantization.layers, quantization.method, quantization.tied or {}
+
+    def has(self, name: str) -> bool:
+        return name in self._where
+
+    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        if not self.has(name):
+            raise UserError(f"{self.folder}: {name} is missing")
+        found = self._where[name].get_slice(name).get_shape()
+        if list(found) != list(shape):
+            raise UserError(f"{self.folder}: {name} has the shape {found}, config.json says {list(shape)}")
+        loaded: Tensor = self._where[name].get_tensor(name)
+        return loaded
+
+    def embedding(self, fqn: str, shape: Sequence[int]) -> Tensor | PackedLinear | None:
+        if fqn in self._tied:
+            return None
+        return self._packed(fqn, shape) if fqn in self._specs else self.tensor(f"{fqn}.weight", shape)
+
+    def linear(self, fqn: str, shape: Sequence[int], bias: bool) -> nn.Linear | PackedLinear:
+        if fqn in self._specs:
+            return self._packed(fqn, shape)
+        with torch.device("meta"):
+            layer = nn.Linear(shape[1], shape[0], bias=bias)
+        layer.weight = _frozen(self.tensor(f"{fqn}.weight", shape))
+        if bias:
+            layer.bias = _frozen(self.tensor(f"{fqn}.bias", shape[:1]))
+        return layer
+
+    def _packed(self, fqn: str, shape: Sequence[int]) -> PackedLinear:
+        spec = self._stated(LayerSpec, self._specs[fqn])
+        method = self._method(self._values if spec.method is None else spec.method)
+        if list(spec.shape) != list(shape) or spec.bits not in WIDTHS or not spec.index_shape:
+            raise UserError(f"{self.folder}: {fqn} is packed as {spec.shape}, the model needs {list(shape)}")
+        stored = {name: self.tensor(f"{fqn}.{name}", size) for name, size in spec.tensors.items()}
+        stored["weight"] = self.tensor(f"{fqn}.weight", spec.packed_shape)
+        with torch.device("meta"):
+            layer = PackedLinear(method.config_for(fqn), spec)
+        for name, tensor in stored.items():
+            wanted = layer.get_buffer(name).dtype
+            if tensor.dtype != wanted:
+                raise UserError(f"{self.folder}: {fqn}.{name} is {tensor.dtype}, not {wanted}: export the model again")
+            setattr(layer, name, tensor)
+        if spec.bias:
+            layer.bias = _frozen(self.tensor(f"{fqn}.bias", shape[:1]))
+        if spec.norm_eps is not None:
+            layer.rms_norm = RMSNorm(self.tensor(f"{fqn}.rms_norm.weight", shape[1:]), spec.norm_eps)
+        return layer
+
+    def _stated(self, cls: type[T], values: Any) -> T:
+        """What config.json says, as the dataclass that it is. Raises UserError where it is none."""
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{self.folder}: config.json, quantization_config: {where}: {first['msg']}") from error
+
+    def _method(self, values: Any) -> QuantMethod:
+        name = values.get("name") if isinstance(values, dict) else None
+        config = self._stated(find(str(name)), values)
+        if not isinstance(config, QuantMethod):
+            raise UserError(f"{self.folder}: config.json, quantization_config: {name} packs no layers")
+        return config
+
+
+def opened(folder: Path) -> list[Any]:
+    """All safetensors files of a folder, their headers checked."""
+    opened = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            opened.append(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged ({error}); copy or export it again") from error
+    if not opened:
+        raise UserError(f"{folder}: no safetensors files in it")
+    return opened
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

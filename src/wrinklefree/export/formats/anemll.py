@@ -1,0 +1,84 @@
+"""`--format anemll`: the state dict that ANEMLL's converters read.
+
+Of a quantized layer F it holds
+
+    F.weight [out, in]     entries of the table, lut[codes]        F.lut [2**bits]
+    F.scale_A [out, r]     A, magnitudes included                  F.scale_B [r, in]
+
+in fp16, so that W = weight * (scale_A @ scale_B); everything else stands under its own name.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree.core import surgery
+from wrinklefree.core.method import quant_layers
+from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.export.views.dense import refuse_norms, unquantized_state
+from wrinklefree.export.views.lut import Palette, palettes
+from wrinklefree.tracking.terminal import short_size
+
+FILE = "model_state_dict.pt"
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@torch.no_grad()
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    batches: Iterable[Mapping[str, Tensor]],
+) -> list[list[str]]:
+    """Write `folder/model_state_dict.pt` with its config.json and tokenizer, and read it back.
+
+    Raises UserError for another method, CertificateError where a weight read back is not the trained one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_state(model, folder / FILE)
+    tokenizer.save_pretrained(folder)
+    count = len(quant_layers(model))
+    return [
+        ["file", f"{FILE}, {short_size((folder / FILE).stat().st_size)}"],
+        ["layers with identical weights", f"{count} of {count}"],
+    ]
+
+
+@torch.no_grad()
+def write_state(model: PreTrainedModel, file: Path) -> None:
+    """Write the state dict, aside and renamed, and a config.json beside it; then read every layer back."""
+    refuse_norms(model, "anemll")
+    layers = palettes(model, "anemll")
+    state = {name: tensor.cpu() for name, tensor in unquantized_state(model, layers).items()}
+    for fqn, layer in layers.items():
+        parts = {"weight": layer.lut[layer.index.long()], "lut": layer.lut, "scale_A": layer.a, "scale_B": layer.b}
+        state |= {f"{fqn}.{name}": tensor for name, tensor in parts.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.tmp")
+    torch.save(state, aside)
+    _check(torch.load(aside, weights_only=True), layers)
+    aside.replace(file)
+    (file.parent / "config.json").write_text(json.dumps(described(model, layers), indent=2) + "\n")
+
+
+def _check(state: Mapping[str, Tensor], layers: Mapping[str, Palette]) -> None:
+    for fqn, layer in layers.items():
+        part = {name: state[f"{fqn}.{name}"].float() for name in ("weight", "scale_A", "scale_B")}
+        if not torch.equal(part["weight"] * (part["scale_A"] @ part["scale_B"]), layer.weight()):
+            raise CertificateError(f"{fqn}: differs after reading the file back")
+
+
+def described(model: PreTrainedModel, layers: Mapping[str, Palette]) -> dict[str, Any]:
+    """The model's own config, and what ANEMLL's tools look for beside it."""
+    sizes: dict[str, int] = {}
+    for fqn, layer in layers.items():
+        prefix = "attn_" if surgery.matches(fqn, ATTENTION) else "mlp_"
+        sizes |= {f"{prefix}lut_bits": layer.bits, f"{prefix}scale_rank": layer.rank}
+    plain = {key: sizes[f"mlp_{key}"] for key in ("lut_bits", "scale_rank") if f"mlp_{key}" in sizes}
+    fixed = {"version": "v2", "force_positive_scales": False, "magnitude_activation": "identity", "fp16": True}
+    return model.config.to_dict() | fixed | sizes | plain

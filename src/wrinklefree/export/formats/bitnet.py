@@ -1,0 +1,107 @@
+"""`--format bitnet`: a checkpoint that transformers itself reads as BitNet, weights packed four to a byte.
+
+transformers has two linear classes with opposite conventions for `weight_scale`: `autobitlinear` multiplies by it and
+unpacks at load, `bitlinear` divides by it and stays packed in memory. This is `bitlinear`, so it holds 1 / scale. Byte
+row r has the rows r, r + R, r + 2R, r + 3R of codes + 1 (R = out / 4), the first in its low bits.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import quant_layers
+from wrinklefree.export.proof.agreement import Agreement, compare, judge
+from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.export.views.dense import unquantized_state
+from wrinklefree.export.views.ternary import Ternary, one_scale, ternary_layers
+
+KL = 1e-3  # nats; int8 rounding may go the other way at a single token
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    batches: Iterable[Mapping[str, Tensor]],
+) -> list[list[str]]:
+    """Write the folder, read it back with transformers and compare. Raises UserError where BitNet cannot hold it."""
+    layers = ternary_layers(model, "bitnet")
+    eps = _check(model, layers)
+    config = copy.deepcopy(model.config)
+    config.quantization_config = {
+        "quant_method": "bitnet",
+        "linear_class": "bitlinear",
+        "quantization_mode": "offline",
+        "modules_to_not_convert": [fqn for fqn, m in model.named_modules() if type(m) is nn.Linear],
+        "use_rms_norm": eps is not None,
+        "rms_norm_eps": eps or 1e-6,
+    }
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _save(model, layers, folder)
+    with torch.compiler.set_stance("force_eager"):  # BitNet's functions are compiled, which needs a compiler
+        return _read_back(model, layers, folder, batches).rows()
+
+
+def _check(model: PreTrainedModel, layers: dict[str, Ternary]) -> float | None:
+    """The epsilon of norms inside of the layers, None where there are none. Raises UserError for what has no place."""
+    quantized = quant_layers(model)
+    eps = {None if layer.rms_norm is None else layer.rms_norm.variance_epsilon for layer in quantized.values()}
+    if len(eps) > 1:
+        raise UserError(
+            "--format bitnet: some layers have a norm inside, some have not (SubLN outside of the Llama family), and "
+            "BitNet has all or none: train with method.norm_mode=per_linear, or use --format hf"
+        )
+    for fqn, layer in layers.items():
+        one_scale(fqn, layer, "bitnet")
+        if len(layer.codes) % 4:
+            raise UserError(f"--format bitnet: {fqn} has {len(layer.codes)} rows, no multiple of 4: use --format hf")
+    x = torch.linspace(-1, 1, 64)
+    if any(torch.equal(layer.config.activation(x), x) for layer in quantized.values()):
+        raise UserError(
+            "--format bitnet: this model was trained without int8 activations, and BitNet always rounds them: "
+            "train with method.activation_bits=8, or use --format dense"
+        )
+    return eps.pop()
+
+
+def _save(model: PreTrainedModel, layers: dict[str, Ternary], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = unquantized_state(model, layers)
+    for fqn, layer in layers.items():
+        state[f"{fqn}.weight"] = pack(layer.codes)
+        state[f"{fqn}.weight_scale"] = 1 / one_scale(fqn, layer, "bitnet").reshape(1)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes int8 [out, in] in {-1, 0, 1} -> uint8 [out / 4, in]."""
+    quarters = (codes + 1).to(torch.uint8).chunk(4)
+    return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Inverse of `pack`."""
+    return torch.cat([(packed >> shift) & 3 for shift in (0, 2, 4, 6)]).to(torch.int8) - 1
+
+
+def _read_back(
+    model: PreTrainedModel, layers: dict[str, Ternary], folder: Path, batches: Iterable[Mapping[str, Tensor]]
+) -> Agreement:
+    back, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    odd = sorted(info["missing_keys"] | info["unexpected_keys"])
+    if odd:
+        raise CertificateError(f"{odd[0]}: transformers has no place for it, or misses it ({len(odd)} such tensors)")
+    for fqn, layer in layers.items():
+        if not torch.equal(unpack(back.get_submodule(fqn).weight.cpu()), layer.codes.cpu()):
+            raise CertificateError(f"{fqn}: codes differ after reading back")
+    agreement = compare(model, back.to(model.device), batches)
+    judge(agreement, KL, "--format bitnet")
+    return agreement

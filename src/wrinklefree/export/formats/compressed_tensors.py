@@ -1,0 +1,113 @@
+"""`--format compressed-tensors`: ternary weights as 2-bit symmetric integers, as vLLM reads them.
+
+Each linear layer becomes `weight_packed` (int32, 16 codes a word), `weight_scale` and `weight_shape`; the library's own
+functions pack. Scales by tensor, by row ("channel") or by group. Int8 activations are written down as dynamic per-token
+rounding; the library's scale for them is max|x| / 127.5 where training has 127, so that agreement is close, not exact.
+vLLM has no class with SubLN, so models that need one are refused.
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitNetForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import quant_layers
+from wrinklefree.export.proof.agreement import compare, judge
+from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.export.views.dense import refuse_norms, unquantized_state
+from wrinklefree.export.views.ternary import Ternary, ternary_layers
+
+KL = 0.02  # nats; see above
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    batches: Iterable[Mapping[str, Tensor]],
+) -> list[list[str]]:
+    """Write the folder, read it back with transformers and compare. Raises UserError for what it cannot hold."""
+    try:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+    except ImportError as error:
+        raise UserError(
+            "--format compressed-tensors needs its package: pip install 'wrinklefree[compressed-tensors]'"
+        ) from error
+    if isinstance(model, BitNetForCausalLM):
+        raise UserError(
+            "--format compressed-tensors: vLLM has no class with SubLN: train with method.norm_mode=none, or use "
+            "--format bitnet or gguf"
+        )
+    refuse_norms(model, "compressed-tensors")
+    layers = ternary_layers(model, "compressed-tensors")
+    packed = {f"{fqn}.weight_packed": pack_to_int32(layer.codes, 2) for fqn, layer in layers.items()}
+    _save(model, tokenizer, layers, packed, folder)
+    for fqn, layer in layers.items():
+        if not torch.equal(unpack_from_int32(packed[f"{fqn}.weight_packed"], 2, layer.codes.shape), layer.codes):
+            raise CertificateError(f"{fqn}: codes differ after packing")
+    back = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device)
+    agreement = compare(model, back, batches)
+    judge(agreement, KL, "--format compressed-tensors")
+    return agreement.rows()
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: dict[str, Ternary],
+    packed: dict[str, Tensor],
+    folder: Path,
+) -> None:
+    from safetensors.torch import save_file
+
+    state = unquantized_state(model, layers) | packed
+    for fqn, layer in layers.items():
+        state[f"{fqn}.weight_scale"] = (
+            layer.scales.contiguous() if layer.scales.numel() > 1 else layer.scales.reshape(1)
+        )
+        state[f"{fqn}.weight_shape"] = torch.tensor(layer.codes.shape)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = copy.deepcopy(model.config)
+    config.quantization_config = scheme(model, layers)
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def scheme(model: PreTrainedModel, layers: dict[str, Ternary]) -> dict[str, Any]:
+    """The `quantization_config`. Raises UserError where layers differ in the kind of their scales."""
+    kinds = {json.dumps(_weights(layer), sort_keys=True) for layer in layers.values()}
+    if len(kinds) > 1:
+        raise UserError(
+            "--format compressed-tensors: layers differ in the granularity of their scales: use --format hf"
+        )
+    x = torch.linspace(-1, 1, 64)
+    rounds = any(not torch.equal(layer.config.activation(x), x) for layer in quant_layers(model).values())
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    group = {
+        "targets": ["Linear"],
+        "format": "pack-quantized",
+        "weights": json.loads(kinds.pop()),
+        "input_activations": inputs if rounds else None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [fqn for fqn, module in model.named_modules() if type(module) is nn.Linear],
+    }
+
+
+def _weights(layer: Ternary) -> dict[str, Any]:
+    rows, groups = layer.scales.shape
+    kind: dict[str, Any] = {"strategy": "tensor"} if rows == 1 else {"strategy": "channel"}
+    if groups > 1:
+        kind = {"strategy": "group", "group_size": layer.codes.shape[1] // groups}
+    return {"num_bits": 2, "type": "int", "symmetric": True, "dynamic": False, **kind}

@@ -1,0 +1,241 @@
+"""`--format coreml`: a model package for Core ML (iOS 18, macOS 15) that keeps codes and tables as they were trained.
+
+    folder/model.mlpackage     functions `prefill` (64 ids at a time) and `decode` (one), with the same weights and
+                               states for keys and values: see mil.py for the program
+    folder/tokenizer files     as transformers writes them
+
+Quantized layers stay codes and a table, their scales a product before and after the convolution. With more than
+`factored_rank` scale products a layer is baked: its effective weight in fp16. Everything else is fp16.
+
+The package is read back with coremltools: codes must be the same, tables and scales the same in fp16, the weights file
+no larger than predicted, and the logits of its program, worked out by torch, those of the trained model.
+"""
+
+import contextlib
+import io
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import quant_layers
+from wrinklefree.export.proof.agreement import Agreement, compare, judge
+from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.export.views.lut import Palette, palettes
+from wrinklefree.tracking.terminal import short_size
+
+if TYPE_CHECKING:
+    from wrinklefree.export.coreml.program import Sizes
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "BitNetForCausalLM")
+ROTARY = ("default", "linear", "llama3", "yarn")  # tables that do not depend on the length of the text
+
+PREFILL = 64  # ids at a time
+CONTEXT = 2048  # columns of the cache, where the model knows as many positions
+SEQUENCES, TOKENS = 4, 256  # compared: so many texts, so long
+KL_CONSTANTS = 1e-5  # nats: embeddings, norms and rotary tables in fp16; measured: 1e-7 on `tiny`
+KL_ACTIVATIONS = 0.05  # without the trained rounding of activations
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    batches: Iterable[Mapping[str, Tensor]],
+    factored_rank: int = 8,
+) -> list[list[str]]:
+    """Write `folder/model.mlpackage`, read it back and compare; lines of a table.
+
+    Raises UserError for what the program cannot express, CertificateError where the package is not what was trained.
+    """
+    require_coremltools()
+    refuse(model)
+    layers = palettes(model, "coreml")
+    sizes = attention_sizes(model)
+    package = folder / "model.mlpackage"
+    save(model, layers, sizes, package, factored_rank)
+    tokenizer.save_pretrained(folder)
+    functions = read(package)
+    check_constants(functions, layers, factored_rank)
+    expected, found = predicted_bytes(model, layers, sizes, factored_rank), weights_bytes(package)
+    if found > expected:
+        raise CertificateError(f"{package.name}: {found} bytes of weights instead of {expected}: some are stored twice")
+    exact, rounded = (agreement(model, functions, batches, fp16) for fp16 in (False, True))
+    judge(exact, KL_ACTIVATIONS if _quantizes_inputs(model) else KL_CONSTANTS, "--format coreml")
+    baked = [layer.rank > factored_rank for layer in layers.values()].count(True)
+    folded = [layer.rank == 1 <= factored_rank for layer in layers.values()].count(True)
+    return [
+        ["package", f"{package.name}, {short_size(_package_bytes(package))}"],
+        ["weights, bytes found (predicted)", f"{found:,} ({expected:,})"],
+        ["layers with identical codes", f"{len(layers) - baked} of {len(layers)}"],
+        ["of these as one convolution, of rank 1", str(folded)],
+        [f"layers baked in fp16, above rank {factored_rank}", str(baked)],
+        ["context", f"{sizes.context:,} ids"],
+        *exact.rows(),
+        ["KL with all results rounded to fp16, nats", f"{rounded.kl_mean:.1e}"],
+        ["run by Core ML", "no, that takes macOS 15: torch followed the stored program"],
+    ]
+
+
+def require_coremltools() -> None:
+    """Import coremltools without its notes. Raises UserError where it is missing."""
+    # On import it says that this torch was not tested, which concerns its tracer, and that it cannot predict on Linux.
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    try:
+        import coremltools  # noqa: F401
+    except ImportError as error:
+        raise UserError("--format coreml needs its package: pip install 'wrinklefree[coreml]'") from error
+
+
+def refuse(model: PreTrainedModel) -> None:
+    """Raises UserError for a model that the program would not compute."""
+    name, config = type(model).__name__, model.config
+    if name not in ARCHITECTURES:
+        raise UserError(f"--format coreml: {name} is none of {', '.join(ARCHITECTURES)}: use --format dense or hf")
+    if config.hidden_act != "silu":
+        raise UserError(f"--format coreml: activation {config.hidden_act}; the program has silu: use --format dense")
+    if config.rope_parameters["rope_type"] not in ROTARY:
+        raise UserError(
+            f"--format coreml: rotary positions of type {config.rope_parameters['rope_type']} depend on the length of "
+            f"the text: use --format dense"
+        )
+    if "sliding_attention" in config.to_dict().get("layer_types", []):
+        raise UserError("--format coreml: attention in a sliding window is not written: use --format dense")
+
+
+def attention_sizes(model: PreTrainedModel) -> "Sizes":
+    """Of the attention and of its cache."""
+    from wrinklefree.export.coreml.program import Sizes
+
+    c = model.config
+    head_dim = c.to_dict().get("head_dim") or c.hidden_size // c.num_attention_heads
+    context = min(c.max_position_embeddings, CONTEXT)
+    return Sizes(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, head_dim, context)
+
+
+def save(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", package: Path, factored: int) -> None:
+    """Write a package whose functions share their weights."""
+    import coremltools as ct
+
+    from wrinklefree.export.coreml import program
+
+    both = ct.utils.MultiFunctionDescriptor()
+    parts = {"prefill": min(PREFILL, sizes.context), "decode": 1}
+    with _no_progress_bars():
+        for name, length in parts.items():
+            part = package.with_name(f"{name}.mlpackage")
+            program = program.program(model, layers, sizes, length, factored)
+            ct.convert(
+                program,
+                minimum_deployment_target=ct.target.iOS18,
+                compute_precision=ct.precision.FLOAT32,  # that is: leave it as it was built, fp16
+                skip_model_load=True,
+            ).save(str(part))
+            both.add_function(str(part), src_function_name="main", target_function_name=name)
+        both.default_function_name = "decode"
+        ct.utils.save_multifunction(both, str(package))
+    for name in parts:
+        shutil.rmtree(package.with_name(f"{name}.mlpackage"))
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """coremltools draws one for each of its pipelines, and has no setting against it."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def read(package: Path) -> dict[str, Any]:
+    """The functions of a package by name."""
+    from wrinklefree.export.coreml.interpreter import functions
+
+    return functions(package)
+
+
+def check_constants(functions: Mapping[str, Any], layers: Mapping[str, Palette], factored: int) -> None:
+    """Compare codes, tables and scales in every function of the package. Raises CertificateError."""
+    from wrinklefree.export.coreml.program import op_name
+
+    for function in functions.values():
+        operations = {operation.name: operation for operation in function.operations}
+        for fqn, layer in layers.items():
+            same = _same_baked if layer.rank > factored else _same_palette
+            if not same(operations, op_name(fqn), layer):
+                raise CertificateError(f"{fqn}: codes, table or scales differ after reading the package back")
+
+
+def _same_baked(operations: Mapping[str, Any], name: str, layer: Palette) -> bool:
+    return np.array_equal(operations[name].weight.val[:, :, 0, 0], layer.weight().half().numpy())
+
+
+def _same_palette(operations: Mapping[str, Any], name: str, layer: Palette) -> bool:
+    """`name` is the convolution, `name_out` the product after it and `name_in` that before it, left out for ones."""
+    table = operations[name].weight.op
+    b = operations[f"{name}_in"].y.val[:, :, 0, 0] if layer.has_b() else np.ones(layer.b.shape)
+    return (
+        table.op_type == "constexpr_lut_to_dense"
+        and np.array_equal(table.indices.val[:, :, 0, 0], layer.index.numpy())
+        and np.array_equal(table.lut.val.flatten(), layer.lut.numpy())
+        and np.array_equal(operations[f"{name}_out"].y.val[:, :, 0, 0], layer.a.T.numpy())
+        and np.array_equal(b, layer.b.numpy())
+    )
+
+
+def predicted_bytes(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", factored: int) -> int:
+    """Bytes of the weights file, if no two constants are equal.
+
+    The file has a head of 64 bytes, and so has each constant of at least 10 entries, filled up to a multiple of 64 but
+    for the last, which is up to 62 bytes less. Smaller ones are in the program itself.
+    """
+    baked = {fqn for fqn, layer in layers.items() if layer.rank > factored}
+    constants = [constant for fqn, layer in layers.items() if fqn not in baked for constant in layer.constants()]
+    halves = [layers[fqn].index.numel() for fqn in baked] + _unquantized(model)
+    halves += [sizes.head_dim * sizes.context] * 2  # cosines and sines
+    constants += [(entries, 2 * entries) for entries in halves]
+    constants += [(entries, 4 * entries) for entries in (sizes.context, min(PREFILL, sizes.context))]  # column numbers
+    return 64 + sum(64 + -(-size // 64) * 64 for entries, size in constants if entries >= 10)
+
+
+def _unquantized(model: PreTrainedModel) -> list[int]:
+    """Entries of what is no quantized weight: biases, gains for (x, -x) and so twice as long, embeddings, a head."""
+    quantized = {
+        f"{fqn}.{name}"
+        for fqn, layer in quant_layers(model).items()
+        for name, _ in layer.named_parameters(recurse=False)
+        if name != "bias"
+    }
+    kept = [(name, p) for name, p in model.named_parameters() if name not in quantized]  # a tied head is not named
+    return [p.numel() * (2 if p.ndim == 1 and not name.endswith("bias") else 1) for name, p in kept]
+
+
+def weights_bytes(package: Path) -> int:
+    """Size of the file of constants."""
+    return (package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin").stat().st_size
+
+
+def _package_bytes(package: Path) -> int:
+    return sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
+
+
+def agreement(
+    model: PreTrainedModel, functions: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]], rounded: bool
+) -> Agreement:
+    """Compare logits of the stored program with the trained model's, each text from position 0 on."""
+    from wrinklefree.export.coreml.interpreter import Decoder
+
+    rows = (row.unsqueeze(0)[:, :TOKENS] for batch in batches for row in batch["input_ids"])
+    texts = [{"input_ids": row} for row in islice(rows, SEQUENCES)]
+    return compare(model, cast(PreTrainedModel, Decoder(functions, rounded)), texts)
+
+
+def _quantizes_inputs(model: PreTrainedModel) -> bool:
+    x = torch.linspace(-1, 1, 64)
+    return any(not torch.equal(layer.config.activation(x), x) for layer in quant_layers(model).values())

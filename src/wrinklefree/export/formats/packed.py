@@ -1,0 +1,243 @@
+"""Writes the packed folder that transformers reads; docs/formats.md describes it.
+
+The folder is written under a temporary name, read back, proved equal to the trained model and only then renamed, so a
+folder that stands there is whole and certified.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import written_aside
+from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
+from wrinklefree.export import bundle
+from wrinklefree.export.proof.agreement import Agreement, compare
+from wrinklefree.export.proof.certify import Certificate, CertificateError, certify, trained_layers
+from wrinklefree.export.rounded.head import Head, HeadBits
+from wrinklefree.export.rounded.rounding import Rounding
+from wrinklefree.packed.layer import PackedLinear, exactly, packed_layers
+from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WrinkleFreeConfig
+
+DenseDtype = Literal["bfloat16", "float16", "float32"]
+
+USAGE = """\
+## Use
+
+```python
+import wrinklefree  # teaches transformers the format; or leave it out and pass trust_remote_code=True
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+Without either, transformers does not know the format and stops with an error about the shapes of weights.
+"""
+
+
+@dataclass(frozen=True)
+class PackedReport:
+    """Sizes as they lie on the disk, and the proof. Parameters are the unpacked model's weights, tied ones once."""
+
+    num_parameters: int
+    num_quantized: int
+    file_bytes: int  # all safetensors files, headers included
+    linear_bytes: int  # codes, scales and tables of the quantized layers
+    certificate: Certificate
+    rounding: Agreement | None  # what rounding scales, embedding and head when packing costs
+
+    @property
+    def bits_per_quantized_weight(self) -> float:
+        return 8 * self.linear_bytes / self.num_quantized
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the whole model: file size by parameters."""
+        return 8 * self.file_bytes / self.num_parameters
+
+    def markdown(self) -> str:
+        """A table for the model card."""
+        return "\n".join(
+            [
+                "| size | value |",
+                "|---|---|",
+                f"| weights file | {self.file_bytes:,} bytes |",
+                f"| quantized layers in it | {self.linear_bytes:,} bytes |",
+                f"| bits per quantized weight, scales counted | {self.bits_per_quantized_weight:.4f} |",
+                f"| bits per weight, whole model | {self.bits_per_weight:.4f} |",
+                f"| parameters | {self.num_parameters:,} |",
+                f"| of these quantized | {self.num_quantized:,} |",
+            ]
+        )
+
+
+def export_packed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: QuantMethod,
+    out: Path,
+    *,
+    card: str,
+    force: bool,
+    batches: Iterable[Mapping[str, Tensor]],
+    dense_dtype: DenseDtype = "bfloat16",
+    head_bits: HeadBits | None = None,
+    snap_scales: bool = True,
+) -> PackedReport:
+    """Write the trained `model` as a packed folder, certified on `batches` (input_ids [B, L], perhaps position_ids).
+
+    `card` is the text of README.md; how to load it, the sizes and the certificate are added. Weights that are not
+    quantized are stored in `dense_dtype`, embedding and head as integers of `head_bits` where these are given, and
+    scales on the fast kernels' grid unless `snap_scales` is off. Raises UserError where `out` exists without `force`,
+    the disk is full, or the model cannot be packed; CertificateError where the packed model is not the trained one.
+    Either way nothing is left.
+    """
+    if out.exists() and not force:
+        raise UserError(f"{out}: exists already; choose another folder or give --force to replace it")
+    _check_architecture(model)
+    rounding = Rounding.of(model, head_bits, snap_scales)
+    with rounding.applied(model):
+        packed = pack_model(model, method, dense_dtype, rounding.head)
+    batches = list(batches)
+    with written_aside(out) as aside:
+        _write(packed, tokenizer, [method, *([rounding.head.method] if rounding.head else [])], aside)
+        back = _read_back(aside, model.device)
+        with rounding.applied(model):
+            certificate = certify(model, back, batches)
+        with exactly(back):
+            cost = compare(model, back, batches) if rounding.words else None
+        report = _report(packed, aside, certificate, cost)
+        parts = [card, USAGE.format(name=out.name), f"## Size\n\n{report.markdown()}\n"]
+        parts.append(f"## Certificate\n\n{certificate.markdown()}\n")
+        parts += [] if cost is None else [described(rounding.words, cost)]
+        (aside / "README.md").write_text("\n".join(parts), encoding="utf-8")
+    return report
+
+
+def described(words: list[str], cost: Agreement) -> str:
+    """What was rounded after training, and what that costs, as a section of the model card."""
+    lines = "\n".join(f"| {name} | {value} |" for name, value in cost.rows())
+    how = (
+        f"Rounded when the model was packed, not in training: {' and '.join(words)}. The certificate above is for the "
+        "trained model with the same rounding; against the trained model as it was:"
+    )
+    return f"## Rounded when packed\n\n{how}\n\n| | value |\n|---|---|\n{lines}\n"
+
+
+def _write(
+    packed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, methods: list[QuantMethod], folder: Path
+) -> None:
+    packed.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    bundle.write(folder, methods, type(packed).__name__)
+
+
+def _read_back(folder: Path, device: torch.device) -> PreTrainedModel:
+    """The packed model as a user would load it, in fp32. Raises CertificateError where a tensor is missing."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    odd = sorted(info["missing_keys"] | info["unexpected_keys"])
+    if odd:
+        raise CertificateError(f"{odd[0]}: lost between writing and reading ({len(odd)} such tensors)")
+    loaded: PreTrainedModel = model.to(device)
+    return loaded
+
+
+def _report(packed: PreTrainedModel, folder: Path, certificate: Certificate, cost: Agreement | None) -> PackedReport:
+    found, layers = packed_layers(packed), trained_layers(packed).values()
+    num_quantized = sum(layer.out_features * layer.in_features for layer in layers)
+    num_packed = sum(layer.out_features * layer.in_features for layer in found.values())
+    return PackedReport(
+        num_parameters=num_packed + sum(p.numel() for p in packed.parameters()),
+        num_quantized=num_quantized,
+        file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        linear_bytes=sum(buffer.nbytes for layer in layers for buffer in layer.buffers()),
+        certificate=certificate,
+        rounding=cost,
+    )
+
+
+def _check_architecture(model: PreTrainedModel) -> None:
+    """The folder's loader derives from a class of transformers itself."""
+    name = type(model).__name__
+    if not type(model).__module__.startswith("transformers.") or name not in dir(transformers):
+        raise UserError(f"{name}: its code is not part of transformers, so a packed folder cannot refer to it")
+
+
+def pack_model(
+    model: PreTrainedModel, method: QuantMethod, dense_dtype: DenseDtype = "bfloat16", head: Head | None = None
+) -> PreTrainedModel:
+    """A model of the same class with packed layers, to be saved, not run: its unsaved buffers stay on the meta device.
+
+    Raises UserError for a model without quantized layers, or with weights that the class has no place for.
+    """
+    dtype: torch.dtype = getattr(torch, dense_dtype)
+    layers = {fqn: _pack_layer(fqn, layer, method, dtype) for fqn, layer in quant_layers(model).items()}
+    if not layers:
+        raise UserError(f"{type(model).__name__}: nothing in it is quantized, so there is nothing to pack")
+    packed = _skeleton(model, method, layers, head)
+    elsewhere = () if head is None else (*head.codes, *head.tied)
+    dense = {n: t for n, t in _dense_state(model, dtype).items() if n.rpartition(".")[0] not in elsewhere}
+    _, unexpected = packed.load_state_dict(dense, strict=False, assign=True)
+    if unexpected:
+        raise UserError(f"{unexpected[0]}: the packed format has no place for it ({len(unexpected)} such weights)")
+    packed.tie_weights()
+    assert not any(tensor.is_meta for tensor in packed.state_dict().values())
+    return packed
+
+
+@torch.no_grad()
+def _pack_layer(fqn: str, layer: QuantLinear, method: QuantMethod, dtype: torch.dtype) -> PackedLinear:
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    try:
+        eps = None if layer.rms_norm is None else layer.rms_norm.variance_epsilon
+        return PackedLinear.from_codes(method.config_for(fqn), layer.encode(), bias, eps)
+    except ValueError as error:
+        raise UserError(f"{fqn}.{error}") from error
+
+
+def _skeleton(
+    model: PreTrainedModel, method: QuantMethod, layers: Mapping[str, PackedLinear], head: Head | None
+) -> PreTrainedModel:
+    """A model without weights but `layers` and the packed head, whose config says how to load it."""
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head" not in layers and head is None
+    config.auto_map = {"AutoModelForCausalLM": f"{bundle.ENTRY}.{type(model).__name__}"}
+    with torch.device("meta"):
+        packed = type(model)(config)
+    for fqn, layer in layers.items():
+        packed.set_submodule(fqn, layer)
+    if head is not None:
+        head.put_into(packed)
+    specs = {fqn: _spec(layer) for fqn, layer in packed_layers(packed).items()}
+    version = WITH_NORMS if any("norm_eps" in spec for spec in specs.values()) else PLAIN
+    settings = WrinkleFreeConfig(dataclasses.asdict(method), specs, version if head is None else WITH_HEAD)
+    if head is not None:
+        settings.tied = head.tied
+    packed.config.quantization_config = settings
+    packed.generation_config = copy.deepcopy(model.generation_config)
+    return packed
+
+
+def _spec(layer: PackedLinear) -> dict[str, Any]:
+    """The layer's spec as JSON; without a norm, without a word of it, as version 1 reads it."""
+    return {name: value for name, value in dataclasses.asdict(layer.spec).items() if value is not None}
+
+
+def _dense_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything outside of the quantized layers, and their norms; floating-point parameters in `dtype`."""
+    inside = tuple(f"{fqn}." for fqn in quant_layers(model))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: tensor.to(dtype) if name in parameters and tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(inside) or name.endswith(".rms_norm.weight")
+    }

@@ -1,0 +1,189 @@
+"""The proof that a packed model is the trained one.
+
+Three comparisons, from exact to practical:
+
+1. codes: every layer's codes, scales and tables, and hence its effective weight, are the trained layer's, bit for bit.
+2. logits at equal rounding: the trained model runs in fp32 with the packed file's dense weights (embeddings, norms;
+   bf16 in the file) in place of its own. What is left is the order of fp32 sums: at most `LOGITS` of the largest logit.
+3. KL(trained || packed) per token against the trained model as it is, fp32 masters and all: what rounding the dense
+   weights to bf16 costs. Its mean must not exceed `KL` nats, a tenth of a percent of perplexity. Top-1 agreement stands
+   beside it and is not judged: a random model has near-ties.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from wrinklefree.core.codes import Codes
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import QuantLinear, quant_layers
+from wrinklefree.packed.layer import PackedLinear, exactly, packed_layers
+
+LOGITS = 1e-4  # of the largest absolute logit
+KL = 1e-3  # nats per token
+CHUNK = 256  # tokens whose logits are compared at once
+NO_CACHE = {"use_cache": False}
+EXACT = (
+    4  # sequences compared at equal rounding; exchanging the dense weights costs a new encoding of layers with biases
+)
+
+
+class CertificateError(UserError):
+    """The packed model is not the trained one."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared, over `tokens` tokens."""
+
+    layers: int
+    tokens: int
+    max_weight_difference: float
+    max_logit_difference: float  # at equal rounding, relative to the largest logit
+    kl_mean: float  # nats per token, against the fp32 trained model
+    kl_max: float
+    same_top1: float
+
+    def markdown(self) -> str:
+        """A table for the model card."""
+        return "\n".join(
+            [
+                "| packed against trained | value |",
+                "|---|---|",
+                f"| layers with identical codes and scales | {self.layers} of {self.layers} |",
+                f"| largest difference of an effective weight | {self.max_weight_difference:g} |",
+                f"| largest difference of a logit at equal rounding, relative | {self.max_logit_difference:.1e} |",
+                f"| KL(trained, packed) in nats per token, mean / largest | {self.kl_mean:.1e} / {self.kl_max:.1e} |",
+                f"| same most likely token | {self.same_top1:.2%} |",
+                f"| tokens compared | {self.tokens:,} |",
+            ]
+        )
+
+
+def certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Certificate:
+    """Compare the two on `batches` (input_ids [B, L], perhaps position_ids). Both models compute in fp32, in eval mode.
+
+    Raises CertificateError where a code or a scale differs, or the logits do beyond the tolerances above.
+    """
+    modes = trained.training, packed.training
+    try:
+        with exactly(packed):  # what is proved is the weights; kernels round activations on their own account
+            return _certify(trained.eval(), packed.eval(), batches)
+    finally:
+        trained.train(modes[0])
+        packed.train(modes[1])
+
+
+@torch.no_grad()
+def _certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Certificate:
+    if packed.dtype != torch.float32:
+        raise ValueError(f"load the packed model with dtype=torch.float32 to certify it, not {packed.dtype}")
+    weight_difference = _compare_layers(quant_layers(trained), trained_layers(packed))
+    sequences = list(_sequences(batches, trained.device))
+    if not sequences:
+        raise UserError("nothing to compare the packed model on: no text was given")
+    logit_difference = max(_logit_difference(trained, packed, inputs) for inputs in sequences[:EXACT])
+    figures = torch.cat([_figures(trained, packed, inputs) for inputs in sequences])
+    mean, largest = figures.mean(0).tolist(), figures.amax(0).tolist()
+    certificate = Certificate(
+        layers=len(trained_layers(packed)),
+        tokens=len(figures),
+        max_weight_difference=weight_difference,
+        max_logit_difference=logit_difference,
+        kl_mean=mean[0],
+        kl_max=largest[0],
+        same_top1=mean[1],
+    )
+    _judge(certificate)
+    return certificate
+
+
+def trained_layers(packed: PreTrainedModel) -> dict[str, PackedLinear]:
+    """The packed layers that were trained so; embedding and head are rounded when they are packed."""
+    return {fqn: layer for fqn, layer in packed_layers(packed).items() if layer.spec.method is None}
+
+
+def _logit_difference(trained: PreTrainedModel, packed: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+    """The largest difference of a logit at equal rounding, relative to the largest logit."""
+    rounded = _dense_weights(packed, trained)
+    expected = functional_call(trained, rounded, kwargs=inputs | NO_CACHE, tie_weights=False).logits
+    difference: Tensor = (_logits(packed, inputs) - expected).abs().max() / expected.abs().max()
+    return difference.item()
+
+
+def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """[1, L, V]; without a cache, so that position_ids that start anew keep packed documents apart."""
+    logits: Tensor = model(**inputs, **NO_CACHE).logits
+    return logits
+
+
+def _dense_weights(packed: nn.Module, trained: nn.Module) -> dict[str, Tensor]:
+    """The packed model's parameters, all of them unquantized, under the trained model's names."""
+    names = {name for name, _ in trained.named_parameters(remove_duplicate=False)}
+    return {name: p for name, p in packed.named_parameters(remove_duplicate=False) if name in names}
+
+
+def _figures(trained: PreTrainedModel, packed: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """KL(trained || packed) in nats and whether the most likely token is the same: float64 [L, 2]."""
+    ours, theirs = _logits(packed, inputs)[0], _logits(trained, inputs)[0]
+    chunks = zip(torch.split(theirs, CHUNK), torch.split(ours, CHUNK), strict=True)
+    return torch.cat([torch.stack([_kl(p, q), (p.argmax(-1) == q.argmax(-1)).double()], -1) for p, q in chunks])
+
+
+def _judge(certificate: Certificate) -> None:
+    if not certificate.max_logit_difference <= LOGITS:
+        raise CertificateError(
+            f"packed logits differ by {certificate.max_logit_difference:.1e} of the largest at equal rounding "
+            f"(allowed {LOGITS:g}): the packed model is not the trained one"
+        )
+    if not certificate.kl_mean <= KL:
+        raise CertificateError(
+            f"KL(trained, packed) is {certificate.kl_mean:.1e} nats per token (allowed {KL:g}): "
+            f"export with dense_dtype=float32"
+        )
+
+
+def _sequences(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """One sequence [1, L] at a time, so that a large vocabulary's logits fit."""
+    for batch in batches:
+        for row in range(len(batch["input_ids"])):
+            names = [name for name in ("input_ids", "position_ids") if name in batch]
+            yield {name: batch[name][row : row + 1].to(device) for name in names}
+
+
+def _kl(reference: Tensor, other: Tensor) -> Tensor:
+    """KL(reference || other) of logits [L, V]: [L] in nats, in float64 because it is tiny."""
+    p, q = F.log_softmax(reference.double(), -1), F.log_softmax(other.double(), -1)
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(-1).clamp_min(0)
+
+
+def _compare_layers(trained: Mapping[str, QuantLinear], packed: Mapping[str, PackedLinear]) -> float:
+    """The largest difference of effective weights. Raises CertificateError where codes, scales or layers differ."""
+    if trained.keys() != packed.keys():
+        odd = sorted(trained.keys() ^ packed.keys())
+        raise CertificateError(f"quantized in one model only: {', '.join(odd[:3])} ({len(odd)} layers in all)")
+    wrong = [fqn for fqn in trained if not same_codes(trained[fqn].encode(), packed[fqn].codes())]
+    if wrong:
+        raise CertificateError(
+            f"codes or scales differ in {', '.join(wrong[:3])} ({len(wrong)} of {len(trained)} layers)"
+        )
+    return max((_weight_difference(trained[fqn], packed[fqn]) for fqn in trained), default=0.0)
+
+
+def _weight_difference(trained: QuantLinear, packed: PackedLinear) -> float:
+    exact = trained.effective_weight(torch.float32) - packed.effective_weight(torch.float32)
+    return exact.abs().max().item()
+
+
+def same_codes(a: Codes, b: Codes) -> bool:
+    """Whether codes, scales and shapes are equal bit for bit."""
+    return (
+        (a.shape, a.bits, a.tensors.keys()) == (b.shape, b.bits, b.tensors.keys())
+        and torch.equal(a.index, b.index)
+        and all(torch.equal(a.tensors[name].float(), b.tensors[name].float()) for name in a.tensors)
+    )

@@ -1,0 +1,1 @@
+"""What an export may round: embedding and head, scales."""

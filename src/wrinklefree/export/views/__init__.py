@@ -1,0 +1,1 @@
+"""Codes as other formats see them: ternary numbers, lookup tables."""

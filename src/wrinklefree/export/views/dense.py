@@ -1,0 +1,48 @@
+"""A model without quantization that holds the effective weights."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import quant_layers
+
+
+def refuse_norms(model: PreTrainedModel, target: str) -> None:
+    """Raises UserError where a quantized layer owns a norm."""
+    normed = [fqn for fqn, layer in quant_layers(model).items() if layer.rms_norm is not None]
+    if normed:
+        raise UserError(
+            f"--format {target}: {normed[0]} has a norm inside ({len(normed)} such layers), which a plain "
+            f"{type(model).__name__} has no place for: use --format hf"
+        )
+
+
+def unquantized_state(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, Tensor]:
+    """What is stored beside the quantized weights: biases, norms, embeddings; a tied head not again."""
+    own = {f"{fqn}.{name}" for fqn in layers for name, _ in quant_layers(model)[fqn].named_parameters(recurse=False)}
+    left_out = {name for name in own if not name.endswith(".bias")}
+    if model.config.tie_word_embeddings:
+        left_out.add("lm_head.weight")
+    return {n: t.detach().contiguous() for n, t in model.state_dict().items() if n not in left_out}
+
+
+@torch.no_grad()
+def dense_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class without quantization, its linear layers holding the effective weights in fp32."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    layers = quant_layers(model)
+    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head" not in layers
+    with torch.device("meta"):
+        plain = type(model)(config)
+    wanted = plain.state_dict().keys()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
+    state |= {f"{fqn}.weight": layer.effective_weight(torch.float32) for fqn, layer in layers.items()}
+    plain.load_state_dict({name: t.detach().float() for name, t in state.items()}, assign=True)
+    plain.tie_weights()
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain

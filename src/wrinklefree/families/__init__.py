@@ -1,0 +1,1 @@
+"""Rank 1: what is known of model architectures, said once."""

@@ -1,0 +1,1 @@
+"""Rank 6: text from a model."""

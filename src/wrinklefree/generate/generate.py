@@ -1,0 +1,281 @@
+"""Text from a model: one completion, or a conversation on the terminal.
+
+A model is one of transformers, or the native loop's `Engine`. Both take the same sampling settings; greedily they say
+the same, at a temperature each has random numbers of its own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.engine.engine import Engine, Sampling
+from wrinklefree.generate.text import TextStream
+
+Message = dict[str, str]
+
+TOP_K = 50  # of transformers, where neither the user nor the model's generation config says anything
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How text is continued. `top_k` and `top_p` None are those of the model's generation config."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: Sequence[str] = ()  # texts that end it, left out of it
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    show: Callable[[str], None] | None = None,
+    **more: Any,
+) -> str:
+    """The text that follows `prompt`, without it; temperature 0 is greedy and ignores the seed.
+
+    `show` gets it piece by piece as it comes, `more` are further fields of `Choice`. Raises UserError where the prompt
+    is empty, or leaves no room in the model's context.
+    """
+    choice = SamplingOptions(max_new_tokens, temperature, seed, **more)
+    return _say(model, tokenizer, _encode(tokenizer, prompt), choice, show=show or _hide)
+
+
+def reply(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    seed: int = 0,
+    repetition_penalty: float = 1.0,
+    thinking: bool | None = None,
+) -> str:
+    """What the model answers in its chat template, or `complete` where it has none.
+
+    `thinking` is handed to templates that know it. Raises UserError like `complete`.
+    """
+    chat = bool(tokenizer.chat_template)
+    ids = _encode_chat(model, tokenizer, [_from_user(prompt)], thinking) if chat else _encode(tokenizer, prompt)
+    stop = turn_end(tokenizer) if chat else None
+    return _say(model, tokenizer, ids, SamplingOptions(max_new_tokens, temperature, seed, repetition_penalty), end=stop)
+
+
+def _from_user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def stream(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, **more: Any) -> str:
+    """`complete`, printing prompt and text word by word as they come."""
+    print(prompt, end="", flush=True)
+    return complete(model, tokenizer, prompt, max_new_tokens, show=_show, **more)
+
+
+def interactive(
+    model: Any,
+    tokenizer: Any,
+    chat: bool = False,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    seed: int = 0,
+    read: Callable[[str], str] = input,
+    repetition_penalty: float = 1.0,
+    thinking: bool | None = None,
+    **more: Any,
+) -> None:
+    """Answer line after line until `/exit` or Ctrl-D; with `chat`, in the tokenizer's template and with memory.
+
+    `more` are further fields of `Choice`. Raises UserError where `chat` is asked of a tokenizer without a template.
+    """
+    if chat and not tokenizer.chat_template:
+        raise UserError("--chat: this model's tokenizer has no chat template; leave --chat out to complete text")
+    print("/exit or Ctrl-D ends" + ("; /new forgets the conversation" if chat else ""))
+    history: list[Message] = []
+    stop = turn_end(tokenizer) if chat else None
+    while (line := _read_line(read)) is not None:
+        if line == "/new":
+            history.clear()
+        if not line.strip() or line == "/new":
+            continue
+        history.append(_from_user(line))
+        ids = _encode_chat(model, tokenizer, history, thinking) if chat else _encode(tokenizer, line)
+        choice = SamplingOptions(max_new_tokens, temperature, seed + len(history), repetition_penalty, **more)
+        history.append({"role": "assistant", "content": _say(model, tokenizer, ids, choice, stop, _show)})
+
+
+def _read_line(read: Callable[[str], str]) -> str | None:
+    """The next line, or None at the end."""
+    try:
+        line = read("> ")
+    except EOFError:
+        print()
+        return None
+    return None if line.strip() == "/exit" else line
+
+
+def _encode(tokenizer: Any, prompt: str) -> Tensor:
+    """Token ids [1, length]."""
+    ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+    if ids.shape[1] == 0:
+        raise UserError("the prompt is empty: give some text to continue")
+    return ids.long()
+
+
+def _encode_chat(model: Any, tokenizer: Any, history: list[Message], thinking: bool | None = None) -> Tensor:
+    """Token ids [1, length] of the conversation, up to where the assistant speaks.
+
+    The oldest turns are removed from `history` once they fill more than half of the model's context.
+    """
+    known = {} if thinking is None else {"enable_thinking": thinking}
+    while True:
+        text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True, **known)
+        ids: Tensor = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        if len(history) == 1 or ids.shape[1] <= context_of(model) // 2:
+            return ids
+        del history[:2]
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that closes an assistant's turn in the template, where it has one."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False).input_ids
+    special = [i for i in ids if i in tokenizer.all_special_ids]
+    return special[-1] if special else None
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _hide(piece: str) -> None:
+    pass
+
+
+def _say(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    choice: SamplingOptions,
+    end: int | None = None,
+    show: Callable[[str], None] = _hide,
+) -> str:
+    """The text that follows `ids` [1, length], shown piece by piece; `end` is one more token that ends it."""
+    room = _room(model, ids.shape[1])
+    choice = replace(choice, max_new_tokens=min(choice.max_new_tokens, room))
+    ends = [i for i in (tokenizer.eos_token_id, end) if i is not None]
+    text = TextStream(tokenizer, choice.stop)
+    tell = _Teller(text, show)
+    if isinstance(model, Engine):
+        _run_native(model, ids, choice, ends, tell)
+    else:
+        _run_transformers(model, tokenizer, ids, choice, ends, tell)
+    tell.end()
+    return text.text
+
+
+class _Teller(BaseStreamer):  # type: ignore[misc]  # transformers is untyped here
+    """Shows the text of tokens, the prompt's left out; a line ends with it where anything is shown."""
+
+    def __init__(self, text: TextStream, show: Callable[[str], None]) -> None:
+        self.text, self.show = text, show
+        self.prompt_is_next, self.ended = True, False
+
+    def put(self, value: Tensor) -> None:
+        """What `generate` of transformers calls: first with the prompt, then with each token."""
+        if not self.prompt_is_next:
+            self.add(int(value))
+        self.prompt_is_next = False
+
+    def add(self, token: int) -> None:
+        self.show(self.text.add(token))
+
+    def end(self) -> None:
+        if not self.ended:
+            self.show(self.text.end() + "\n")
+        self.ended = True
+
+
+class _Stop(StoppingCriteria):  # type: ignore[misc]
+    """Ends generation where a stop string has come."""
+
+    def __init__(self, text: TextStream) -> None:
+        self.text = text
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **more: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.text.stopped, device=input_ids.device)
+
+
+def _run_native(engine: Engine, ids: Tensor, choice: SamplingOptions, ends: Sequence[int], tell: _Teller) -> None:
+    sampling = Sampling(
+        max_new_tokens=choice.max_new_tokens,
+        temperature=choice.temperature,
+        top_k=_first(choice.top_k, engine.generation.top_k, TOP_K),
+        top_p=_first(choice.top_p, engine.generation.top_p, 1.0),
+        repetition_penalty=choice.repetition_penalty,
+        seed=choice.seed,
+        stop_tokens=frozenset(ends),
+    )
+    for token in engine.generate(ids[0].tolist(), sampling):
+        tell.add(token)
+        if tell.text.stopped:
+            return
+
+
+def _first(*values: Any) -> Any:
+    """The first that is given."""
+    return next(value for value in values if value is not None)
+
+
+@torch.no_grad()  # not inference mode, in which packed layers share no work
+def _run_transformers(
+    model: Any, tokenizer: Any, ids: Tensor, choice: SamplingOptions, ends: Sequence[int], tell: _Teller
+) -> None:
+    """The caller's random state is left as it was."""
+    sampling: dict[str, Any] = {"do_sample": choice.temperature > 0}
+    if choice.temperature > 0:
+        given = {"temperature": choice.temperature, "top_k": choice.top_k, "top_p": choice.top_p}
+        sampling |= {name: value for name, value in given.items() if value is not None}
+    ids = ids.to(model.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(choice.seed)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=choice.max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            eos_token_id=list(ends) or None,
+            streamer=tell,
+            stopping_criteria=[_Stop(tell.text)],
+            repetition_penalty=choice.repetition_penalty,
+            **sampling,
+        )
+
+
+def context_of(model: Any) -> int:
+    """The model's context in tokens; of a model that states none, as good as unlimited."""
+    if isinstance(model, Engine):
+        return model.context
+    return int(model.config.to_dict().get("max_position_embeddings") or 2**31)
+
+
+def _room(model: Any, used: int) -> int:
+    """Tokens that fit after `used` ones. Raises UserError where none does."""
+    room = context_of(model) - used
+    if room < 1:
+        raise UserError(
+            f"the prompt has {used} tokens, and the model's context is {context_of(model)}: shorten the prompt"
+        )
+    return room

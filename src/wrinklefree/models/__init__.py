@@ -1,0 +1,1 @@
+"""Rank 5: any name or folder to a model, loudly."""

@@ -1,0 +1,86 @@
+"""Which folder or hub model a name means."""
+
+import logging
+from pathlib import Path
+
+from huggingface_hub import constants, try_to_load_from_cache
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.data.sources import hub_reachable
+from wrinklefree.training import checkpoint
+
+log = logging.getLogger("wrinklefree")
+
+
+BUILTIN = Path(__file__).parent / "builtin"
+
+OFFER = "use -m tiny, or -m FOLDER with a local copy"
+
+
+def model_folder(path: Path) -> Path:
+    """`path`, or the model inside of it where it is a run folder: `final/`, else the newest checkpoint.
+
+    A run folder may have a config.json of its own, which belongs to a `.pt` file.
+    """
+    if (path / "config.json").is_file() and (any(path.glob("*.safetensors")) or any(path.glob("*.bin"))):
+        return path
+    candidates = [path / "final", *reversed(checkpoint.step_folders(path / "checkpoints")), path / "packed"]
+    return next((folder for folder in candidates if (folder / "config.json").is_file()), path)
+
+
+def resolve_pretrained(name: str) -> str:
+    """A folder, or a hub id that can be reached now: `builtin:NAME`, a local path, a cached or a reachable hub model.
+
+    Raises UserError where there is nothing of that name, at once and not after transformers' retries.
+    """
+    kind, _, builtin = name.partition(":")
+    if kind == "builtin":
+        return _builtin(builtin)
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    if not _looks_like_hub_id(name):
+        raise UserError(f"{name}: no such folder")
+    return _hub(name)
+
+
+def at_hand(name: str) -> Path | None:
+    """The folder of a model, without asking the hub: None for a hub id that is not in the cache.
+
+    Raises UserError for a path or a builtin that is not there.
+    """
+    if name.startswith("builtin:") or Path(name).expanduser().exists() or not _looks_like_hub_id(name):
+        return Path(resolve_pretrained(name))
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _builtin(name: str) -> str:
+    folder = BUILTIN / name
+    if not folder.is_dir():
+        known = ", ".join(sorted(p.name for p in BUILTIN.glob("*") if p.is_dir())) or "none"
+        raise UserError(f"builtin:{name}: no such model in this package; there are: {known}")
+    return str(folder)
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+
+
+def _hub(name: str) -> str:
+    """`name` where the hub answers, else the folder of a cached copy."""
+    reason = _why_unreachable()
+    if reason is None:
+        return name
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        log.info("%s: %s, using the copy in the local cache", name, reason)
+        return str(Path(cached).parent)
+    raise UserError(f"{name}: no such folder here, and {reason}: {OFFER}")
+
+
+def _why_unreachable() -> str | None:
+    """Why the hub cannot be asked, or None; transformers itself would try for half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return "the Hugging Face hub is switched off (HF_HUB_OFFLINE)"
+    return None if hub_reachable(constants.ENDPOINT) else f"the Hugging Face hub ({constants.ENDPOINT}) does not answer"

@@ -1,0 +1,119 @@
+"""Loads any folder of ours, or any causal language model of the hub, loudly.
+
+transformers answers several mistakes with randomly initialized weights and a warning. Here they are errors of one line
+that say what is wrong, where, and what to do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+import wrinklefree.packed  # noqa: F401  # registers the packed format
+from wrinklefree.config.compose import read_config
+from wrinklefree.config.schema import ModelConfig
+from wrinklefree.core.errors import UserError
+from wrinklefree.models.check import check_causal, check_folder
+from wrinklefree.models.find import model_folder, resolve_pretrained
+from wrinklefree.training import checkpoint
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
+    """Model in eval mode and tokenizer, from a packed folder, a training checkpoint, a Hugging Face folder or the hub.
+
+    In a run folder it is the trained model: `final/`, or else the newest checkpoint. A training checkpoint comes back
+    prepared by its method, with fp32 masters; the others in `dtype`, or as stored.
+    Raises UserError for anything that is missing, truncated, foreign or no causal language model.
+    """
+    source = resolve_pretrained(str(path))
+    folder = model_folder(Path(source))
+    if folder.exists():
+        check_folder(folder)
+        if is_training_checkpoint(folder):
+            return _load_checkpoint(folder, dtype)
+        source = str(folder)
+    return _from_pretrained(source, dtype or "auto", trust_remote_code), open_tokenizer(source, trust_remote_code)
+
+
+def load_pretrained(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Loaded:
+    """The pretrained model that a run starts from, in eval mode, and its tokenizer. Raises UserError like `load`."""
+    return load_model(model.pretrained, dtype=dtype, trust_remote_code=model.trust_remote_code)
+
+
+def is_training_checkpoint(folder: Path) -> bool:
+    """Whether the folder's weights are masters that its method has yet to quantize."""
+    file = folder / checkpoint.CONFIG
+    return file.is_file() and read_config(file).method is not None
+
+
+def _load_checkpoint(folder: Path, dtype: torch.dtype | None) -> Loaded:
+    """The model as it was trained: masters, prepared by the method, then every tensor strictly."""
+    if dtype not in (None, torch.float32):
+        raise UserError(
+            f"{folder}: a training checkpoint computes from fp32 masters; for {dtype} run `wf export` first"
+        )
+    config = read_config(folder / checkpoint.CONFIG)
+    with _quiet():  # the method's own parameters are "unexpected" to the plain model
+        model = _open(str(folder), torch.float32, config.model.trust_remote_code, masters=True)[0]
+    model = config.method.prepare(model, initialize=False)
+    checkpoint.load_weights(folder, model)
+    return model.eval(), open_tokenizer(str(folder), config.model.trust_remote_code)
+
+
+def _from_pretrained(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+    model, info = _open(source, dtype, trust_remote_code)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{source}: its weights are not those of a {type(model).__name__}: "
+            f"{missing[0]} is missing ({len(missing)} tensors in all)"
+        )
+    return model.eval()
+
+
+def _open(
+    source: str, dtype: torch.dtype | str, trust_remote_code: bool, masters: bool = False
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and what transformers says of missing tensors; `masters` leaves it to the caller to quantize."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if masters:
+            vars(config).pop("quantization_config", None)
+        if not Path(source).is_dir():
+            check_causal(Path(source), config.to_dict())
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # transformers has no finer types for what it cannot read
+        raise UserError(f"{source}: transformers cannot load it: {_first_line(error)}") from error
+    return model, info
+
+
+def open_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id. Raises UserError where there is none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: no tokenizer: {_first_line(error)}; copy the tokenizer's files into it") from error
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of unexpected tensors."""
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)

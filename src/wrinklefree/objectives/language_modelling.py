@@ -1,0 +1,108 @@
+"""Objectives: what a batch is trained for. An objective yields one or more (loss, metrics) per batch.
+
+Yielding more than once lets deep supervision and policy gradients share the one training loop.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from wrinklefree.config.schema import DistillationConfig
+from wrinklefree.core.errors import UserError
+from wrinklefree.objectives.base import Batch, Metrics, Shares
+from wrinklefree.objectives.language_model import BodyAndHead, check_vocabulary
+from wrinklefree.objectives.losses import TokenLosses, shifted, token_losses
+from wrinklefree.objectives.terms import AttentionRelations, HiddenStates, hidden_share
+
+
+class LanguageModelling:
+    """Cross entropy, KL to a teacher, and what `config` adds: attention relations, hidden states."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        config: DistillationConfig,
+        compiled: bool = False,
+    ) -> None:
+        """Raises UserError for a teacher that does not fit the student, and settings that need one without it."""
+        self.student = BodyAndHead(student, compiled)
+        self.teacher = None if teacher is None else BodyAndHead(teacher, compiled)
+        self.config = config
+        self.shares = Shares()
+        self.hidden_share = config.hidden.initial_weight
+        if teacher is not None:
+            check_vocabulary(student, teacher)
+        self.attention = self.hidden = None
+        if config.attention.weight:
+            self.attention = AttentionRelations(
+                student, _needed(teacher, "attention.weight", compiled), config.attention
+            )
+        if config.hidden.enabled:
+            self.hidden = HiddenStates(student, _needed(teacher, "hidden.enabled", compiled), config.hidden)
+
+    def on_step(self, step: int, max_steps: int) -> None:
+        """Set what follows a schedule, for optimizer step `step` (from 0) of `max_steps`."""
+        self.hidden_share = hidden_share(self.config.hidden, step, max_steps)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+        parts = [part for part in (self.attention, self.hidden) if part is not None]
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.watching())
+            result = compare(self.student, self.teacher, batch, self.config)
+        metrics = {"ce": result.ce} | ({"kl": result.kl} if self.teacher else {})
+        terms = self._vocabulary_terms(result)
+        loss = result.loss
+        if self.hidden is not None:
+            distance = self.hidden(batch)
+            terms = {name: (1 - self.hidden_share) * value for name, value in terms.items()}
+            terms["hidden"] = self.hidden_share * distance.detach()
+            loss = self.hidden_share * distance + (1 - self.hidden_share) * loss
+            metrics["cosine"] = 1 - distance.detach() / 2
+        if self.attention is not None:
+            relation = self.attention(batch)
+            terms["attention"] = self.config.attention.weight * relation.detach()
+            loss = loss + self.config.attention.weight * relation
+            metrics["attention"] = relation.detach()
+        self.shares.add(terms)
+        yield loss, metrics
+
+    def _vocabulary_terms(self, result: TokenLosses) -> dict[str, Tensor]:
+        """What cross entropy and KL add to the loss, each with its weight."""
+        c = self.config
+        terms = {"ce": c.ce_weight * result.ce} if c.ce_weight else {}
+        return terms | ({"kl": c.weight * result.kl} if self.teacher and c.weight else {})
+
+
+def _needed(teacher: PreTrainedModel | None, setting: str, compiled: bool) -> PreTrainedModel:
+    if teacher is None:
+        raise UserError(f"distillation.{setting}: needs a teacher, and distillation=none has none")
+    if compiled:
+        raise UserError(f"distillation.{setting}: watches layers inside of the model; set training.compile=false")
+    return teacher
+
+
+def compare(student: BodyAndHead, teacher: BodyAndHead | None, batch: Batch, config: DistillationConfig) -> TokenLosses:
+    """Losses of one batch, in fp32 sums over chunks of the vocabulary's logits."""
+    other = None
+    if teacher is not None:
+        with torch.no_grad():
+            hidden, _ = shifted(teacher.states(batch), batch["labels"])
+            states, head = teacher.project(hidden)
+            other = states, head.to(states.dtype)
+    hidden, targets = shifted(student.states(batch), batch["labels"])
+    states, head = student.project(hidden)
+    return token_losses(
+        states,
+        head,
+        targets,
+        teacher=other,
+        ce_weight=config.ce_weight,
+        kl_weight=config.weight,
+        temperature=config.temperature,
+        tau_squared=config.tau_squared,
+    )

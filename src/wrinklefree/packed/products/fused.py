@@ -1,0 +1,114 @@
+"""Modules of a packed Llama in transformers that work with less Python: at one token, that is half of the time.
+
+    MLP     down(act(gate x) * up x), BitNet's with a norm before `down`: two products and a step between them
+    norm    x / sqrt(mean x^2 + eps) * weight: one call
+
+Only the classes named below are known to be this and no more. Where a gradient is wanted, exactness, or a compiler at
+work, on a GPU, in half precision (norms), with biases, norms or hooks of their layers' own (MLPs), they go on as they
+were.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrinklefree.core.method import compute_dtype
+from wrinklefree.packed.layer import ByKernels, PackedLinear
+from wrinklefree.packed.products.native import Matrix, available, matmul, norm
+
+FAMILY = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "BitNet")
+MLPS = tuple(f"{name}MLP" for name in FAMILY)
+NORMS = tuple(f"{name}RMSNorm" for name in FAMILY)
+LAYERS = ("gate_proj", "up_proj", "down_proj")
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether nothing has to be known of how a result of `x` came about."""
+    return x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) and not torch.compiler.is_compiling()
+
+
+class Fused(ByKernels):
+    """Goes before a module's own class, in a class made for it: copies and pickles make theirs anew."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, type(self).__bases__, vars(self)
+
+
+def _class(first: type[Fused], own: type[nn.Module]) -> type[nn.Module]:
+    return type(own.__name__, (first, own), {"__module__": own.__module__})
+
+
+def _empty(first: type[Fused], own: type[nn.Module]) -> nn.Module:
+    kind = _class(first, own)
+    return kind.__new__(kind)
+
+
+def _bare(layer: nn.Module) -> bool:
+    """Whether it is a packed layer still, with nothing to be added and nobody who listens."""
+    if not isinstance(layer, PackedLinear) or layer.bias is not None:
+        return False
+    return not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+class FusedMLP(Fused):
+    """Its children are those of the model's own class."""
+
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+    act_fn: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrices = self._matrices() if _plain(x) else None
+        if matrices is None:
+            y: Tensor = super().forward(x)
+            return y
+        with torch.no_grad():
+            gate, up = matmul(matrices[:2], x)
+            inner, between = self.act_fn(gate).mul_(up), self._modules.get("ffn_sub_norm")
+            (y,) = matmul(matrices[2:], inner if between is None else between(inner))
+        return y.to(compute_dtype(x))
+
+    def _matrices(self) -> list[Matrix] | None:
+        """Of gate, up and down; None where the layers have to be called one by one."""
+        matrices = []
+        for layer in (self.gate_proj, self.up_proj, self.down_proj):
+            matrix = layer.shared_matrix() if _bare(layer) else None
+            if matrix is None:
+                return None
+            matrices.append(matrix)
+        return matrices
+
+
+class FusedNorm(Fused):
+    """Its weight is that of the model's own class."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.exact or not _plain(x) or not _plain(self.weight) or not x.dtype == self.weight.dtype == torch.float32:
+            y: Tensor = super().forward(x)
+            return y
+        return norm(x.detach(), self.weight, self.variance_epsilon)
+
+
+def fuse(model: nn.Module) -> None:
+    """Let known norms work so, and known MLPs whose layers are all packed; where there are kernels."""
+    if available() is not None:
+        return
+    made: dict[type, type[nn.Module]] = {}
+    for module in model.modules():
+        first, own = _fused(module), type(module)
+        if first is not None and not isinstance(module, first):
+            made.setdefault(own, _class(first, own))
+            module.__class__ = made[own]
+
+
+def _fused(module: nn.Module) -> type[Fused] | None:
+    """The class that goes before the module's own."""
+    name, children = type(module).__name__, dict(module.named_children())
+    if name in MLPS and all(isinstance(children.get(layer), PackedLinear) for layer in LAYERS):
+        return FusedMLP
+    return FusedNorm if name in NORMS else None

@@ -1,0 +1,255 @@
+"""The door to the native library (`native/wf.h`): packed matrices and their products with fp32 activations.
+
+The library lies in `lib/` beside this file where it could be built; `available()` tells why where it is not. Tensors
+passed in are on the CPU; they are made contiguous and copied by the library. Errors are ValueErrors of one line.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI = 2
+NAMES = {"win32": "wf.dll", "darwin": "libwf.dylib"}
+FOLDER = Path(__file__).parents[1] / "lib"
+
+MOST_MATRICES = 8  # in one call
+INT8, EXACT = 0, 1  # what activations are rounded to: int8 per token, or nothing
+
+_int, _pointer, _text = ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "wf_abi": (_int, []),
+    "wf_isa": (_text, []),
+    "wf_error": (_text, []),
+    "wf_pool_new": (_pointer, [_int]),
+    "wf_pool_free": (None, [_pointer]),
+    "wf_matrix_table": (_pointer, [_int] * 3 + [_pointer] * 3 + [_int] * 3 + [_pointer] * 3),
+    "wf_matrix_fairy": (_pointer, [_int] * 3 + [_pointer] * 2 + [_int] * 2 + [_pointer] * 3),
+    "wf_matrix_int8": (_pointer, [_int] * 2 + [_pointer] * 3),
+    "wf_matrix_dense": (_pointer, [_int] * 2 + [_pointer] * 2 + [_int]),
+    "wf_matrix_free": (None, [_pointer]),
+    "wf_matrix_bytes": (ctypes.c_size_t, [_pointer]),
+    "wf_matrix_kernel": (_text, [_pointer]),
+    "wf_matrix_row": (_int, [_pointer, _int, _pointer]),
+    "wf_norm": (_int, [_pointer, _pointer, ctypes.c_float, _int, _int, _pointer]),
+    "wf_matmul": (_int, [_pointer, _pointer, _int, _pointer, _int, _pointer, _int]),
+}
+
+
+def path() -> Path:
+    """Where the library is expected."""
+    return FOLDER / NAMES.get(sys.platform, "libwf.so")
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library with its signatures. Raises OSError, saying why, where it cannot be used."""
+    if not path().is_file():
+        raise OSError(f"{path()}: not built; install wrinklefree where a C++ compiler is, or a wheel that holds it")
+    library = ctypes.CDLL(str(path()))
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if library.wf_abi() != ABI:
+        raise OSError(f"{path()}: version {library.wf_abi()}, this wrinklefree needs {ABI}: build it again")
+    if library.wf_isa() is None:
+        raise OSError(_error(library))
+    return library
+
+
+@cache
+def available() -> str | None:
+    """None where the library can be used, else the reason."""
+    try:
+        load()
+    except (OSError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use, such as "avx512-vnni"."""
+    return str(load().wf_isa().decode())
+
+
+def _error(library: ctypes.CDLL) -> str:
+    return str(library.wf_error().decode())
+
+
+def _checked(handle: int | None) -> int:
+    if handle is None:
+        raise ValueError(_error(load()))
+    return handle
+
+
+class Pool:
+    """Worker threads; the caller is one of them."""
+
+    def __init__(self, threads: int) -> None:
+        library = load()
+        self.threads = threads
+        self.handle = _checked(library.wf_pool_new(threads))
+        self._free = library.wf_pool_free
+
+    def __del__(self) -> None:
+        if "handle" in vars(self):
+            self._free(self.handle)
+
+
+@cache
+def _pool_of(process: int, threads: int) -> Pool:
+    return Pool(threads)
+
+
+def pool() -> Pool:
+    """A pool of as many threads as torch uses; one for each process, for threads do not survive a fork."""
+    return _pool_of(os.getpid(), torch.get_num_threads())
+
+
+def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Matrix:
+    """A packed linear layer [n, k]: see `native/wf.h` for what each kind computes."""
+
+    def __init__(self, handle: int | None, shape: tuple[int, int]) -> None:
+        self.handle = _checked(handle)
+        self.shape = shape
+        self._free = load().wf_matrix_free
+
+    def __del__(self) -> None:
+        if "handle" in vars(self) and "_free" in vars(self):
+            self._free(self.handle)
+
+    @classmethod
+    def table(
+        cls,
+        codes: Tensor,
+        table: Tensor,
+        scales: Tensor,
+        *,
+        row: Tensor | None = None,
+        col: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> "Matrix":
+        """codes uint8 [n, k]; table [2**bits]; scales [1 or n, groups]; row [n] or [r, n] and col [k] or [r, k]."""
+        n, k = codes.shape
+        rank = 1 if col is None or col.ndim == 1 else len(col)
+        bits = (len(table) - 1).bit_length()
+        if len(table) != 2**bits:
+            raise ValueError(f"table: {len(table)} entries, not a power of 2")
+        factors = _factors(n, k, row, col, bias, rank)
+        index, entries, grid = _as(codes, torch.uint8), _as(table, torch.float32), _as(scales, torch.float32)
+        rows, groups = scales.shape
+        handle = load().wf_matrix_table(
+            n, k, bits, _at(index), _at(entries), _at(grid), rows, groups, rank, *map(_at, factors)
+        )
+        return cls(handle, (n, k))
+
+    @classmethod
+    def fairy(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        row: Tensor | None = None,
+        col: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> "Matrix":
+        """codes uint8 [2, T, n / 2, k / 2]; scales [2, T, 2, 1 or n / 2, groups]."""
+        two, stages, half_n, half_k = codes.shape
+        if two != 2 or scales.ndim != 5 or scales.shape[:3] != (2, stages, 2):
+            raise ValueError(f"codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together")
+        n, k = 2 * half_n, 2 * half_k
+        factors = _factors(n, k, row, col, bias)
+        index, grid = _as(codes, torch.uint8), _as(scales, torch.float32)
+        rows, groups = scales.shape[3:]
+        handle = load().wf_matrix_fairy(n, k, stages, _at(index), _at(grid), rows, groups, *map(_at, factors))
+        return cls(handle, (n, k))
+
+    @classmethod
+    def int8(cls, weight: Tensor, row: Tensor, bias: Tensor | None = None) -> "Matrix":
+        """weight int8 [n, k] times row [n]."""
+        n, k = weight.shape
+        factor, _, offset = _factors(n, k, row, None, bias)
+        entries = _as(weight, torch.int8)
+        return cls(load().wf_matrix_int8(n, k, _at(entries), _at(factor), _at(offset)), (n, k))
+
+    @classmethod
+    def dense(cls, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> "Matrix":
+        """weight [n, k], kept as bf16, or as fp32 where it has to be exact."""
+        n, k = weight.shape
+        _, _, offset = _factors(n, k, None, None, bias)
+        entries = _as(weight, torch.float32)
+        return cls(load().wf_matrix_dense(n, k, _at(entries), _at(offset), int(exact)), (n, k))
+
+    @property
+    def kernel(self) -> str:
+        """Which kernel serves it."""
+        return str(load().wf_matrix_kernel(self.handle).decode())
+
+    @property
+    def nbytes(self) -> int:
+        return int(load().wf_matrix_bytes(self.handle))
+
+    def row(self, n: int) -> Tensor:
+        """Row n of the dense weight: fp32 [k]."""
+        out = torch.empty(self.shape[1])
+        if load().wf_matrix_row(self.handle, n, out.data_ptr()):
+            raise ValueError(_error(load()))
+        return out
+
+
+def _factors(
+    n: int, k: int, row: Tensor | None, col: Tensor | None, bias: Tensor | None, rank: int = 1
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Row, col and bias as the library takes them. Raises ValueError where one has not its size."""
+    many = [] if rank == 1 else [rank]
+    for name, tensor, shape in (("row", row, [*many, n]), ("col", col, [*many, k]), ("bias", bias, [n])):
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"{name}: {list(tensor.shape)}, not {shape}")
+    return _as(row, torch.float32), _as(col, torch.float32), _as(bias, torch.float32)
+
+
+_few = [_pointer * count for count in range(MOST_MATRICES + 1)]
+
+
+def matmul(matrices: Sequence[Matrix], x: Tensor, mode: int = INT8, threads: Pool | None = None) -> list[Tensor]:
+    """Each of up to MOST_MATRICES applied to x [..., k], rounded once for all of them: fp32 [..., n_i].
+
+    A model calls it hundreds of times for a token: there is as little Python as there can be. Raises ValueError where
+    widths differ.
+    """
+    if x.shape[-1] != matrices[0].shape[1]:  # that the matrices' are one, the library checks
+        raise ValueError(f"x {list(x.shape)} does not fit a matrix {list(matrices[0].shape)}")
+    x = (x if x.dtype == torch.float32 else x.float()).contiguous()
+    shape, count = x.shape[:-1], len(matrices)
+    outs = [x.new_empty((*shape, matrix.shape[0])) for matrix in matrices]
+    handles = _few[count](*[matrix.handle for matrix in matrices])
+    targets = _few[count](*[out.data_ptr() for out in outs])
+    batch, owner = x.numel() // x.shape[-1], pool() if threads is None else threads
+    if batch and load().wf_matmul(owner.handle, handles, count, x.data_ptr(), batch, targets, mode):
+        raise ValueError(_error(load()))
+    return outs
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean x^2 + eps) * weight, x [..., k], weight [k], fp32. Raises ValueError where widths differ."""
+    x, k = x.contiguous(), x.shape[-1]
+    if weight.shape != (k,):
+        raise ValueError(f"x {list(x.shape)} does not fit a weight {list(weight.shape)}")
+    y, batch = torch.empty_like(x), x.numel() // k
+    if batch and load().wf_norm(x.data_ptr(), weight.data_ptr(), eps, batch, k, y.data_ptr()):
+        raise ValueError(_error(load()))
+    return y

@@ -1,0 +1,93 @@
+"""What a run comes to: one object of figures, one table, one section of the model card."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wrinklefree.evaluate.accuracy import Accuracy
+from wrinklefree.evaluate.perplexity import Quality
+from wrinklefree.tracking.terminal import print_table, short_number, short_size
+
+STATES = ("full_precision", "one_shot", "trained")  # of the model, the columns of the table
+
+
+@dataclass
+class Results:
+    """Figures of a run, filled in as they are measured; kept in `results.json`."""
+
+    context: int = 0  # tokens per window of the held-out figures
+    full_precision: Quality | None = None
+    one_shot: Quality | None = None
+    trained: Quality | None = None
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)  # on a task, by the names above
+    original_bytes: int = 0  # the original's weights in bf16
+    original_linear_bytes: int = 0  # of these, the layers that were quantized
+    packed_bytes: int = 0
+    packed_linear_bytes: int = 0
+    bits_per_quantized_weight: float = 0.0
+    bits_per_weight: float = 0.0
+    tokens_per_second: dict[str, float] = field(default_factory=dict)  # greedy decoding, batch 1
+
+    def save(self, path: Path) -> None:
+        values = dataclasses.asdict(self)
+        for name in STATES:
+            quality: Quality | None = getattr(self, name)
+            values[name] = None if quality is None else {**values[name], "ppl": quality.ppl}
+        for name, accuracy in self.accuracy.items():
+            values["accuracy"][name] |= {"value": accuracy.value, "interval": accuracy.interval}
+        path.write_text(json.dumps(values, indent=2) + "\n")
+
+    def rows(self) -> list[list[str]]:
+        """The table: a line per figure, a column per state of the model."""
+        table = [
+            ["held-out perplexity", *(_ppl(q) for q in self._qualities())],
+            ["KL to full precision, nats/token", *(_kl(q) for q in self._qualities())],
+        ]
+        if self.accuracy:
+            table.append(["accuracy", *(_share(self.accuracy.get(name)) for name in STATES)])
+        if self.packed_bytes:
+            table += [
+                ["whole file", short_size(self.original_bytes), "", short_size(self.packed_bytes)],
+                ["quantized layers", short_size(self.original_linear_bytes), "", short_size(self.packed_linear_bytes)],
+                ["bits per quantized weight", "16", "", f"{self.bits_per_quantized_weight:.3f}"],
+                ["bits per weight, whole file", "16", "", f"{self.bits_per_weight:.3f}"],
+                ["tokens/s, greedy", self._speed("full_precision"), "", self._speed("packed")],
+            ]
+        return table
+
+    def _qualities(self) -> list[Quality | None]:
+        return [self.full_precision, self.one_shot, self.trained]
+
+    def _speed(self, name: str) -> str:
+        return short_number(self.tokens_per_second[name])
+
+    def print(self) -> None:
+        print_table(["", "full precision", "one-shot", "trained"], self.rows())
+
+    def markdown(self) -> str:
+        """A section of the model card."""
+        lines = [f"| {' | '.join(row)} |" for row in self.rows()]
+        head = ["| | full precision | quantized, one-shot | trained |", "|---|---|---|---|"]
+        assert self.full_precision is not None
+        where = f"On {self.full_precision.tokens:,} held-out tokens in windows of {self.context}."
+        return "\n".join(["## Quality", "", where, "", *head, *lines, ""])
+
+
+def _ppl(quality: Quality | None) -> str:
+    return "" if quality is None else f"{quality.ppl:.2f}"
+
+
+def _kl(quality: Quality | None) -> str:
+    return "" if quality is None or quality.kl == 0 else f"{quality.kl:.4f}"
+
+
+def _share(accuracy: Accuracy | None) -> str:
+    return "" if accuracy is None else f"{accuracy.value:.1%}"
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """The figures of a finished run."""
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values

@@ -1,0 +1,236 @@
+"""One stage from its config to its figures: what `wf train`, `wf fairy2` and `wf bitdistill` run.
+
+Evaluate the original (or the teacher), quantize or take up where an earlier stage ended, evaluate, train, evaluate,
+pack, read back, certify, sample, plot, report.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree.config.schema import Config
+from wrinklefree.core import surgery
+from wrinklefree.core.method import Batches, QuantMethod, quant_layers
+from wrinklefree.data.open import Batch
+from wrinklefree.distributed import sharding
+from wrinklefree.distributed.sharding import Sharded
+from wrinklefree.distributed.world import World, barrier, gather, join_world, leave_world
+from wrinklefree.evaluate.speed import decoding_speed
+from wrinklefree.export.card import card
+from wrinklefree.export.formats.packed import export_packed
+from wrinklefree.generate.generate import complete
+from wrinklefree.models.load import load_model, load_pretrained
+from wrinklefree.objectives.cached_kd import CachedKD
+from wrinklefree.objectives.language_model import check_vocabulary
+from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.runs import prerequisites, setup
+from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.runs.report import Results
+from wrinklefree.tracking.plotting import plot_runs
+from wrinklefree.training.loop import fit
+from wrinklefree.training.plan import choose_length, make_plan, sequence_length
+
+log = logging.getLogger("wrinklefree")
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+NUM_SAMPLES, PROMPT_TOKENS = 3, 8  # what the packed model writes after the first tokens of held-out text
+
+CALIBRATION_BATCHES = 4
+
+CERTIFY_TOKENS = 8192
+
+NAMES = {"full_precision": "original or teacher", "one_shot": "before training", "trained": "trained"}
+
+# What a run's folder holds in the end, as its last lines name it.
+PARTS = {
+    "final": "final/ (checkpoint)",
+    "packed": "packed/ (small file)",
+    "plots/loss.png": "plots/loss.png",
+    "results.json": "results.json",
+}
+
+
+def train_stage(config: Config, force: bool) -> None:
+    """The whole of one stage. Raises UserError where an earlier stage is missing."""
+    start = prerequisites.starting_folder(config)
+    world = join_world()
+    out = Path(config.output_dir)
+    resume = resume_point(config, force) if world.is_main else None
+    resume = gather(resume, world)[0]
+    torch.manual_seed(config.seed)
+    log.info("loading %s", config.model.pretrained)
+    original, tokenizer = load_pretrained(config.model)
+    choose_length(config, original)
+    placement = sharding.choose_placement(config, world)
+    original = original.to(placement.workshop).requires_grad_(False)
+    plan = make_plan(config, original, world)
+    stream = setup.open_stream(config, tokenizer, world)  # here, for what is wrong with it comes before the work
+    teacher = choose_teacher(config, original)
+    reference = original if teacher is None else teacher
+    heldout = setup.heldout(config, tokenizer, config.training.final_eval_tokens)
+    examples = setup.examples(config, tokenizer)
+    results = Results(context=sequence_length(config))
+
+    def judge(state: str, model: PreTrainedModel, against: PreTrainedModel | None) -> None:
+        """Measure one state of the model into `results`."""
+        quality = placement.inside(partial(setup.quality, model, heldout, plan, against))
+        setattr(results, state, quality)
+        if examples:
+            score = partial(setup.accuracy, model, tokenizer, examples, config, plan)
+            results.accuracy[state] = placement.inside(score)
+        right = f", accuracy {results.accuracy[state].value:.1%}" if examples else ""
+        log.info("%s: held-out perplexity %.2f%s", NAMES[state], quality.ppl, right)
+
+    student = prepare_student(config, original, calibration(config, tokenizer), start)
+    objective = choose_objective(config, student, teacher)
+    barrier(world)  # all have read what they start from
+    if world.is_main and resume is None:
+        make_run_folder(config)
+    placement.place(reference)
+    placement.place(student)
+    judge("full_precision", reference, None)
+    if config.method is not None or start is not None:
+        judge("one_shot", student, reference)
+
+    def on_step(model: nn.Module, step: int) -> None:
+        objective.on_step(step, plan.max_steps)
+        if config.method is not None:
+            config.method.on_step(model, step)
+
+    fit(
+        student,
+        objective,
+        stream,
+        config,
+        plan,
+        tokenizer=tokenizer,
+        world=world,
+        evaluate=setup.evaluator(config, tokenizer),
+        placement=placement.of(student, teacher),
+        resume=resume,
+        on_step=on_step,
+    )
+    judge("trained", student, reference)
+    if world.is_main:
+        if isinstance(placement, Sharded):  # what follows looks at whole models
+            original, student = load_pretrained(config.model)[0], load_model(out / "final")[0]
+        finish(config, original, student, tokenizer, heldout, results, out)
+    leave_world()
+
+
+def prepare_student(
+    config: Config, original: PreTrainedModel, batches: Batches = (), start: Path | None = None
+) -> PreTrainedModel:
+    """The model to train: a copy of the original, or the model in `start`, quantized by the method.
+
+    `batches` are what a method may calibrate on.
+    Raises UserError for `freeze_names` that match nothing.
+    """
+    student = copy.deepcopy(original) if start is None else load_model(start)[0].to(original.device)
+    student.requires_grad_(True)
+    if config.method is not None:
+        student = config.method.prepare(student, batches)
+        log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
+    surgery.freeze(student, config.training.freeze_names)
+    return student
+
+
+def calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+    """The first training batches, read when they are asked for; the stream that trains starts anew."""
+    yield from islice(setup.open_stream(config, tokenizer, ALONE), CALIBRATION_BATCHES)
+
+
+def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel | None:
+    """The model to distil from: none, also where a cache has its answers, the original, or `distillation.teacher`."""
+    if config.distillation.name == "none" or config.training.objective == "cached_kd":
+        return None
+    if config.distillation.teacher is None:
+        return original
+    teacher, _ = load_model(prerequisites.stage_model(config, config.distillation.teacher), dtype=torch.float32)
+    check_vocabulary(original, teacher)
+    return teacher.to(original.device).requires_grad_(False)
+
+
+def choose_objective(
+    config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None
+) -> LanguageModelling | CachedKD:
+    """What `training.objective` names."""
+    if config.training.objective == "cached_kd":
+        return CachedKD(student, config.distillation, config.training.compile)
+    return LanguageModelling(student, teacher, config.distillation, config.training.compile)
+
+
+def finish(
+    config: Config,
+    original: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: list[Batch],
+    results: Results,
+    out: Path,
+) -> None:
+    """Pack, prove, sample, plot and report."""
+    if config.training.max_steps != 0:
+        plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
+    if isinstance(config.method, QuantMethod) and config.training.pack:
+        pack(config, original, student, tokenizer, heldout, results, out)
+    results.save(out / "results.json")
+    results.print()
+    wrote = [text for name, text in PARTS.items() if (out / name).exists()]
+    print(f"\nwrote {out}/: {', '.join(wrote)}")
+    best = out / "packed" if (out / "packed").exists() else out
+    print(f"next: wf generate {best} --prompt 'def '    wf eval {best}")
+
+
+def pack(
+    config: Config,
+    original: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: list[Batch],
+    results: Results,
+    out: Path,
+) -> None:
+    """The packed folder with its certificate, sizes, speeds and a sample of what it writes."""
+    some = heldout[: max(1, CERTIFY_TOKENS // heldout[0]["input_ids"].numel())]
+    samples = [f"{p}{complete(student, tokenizer, p, 96, 0.7, seed=1)}" for p in prompts(heldout, tokenizer)]
+    fenced = "\n\n".join(f"~~~text\n{sample}\n~~~" for sample in samples)
+    text = f"{card(config)}\n{results.markdown()}\n## Samples at temperature 0.7\n\n{fenced}\n"
+    report = export_packed(
+        student,
+        tokenizer,
+        config.method,
+        out / "packed",
+        card=text,
+        force=True,
+        batches=some,
+        head_bits=config.export.head_bits,
+        snap_scales=config.export.snap_scales,
+    )
+    packed, _ = load_model(out / "packed", dtype=torch.float32)
+    results.original_bytes = 2 * original.num_parameters()
+    results.original_linear_bytes = 2 * report.num_quantized
+    results.packed_bytes, results.packed_linear_bytes = report.file_bytes, report.linear_bytes
+    results.bits_per_quantized_weight = report.bits_per_quantized_weight
+    results.bits_per_weight = report.bits_per_weight
+    for name, model in (("full_precision", original), ("packed", packed)):
+        results.tokens_per_second[name] = decoding_speed(model, tokenizer)
+    prompt = prompts(heldout, tokenizer)[0]
+    print(f"sample of the packed model:\n\n{prompt}{complete(packed, tokenizer, prompt, 96, 0.7, seed=1)}\n")
+
+
+def prompts(heldout: list[Batch], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The first tokens of some held-out windows, as text; a window may begin with nothing but special ones."""
+    rows = torch.cat([batch["input_ids"] for batch in heldout])
+    chosen = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES, :PROMPT_TOKENS]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in chosen]
+    return [text for text in texts if text] or [tokenizer.decode(chosen[0])]

@@ -1,0 +1,1 @@
+"""Rank 2: what a person sees of a run."""

@@ -1,0 +1,71 @@
+"""Progress of anything that takes more than a few seconds: a bar on a terminal, lines elsewhere."""
+
+import logging
+import math
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+
+from wrinklefree.tracking.terminal import short_time
+
+log = logging.getLogger("wrinklefree")
+
+
+# Seconds between progress lines where standard output is no terminal.
+_LINE_INTERVAL = 10.0
+
+
+class Clock:
+    """How long the rest takes, from the mean speed of this process since its first step."""
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        self.total_steps = total_steps
+        self.first: tuple[int, float] | None = None if start_step else (0, time.monotonic())
+
+    def remaining(self, step: int) -> str:
+        """The remaining time as h:mm:ss, `-:--:--` while nothing is known."""
+        now = time.monotonic()
+        if self.first is None or step <= self.first[0]:
+            self.first = self.first or (step, now)
+            return "-:--:--"
+        return short_time((now - self.first[1]) / (step - self.first[0]) * (self.total_steps - step))
+
+
+class Bar:
+    """A live bar on one line of an 80-column terminal; log lines appear above it."""
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        columns = (TextColumn("{task.completed}/{task.total}"), _stretching_bar(), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, console=Console(highlight=False), expand=True, refresh_per_second=4)
+        self.task = self.progress.add_task("starting", total=total_steps, completed=start_step)
+        self.progress.start()
+
+    def show(self, step: int, text: str) -> None:
+        self.progress.update(self.task, completed=step, description=text)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def _stretching_bar() -> BarColumn:
+    return BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6))
+
+
+class Lines:
+    """The bar's text as a plain line about every ten seconds, and at the last step."""
+
+    def __init__(self, total_steps: int, unit: str = "step") -> None:
+        self.total_steps, self.unit = total_steps, unit
+        self.printed = -math.inf
+
+    def show(self, step: int, text: str) -> None:
+        now = time.monotonic()
+        if now - self.printed < _LINE_INTERVAL and step < self.total_steps:
+            return
+        self.printed = now
+        print(f"{self.unit} {step}/{self.total_steps}  {text}", flush=True)
+
+    def close(self) -> None:
+        """Nothing is held open."""

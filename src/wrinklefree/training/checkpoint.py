@@ -1,0 +1,232 @@
+"""Checkpoint folders: an ordinary Hugging Face folder, the resolved config, and the state to go on from.
+
+    step_N/  model.safetensors  config.json  generation_config.json  tokenizer files
+             wrinklefree.yaml           the resolved config, enough to rebuild the model
+             state/trainer.pt           optimizers, step, data position, random numbers; read with weights_only=True
+             state/shards/              the moments of sharded parameters instead of in trainer.pt, a file per process
+
+A folder is written under a temporary name beside its place, flushed to disk and renamed, so the newest checkpoint is
+always a whole one, whatever stops the writing.
+
+Weights are always there whole, and shards carry their place in the whole: a run may go on with another number of
+processes, or with one. Nothing that is read can run code: trainer.pt is unpickled with weights_only, and shards are
+safetensors, whose headers are JSON (the other format of torch.distributed.checkpoint has a pickle with its metadata).
+"""
+
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree.config.compose import config_yaml
+from wrinklefree.config.schema import Config
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import aside_of, full_disk_said, written_aside
+from wrinklefree.distributed import sharding
+from wrinklefree.distributed.world import ALONE, World, barrier
+
+State = dict[str, Any]
+
+CONFIG = "wrinklefree.yaml"
+
+WEIGHTS = "model.safetensors"
+
+TRAINER = "state/trainer.pt"
+
+SHARDS = "state/shards"
+
+
+@contextmanager
+def _written_together(path: Path, world: World) -> Iterator[Path]:
+    """`written_aside` of the main process, into which every process writes its part; after it all find `path`."""
+    if world.is_main:
+        with written_aside(path) as aside:
+            barrier(world)  # the folder is there
+            yield aside
+            barrier(world)  # all parts are written
+    else:
+        barrier(world)
+        with full_disk_said(path):
+            yield aside_of(path)
+        barrier(world)
+    barrier(world)  # renamed
+
+
+def save(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    state: State | None,
+    world: World = ALONE,
+) -> None:
+    """Write a checkpoint folder; without `state` it can be loaded and exported, but not resumed from.
+
+    Every process has to call it: a sharded model is gathered on the main one.
+    """
+    weights = sharding.whole_state(model, world)
+    with _written_together(path, world) as aside:
+        if world.is_main:
+            model.save_pretrained(aside, state_dict=weights)
+            tokenizer.save_pretrained(aside)
+            (aside / CONFIG).write_text(config_yaml(config))
+        if state is not None:
+            _save_state(aside, state, world)
+
+
+def _save_state(folder: Path, state: State, world: World) -> None:
+    """Shards of every process, all else from the main one."""
+    shards, optimizers = _split(state["optimizers"])
+    if shards:
+        _save_shards(folder / SHARDS, shards)
+    if world.is_main:
+        (folder / TRAINER).parent.mkdir(exist_ok=True)
+        with (folder / TRAINER).open("wb") as file:  # given a path, torch.save does not say why it failed
+            torch.save(state | {"optimizers": optimizers, "shards": sorted(shards)}, file)
+
+
+def _split(optimizers: list[State]) -> tuple[dict[str, Tensor], list[State]]:
+    """The sharded tensors, named `optimizer.parameter.moment` (numbers the first two), and the states without them."""
+    shards: dict[str, Tensor] = {}
+    rest = []
+    for number, optimizer in enumerate(optimizers):
+        kept: dict[int, State] = {}
+        for index, moments in optimizer["state"].items():
+            sharded = {name: value for name, value in moments.items() if isinstance(value, DTensor)}
+            shards |= {f"{number}.{index}.{name}": value for name, value in sharded.items()}
+            kept[index] = {name: value for name, value in moments.items() if name not in sharded}
+        rest.append(optimizer | {"state": kept})
+    return shards, rest
+
+
+def _save_shards(folder: Path, shards: dict[str, Tensor]) -> None:
+    try:
+        save_shards(shards, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:  # on every process, with what happened on each
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The `step_N` folders in `folder`, oldest first."""
+    steps = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()]
+    return sorted(steps, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for path in step_folders(folder)[:-keep]:
+        shutil.rmtree(path)
+
+
+def find(resume_from: str, run: Path, fetch: Callable[[str], Path]) -> Path:
+    """The checkpoint folder that `resume_from` names: `latest`, a folder, a run folder, or a URL that `fetch` copies.
+
+    `step_N.pt`, as the guide writes it, is the folder `step_N`. Raises UserError where there is none.
+    """
+    name = resume_from.removesuffix(".pt")
+    path = run if name == "latest" else fetch(name) if "://" in name else Path(name)
+    if (path / TRAINER).is_file():
+        return path
+    steps = step_folders(path / "checkpoints") or step_folders(path)
+    if not steps:
+        raise UserError(f"resume_from={resume_from}: no checkpoint with {TRAINER} in {path}")
+    return steps[-1]
+
+
+@torch.no_grad()
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load a checkpoint's weights into a prepared model, strictly; of a sharded one, into this process's share.
+
+    Raises UserError naming what does not fit.
+    """
+    file = path / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{file}: missing; this is not a whole checkpoint")
+    own = model.state_dict()
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            _check_fit(file, shapes, own, model)
+            for name in shapes:
+                own[name].copy_(sharding.like(tensors.get_tensor(name), own[name]))
+    except SafetensorError as error:
+        raise UserError(f"{file}: truncated or not safetensors ({error})") from error
+
+
+def _check_fit(file: Path, shapes: dict[str, tuple[int, ...]], own: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises UserError where the names or shapes in a file are not those of the model."""
+    aliases = {name for names in _tied(model) if names & shapes.keys() for name in names}
+    wrong = sorted((own.keys() - shapes.keys() - aliases) | (shapes.keys() - own.keys()))
+    wrong += sorted(n for n in shapes.keys() & own.keys() if shapes[n] != tuple(own[n].shape))
+    if wrong:
+        raise UserError(f"{file}: does not fit this model and method; first mismatch: {wrong[0]} ({len(wrong)} in all)")
+
+
+def _tied(model: nn.Module) -> list[set[str]]:
+    """Names of one and the same parameter: tied weights are stored once."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def load_state(path: Path) -> State:
+    """The trainer's state. Raises UserError where it is missing or broken."""
+    file = path / TRAINER
+    try:
+        state: State = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: missing; this checkpoint cannot be resumed from") from error
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file}: truncated or not a trainer state") from error
+    return state
+
+
+def place_moments(path: Path, state: State, optimizers: list[Optimizer]) -> None:
+    """Bring the optimizers' tensors of `load_state` to where their parameters lie: whole, or sharded over any number.
+
+    Raises ValueError where the optimizers have other groups than the saved ones, UserError for broken shards.
+    """
+    places: dict[str, Tensor] = {}
+    for number, (optimizer, saved) in enumerate(zip(optimizers, state["optimizers"], strict=True)):
+        sizes = [
+            [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved["param_groups"])
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"groups of {sizes[1]} parameters, not {sizes[0]}")
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            places[f"{number}.{index}"] = parameter
+            moments = saved["state"].get(index, {})
+            moments.update({name: sharding.like(value, parameter) for name, value in moments.items()})
+    wanted = {key: torch.empty_like(places[key.rpartition(".")[0]]) for key in state["shards"]}
+    if wanted:
+        _load_shards(path / SHARDS, wanted)
+    for key, tensor in wanted.items():
+        number, index, name = key.split(".")
+        state["optimizers"][int(number)]["state"][int(index)][name] = tensor
+
+
+def _load_shards(folder: Path, wanted: dict[str, Tensor]) -> None:
+    """Fill the tensors in `wanted`, sharded or whole, from the files of any number of processes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process, as told
+            reader = HuggingFaceStorageReader(str(folder))
+            load_shards(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError) as error:
+        raise UserError(f"{folder}: shards are missing, truncated or of another run") from error

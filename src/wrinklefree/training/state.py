@@ -1,0 +1,93 @@
+"""Everything that changes while a model trains, and what a checkpoint keeps of it."""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from wrinklefree.config.schema import Config
+from wrinklefree.core.errors import UserError
+from wrinklefree.distributed.sharding import Sharded, Whole
+from wrinklefree.distributed.world import World, gather
+from wrinklefree.objectives.base import Batch, Objective
+from wrinklefree.training import checkpoint
+from wrinklefree.training.plan import Plan
+
+
+class Stream(Protocol):
+    """Endless training batches with an exact position."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while a model trains; `state` is what a checkpoint keeps of it."""
+
+    model: PreTrainedModel
+    objective: Objective
+    stream: Stream
+    config: Config
+    plan: Plan
+    world: World
+    placement: Whole
+    optimizers: list[Optimizer]
+    step: int = 0
+    tokens: int = 0
+    best_loss: float = math.inf
+    stale: int = 0  # evaluations since the best one
+    last_batch: Batch = field(default_factory=dict)
+
+    def state(self) -> checkpoint.State:
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "best_loss": self.best_loss,
+            "stale": self.stale,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "stream": self.stream.state_dict(),  # the same on every process
+            "rng": gather(torch.get_rng_state(), self.world),
+        }
+
+    def load_state(self, path: Path) -> None:
+        """Go on from the checkpoint in `path`, which any number of processes may have saved.
+
+        Raises UserError where it is broken, or another run's.
+        """
+        state = checkpoint.load_state(path)
+        self.step, self.tokens, self.best_loss = state["step"], state["tokens"], state["best_loss"]
+        self.stale = state.get("stale", 0)  # checkpoints of 0.1 do not have it
+        try:
+            checkpoint.place_moments(path, state, self.optimizers)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                _load_optimizer(optimizer, saved)
+        except ValueError as error:
+            raise UserError(
+                f"resume_from: saved with other training.optimizer or freeze_names settings ({error})"
+            ) from error
+        self.stream.load_state_dict(state["stream"])
+        torch.set_rng_state(state["rng"][self.world.rank % len(state["rng"])])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        # The cache would keep a bf16 copy of every weight of a plain layer; sharded, that is the whole model again.
+        cached = not isinstance(self.placement, Sharded)
+        on = self.plan.dtype != torch.float32
+        return torch.autocast(self.world.device.type, self.plan.dtype, enabled=on, cache_enabled=cached)
+
+
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load moments and counters, but keep the settings of this run. Raises ValueError where the groups differ."""
+    settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+        group.update(mine)
