@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from wrinklefree.config.schema import Config, QuantizationConfig
+from wrinklefree.core import method as methods
 from wrinklefree.core.errors import UserError
 
 
@@ -17,7 +18,7 @@ def check_config(values: Mapping[str, Any]) -> Config:
     config: Config = _check(Config, dict(values) | {"method": None}, "", problems)
     method = values.get("method")
     if method is not None:
-        checked = _check(method.find(method["name"]), method, "method.", problems)
+        checked = _check(methods.find(method["name"]), method, "method.", problems)
     if not problems:
         problems += _cached_kd(config)
     if not problems:

@@ -17,7 +17,7 @@ from wrinklefree.config.schema import (
     ModelConfig,
     TrainingConfig,
 )
-from wrinklefree.core import method
+from wrinklefree.core import method as methods
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import did_you_mean
 
@@ -41,7 +41,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 def options(group: str) -> list[str]:
     """The choices of a group: its YAML files, or every method found."""
     if group == "method":
-        return method.available()
+        return methods.available()
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
@@ -86,8 +86,8 @@ def compose_values(overrides: list[str], config_name: str = "config") -> dict[st
     }
     plain = {f.name: f.default for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING}
     store.store("schema", {**plain, **{name: defaults(cls) for name, cls in sections.items()}})
-    for name in method.available():
-        store.store(name, defaults(method.find(name)), group="method")
+    for name in methods.available():
+        store.store(name, defaults(methods.find(name)), group="method")
     try:
         with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
             everything = [*local_overrides(overrides), *overrides]
