@@ -25,15 +25,13 @@ from benchmarks import quality
 from wrinklefree.commands import cache
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
-from wrinklefree.distributed.world import ALONE
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.evaluate.perplexity import measure as measure_quality
-from wrinklefree.models.load import load_pretrained
-from wrinklefree.runs import launch, report, setup
+from wrinklefree.runs import launch, report
+from wrinklefree.runs.setup import open_run
 from wrinklefree.runs.stage import calibration, choose_objective, choose_teacher, prepare_student
 from wrinklefree.tracking.plotting import plot_runs
 from wrinklefree.training import optim
-from wrinklefree.training.plan import choose_length, make_plan
 
 Figures = dict[str, Any]
 
@@ -60,11 +58,11 @@ def init(story: Path | None, quick: bool) -> Figures:
 def begun(model: str, settings: list[str], quick: bool) -> Quality:
     """A model as q2a4 before training, against itself in full precision."""
     config = load_config([f"model={model}", "training=anemll_q2a4", *settings])
-    original, tokenizer = load_pretrained(config.model)
-    choose_length(config, original)
+    run = open_run(config, force=True)
+    original = run.model
     if model == "tiny":
-        seen = list(calibration(config, tokenizer))
-        heldout = setup.heldout(config, tokenizer, 4096 if quick else 65536)
+        seen = list(calibration(config, run.tokenizer))
+        heldout = run.heldout(4096 if quick else 65536)
     else:
         seen = quality.sampled(original, batches=4, rows=12, length=128, seed=0)
         heldout = quality.sampled(original, batches=1 if quick else 8, rows=12, length=256, seed=10_000)
@@ -137,12 +135,9 @@ def cached_vs_online(out: Path, steps: int, timed: int, topk: int = 32) -> Figur
 
 def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]:
     """Median CPU seconds of a training step of each, on the same student, in turn."""
-    original, tokenizer = load_pretrained(online.model)
-    original.requires_grad_(False)
-    for config in (online, cached):
-        choose_length(config, original)
+    runs = {name: open_run(config, force=True) for name, config in (("online", online), ("cached", cached))}
+    plan, original = runs["online"].plan, runs["online"].model
     student = prepare_student(online, original)
-    plan = make_plan(online, original, ALONE)
     o = online.training.optimizer
     optimizers = optim.build(
         student,
@@ -154,15 +149,15 @@ def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]
         scale_lr=o.scale_lr,
     )
     arms = {}
-    for name, config in (("online", online), ("cached", cached)):
-        objective = choose_objective(config, student, choose_teacher(config, original))
-        arms[name] = setup.open_stream(config, tokenizer, ALONE), objective
+    for name, run in runs.items():
+        objective = choose_objective(run.config, student, choose_teacher(run.config, original))
+        arms[name] = run.stream(), objective
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(timed + 1):
         for name, (stream, objective) in arms.items():
             started = time.process_time()
             batch = next(stream)
-            with torch.autocast("cpu", plan.dtype, enabled=plan.dtype != torch.float32):
+            with plan.autocast(student.device):
                 loss, _ = next(objective(student, batch))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

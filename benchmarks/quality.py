@@ -28,16 +28,14 @@ from typing import Any, NamedTuple
 import torch
 
 from wrinklefree.config.compose import load_config
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import QuantMethod, quant_layers
-from wrinklefree.distributed.world import World, join_world
-from wrinklefree.models.load import load_model, load_pretrained
-from wrinklefree.objectives.base import Batch
+from wrinklefree.models.load import load_model
 from wrinklefree.objectives.language_modelling import LanguageModelling
-from wrinklefree.runs import report, setup
+from wrinklefree.runs import report
+from wrinklefree.runs.setup import open_run
 from wrinklefree.runs.stage import prepare_student, train_stage
 from wrinklefree.training import optim
-from wrinklefree.training.loop import fit
-from wrinklefree.training.plan import choose_length, make_plan
 
 PAPER = ["method.preset=paper"]
 MIXED_LR = {"w2": "training.lr=7e-4", "w1": "training.lr=1.5e-3"}  # peaks of a schedule that is 71 % over
@@ -182,17 +180,13 @@ def story_run(
     with tempfile.TemporaryDirectory() as out:
         config = load_config([f"model={folder}", *recipe, *overrides, f"output_dir={out}"])
         config.method = method or config.method
-        world = join_world()
-        torch.manual_seed(seed)
+        run = open_run(config, load=lambda _: (teacher, tokenizer))
         student = prepare_student(config, teacher, data[:4])
-        choose_length(config, student)
-        plan = make_plan(config, student, world)
         objective = LanguageModelling(student, teacher, config.distillation)
-        extra = {"tokenizer": tokenizer, "world": world, "evaluate": lambda model: {"eval_loss": math.nan}}
-        fit(student, objective, Fixed(data), config, plan, **extra)
+        run.fit(student, objective, stream=Fixed(data), evaluate=lambda model: {"eval_loss": math.nan})
         layers = quant_layers(student).values()
         bits = sum(layer.encode().num_bits() for layer in layers) / sum(layer.weight.numel() for layer in layers)
-        return StoryRun(setup.quality(student, heldout, plan, teacher).kl, bits)
+        return StoryRun(run.quality(student, heldout, teacher).kl, bits)
 
 
 def cost(repeats: int, quantized: str = "fairy2_w2") -> Figures:
@@ -218,17 +212,14 @@ def cost(repeats: int, quantized: str = "fairy2_w2") -> Figures:
 def stepper(name: str) -> Any:
     """A function that does one optimizer step of `-m tiny` on the labels alone, with the config `training=name`."""
     config = load_config(["model=tiny", f"training={name}", "distillation=none"])
-    model, tokenizer = load_pretrained(config.model)
-    model = prepare_student(config, model).train()
-    choose_length(config, model)
-    plan = make_plan(config, model, World(0, 1, torch.device("cpu")))
-    stream = setup.open_stream(config, tokenizer, World(0, 1, torch.device("cpu")))
+    run = open_run(config, force=True)
+    model, stream = prepare_student(config, run.model).train(), run.stream()
     objective = LanguageModelling(model, None, config.distillation)
-    o = dataclasses.asdict(config.training.optimizer) | {"lr": plan.lr}
+    o = dataclasses.asdict(config.training.optimizer) | {"lr": run.plan.lr}
     optimizers = optim.build(model, **o)
 
     def step() -> None:
-        with torch.autocast("cpu", plan.dtype, enabled=plan.dtype != torch.float32):
+        with run.plan.autocast(model.device):
             loss, _ = next(objective(model, next(stream)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)

@@ -1,7 +1,13 @@
-"""Before anything imports Triton: without a GPU its programs run in its interpreter."""
+"""Settings that count only before the first import of Triton or transformers."""
 
 import os
+import tempfile
 
 import torch
 
+# Without a GPU, Triton's programs run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+# transformers copies the loader of a packed folder into a shared folder, where two processes would overwrite each other.
+_MODULES = tempfile.TemporaryDirectory(prefix="wrinklefree-modules-")
+os.environ["HF_MODULES_CACHE"] = _MODULES.name

@@ -27,10 +27,11 @@ from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core import files
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
 from wrinklefree.distributed.world import World, barrier, join_world, leave_world
-from wrinklefree.objectives.base import Batch, Metrics, Objective
+from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.objectives.language_modelling import LanguageModelling
 
 

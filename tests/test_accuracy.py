@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import packing
-from wrinklefree.data.open import Example
+from wrinklefree.data.sources import Example
 from wrinklefree.evaluate import accuracy
 from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
 from wrinklefree.objectives.language_model import BodyAndHead

@@ -20,10 +20,10 @@ from toyrun import toy_files
 
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
+from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.moments import Moments, principal_axes, tied_error, weighted_code
-from wrinklefree.data.open import IGNORE
-from wrinklefree.data.packing import Batch, make_batch, pack, padding
+from wrinklefree.data.packing import make_batch, pack, padding
 from wrinklefree.distributed.world import ALONE
 from wrinklefree.methods.trm import DimensionCompressor
 from wrinklefree.objectives.language_model import BodyAndHead

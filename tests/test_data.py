@@ -13,17 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from wrinklefree.config.compose import CONFIGS
 from wrinklefree.config.schema import DataConfig
+from wrinklefree.core.batch import IGNORE
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import packing, sources
-from wrinklefree.data.open import (
-    IGNORE,
-    BatchStream,
-    _refuse_unread,
-    _render,
-    file_batches,
-    heldout_batches,
-    training_stream,
-)
+from wrinklefree.data.open import _refuse_unread, _render, file_batches, heldout_batches, training_stream
+from wrinklefree.data.packing import BatchStream
 from wrinklefree.data.tokenizer import train_tokenizer
 
 WORDS = [f"word{i} is the {i * i}th of many words, and {i}\n" for i in range(97)]

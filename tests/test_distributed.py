@@ -249,12 +249,12 @@ def test_compiling_sharded_layers_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("setting", ["cpu_offload=true", "prefetch=1", "reshard_after_forward=false"])
 def test_settings_of_fsdp_without_it_are_refused(setting: str) -> None:
     with pytest.raises(UserError, match="no effect without fsdp"):
-        sharding.choose_placement(load_config([f"distributed.{setting}"]), ALONE)
+        sharding.choose_placement(load_config([f"distributed.{setting}"]).distributed, False, ALONE)
 
 
 def test_one_process_shards_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "wrinklefree"):
-        placement = sharding.choose_placement(load_config(["distributed=fsdp_large"]), ALONE)
+        placement = sharding.choose_placement(load_config(["distributed=fsdp_large"]).distributed, False, ALONE)
     assert type(placement) is sharding.Whole
     assert "nothing to shard" in caplog.text
 

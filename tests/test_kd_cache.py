@@ -23,21 +23,16 @@ from wrinklefree.cli import app
 from wrinklefree.commands import cache as command
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import DataConfig, DistillationConfig
+from wrinklefree.core import files
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.fingerprint import model_fingerprint
 from wrinklefree.data import chat, sources
 from wrinklefree.data.kd_cache import read, write
-from wrinklefree.data.kd_cache.manifest import (
-    HEADER_BYTES,
-    MANIFEST,
-    Manifest,
-    model_fingerprint,
-    read_manifest,
-    tokenizer_fingerprint,
-)
+from wrinklefree.data.kd_cache.manifest import HEADER_BYTES, MANIFEST, Manifest, read_manifest
 from wrinklefree.data.kd_cache.read import KDCache, KDStream
 from wrinklefree.data.kd_cache.write import append, begin, finish
 from wrinklefree.data.open import heldout_batches, training_stream
-from wrinklefree.data.tokenizer import train_tokenizer
+from wrinklefree.data.tokenizer import tokenizer_fingerprint, train_tokenizer
 from wrinklefree.objectives.cached_kd import CachedKD
 from wrinklefree.objectives.language_modelling import LanguageModelling
 from wrinklefree.objectives.losses import CHUNK, NEVER, CachedTeacher, cached_losses, token_losses
@@ -319,20 +314,21 @@ class KilledError(Exception):
 
 
 def dies_at(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
-    """The function `name` of kd_cache.write raises at its call number `calls`, before doing anything."""
-    whole, seen = getattr(write, name), iter(range(calls))
+    """The function `name` of kd_cache.write or core.files raises at its call number `calls`, before doing anything."""
+    places = [module for module in (write, command, files) if name in vars(module)]
+    whole, seen = vars(places[0])[name], iter(range(calls))
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         if next(seen, None) is None:
             raise KilledError
         return whole(*args, **kwargs)
 
-    for module in (write, command):
-        monkeypatch.setattr(module, name, dying, raising=module is write)
+    for module in places:
+        monkeypatch.setattr(module, name, dying)
 
 
 @pytest.mark.parametrize(
-    "died", [("append", 0), ("append", 1), ("append", 3), ("write_manifest", 1), ("write_manifest", 2), ("_rename", 5)]
+    "died", [("append", 0), ("append", 1), ("append", 3), ("write_manifest", 1), ("write_manifest", 2), ("rename", 5)]
 )
 def test_a_cache_that_was_interrupted_gets_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, died: tuple[str, int]
@@ -421,8 +417,8 @@ def test_a_disk_that_fills_up_is_said_and_the_cache_goes_on(
         aside.replace(target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(read, "_rename", full)
-        with pytest.raises(UserError, match=rf"{name}: cannot be written .*No space left"):
+        patch.setattr(files, "rename", full)
+        with pytest.raises(UserError, match=f"disk full while writing .*{name}"):
             make(folder, tmp_path / "cache")
     make(folder, tmp_path / "cache")
     assert contents(tmp_path / "cache") == contents(folder / "cache")
@@ -573,7 +569,7 @@ def test_a_position_of_another_cache_or_of_text_is_refused(folder: Path) -> None
         DataConfig(source="local", path=str(folder / "text")), tokenizer(), batch_size=2, length=LENGTH, seed=1
     )
     for position in (other.state_dict(), stream(folder, seed=2).state_dict(), text.state_dict()):
-        with pytest.raises(UserError, match="resume with the same cache and seed"):
+        with pytest.raises(UserError, match="resume with the same data and seed"):
             stream(folder).load_state_dict(position)
 
 
@@ -714,15 +710,15 @@ def test_settings_that_do_not_go_together_are_refused(given: str) -> None:
 def test_another_length_than_the_caches_is_refused(folder: Path) -> None:
     config = resolved(folder, f"distillation.cache={folder / 'cache'}", CACHED[0], "training.max_seq_length=8")
     with pytest.raises(UserError, match=r"max_seq_length=8: the sequences of .*cache have 16 tokens"):
-        choose_length(config, llama())
+        choose_length(config.training.max_seq_length, llama(), config.distillation.cache)
 
 
 def test_a_cache_of_words_that_the_student_does_not_have_is_refused(folder: Path) -> None:
     """Models of one tokenizer pad their vocabularies to various sizes."""
     config = resolved(folder, f"distillation.cache={folder / 'random'}", *CACHED)
     with pytest.raises(UserError, match=f"random: of a vocabulary of {VOCAB} words, .* has {VOCAB - 4}"):
-        choose_length(config, llama(vocab_size=VOCAB - 4))
-    choose_length(config, llama(vocab_size=VOCAB + 4))
+        choose_length("auto", llama(vocab_size=VOCAB - 4), config.distillation.cache)
+    assert choose_length("auto", llama(vocab_size=VOCAB + 4), config.distillation.cache) == LENGTH
 
 
 # Importing

@@ -13,6 +13,7 @@ from tiny import batches, ids, llama, tokenizer, toy, with_toy_method
 from transformers import BertConfig, BertForMaskedLM
 
 from wrinklefree.commands import export as export_command
+from wrinklefree.config.compose import config_yaml
 from wrinklefree.config.schema import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import Method, quant_layers
@@ -68,7 +69,7 @@ def trained() -> torch.nn.Module:
 
 
 def test_a_training_checkpoint_comes_back_bit_for_bit(tmp_path: Path, trained: torch.nn.Module) -> None:
-    checkpoint.save(tmp_path / "final", trained, tokenizer(), config(toy()), None)
+    checkpoint.save(tmp_path / "final", trained, tokenizer(), config_yaml(config(toy())), None)
     model, words = load_model(tmp_path / "final")
     assert not model.training
     assert len(words) == len(tokenizer())
@@ -80,22 +81,21 @@ def test_a_training_checkpoint_comes_back_bit_for_bit(tmp_path: Path, trained: t
 
 def test_a_run_folder_means_final_or_else_the_newest_checkpoint(tmp_path: Path) -> None:
     for number in (9, 10):
-        checkpoint.save(
-            tmp_path / f"checkpoints/step_{number}", toy().prepare(llama()), tokenizer(), config(toy()), None
-        )
+        step = tmp_path / f"checkpoints/step_{number}"
+        checkpoint.save(step, toy().prepare(llama()), tokenizer(), config_yaml(config(toy())), None)
     assert model_folder(tmp_path).name == "step_10"
-    checkpoint.save(tmp_path / "final", toy().prepare(llama()), tokenizer(), config(toy()), None)
+    checkpoint.save(tmp_path / "final", toy().prepare(llama()), tokenizer(), config_yaml(config(toy())), None)
     assert model_folder(tmp_path).name == "final"
     assert len(quant_layers(load_model(tmp_path)[0])) == 14
 
 
 def test_a_checkpoint_without_a_method_is_a_plain_model(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "final", llama(), tokenizer(), config(None), None)
+    checkpoint.save(tmp_path / "final", llama(), tokenizer(), config_yaml(config(None)), None)
     assert torch.equal(load_model(tmp_path / "final")[0](ids()).logits, llama()(ids()).logits)
 
 
 def test_a_training_checkpoint_is_not_cast(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "final", toy().prepare(llama()), tokenizer(), config(toy()), None)
+    checkpoint.save(tmp_path / "final", toy().prepare(llama()), tokenizer(), config_yaml(config(toy())), None)
     with pytest.raises(UserError, match="wf export"):
         load_model(tmp_path / "final", dtype=torch.bfloat16)
 
@@ -108,7 +108,7 @@ def test_plain_and_packed_folders_load_in_their_own_dtype_or_the_one_asked_for(p
 
 
 def test_export_command_packs_a_run_and_refuses_twice(tmp_path: Path, trained: torch.nn.Module) -> None:
-    checkpoint.save(tmp_path / "final", trained, tokenizer(), config(toy()), None)
+    checkpoint.save(tmp_path / "final", trained, tokenizer(), config_yaml(config(toy())), None)
     export_command.run(tmp_path, "hf", None, False)
     assert torch.equal(
         load_model(tmp_path / "packed", dtype=torch.float32)[0].model.norm.weight, trained.model.norm.weight
@@ -125,7 +125,7 @@ def test_export_command_packs_a_run_and_refuses_twice(tmp_path: Path, trained: t
 
 
 def test_export_command_refuses_what_was_not_quantized(tmp_path: Path, plain: Path) -> None:
-    checkpoint.save(tmp_path / "final", llama(), tokenizer(), config(None), None)
+    checkpoint.save(tmp_path / "final", llama(), tokenizer(), config_yaml(config(None)), None)
     with pytest.raises(UserError, match="without quantization"):
         export_command.run(tmp_path, "hf", None, False)
     with pytest.raises(UserError, match="wf train"):
@@ -192,7 +192,7 @@ def test_a_masked_language_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_method_or_with_a_tensor_missing_is_refused(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "final", llama(), tokenizer(), config(toy()), None)  # no scales in it
+    checkpoint.save(tmp_path / "final", llama(), tokenizer(), config_yaml(config(toy())), None)  # no scales in it
     with pytest.raises(UserError, match="does not fit this model and method"):
         load_model(tmp_path / "final")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import ids
-from toyrun import overrides, resolved, rows, run, toy_files
+from toyrun import overrides, resolved, rows, toy_files
 from typer.testing import CliRunner
 
 from wrinklefree.cli import app
@@ -17,10 +17,9 @@ from wrinklefree.export.proof.certify import same_codes
 from wrinklefree.export.rounded.scales import snapped
 from wrinklefree.models.load import load_model
 from wrinklefree.packed.layer import exactly, packed_layers
-from wrinklefree.runs import setup
-from wrinklefree.runs.stage import prompts
+from wrinklefree.runs.setup import open_run
+from wrinklefree.runs.stage import prepare_student, prompts
 from wrinklefree.training import checkpoint
-from wrinklefree.training.plan import Plan
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -89,11 +88,9 @@ def test_results_are_measured_figures(finished: tuple[Path, str]) -> None:
 
 def test_the_figure_before_training_is_that_of_the_quantized_model(finished: tuple[Path, str]) -> None:
     config = resolved(finished[0], f"output_dir={finished[0] / 'again'}", "training.max_steps=0")
-    model = run(config)
-    _, words = load_model(finished[0] / "toy")
-    batches = setup.heldout(config, words, config.training.final_eval_tokens)
-    plan = Plan(0, 1.0, torch.float32)
-    quality = setup.quality(model, batches, plan)
+    opened = open_run(config)
+    student = prepare_student(config, opened.model)
+    quality = opened.quality(student, opened.heldout(config.training.final_eval_tokens))
     results = json.loads((finished[0] / "run" / "results.json").read_text())
     assert quality.nll == pytest.approx(results["one_shot"]["nll"], rel=1e-6)
 

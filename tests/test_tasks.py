@@ -12,17 +12,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from wrinklefree.config.schema import DataConfig
+from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import packing, stdlib, stdlib_kind, tasks
-from wrinklefree.data.open import (
-    IGNORE,
-    Batch,
-    BatchStream,
-    Example,
-    heldout_batches,
-    heldout_examples,
-    training_stream,
-)
+from wrinklefree.data.open import heldout_batches, heldout_examples, training_stream
+from wrinklefree.data.packing import BatchStream
+from wrinklefree.data.sources import Example
 from wrinklefree.data.tokenizer import train_tokenizer
 
 ROWS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from torch import Tensor
 from toyrun import rows
 from transformers import LlamaForCausalLM
 
-from wrinklefree.config.compose import load_config
+from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.moments import Moments, tied_code
@@ -84,7 +84,7 @@ def compressor(folder: Path, model: LlamaForCausalLM) -> None:
         moments.add(decoder.states(make_batch(pack_whole(documents, 128, 0))).flatten(0, 1))
         thinker = config.method.prepare(model)
         thinker.compressor.weight.copy_(tied_code(moments, 32))
-    checkpoint.save(Path(config.output_dir) / "final", thinker, TOKENIZER, config, None)
+    checkpoint.save(Path(config.output_dir) / "final", thinker, TOKENIZER, config_yaml(config), None)
 
 
 def resolved(folder: Path, training: str, *more: str) -> Config:

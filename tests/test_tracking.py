@@ -1,15 +1,15 @@
 """What a run leaves for people to read: the CSV log, progress lines, W&B records and plots."""
 
 import csv
-import dataclasses
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import yaml
 
-from wrinklefree.config.compose import load_config
-from wrinklefree.config.schema import Config, LoggingConfig, WandbConfig
+from wrinklefree.config.compose import config_yaml, load_config
+from wrinklefree.config.schema import Config, WandbConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.tracking.plotting import plot_runs, smooth
 from wrinklefree.tracking.progress import Lines
@@ -30,7 +30,7 @@ def read(folder: Path) -> list[dict[str, str]]:
 
 
 def record(folder: Path, config: Config, steps: range, start: int = 0) -> None:
-    with Tracker(folder, 100, config, start) as tracker:
+    with Tracker(folder, 100, config.training.logging.wandb, config_yaml(config), start) as tracker:
         for step in steps:
             tracker.log(step, ROW)
             tracker.update(step, ROW["train_loss"], ROW["lr"], ROW["tokens_per_sec"])
@@ -47,7 +47,7 @@ def test_columns_and_empty_cells(tmp_path: Path, config: Config) -> None:
 
 
 def test_a_row_is_on_disk_while_the_run_goes_on(tmp_path: Path, config: Config) -> None:
-    with Tracker(tmp_path, 10, config) as tracker:
+    with Tracker(tmp_path, 10, config.training.logging.wandb) as tracker:
         tracker.log(1, ROW)
         assert len(read(tmp_path)) == 1
 
@@ -79,7 +79,7 @@ def test_a_fresh_start_begins_a_new_log(tmp_path: Path, config: Config) -> None:
 
 
 def test_a_new_metric_becomes_a_column(tmp_path: Path, config: Config) -> None:
-    with Tracker(tmp_path, 10, config) as tracker:
+    with Tracker(tmp_path, 10, config.training.logging.wandb) as tracker:
         tracker.log(1, ROW)
         tracker.log(2, ROW | {"eval_loss": 2.25, "train_kl": 0.5, "quant_error/layers.0": 0.3})
         tracker.log(3, ROW)
@@ -103,15 +103,10 @@ def test_progress_lines_are_seldom(capsys) -> None:
     assert capsys.readouterr().out.splitlines() == ["step 1/1000  x", "step 1000/1000  x"]
 
 
-def with_wandb(config: Config) -> Config:
-    settings = LoggingConfig(wandb=WandbConfig(enabled=True))
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, logging=settings))
-
-
 def test_missing_wandb_names_the_extra(tmp_path: Path, config: Config, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'wrinklefree\[wandb\]'"):
-        Tracker(tmp_path, 10, with_wandb(config))
+        Tracker(tmp_path, 10, WandbConfig(enabled=True))
 
 
 class FakeRun:
@@ -141,11 +136,12 @@ def test_wandb_gets_every_number_and_the_same_run_on_resume(tmp_path: Path, conf
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for start in (0, 1):
-        with Tracker(tmp_path, 10, with_wandb(config), start) as tracker:
+        with Tracker(tmp_path, 10, WandbConfig(enabled=True), config_yaml(config), start) as tracker:
             tracker.log(start + 1, ROW | {"quant_error/mean": 0.25})
     assert [call["id"] for call in calls] == [None, "abc"]
     assert calls[0]["mode"] == "offline"
     assert calls[0]["project"] == "wrinklefree-fairy2"
+    assert calls[0]["config"] == yaml.safe_load(config_yaml(config))
     step, logged = run.logged[0]
     assert step == 1
     assert logged["quant_error/mean"] == 0.25
@@ -154,7 +150,7 @@ def test_wandb_gets_every_number_and_the_same_run_on_resume(tmp_path: Path, conf
 
 def test_plot_of_runs_with_and_without_a_teacher_is_a_png(tmp_path: Path, config: Config) -> None:
     record(tmp_path / "w1", config, range(1, 30))
-    with Tracker(tmp_path / "w2", 30, config) as tracker:
+    with Tracker(tmp_path / "w2", 30, config.training.logging.wandb) as tracker:
         for step in range(1, 30):
             tracker.log(step, ROW | {"train_ce": 3.0 / step, "train_kl": 1.0 / step, "eval_loss": 4.0 / step})
     out = tmp_path / "plots" / "loss.png"

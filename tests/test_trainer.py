@@ -19,13 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core import files
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
 from wrinklefree.core.method import quant_layers
 from wrinklefree.distributed.sharding import Whole
 from wrinklefree.distributed.world import any_of, gather, sum_over_processes
 from wrinklefree.models.load import load_model
-from wrinklefree.objectives.base import Batch, Metrics, Objective
+from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.objectives.language_modelling import LanguageModelling
 from wrinklefree.runs.folder import make_run_folder, resume_point
 from wrinklefree.training import checkpoint

@@ -12,15 +12,10 @@ from transformers import PreTrainedModel
 
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
-from wrinklefree.distributed import sharding
-from wrinklefree.distributed.world import World, gather
-from wrinklefree.models.load import load_pretrained
+from wrinklefree.distributed.world import World
 from wrinklefree.objectives.base import Objective
-from wrinklefree.runs import setup
-from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.runs.setup import open_run
 from wrinklefree.runs.stage import choose_objective, prepare_student
-from wrinklefree.training.loop import fit
-from wrinklefree.training.plan import choose_length, make_plan
 
 CPU = World(0, 1, torch.device("cpu"))
 CLOCKS = ("elapsed_sec", "tokens_per_sec")  # the columns that no two runs share
@@ -70,32 +65,13 @@ def run(
     world: World = CPU,
 ) -> PreTrainedModel:
     """What `wf train` does between loading and packing; returns the trained model."""
-    resume = gather(resume_point(config, force=False) if world.is_main else None, world)[0]
-    if world.is_main and resume is None:
-        make_run_folder(config)
-    torch.manual_seed(config.seed)
-    teacher, words = load_pretrained(config.model)
-    choose_length(config, teacher)
-    teacher.requires_grad_(False)
-    student = prepare_student(config, teacher)
-    make = objective or partial(choose_objective, config)
-    placement = sharding.choose_placement(config, world)
-    made = make(student, teacher)
-    placement.place(student)
-    placement.place(teacher)
-    fit(
-        student,
-        made,
-        setup.open_stream(config, words, world),
-        config,
-        make_plan(config, teacher, world),
-        tokenizer=words,
-        world=world,
-        evaluate=evaluate or setup.evaluator(config, words),
-        placement=placement,
-        resume=resume,
-        on_step=on_step,
-    )
+    opened = open_run(config, world=world)
+    opened.begin()
+    teacher, student = opened.model, prepare_student(config, opened.model)
+    made = (objective or partial(choose_objective, config))(student, teacher)
+    for model in (student, teacher):
+        opened.placement.place(model)
+    opened.fit(student, made, teacher=teacher, evaluate=evaluate, on_step=on_step)
     return student
 
 

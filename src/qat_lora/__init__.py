@@ -21,13 +21,9 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.lowrank import Factors
 from wrinklefree.core.method import quant_layers
 from wrinklefree.core.ste import round_fp16 as ste_fp16
-from wrinklefree.distributed.world import join_world
 from wrinklefree.methods.anemll import Config, LutLinear
 from wrinklefree.objectives.cached_kd import CachedKD
 from wrinklefree.runs import setup
-from wrinklefree.runs.folder import resume_point
-from wrinklefree.training.loop import fit
-from wrinklefree.training.plan import choose_length, make_plan
 
 __all__ = [
     "convert_model_to_fp16_v2",
@@ -154,14 +150,9 @@ def train_e2e(
     values |= {"distillation.hard_top1": hard_top1, "distillation.hard_full": hard_full}
     config = _config(model, cache_dir, *(f"{k}={v}" for k, v in values.items()), f"output_dir={output_dir}")
     config.method = _method(_layers(model))  # what the checkpoints say of themselves
-    resume_point(config, force=False)
-    world = join_world()
-    choose_length(config, model)
-    plan = make_plan(config, model, world)
-    stream = setup.open_stream(config, tokenizer, world)
-    objective = CachedKD(model, config.distillation)
-    evaluate = setup.evaluator(config, tokenizer)
-    fit(model, objective, stream, config, plan, tokenizer=tokenizer, world=world, evaluate=evaluate)
+    run = setup.open_run(config, load=lambda _: (model, tokenizer))
+    run.begin()
+    run.fit(model, CachedKD(model, config.distillation))
     return evaluate_kd_loss(model, tokenizer, cache_dir, temperature)
 
 
@@ -170,5 +161,4 @@ def evaluate_kd_loss(
 ) -> float:
     """KL to the cached teacher on the sequences that are held out, times the square of the temperature."""
     config = _config(model, cache_dir, f"distillation.temperature={temperature}")
-    choose_length(config, model)
     return float(setup.evaluator(config, tokenizer)(model)["eval_kl"])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree.config.compose import load_config, read_config
+from wrinklefree.config.compose import config_yaml, load_config, read_config
 from wrinklefree.config.schema import Config as RunConfig
 from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
@@ -91,7 +91,7 @@ def save(opened: Opened, target: Path, force: bool = False) -> None:
         write_state(opened.model, target)
         opened.tokenizer.save_pretrained(target.parent)
     else:
-        checkpoint.save(target, opened.model, opened.tokenizer, opened.config, None)
+        checkpoint.save(target, opened.model, opened.tokenizer, config_yaml(opened.config), None)
 
 
 @torch.no_grad()

@@ -24,19 +24,22 @@ from transformers import AutoTokenizer
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.kd_cache.manifest import Manifest, Split, fingerprint, model_fingerprint, tokenizer_fingerprint
+from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
+from wrinklefree.data.kd_cache.manifest import Manifest
 from wrinklefree.data.kd_cache.read import batch_of, sequences
 from wrinklefree.data.kd_cache.write import append, begin, finish
-from wrinklefree.data.open import BatchStream, training_stream
+from wrinklefree.data.open import heldout_batches, training_stream
+from wrinklefree.data.packing import BatchStream
+from wrinklefree.data.sources import Split
+from wrinklefree.data.tokenizer import tokenizer_fingerprint
 from wrinklefree.distributed.world import join_world, leave_world
 from wrinklefree.models.find import resolve_pretrained
 from wrinklefree.models.load import load_pretrained
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import CHUNK, NEVER
-from wrinklefree.runs import setup
 from wrinklefree.tracking.progress import Bar, Clock, Lines
 from wrinklefree.tracking.terminal import short_size
-from wrinklefree.training.plan import choose_dtype, choose_length, sequence_length
+from wrinklefree.training.plan import choose_dtype, choose_length
 
 log = logging.getLogger("wrinklefree")
 
@@ -89,8 +92,10 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
     world = join_world()
     log.info("loading %s", config.model.pretrained)
     teacher, tokenizer = load_pretrained(config.model)
-    choose_length(config, teacher)
-    heldout = _joined([sequences(b) for b in setup.heldout(config, tokenizer, _tokens(config, sizes))])
+    length = choose_length(config.training.max_seq_length, teacher, None)
+    size, wanted_tokens = config.training.batch_size, sizes["num_heldout"] * length
+    held_out = heldout_batches(config.data, tokenizer, batch_size=size, length=length, max_tokens=wanted_tokens)
+    heldout = _joined([sequences(batch) for batch in held_out])
     data = dataclasses.asdict(config.data)
     if sizes["topk"] + sizes["negatives"] > teacher.config.vocab_size:
         raise UserError(f"--topk, --rand-neg: more words than the {teacher.config.vocab_size} of the vocabulary")
@@ -104,7 +109,7 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
         data=data,
         data_fingerprint=fingerprint([data, heldout["input_ids"].tolist()]),
         vocab_size=teacher.config.vocab_size,
-        length=sequence_length(config),
+        length=length,
         tail="exact",
         seed=config.seed,
         **(sizes | {"num_heldout": len(heldout["input_ids"])}),
@@ -122,10 +127,6 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
             ask.progress.close()
         leave_world()
         return finish(out, manifest)
-
-
-def _tokens(config: Config, sizes: dict[str, Any]) -> int:
-    return int(sizes["num_heldout"]) * sequence_length(config)
 
 
 def _manifest(**values: Any) -> Manifest:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from wrinklefree.config.schema import DataConfig
+from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.open import Batch, file_batches, heldout_batches
+from wrinklefree.data.open import file_batches, heldout_batches
 from wrinklefree.evaluate.perplexity import measure
 from wrinklefree.generate.open import open_model
 from wrinklefree.tracking.terminal import print_table
@@ -64,7 +65,7 @@ def _batches(tokenizer: Any, data: Path | None, context: int, tokens: int) -> li
 def _scored_bytes(tokenizer: Any, batches: list[Batch]) -> int:
     """Length in UTF-8 of the text of all scored tokens."""
     labels = [batch["labels"][:, 1:] for batch in batches]
-    texts = [tokenizer.decode(row[row != -100], skip_special_tokens=True) for rows in labels for row in rows]
+    texts = [tokenizer.decode(row[row != IGNORE], skip_special_tokens=True) for rows in labels for row in rows]
     return sum(len(text.encode()) for text in texts)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +12,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import ArchitectureConfig, Config
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
 from wrinklefree.data import chains, stdlib
-from wrinklefree.data.open import Batch
 from wrinklefree.data.tokenizer import train_tokenizer
-from wrinklefree.distributed import sharding
-from wrinklefree.distributed.world import World, gather, join_world, leave_world
-from wrinklefree.evaluate.perplexity import Quality
-from wrinklefree.models.load import load_model
+from wrinklefree.distributed.world import leave_world
+from wrinklefree.evaluate.perplexity import Quality, measure
+from wrinklefree.models.load import Loaded, load_model
 from wrinklefree.objectives.language_modelling import LanguageModelling
-from wrinklefree.runs import launch, setup
-from wrinklefree.runs.folder import make_run_folder, resume_point
-from wrinklefree.training.loop import fit
-from wrinklefree.training.plan import Plan, choose_length, make_plan, sequence_length
+from wrinklefree.runs import launch
+from wrinklefree.runs.setup import Run, open_run, open_stream
 
 log = logging.getLogger("wrinklefree")
 
@@ -62,37 +58,22 @@ def run(overrides: list[str], *, force: bool = False, processes: int | None = No
 
 
 def train(config: Config, force: bool) -> None:
-    """The same in this process, one of those that torchrun has started or the only one."""
-    assert config.model.architecture is not None
-    world = join_world()
-    resume = gather(resume_point(config, force) if world.is_main else None, world)[0]
-    placement = sharding.choose_placement(config, world)
-    torch.manual_seed(config.seed)
-    tokenizer = make_tokenizer(config, config.model.architecture.vocab_size)
-    model = build(config.model.architecture, tokenizer)
-    choose_length(config, model)
-    plan = make_plan(config, model, world)
-    objective = LanguageModelling(model, None, config.distillation, config.training.compile)
-    if world.is_main and resume is None:
-        make_run_folder(config)
-    placement.place(model)
-    final = fit(
-        model,
-        objective,
-        Curriculum(config, tokenizer, plan, world)
-        if config.data.tests
-        else setup.open_stream(config, tokenizer, world),
-        config,
-        plan,
-        tokenizer=tokenizer,
-        world=world,
-        evaluate=setup.evaluator(config, tokenizer),
-        placement=placement,
-        resume=resume,
-    )
-    if world.is_main and config.data.source == "stdlib":
-        ship(config, model if world.size == 1 else load_model(final)[0], tokenizer, plan)
+    """Pretrain in this process, which is the only one or one of those that torchrun has started."""
+    run = open_run(config, force, load=build_model)
+    objective = LanguageModelling(run.model, None, config.distillation, config.training.compile)
+    run.begin()
+    run.placement.place(run.model)
+    final = run.fit(run.model, objective, stream=Curriculum(run) if config.data.tests else None)
+    if run.is_main and config.data.source == "stdlib":
+        ship(run, run.model if run.world.size == 1 else load_model(final)[0])
     leave_world()
+
+
+def build_model(config: Config) -> Loaded:
+    """The model to train, with random weights, and its tokenizer."""
+    assert config.model.architecture is not None
+    tokenizer = make_tokenizer(config, config.model.architecture.vocab_size)
+    return build(config.model.architecture, tokenizer), tokenizer
 
 
 def make_tokenizer(config: Config, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -109,12 +90,12 @@ class Curriculum(Iterator[Batch]):
     alone 73.9 (LOG.md).
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan, world: World) -> None:
-        library = dataclasses.replace(config, data=dataclasses.replace(config.data, tests=False))
-        self.streams = [setup.open_stream(c, tokenizer, world) for c in (config, library)]
-        per_step = config.training.gradient_accumulation_steps
-        decay_start = 1 - config.training.scheduler.decay_ratio
-        self.switch, self.served = int(plan.max_steps * decay_start) * per_step, 0
+    def __init__(self, run: Run) -> None:
+        library = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, tests=False))
+        self.streams = [open_stream(config, run.tokenizer, run.world) for config in (run.config, library)]
+        per_step = run.config.training.gradient_accumulation_steps
+        decay_start = 1 - run.config.training.scheduler.decay_ratio
+        self.switch, self.served = int(run.plan.max_steps * decay_start) * per_step, 0
 
     def __next__(self) -> Batch:
         self.served += 1
@@ -152,31 +133,31 @@ def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) 
     return model
 
 
-def ship(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
+def ship(run: Run, model: PreTrainedModel) -> None:
     """Write `shipped/`: bf16 weights, tokenizer and a card with the perplexity of exactly these weights."""
     model = model.to(torch.bfloat16).float()
-    quality = setup.quality(model, setup.heldout(config, tokenizer, None), plan)
-    out = Path(config.output_dir) / "shipped"
+    with run.plan.autocast(model.device):
+        quality = measure(model, run.heldout(None))
+    out = run.out / "shipped"
     with written_aside(out) as aside:
         model.to(torch.bfloat16).save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(card(config, model, quality, plan))
+        run.tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(card(run, model, quality))
     log.info("held-out perplexity %.2f; wrote %s", quality.ppl, out)
 
 
-def card(config: Config, model: PreTrainedModel, quality: Quality, plan: Plan) -> str:
+def card(run: Run, model: PreTrainedModel, quality: Quality) -> str:
     """The model card."""
-    t = config.training
     return CARD.format(
-        name=config.model.name,
+        name=run.config.model.name,
         parameters=model.num_parameters() / 1e6,
         train_files=len(stdlib.files("train")),
-        tokens=plan.max_steps * t.batch_size * sequence_length(config) * t.gradient_accumulation_steps / 1e6,
-        seed=config.seed,
+        tokens=run.plan.max_steps * run.plan.tokens_per_step / 1e6,
+        seed=run.config.seed,
         python=platform.python_version(),
         heldout_files=len(stdlib.files("heldout")),
         heldout_tokens=quality.tokens,
-        context=sequence_length(config),
+        context=run.plan.length,
         nll=quality.nll,
         ppl=quality.ppl,
         vocab=model.config.vocab_size,

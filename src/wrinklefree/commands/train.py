@@ -50,8 +50,8 @@ def show(config: Config, processes: int) -> None:
     else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-        choose_length(config, model)
-        make_plan(config, model, World(0, processes, torch.device("cpu")))
+        length = choose_length(config.training.max_seq_length, model, config.distillation.cache)
+        make_plan(config.training, config.model, model, length, World(0, processes, torch.device("cpu")))
     log.info("dry run: nothing was trained or written")
 
 

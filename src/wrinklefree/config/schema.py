@@ -58,6 +58,8 @@ class ModelConfig(Node):
     name: str
     pretrained: str
     trust_remote_code: bool = False
+    auto_tokens: Positive | None = None  # what training.total_tokens=auto comes to; null goes by parameter count
+    auto_tokens_slow: Positive | None = None  # on a CPU without bf16, where a step takes about four times as long
     architecture: ArchitectureConfig | None = None
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
 

@@ -16,9 +16,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary sibling folder to write into; renamed to `path` when the block ends well, removed when it does not.
+    """A temporary folder beside `path`, to write into.
 
-    An existing `path` is replaced only after the new folder is whole. Raises UserError when the disk is full.
+    When the block ends well, the folder is renamed to `path`. When it does not, the folder is removed. An
+    existing `path` is replaced only after the new folder is whole. Raises UserError when the disk is full.
     """
     aside = aside_of(path)
     shutil.rmtree(aside, ignore_errors=True)
@@ -34,6 +35,29 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def file_aside(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, to write a file to.
+
+    When the block ends well, the file replaces `path`. When it does not, the file is removed and `path` stays as it
+    was. Raises UserError when the disk is full.
+    """
+    aside = aside_of(path)
+    try:
+        with full_disk_said(path):
+            yield aside
+            _flush_file(aside)
+            rename(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def rename(aside: Path, path: Path) -> None:
+    """Put a whole file into its place; a file that is there is replaced at once."""
+    aside.replace(path)
+
+
+@contextmanager
 def full_disk_said(path: Path) -> Iterator[None]:
     """A full disk becomes a UserError; other errors stay what they are."""
     try:
@@ -42,11 +66,12 @@ def full_disk_said(path: Path) -> Iterator[None]:
         if not _disk_full(error):
             raise
         raise UserError(
-            f"disk full while writing {path}: free some space; earlier checkpoints are untouched"
+            f"disk full while writing {path}: free some space; what was there before is whole"
         ) from error
 
 
 def aside_of(path: Path) -> Path:
+    """Where `path` is written before it has its name."""
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -60,11 +85,16 @@ def _disk_full(error: BaseException) -> bool:
 
 
 def _flush(folder: Path) -> None:
-    """Force every file to the disk: a rename must not become durable before the content."""
+    """Force every file of a folder to the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+            _flush_file(file)
+
+
+def _flush_file(file: Path) -> None:
+    """Force a file to the disk: a rename must not become durable before the content."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _replace(aside: Path, path: Path) -> None:

@@ -18,8 +18,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from wrinklefree.data.sources import Example
-from wrinklefree.data.stdlib import Split
+from wrinklefree.data.sources import Example, Split
 
 NAME = "mod7_chains"
 MODULUS = 7

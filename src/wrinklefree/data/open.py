@@ -8,28 +8,16 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from wrinklefree.config.schema import DataConfig
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import chat, sources, stdlib, stdlib_kind, tasks
-from wrinklefree.data.packing import IGNORE, Batch, BatchStream, encode, make_batch, pack, pack_whole, spread
-from wrinklefree.data.sources import Document, Example, Source
-
-if TYPE_CHECKING:
-    from wrinklefree.config.schema import DataConfig
-
-__all__ = [
-    "IGNORE",
-    "Batch",
-    "BatchStream",
-    "Example",
-    "file_batches",
-    "heldout_batches",
-    "heldout_examples",
-    "training_stream",
-]
+from wrinklefree.data.packing import BatchStream, encode, make_batch, pack, pack_whole, spread
+from wrinklefree.data.sources import Document, Example, Source, Split
 
 # The settings that only some sources read, and which.
 _READ_BY = {
@@ -48,7 +36,7 @@ _READ_BY = {
 
 
 def training_stream(
-    config: "DataConfig",
+    config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int,
@@ -77,7 +65,7 @@ def training_stream(
 
 
 def heldout_batches(
-    config: "DataConfig",
+    config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int,
@@ -97,7 +85,7 @@ def heldout_batches(
     return _batches(texts, tokenizer, batch_size, length, max_tokens, config.document_mask, whole)
 
 
-def heldout_examples(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """All held-out examples that have a fixed set of answers to choose from; none for other data."""
     if config.source != "downstream":
         return []
@@ -154,7 +142,7 @@ class _Rows(NamedTuple):
     instead: str  # where the hub does not answer
 
 
-def _rows(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> _Rows:
+def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> _Rows:
     if config.source != "downstream":
         render = _render(tokenizer, config.text_column)
         name = f"data.path={config.path}"
@@ -178,13 +166,13 @@ def _rows(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: ch
     return _Rows(name, render, config.path or task.path, task.subset, task.train, task.heldout, instead)
 
 
-def _training_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> Source:
+def _training_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Source:
     _refuse_unread(config)
     variants = chat.VARIANTS[config.enable_thinking]
     return _together([_training_variant(config, tokenizer, thinking) for thinking in variants])
 
 
-def _heldout_source(config: "DataConfig", tokenizer: PreTrainedTokenizerBase) -> Source:
+def _heldout_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Source:
     _refuse_unread(config)
     variants = chat.VARIANTS[config.enable_thinking]
     return _together([_heldout_variant(config, tokenizer, thinking) for thinking in variants])
@@ -194,7 +182,7 @@ def _together(variants: list[Source]) -> Source:
     return variants[0] if len(variants) == 1 else sources.Interleaved(variants)
 
 
-def _training_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> Source:
+def _training_variant(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> Source:
     if config.source == "stdlib":
         return _library("train", config.tests)
     if _is_builtin(config):
@@ -213,7 +201,7 @@ def _training_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, 
     return sources.Hub(rows.name, stream, rows.render, skip=sources.HELDOUT_DOCUMENTS, hint=hint)
 
 
-def _heldout_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> Source:
+def _heldout_variant(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> Source:
     if config.source == "stdlib":
         return _library("heldout", tests=False)
     if _is_builtin(config):
@@ -230,32 +218,32 @@ def _heldout_variant(config: "DataConfig", tokenizer: PreTrainedTokenizerBase, t
     return sources.Files(rows.name, files, rows.render, keep=lambda n: n % sources.HOLDOUT_EVERY == 0)
 
 
-def _is_builtin(config: "DataConfig") -> bool:
+def _is_builtin(config: DataConfig) -> bool:
     return config.source == "downstream" and config.task in tasks.BUILTIN
 
 
-def _builtin(config: "DataConfig", split: stdlib.Split) -> Source:
+def _builtin(config: DataConfig, split: Split) -> Source:
     assert config.task is not None
     return sources.Memory(f"data.task={config.task}", tasks.BUILTIN[config.task](split))
 
 
-def _may_be_endless(config: "DataConfig") -> bool:
+def _may_be_endless(config: DataConfig) -> bool:
     """Whether the held-out text is more than a file that was named for it."""
     return config.heldout_path is None and config.source != "stdlib" and not _is_builtin(config)
 
 
-def _is_local(config: "DataConfig") -> bool:
+def _is_local(config: DataConfig) -> bool:
     return config.source == "local" or (config.source == "downstream" and config.path is not None)
 
 
-def _library(split: stdlib.Split, tests: bool) -> Source:
+def _library(split: Split, tests: bool) -> Source:
     try:
         return sources.Memory("data=stdlib" + " with tests" * tests, stdlib.documents(split, tests))
     except ValueError as error:
         raise UserError(f"data=stdlib: {error}") from error
 
 
-def _refuse_unread(config: "DataConfig") -> None:
+def _refuse_unread(config: DataConfig) -> None:
     """A setting that has no effect is an error, not a silence."""
     defaults = type(config)(source=config.source)
     for key, readers in _READ_BY.items():

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.sources import Document, Example, Position, Source
 
-Batch = dict[str, Tensor]
 Encode = Callable[[Sequence[Document]], list[Tensor]]
 
-IGNORE = -100  # the label that PyTorch's and transformers' losses leave out
 
 # Documents tokenized in one call: enough to keep the tokenizer's threads busy, a fraction of a second of work.
 _ENCODED_TOGETHER = 32

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import chains, sources
-from wrinklefree.data.stdlib import Split
+from wrinklefree.data.sources import Split
 
 GSM8K = "openai/gsm8k"
 MARK = "####"

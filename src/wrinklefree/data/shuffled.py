@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.packing import Batch
 
 
 class ShuffledStream(Iterator[Batch]):

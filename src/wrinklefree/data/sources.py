@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -27,6 +27,8 @@ class Example(NamedTuple):
     answer: str  # with the space before it
     choices: tuple[str, ...] = ()  # the possible answers, where there are only so many
 
+
+Split = Literal["train", "heldout"]
 
 Document = str | Example
 Position = dict[str, Any]

@@ -20,9 +20,8 @@ import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
-Split = Literal["train", "heldout"]
+from wrinklefree.data.sources import Split
 
 # The hash deals paths into this many buckets, of which one is held out: on 3.11 bucket 13 has 31 of 418 library files
 # and 5.5 % of their text, from 20 packages (bucket 0 has 15 files and 2 %: too little to measure on).

@@ -13,7 +13,7 @@ from functools import cache
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import stdlib
-from wrinklefree.data.sources import Example
+from wrinklefree.data.sources import Example, Split
 
 NAME = "stdlib_kind"
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
@@ -28,7 +28,7 @@ _NAMES = re.compile(rf"\w*(?:{'|'.join(PACKAGES)})\w*", re.IGNORECASE)
 
 
 @cache
-def examples(split: stdlib.Split) -> tuple[Example, ...]:
+def examples(split: Split) -> tuple[Example, ...]:
     """The task's examples, classes in turn. Raises UserError where this Python's library lacks a package."""
     library = stdlib.library()
     dealt = {name: _deal(name, library) for name in PACKAGES}
@@ -43,11 +43,11 @@ def examples(split: stdlib.Split) -> tuple[Example, ...]:
     return tuple(Example(chosen[name][i] + QUESTION, f" {name}", choices) for i in range(count) for name in PACKAGES)
 
 
-def _deal(package: str, library: dict[str, str]) -> dict[stdlib.Split, list[str]]:
+def _deal(package: str, library: dict[str, str]) -> dict[Split, list[str]]:
     """The pieces of a package, by split: whole files in the order of a hash go to the test while they fit its share."""
     files = {path: list(_pieces(text)) for path, text in library.items() if path.startswith(f"{package}/")}
     wanted = TEST_SHARE * sum(len(pieces) for pieces in files.values())
-    dealt: dict[stdlib.Split, list[str]] = {"train": [], "heldout": []}
+    dealt: dict[Split, list[str]] = {"train": [], "heldout": []}
     for path in sorted(files, key=_digest):
         fits = len(dealt["heldout"]) + len(files[path]) <= wanted * 1.1
         dealt["heldout" if fits else "train"] += files[path]

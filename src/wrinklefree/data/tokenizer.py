@@ -9,7 +9,11 @@ the first ids, so they do not move with the vocabulary's size. Chats are written
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from wrinklefree.core.fingerprint import fingerprint
+
+PROBE = " Wrinkle-free: 1024  tokens\n\tdéjà vu, ΑΩ — 你好 🙂 don't"
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -68,3 +72,9 @@ def _train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     bpe.train_from_iterator(documents, trainer)
     return bpe
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A fingerprint of the vocabulary, the end-of-sequence token, and how one line is cut."""
+    probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    return fingerprint([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, probe])

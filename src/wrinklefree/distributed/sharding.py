@@ -9,8 +9,8 @@ when its forward or backward pass begins and let go when that ends, so that one 
         decoder layer 1     ...
 
 Objectives read `head.weight` themselves, outside of any module's forward. So a `Root` does not run the model; it runs a
-function, `root(function)`, and inside of it these parameters are plain whole tensors. `Sharded.inside` is that for the
-student and its teacher together: whatever touches a placed model belongs into it.
+function, `root(function)`, and inside of it these parameters are plain whole tensors. `Sharded.with_whole_parameters`
+does that for the student and its teacher together: whatever touches a placed model belongs into it.
 
 Masters stay fp32 and are gathered in fp32 (no `param_dtype`): a quantizer works out its scales and codes from the whole
 weight, and bf16 weights have other codes. The matrix products run in bf16 by autocast, as on one device.
@@ -31,7 +31,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from wrinklefree.config.schema import Config, DistributedConfig
+from wrinklefree.config.schema import DistributedConfig
 from wrinklefree.core import surgery
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, quant_layers
@@ -50,7 +50,7 @@ class Whole:
         self.world = world
 
     @property
-    def workshop(self) -> torch.device:
+    def build_device(self) -> torch.device:
         """Where a model is put together before it is placed."""
         return self.world.device
 
@@ -58,11 +58,11 @@ class Whole:
         """Move a model to where it will be used. Its parameters must have their final shapes."""
         model.to(self.world.device)
 
-    def inside(self, function: Callable[[], T]) -> T:
+    def with_whole_parameters(self, function: Callable[[], T]) -> T:
         """`function()`, which may use the placed models. Every process has to call it."""
         return function()
 
-    def of(self, *models: nn.Module | None) -> "Whole":
+    def only(self, *models: nn.Module | None) -> "Whole":
         """The same for these models alone."""
         return self
 
@@ -105,7 +105,7 @@ class Sharded(Whole):
         self.roots: list[Root] = []
 
     @property
-    def workshop(self) -> torch.device:
+    def build_device(self) -> torch.device:
         """The CPU: only shares of the layers come to the device."""
         return torch.device("cpu")
 
@@ -119,7 +119,7 @@ class Sharded(Whole):
         layers = [self._shard(layer, self.config.reshard_after_forward) for layer in surgery.decoder_layers(model)]
         _prefetch(layers, self.config.prefetch)
         root = Root(model)
-        self._shard(root, True)  # outside of `inside` every parameter is a share, also after an evaluation
+        self._shard(root, True)  # after an evaluation, too, every parameter is a share again
         self.roots.append(root)
 
     def _shard(self, module: nn.Module, reshard_after_forward: bool) -> FSDPModule:
@@ -132,13 +132,13 @@ class Sharded(Whole):
             offload_policy=CPUOffloadPolicy(pin_memory=pinned) if self.config.cpu_offload else OffloadPolicy(),
         )
 
-    def inside(self, function: Callable[[], T]) -> T:
+    def with_whole_parameters(self, function: Callable[[], T]) -> T:
         """`function()`, with the parameters outside of the decoder layers whole, the layers' own in their forward."""
         for root in self.roots:
             function = partial(root.around, function)
         return function()
 
-    def of(self, *models: nn.Module | None) -> "Sharded":
+    def only(self, *models: nn.Module | None) -> "Sharded":
         """The same for these models alone: the others are not gathered."""
         some = copy.copy(self)
         some.roots = [root for root in self.roots if root.model in models]
@@ -151,12 +151,11 @@ class Sharded(Whole):
                 parameter.grad.mul_(factor * self.world.size)
 
 
-def choose_placement(config: Config, world: World) -> Whole:
+def choose_placement(chosen: DistributedConfig, compiled: bool, world: World) -> Whole:
     """How models are placed; a single process has nobody to share with, and says so.
 
     Raises UserError for settings that do not go together.
     """
-    chosen = config.distributed
     if chosen.strategy == "replicate":
         if chosen != DistributedConfig():
             raise UserError("distributed: reshard_after_forward, prefetch and cpu_offload have no effect without fsdp")
@@ -164,7 +163,7 @@ def choose_placement(config: Config, world: World) -> Whole:
     if world.size == 1:
         log.info("one process: nothing to shard, the whole model is on %s", world.device)
         return Whole(world)
-    if config.training.compile:
+    if compiled:
         raise UserError("training.compile=true: not with sharded parameters; leave it out, or distributed=single_gpu")
     return Sharded(chosen, world)
 

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.open import Example
 from wrinklefree.data.packing import encode, shorten
+from wrinklefree.data.sources import Example
 from wrinklefree.objectives.language_model import BodyAndHead
 
 Z = 1.959964  # of a 95 % interval

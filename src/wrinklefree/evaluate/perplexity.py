@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import DistillationConfig
+from wrinklefree.core.batch import Batch, labelled
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.sharding import whole_layers
-from wrinklefree.objectives.base import Batch
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.language_modelling import compare
 
@@ -43,7 +43,7 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch], reference: PreTrai
     config = DistillationConfig(name="logits", weight=1.0)
     tokens, sums = 0, torch.zeros(3, dtype=torch.float64)
     for batch in batches:
-        count = int((batch["labels"][:, 1:] != -100).sum())
+        count = int(labelled(batch).sum())
         here = {name: tensor.to(model.device) for name, tensor in batch.items()}
         losses = compare(student, teacher, here, config)
         sums += count * torch.stack([losses.ce, losses.kl, losses.same_top1]).double().cpu()

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from wrinklefree.core.batch import Batch
+
 log = logging.getLogger("wrinklefree")
 
-
-Batch = dict[str, Tensor]
 
 Metrics = dict[str, Tensor]
 

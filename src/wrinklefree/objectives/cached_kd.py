@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import DistillationConfig
-from wrinklefree.objectives.base import Batch, Metrics, Shares
+from wrinklefree.core.batch import Batch, labelled
+from wrinklefree.objectives.base import Metrics, Shares
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import CachedLosses, CachedTeacher, cached_losses, shifted
 
@@ -30,7 +31,7 @@ class CachedKD:
 
     def compare(self, batch: Batch) -> CachedLosses:
         """Losses of one batch of `KDCache`."""
-        c, kept = self.config, batch["labels"][:, 1:] != -100
+        c, kept = self.config, labelled(batch)
         hidden, targets = shifted(self.student.states(batch), batch["labels"])
         states, head = self.student.project(hidden)
         rest = batch["kd_rest"][kept] if "kd_rest" in batch else None

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import compute_dtype
-from wrinklefree.objectives.base import Batch
 
 
 class BodyAndHead:

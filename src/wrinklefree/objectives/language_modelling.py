@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import DistillationConfig
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.objectives.base import Batch, Metrics, Shares
+from wrinklefree.objectives.base import Metrics, Shares
 from wrinklefree.objectives.language_model import BodyAndHead, check_vocabulary
 from wrinklefree.objectives.losses import TokenLosses, shifted, token_losses
 from wrinklefree.objectives.terms import AttentionRelations, HiddenStates, hidden_share

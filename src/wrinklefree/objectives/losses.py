@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wrinklefree.core.batch import IGNORE
+
 CHUNK = 1024  # tokens; at 150k words 0.6 GB of fp32 logits
 
 NEVER = -1e4  # the logit of a word of no weight, at any temperature; finite, so that 0 x it is 0
@@ -50,7 +52,7 @@ def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pair each state with the label of the next token: [B, L, D], [B, L] -> [N, D], [N] without labels of -100."""
     targets = labels[:, 1:].flatten()
     states = hidden[:, :-1].flatten(0, 1)
-    kept = targets != -100
+    kept = targets != IGNORE
     return states[kept], targets[kept]
 
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import AttentionConfig, HiddenConfig
 from wrinklefree.core import surgery
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.objectives import losses
-from wrinklefree.objectives.base import Batch
 
 
 class Watched:

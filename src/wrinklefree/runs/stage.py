@@ -7,7 +7,6 @@ pack, read back, certify, sample, plot, report.
 import copy
 import logging
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,11 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core import surgery
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import Batches, QuantMethod, quant_layers
-from wrinklefree.data.open import Batch
-from wrinklefree.distributed import sharding
 from wrinklefree.distributed.sharding import Sharded
-from wrinklefree.distributed.world import World, barrier, gather, join_world, leave_world
+from wrinklefree.distributed.world import World, leave_world
 from wrinklefree.evaluate.speed import decoding_speed
 from wrinklefree.export.card import card
 from wrinklefree.export.formats.packed import export_packed
@@ -31,11 +29,9 @@ from wrinklefree.objectives.cached_kd import CachedKD
 from wrinklefree.objectives.language_model import check_vocabulary
 from wrinklefree.objectives.language_modelling import LanguageModelling
 from wrinklefree.runs import prerequisites, setup
-from wrinklefree.runs.folder import make_run_folder, resume_point
 from wrinklefree.runs.report import Results
+from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.tracking.plotting import plot_runs
-from wrinklefree.training.loop import fit
-from wrinklefree.training.plan import choose_length, make_plan, sequence_length
 
 log = logging.getLogger("wrinklefree")
 
@@ -60,71 +56,55 @@ PARTS = {
 
 
 def train_stage(config: Config, force: bool) -> None:
-    """The whole of one stage. Raises UserError where an earlier stage is missing."""
+    """Run one stage from its config to its figures. Raises UserError if an earlier stage is missing."""
     start = prerequisites.starting_folder(config)
-    world = join_world()
-    out = Path(config.output_dir)
-    resume = resume_point(config, force) if world.is_main else None
-    resume = gather(resume, world)[0]
-    torch.manual_seed(config.seed)
-    log.info("loading %s", config.model.pretrained)
-    original, tokenizer = load_pretrained(config.model)
-    choose_length(config, original)
-    placement = sharding.choose_placement(config, world)
-    original = original.to(placement.workshop).requires_grad_(False)
-    plan = make_plan(config, original, world)
-    stream = setup.open_stream(config, tokenizer, world)  # here, for what is wrong with it comes before the work
+    run = open_run(config, force)
+    original = run.model
+    stream = run.stream()  # what is wrong with the data is said before the work begins
     teacher = choose_teacher(config, original)
     reference = original if teacher is None else teacher
-    heldout = setup.heldout(config, tokenizer, config.training.final_eval_tokens)
-    examples = setup.examples(config, tokenizer)
-    results = Results(context=sequence_length(config))
-
-    def judge(state: str, model: PreTrainedModel, against: PreTrainedModel | None) -> None:
-        """Measure one state of the model into `results`."""
-        quality = placement.inside(partial(setup.quality, model, heldout, plan, against))
-        setattr(results, state, quality)
-        if examples:
-            score = partial(setup.accuracy, model, tokenizer, examples, config, plan)
-            results.accuracy[state] = placement.inside(score)
-        right = f", accuracy {results.accuracy[state].value:.1%}" if examples else ""
-        log.info("%s: held-out perplexity %.2f%s", NAMES[state], quality.ppl, right)
-
-    student = prepare_student(config, original, calibration(config, tokenizer), start)
+    measured = Measured(run, reference)
+    student = prepare_student(config, original, calibration(config, run.tokenizer), start)
     objective = choose_objective(config, student, teacher)
-    barrier(world)  # all have read what they start from
-    if world.is_main and resume is None:
-        make_run_folder(config)
-    placement.place(reference)
-    placement.place(student)
-    judge("full_precision", reference, None)
+    run.begin()
+    run.placement.place(reference)
+    run.placement.place(student)
+    measured.judge("full_precision", reference)
     if config.method is not None or start is not None:
-        judge("one_shot", student, reference)
+        measured.judge("one_shot", student)
 
     def on_step(model: nn.Module, step: int) -> None:
-        objective.on_step(step, plan.max_steps)
+        objective.on_step(step, run.plan.max_steps)
         if config.method is not None:
             config.method.on_step(model, step)
 
-    fit(
-        student,
-        objective,
-        stream,
-        config,
-        plan,
-        tokenizer=tokenizer,
-        world=world,
-        evaluate=setup.evaluator(config, tokenizer),
-        placement=placement.of(student, teacher),
-        resume=resume,
-        on_step=on_step,
-    )
-    judge("trained", student, reference)
-    if world.is_main:
-        if isinstance(placement, Sharded):  # what follows looks at whole models
-            original, student = load_pretrained(config.model)[0], load_model(out / "final")[0]
-        finish(config, original, student, tokenizer, heldout, results, out)
+    run.fit(student, objective, teacher=teacher, stream=stream, on_step=on_step)
+    measured.judge("trained", student)
+    if run.is_main:
+        if isinstance(run.placement, Sharded):  # what follows looks at whole models
+            original, student = load_pretrained(config.model)[0], load_model(run.out / "final")[0]
+        finish(config, original, student, run.tokenizer, measured.heldout, measured.results, run.out)
     leave_world()
+
+
+class Measured:
+    """The figures of a run's model in its states, on the same held-out text and examples."""
+
+    def __init__(self, run: Run, reference: PreTrainedModel) -> None:
+        self.run, self.reference = run, reference
+        self.heldout = run.heldout(run.config.training.final_eval_tokens)
+        self.examples = setup.examples(run.config, run.tokenizer)
+        self.results = Results(context=run.plan.length)
+
+    def judge(self, state: str, model: PreTrainedModel) -> None:
+        """Measure one state of the model into `results`, one that is not the reference also against that."""
+        quality = self.run.quality(model, self.heldout, None if model is self.reference else self.reference)
+        setattr(self.results, state, quality)
+        right = ""
+        if self.examples:
+            accuracy = self.results.accuracy[state] = self.run.accuracy(model, self.examples)
+            right = f", accuracy {accuracy.value:.1%}"
+        log.info("%s: held-out perplexity %.2f%s", NAMES[state], quality.ppl, right)
 
 
 def prepare_student(

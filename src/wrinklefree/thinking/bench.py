@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import World
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives.base import Batch
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.runs import setup
 from wrinklefree.thinking import gathering, loading

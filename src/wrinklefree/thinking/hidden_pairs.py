@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.kd_cache.manifest import fingerprint
-from wrinklefree.data.packing import IGNORE, Batch
-from wrinklefree.data.stdlib import Split
+from wrinklefree.core.fingerprint import fingerprint
+from wrinklefree.data.sources import Split
 
 MANIFEST = "manifest.json"
 FORMAT = 1

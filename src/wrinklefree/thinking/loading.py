@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree.config.compose import read_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.kd_cache.manifest import fingerprint, model_fingerprint, tokenizer_fingerprint
+from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
+from wrinklefree.data.tokenizer import tokenizer_fingerprint
 from wrinklefree.methods.trm import Config as Method
 from wrinklefree.methods.trm import LatentThinker, ThinkerConfig
 from wrinklefree.models.check import check_safetensors

@@ -22,7 +22,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.thinking import PairsConfig
 from wrinklefree.data import problems
 from wrinklefree.data.problems import Problem
-from wrinklefree.data.stdlib import Split
+from wrinklefree.data.sources import Split
 from wrinklefree.distributed.world import World, barrier
 from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.objectives.language_model import BodyAndHead

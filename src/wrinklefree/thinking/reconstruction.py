@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.moments import RIDGE
-from wrinklefree.data.open import IGNORE
 from wrinklefree.methods.trm import DimensionCompressor
-from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.base import Metrics
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import TokenLosses, token_losses
 

@@ -19,15 +19,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core import surgery
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.fingerprint import model_fingerprint
 from wrinklefree.data import problems
-from wrinklefree.data.kd_cache.manifest import model_fingerprint, tokenizer_fingerprint
 from wrinklefree.data.problems import Problem
 from wrinklefree.data.shuffled import ShuffledStream
-from wrinklefree.data.stdlib import Split
+from wrinklefree.data.sources import Split
+from wrinklefree.data.tokenizer import tokenizer_fingerprint
 from wrinklefree.distributed.world import World, barrier, gather, join_world, leave_world
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.base import Metrics
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.folder import make_run_folder, resume_point

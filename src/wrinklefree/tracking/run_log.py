@@ -5,7 +5,6 @@ slash (`quant_error/model.layers.0.mlp.up_proj`), of which there may be hundreds
 """
 
 import csv
-import dataclasses
 import logging
 import os
 import sys
@@ -15,10 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
+import yaml
 from typing_extensions import Self
 
-from wrinklefree.config.schema import Config, WandbConfig
+from wrinklefree.config.schema import WandbConfig
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import file_aside
 from wrinklefree.tracking.progress import Bar, Clock, Lines
 from wrinklefree.tracking.terminal import short_number
 
@@ -33,14 +34,16 @@ COLUMNS = ("step", "train_loss", "eval_loss", "lr", "elapsed_sec", "grad_norm", 
 class Tracker:
     """Progress, CSV and W&B of one run; use it as a context manager so that an exception leaves the terminal whole."""
 
-    def __init__(self, out_dir: Path, total_steps: int, config: Config, start_step: int = 0) -> None:
-        """Continue the log in `out_dir` after `start_step`, or begin it anew where that is 0.
+    def __init__(
+        self, out_dir: Path, total_steps: int, wandb: WandbConfig, settings: str = "", start_step: int = 0
+    ) -> None:
+        """Continue the log in `out_dir` after `start_step`, or begin it anew if that is 0.
 
+        `settings` is the resolved config as YAML, for W&B.
         Raises UserError where W&B is asked for and not installed.
         """
         out_dir.mkdir(parents=True, exist_ok=True)
-        wandb = config.training.logging.wandb
-        self.wandb = _start_wandb(out_dir, config, start_step) if wandb.enabled else None
+        self.wandb = _start_wandb(out_dir, wandb, settings, start_step) if wandb.enabled else None
         self.csv = CsvLog(out_dir / CSV_NAME, COLUMNS, start_step)
         self.bar: Bar | Lines = Bar(total_steps, start_step) if sys.stdout.isatty() else Lines(total_steps)
         self.clock = Clock(total_steps, start_step)
@@ -131,13 +134,11 @@ def _is_whole(row: Mapping[Any, Any]) -> bool:
 
 
 def _rewrite(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
-    """Write aside, then rename: a crash here leaves the old log whole."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", newline="", encoding="utf-8") as file:
+    """Replace a log; a crash here leaves the old one whole."""
+    with file_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(aside, path)
 
 
 def _number(value: float) -> str:
@@ -154,7 +155,7 @@ class WandbRun(Protocol):
     def finish(self) -> None: ...
 
 
-def _start_wandb(out_dir: Path, config: Config, start_step: int) -> WandbRun:
+def _start_wandb(out_dir: Path, given: WandbConfig, settings: str, start_step: int) -> WandbRun:
     """Open the W&B run of this folder: the same one again after a resume, else a new one."""
     try:
         import wandb
@@ -162,14 +163,13 @@ def _start_wandb(out_dir: Path, config: Config, start_step: int) -> WandbRun:
         raise UserError(
             "training.logging.wandb.enabled=true needs the wandb package: pip install 'wrinklefree[wandb]'"
         ) from error
-    settings: WandbConfig = config.training.logging.wandb
     run_id = out_dir / "wandb_run_id"
     offline = not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()
     run: Any = wandb.init(
-        project=settings.project,
-        name=settings.name or out_dir.name,
-        tags=settings.tags,
-        config=dataclasses.asdict(config),
+        project=given.project,
+        name=given.name or out_dir.name,
+        tags=given.tags,
+        config=yaml.safe_load(settings),
         dir=str(out_dir),
         mode="offline" if offline else None,
         id=run_id.read_text().strip() if start_step and run_id.exists() else None,

@@ -33,8 +33,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree.config.compose import config_yaml
-from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import aside_of, full_disk_said, written_aside
 from wrinklefree.distributed import sharding
@@ -71,11 +69,13 @@ def save(
     path: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: Config,
+    settings: str,
     state: State | None,
     world: World = ALONE,
 ) -> None:
-    """Write a checkpoint folder; without `state` it can be loaded and exported, but not resumed from.
+    """Write a checkpoint folder; `settings` is the resolved config as YAML.
+
+    Without `state` the folder can be loaded and exported, but not resumed from.
 
     Every process has to call it: a sharded model is gathered on the main one.
     """
@@ -84,7 +84,7 @@ def save(
         if world.is_main:
             model.save_pretrained(aside, state_dict=weights)
             tokenizer.save_pretrained(aside)
-            (aside / CONFIG).write_text(config_yaml(config))
+            (aside / CONFIG).write_text(settings)
         if state is not None:
             _save_state(aside, state, world)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from wrinklefree.training.state import TrainingState
 
 
 def explain_nonfinite(run: TrainingState, loss: float) -> str:
-    newest = checkpoint.step_folders(Path(run.config.output_dir) / "checkpoints")
+    newest = checkpoint.step_folders(run.out / "checkpoints")
     good = f"last good checkpoint: {newest[-1]}" if newest else "no checkpoint was saved yet"
     return f"step {run.step + 1}: loss is {loss}, {_first_nonfinite(run)}; {good}; try a lower training.lr"
 
@@ -27,7 +26,7 @@ def _first_nonfinite(run: TrainingState) -> str:
         if not _finite(parameter, run.world):
             return f"weight {name} is not finite"
     with _first_bad_output(run.model) as bad, run.autocast():
-        run.placement.inside(lambda: [None for _ in run.objective(run.model, run.last_batch)])
+        run.placement.with_whole_parameters(lambda: [None for _ in run.objective(run.model, run.last_batch)])
     found = [name for names in gather(bad[:1], run.world) for name in names]
     if found:
         return f"layer {found[0]} gives values that are not finite"

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree.config.schema import Config
+from wrinklefree.config.schema import OptimizerConfig, TrainingConfig
+from wrinklefree.core.batch import labelled
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import refresh
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.sharding import Whole
 from wrinklefree.distributed.world import World, any_of, barrier, sum_over_processes
-from wrinklefree.objectives.base import Batch, Metrics, Objective
+from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.tracking.run_log import Silent, Tracker
 from wrinklefree.training import checkpoint, optim, schedule, storage
 from wrinklefree.training.diagnose import explain_nonfinite
@@ -43,25 +44,32 @@ def fit(
     model: PreTrainedModel,
     objective: Objective,
     stream: Stream,
-    config: Config,
+    training: TrainingConfig,
     plan: Plan,
     *,
+    out: Path,
     tokenizer: PreTrainedTokenizerBase,
+    settings: str,
     world: World,
     evaluate: Evaluate,
     placement: Whole | None = None,
     resume: Path | None = None,
     on_step: Callable[[nn.Module, int], None] = lambda model, step: None,
 ) -> Path:
-    """Train to `plan.max_steps` and return the folder `final/`, the model as trained (the best, with `keep_best`).
+    """Train to `plan.max_steps` in the run folder `out`; return `out/final`, with `keep_best` the best model.
 
-    `placement` is where the model and its teacher have been placed; left out, each process has all of both.
-    `resume` is a checkpoint to go on from, bit for bit. Ctrl-C finishes the step, saves and raises UserError, as does
-    a loss that is not finite (the newest checkpoint is then the last good one).
+    `settings` is the resolved config as YAML; checkpoints keep it, and W&B shows it. `placement` says where the model
+    and its teacher have been placed; without it, each process has all of both. `resume` is a checkpoint to go on
+    from, bit for bit.
+
+    Ctrl-C finishes the step, saves and raises UserError. So does a loss that is not finite, but without saving: the
+    newest checkpoint is then the last good one.
     """
-    t, out = config.training, Path(config.output_dir)
-    placement = placement or Whole(world)
-    run = TrainingState(model, objective, stream, config, plan, world, placement, _optimizers(model, config, plan))
+    t = training
+    placement, optimizers = placement or Whole(world), _optimizers(model, t.optimizer, plan)
+    run = TrainingState(
+        model, objective, stream, t, plan, world, placement, optimizers, out=out, tokenizer=tokenizer, settings=settings
+    )
     if resume is not None:
         checkpoint.load_weights(resume, model)
         run.load_state(resume)
@@ -71,19 +79,19 @@ def fit(
     model.train()
     first = run.step
     row: dict[str, float] = {}
-    tracker = Tracker(out, plan.max_steps, config, run.step) if world.is_main else Silent()
+    tracker = Tracker(out, plan.max_steps, t.logging.wandb, settings, run.step) if world.is_main else Silent()
     with tracker, _interruptible() as stopped:
         while True:
             last = run.step == plan.max_steps
             due = run.step > first and (last or run.step % t.eval_interval == 0)
             if due or (t.eval_first and run.step == 0):
-                row |= _evaluate(run, evaluate, tokenizer)
+                row |= _evaluate(run, evaluate)
                 last = last or _had_enough(run)
             if row and (last or "eval_loss" in row or run.step == 1 or run.step % t.log_interval == 0):
                 tracker.log(run.step, row)
             stop = any_of(stopped(), world)
             if run.step > first and (last or stop or run.step % t.save_interval == 0):
-                _save(run, tokenizer)
+                _save(run)
             if last:
                 break
             if stop:
@@ -92,11 +100,10 @@ def fit(
             row = _step(run, losses)
             tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
     model.eval()
-    return _finish(run, tokenizer)
+    return _finish(run)
 
 
-def _optimizers(model: PreTrainedModel, config: Config, plan: Plan) -> list[Optimizer]:
-    o = config.training.optimizer
+def _optimizers(model: PreTrainedModel, o: OptimizerConfig, plan: Plan) -> list[Optimizer]:
     return optim.build(
         model,
         name=o.name,
@@ -115,7 +122,7 @@ def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
         results = run.objective(run.model, run.last_batch)
         while True:
             with run.autocast():  # not around the yield: backward runs outside of autocast
-                result = run.placement.inside(partial(next, results, None))
+                result = run.placement.with_whole_parameters(partial(next, results, None))
             if result is None:
                 break
             yield result
@@ -123,7 +130,7 @@ def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
 
 def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]]) -> dict[str, float]:
     """One optimizer step; returns its row of the log."""
-    t, started = run.config.training, time.perf_counter()
+    t, started = run.training, time.perf_counter()
     factor = _rate(run)
     optim.set_rate(run.optimizers, factor)
     if t.compile:
@@ -131,7 +138,7 @@ def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]]) -> dict[
     sums: Metrics = {}
     for _ in range(t.gradient_accumulation_steps):
         loss, metrics = next(losses)
-        count = _labelled(run.last_batch)
+        count = labelled(run.last_batch).sum()  # what the loss is a mean over
         (loss * count).backward()
         _add(sums, {"loss": loss.detach(), **metrics}, count)
     means, total = _means(sums, run.world)
@@ -156,11 +163,6 @@ def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]]) -> dict[
     }
 
 
-def _labelled(batch: Batch) -> Tensor:
-    """How many tokens the loss of a batch is the mean over."""
-    return (batch["labels"][:, 1:] != -100).sum()
-
-
 def _add(sums: Metrics, values: Metrics, count: Tensor) -> None:
     """Add values that are means over `count` tokens to sums over all of them."""
     for name, value in values.items():
@@ -176,51 +178,50 @@ def _means(sums: Metrics, world: World) -> tuple[dict[str, float], float]:
 
 
 def _rate(run: TrainingState) -> float:
-    s = run.config.training.scheduler
+    s = run.training.scheduler
     return schedule.rate(
         s.name, run.step, run.plan.max_steps, warmup=s.warmup_ratio, decay=s.decay_ratio, floor=s.min_lr_ratio
     )
 
 
-def _evaluate(run: TrainingState, evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+def _evaluate(run: TrainingState, evaluate: Evaluate) -> dict[str, float]:
     """Held-out figures; with `keep_best`, the best model so far is kept in `best/`."""
     run.model.eval()
     with run.autocast():
-        values = run.placement.inside(partial(evaluate, run.model))
+        values = run.placement.with_whole_parameters(partial(evaluate, run.model))
     run.model.train()
     better = values["eval_loss"] < run.best_loss
     run.best_loss = min(run.best_loss, values["eval_loss"])
     run.stale = 0 if better else run.stale + 1
-    if better and run.config.training.keep_best:
-        checkpoint.save(Path(run.config.output_dir) / "best", run.model, tokenizer, run.config, None, run.world)
+    if better and run.training.keep_best:
+        run.save("best")
     return values
 
 
 def _had_enough(run: TrainingState) -> bool:
-    patience = run.config.training.patience
+    patience = run.training.patience
     if not patience or run.stale < patience:
         return False
     log.info("no better one in %d evaluations: stopped at step %d", patience, run.step)
     return True
 
 
-def _save(run: TrainingState, tokenizer: PreTrainedTokenizerBase) -> None:
-    folder = Path(run.config.output_dir) / "checkpoints"
-    checkpoint.save(folder / f"step_{run.step}", run.model, tokenizer, run.config, run.state(), run.world)
+def _save(run: TrainingState) -> None:
+    folder, name = run.out / "checkpoints", f"step_{run.step}"
+    run.save(f"checkpoints/{name}", run.state())
     if run.world.is_main:
-        checkpoint.prune(folder, run.config.training.save_total_limit)
-        if run.config.training.upload_to is not None:
-            storage.push(folder / f"step_{run.step}", f"{run.config.training.upload_to.rstrip('/')}/step_{run.step}")
+        checkpoint.prune(folder, run.training.save_total_limit)
+        if run.training.upload_to is not None:
+            storage.push(folder / name, f"{run.training.upload_to.rstrip('/')}/{name}")
     barrier(run.world)
 
 
-def _finish(run: TrainingState, tokenizer: PreTrainedTokenizerBase) -> Path:
-    out = Path(run.config.output_dir)
-    best = out / "best"
-    if run.config.training.keep_best and best.is_dir():
+def _finish(run: TrainingState) -> Path:
+    best = run.out / "best"
+    if run.training.keep_best and best.is_dir():
         checkpoint.load_weights(best, run.model)
-    checkpoint.save(out / "final", run.model, tokenizer, run.config, None, run.world)
-    return out / "final"
+    run.save("final")
+    return run.out / "final"
 
 
 @contextmanager

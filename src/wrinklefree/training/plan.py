@@ -6,13 +6,15 @@ The tables are the training guide's, by parameter count: learning rate 1e-4 belo
 
 import logging
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from wrinklefree.config.schema import Config
+from wrinklefree.config.schema import ModelConfig, TrainingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.manifest import read_manifest
 from wrinklefree.distributed.world import World
@@ -45,18 +47,29 @@ def choose_lr(given: float | str, num_parameters: int) -> Resolved:
     return Resolved(value, f"table, {num_parameters / 1e6:.0f} M parameters")
 
 
-def choose_steps(max_steps: int | None, total_tokens: int | str, num_parameters: int, tokens_per_step: int) -> Resolved:
-    """The number of optimizer steps: `max_steps`, else `total_tokens`' worth, for `auto` by the guide's table."""
+def choose_tokens(given: int | str, num_parameters: int, model: ModelConfig, slow: bool) -> Resolved:
+    """The tokens to train on: as given, or for `auto` what the model's config says, or else the guide's table."""
+    if not isinstance(given, str):
+        return Resolved(given, "total_tokens set")
+    if slow and model.auto_tokens_slow is not None:
+        return Resolved(
+            model.auto_tokens_slow,
+            f"fewer because this processor has no bf16; training.total_tokens={model.auto_tokens} trains on all",
+        )
+    if model.auto_tokens is not None:
+        return Resolved(model.auto_tokens, f"model={model.name}")
+    value = next(tokens for limit, _, tokens in TABLE if num_parameters < limit)
+    return Resolved(value, f"table, {num_parameters / 1e6:.0f} M parameters")
+
+
+def choose_steps(max_steps: int | None, tokens: Resolved, tokens_per_step: int) -> Resolved:
+    """The number of optimizer steps: `max_steps`, else what `tokens` are enough for."""
     if max_steps is not None:
         return Resolved(max_steps, "max_steps set")
-    if not isinstance(total_tokens, str):
-        tokens, reason = total_tokens, "total_tokens set"
-    else:
-        tokens = next(tokens for limit, _, tokens in TABLE if num_parameters < limit)
-        reason = f"table, {num_parameters / 1e6:.0f} M parameters"
-    if tokens < tokens_per_step:
-        raise UserError(f"training.total_tokens={tokens} is less than one step ({tokens_per_step} tokens)")
-    return Resolved(tokens // tokens_per_step, f"{tokens:,} tokens, {reason}")
+    total = int(tokens.value)
+    if total < tokens_per_step:
+        raise UserError(f"training.total_tokens={total} is less than one step ({tokens_per_step} tokens)")
+    return Resolved(total // tokens_per_step, f"{total:,} tokens, {tokens.reason}")
 
 
 @dataclass(frozen=True)
@@ -66,61 +79,66 @@ class Plan:
     max_steps: int
     lr: float
     dtype: torch.dtype  # of the matrix products; weights and optimizer state are fp32
+    length: int  # tokens in a sequence
+    tokens_per_step: int  # of all processes
+
+    def autocast(self, device: torch.device, cached: bool = True) -> AbstractContextManager[Any]:
+        """Matrix products in `dtype` while the block runs; `cached` keeps a copy of each plain weight in it."""
+        on = self.dtype != torch.float32
+        return torch.autocast(device.type, self.dtype, enabled=on, cache_enabled=cached)
 
 
-def make_plan(config: Config, model: PreTrainedModel, world: World) -> Plan:
+def make_plan(t: TrainingConfig, config: ModelConfig, model: PreTrainedModel, length: int, world: World) -> Plan:
     """Resolve `auto` and say in the log what was chosen and why."""
-    t = config.training
     num_parameters = model.num_parameters()
-    per_step = t.batch_size * sequence_length(config) * t.gradient_accumulation_steps * world.size
+    per_step = t.batch_size * length * t.gradient_accumulation_steps * world.size
     lr = choose_lr(t.optimizer.lr, num_parameters)
-    steps = choose_steps(t.max_steps, t.total_tokens, num_parameters, per_step)
+    tokens = choose_tokens(t.total_tokens, num_parameters, config, slow=not has_bf16(world.device))
+    steps = choose_steps(t.max_steps, tokens, per_step)
     dtype = choose_dtype(t.precision, world.device)
     log.info("learning rate %g (%s)", lr.value, lr.reason)
     log.info("%d steps of %s tokens (%s)", steps.value, f"{per_step:,}", steps.reason)
     log.info("precision %s on %s", str(dtype).removeprefix("torch."), world.device)
-    return Plan(int(steps.value), lr.value, dtype)
+    return Plan(int(steps.value), lr.value, dtype, length, per_step)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bf16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the processor multiplies it natively (twice as fast), else fp32."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else torch.float32
-    cuda = device.type == "cuda"
-    native = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    """As given; `auto` is bf16 if the processor has it, which is twice as fast, else fp32."""
+    if precision == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def choose_length(config: Config, model: PreTrainedModel) -> None:
-    """Resolve `training.max_seq_length: auto` in place; of a KD cache, its own length.
+def choose_length(given: int | str, model: PreTrainedModel, cache: str | None) -> int:
+    """The sequence length: as given, or for `auto` the model's positions, at most `MAX_LENGTH`; a KD cache has its own.
 
-    Raises UserError for sequences longer than the positions, or of another length than the cache's, and for a cache of
+    Raises UserError for sequences longer than the positions or of another length than the cache's, and for a cache of
     words that the model does not have.
     """
-    longest = model.config.max_position_embeddings
-    if config.distillation.cache is not None:
-        manifest = read_manifest(Path(config.distillation.cache))
-        cached = manifest.length
-        if manifest.vocab_size > model.config.vocab_size:  # one tokenizer, but a head that is padded further
-            raise UserError(
-                f"{config.distillation.cache}: of a vocabulary of {manifest.vocab_size} words, "
-                f"{config.model.name} has {model.config.vocab_size}"
-            )
-        if config.training.max_seq_length not in ("auto", cached):
-            raise UserError(
-                f"training.max_seq_length={config.training.max_seq_length}: the sequences of "
-                f"{config.distillation.cache} have {cached} tokens; leave it at auto"
-            )
-        config.training.max_seq_length = cached
-    if config.training.max_seq_length == "auto":
-        config.training.max_seq_length = min(longest, MAX_LENGTH)
-    if config.training.max_seq_length > longest:
+    longest: int = model.config.max_position_embeddings
+    if cache is not None:
+        given = _length_of_cache(given, model, cache)
+    length = min(longest, MAX_LENGTH) if isinstance(given, str) else given
+    if length > longest:
+        raise UserError(f"training.max_seq_length={length}: the model has {longest} positions")
+    return length
+
+
+def _length_of_cache(given: int | str, model: PreTrainedModel, cache: str) -> int:
+    manifest = read_manifest(Path(cache))
+    if manifest.vocab_size > model.config.vocab_size:  # one tokenizer, but a head that is padded further
         raise UserError(
-            f"training.max_seq_length={config.training.max_seq_length}: {config.model.name} has {longest} positions"
+            f"{cache}: of a vocabulary of {manifest.vocab_size} words, the model has {model.config.vocab_size}"
         )
-
-
-def sequence_length(config: Config) -> int:
-    """The sequence length, resolved."""
-    assert not isinstance(config.training.max_seq_length, str)
-    return config.training.max_seq_length
+    if given not in ("auto", manifest.length):
+        raise UserError(
+            f"training.max_seq_length={given}: the sequences of {cache} have {manifest.length} tokens; leave it at auto"
+        )
+    return manifest.length

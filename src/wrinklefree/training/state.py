@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree.config.schema import Config
+from wrinklefree.config.schema import TrainingConfig
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.sharding import Sharded, Whole
 from wrinklefree.distributed.world import World, gather
-from wrinklefree.objectives.base import Batch, Objective
+from wrinklefree.objectives.base import Objective
 from wrinklefree.training import checkpoint
 from wrinklefree.training.plan import Plan
 
@@ -37,11 +38,14 @@ class TrainingState:
     model: PreTrainedModel
     objective: Objective
     stream: Stream
-    config: Config
+    training: TrainingConfig
     plan: Plan
     world: World
     placement: Whole
     optimizers: list[Optimizer]
+    out: Path
+    tokenizer: PreTrainedTokenizerBase
+    settings: str  # the resolved config as YAML, for checkpoints
     step: int = 0
     tokens: int = 0
     best_loss: float = math.inf
@@ -78,11 +82,14 @@ class TrainingState:
         self.stream.load_state_dict(state["stream"])
         torch.set_rng_state(state["rng"][self.world.rank % len(state["rng"])])
 
+    def save(self, name: str, state: checkpoint.State | None = None) -> None:
+        """Write the checkpoint folder `name` of the run. Every process has to call it."""
+        checkpoint.save(self.out / name, self.model, self.tokenizer, self.settings, state, self.world)
+
     def autocast(self) -> AbstractContextManager[Any]:
         # The cache would keep a bf16 copy of every weight of a plain layer; sharded, that is the whole model again.
         cached = not isinstance(self.placement, Sharded)
-        on = self.plan.dtype != torch.float32
-        return torch.autocast(self.world.device.type, self.plan.dtype, enabled=on, cache_enabled=cached)
+        return self.plan.autocast(self.world.device, cached)
 
 
 def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:

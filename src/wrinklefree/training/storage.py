@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.fingerprint import fingerprint
 
 MANIFEST = ".wrinklefree-manifest.json"
 
@@ -50,7 +51,7 @@ def fetch(url: str, cache: Path | None = None) -> Path:
     files, root = _connect(url)
     with _refusals_explained(url):
         found = _listing(files, root, url)
-        version = hashlib.sha256(json.dumps([url, sorted(found.items())]).encode()).hexdigest()[:16]
+        version = fingerprint([url, sorted(found.items())])
         target = (cache or cache_folder()) / "remote" / version / root.rpartition("/")[2]
         if not target.exists():
             _download(files, found, target)

@@ -1,20 +1,17 @@
 """The manifest of a KD cache: what its shards are made of, and the key that they carry."""
 
 import dataclasses
-import hashlib
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.fingerprint import fingerprint
+from wrinklefree.data.sources import Split
 
 FORMAT, VERSION = "wrinklefree_kd_cache", 2
 
@@ -28,9 +25,7 @@ SPARE = 1.02  # of the predicted size that must be free
 DTYPES = {torch.uint16: "U16", torch.int32: "I32", torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 
 # Tokens of one line that tell tokenizers of one vocabulary apart: case, spaces, digits, accents, emoji.
-PROBE = " Wrinkle-free: 1024  tokens\n\tdéjà vu, ΑΩ — 你好 🙂 don't"
 
-Split = Literal["train", "heldout"]
 
 Tail = Literal["exact", "sampled", "unknown"]
 
@@ -113,26 +108,6 @@ class Manifest:
         """Size of all shards."""
         num_shards = -(-num_train // self.shard_size) + -(-num_heldout // self.shard_size)
         return (num_train + num_heldout) * self.sequence_bytes + num_shards * HEADER_BYTES
-
-
-def fingerprint(value: Any) -> str:
-    """16 hexadecimal digits that stand for plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the vocabulary, the end-of-sequence token, and how one line is cut."""
-    probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    return fingerprint([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, probe])
-
-
-def model_fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Of the names, shapes and 64 values of each tensor, spread evenly: enough to tell trained models apart."""
-    sampled = []
-    for name, tensor in sorted(weights.items()):
-        flat = tensor.detach().flatten()
-        sampled.append([name, list(tensor.shape), flat[:: max(1, len(flat) // 64)][:64].float().tolist()])
-    return fingerprint(sampled)
 
 
 def shards_in(folder: Path) -> list[Path]:

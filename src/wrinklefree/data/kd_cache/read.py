@@ -23,9 +23,9 @@ the memory of its batch, whatever the size.
 """
 
 import bisect
-import random
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.kd_cache.manifest import DTYPES, MANIFEST, Split, read_manifest, shard_name, tokenizer_fingerprint
-from wrinklefree.data.packing import IGNORE, Batch, make_batch
+from wrinklefree.data.kd_cache.manifest import DTYPES, MANIFEST, read_manifest, shard_name
+from wrinklefree.data.packing import make_batch
+from wrinklefree.data.shuffled import ShuffledStream
+from wrinklefree.data.sources import Split
+from wrinklefree.data.tokenizer import tokenizer_fingerprint
 
 OPEN_SHARDS = 64  # kept mapped at a time
 
@@ -121,51 +125,23 @@ class KDCache:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """As int64 or fp32: few of torch's functions take uint16."""
+    """A tensor as int64 or fp32, because few of torch's functions take uint16."""
     return tensor.float() if tensor.is_floating_point() else tensor.long()
 
 
-class KDStream(Iterator[Batch]):
-    """Batches of a cache without end, each epoch shuffled by (seed, epoch), from any exact position.
-
-    All processes walk one order, and process `rank` keeps its `batch_size` rows of each global batch, as `BatchStream`.
-    """
+class KDStream(ShuffledStream):
+    """Batches of a cache without end, each epoch shuffled by (seed, epoch), from any exact position."""
 
     def __init__(self, cache: KDCache, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self._cache, self._batch_size = cache, batch_size
-        self._rank, self._world_size = rank, world_size
-        # What a position means something under; a resume under other values is refused.
-        self._identity: dict[str, Any] = {"kd_cache": cache.manifest.key, "seed": seed}
-        self._epoch = self._place = 0
-        self._order: list[int] = []  # of this epoch; empty until it is asked for
-
-    def __next__(self) -> Batch:
-        rows = [self._next_row() for _ in range(self._world_size * self._batch_size)]
-        first = self._rank * self._batch_size
-        return self._cache.batch("train", rows[first : first + self._batch_size])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The exact position, in plain values, the same in every process."""
-        return {**self._identity, "epoch": self._epoch, "place": self._place}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises UserError where it was saved under another cache, seed or kind of data."""
-        for key, value in self._identity.items():
-            if state.get(key) != value:
-                raise UserError(
-                    f"data position was saved with {key}={state.get(key)!r}, this run has {value!r}: "
-                    f"resume with the same cache and seed, or start anew from the checkpoint's weights"
-                )
-        self._epoch, self._place, self._order = state["epoch"], state["place"], []
-
-    def _next_row(self) -> int:
-        if self._place == self._cache.manifest.count("train"):
-            self._epoch, self._place, self._order = self._epoch + 1, 0, []
-        if not self._order:
-            self._order = list(range(self._cache.manifest.count("train")))
-            random.Random(f"{self._identity['seed']} {self._epoch}").shuffle(self._order)
-        self._place += 1
-        return self._order[self._place - 1]
+        super().__init__(
+            cache.manifest.count("train"),
+            partial(cache.batch, "train"),
+            identity={"kd_cache": cache.manifest.key},
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
 
 
 def sequences(batch: Batch) -> dict[str, Tensor]:
@@ -178,5 +154,5 @@ def sequences(batch: Batch) -> dict[str, Tensor]:
 
 
 def batch_of(tensors: Mapping[str, Tensor]) -> Batch:
-    """The other way round."""
+    """The batch that `sequences` was made from."""
     return make_batch(torch.stack([tensors[name].long() for name in ("input_ids", "starts", "learned")], dim=1))

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.kd_cache.manifest import MANIFEST, SPARE, Manifest, Split, read_manifest, shard_name, shards_in
+from wrinklefree.core.files import file_aside
+from wrinklefree.data.kd_cache.manifest import MANIFEST, SPARE, Manifest, read_manifest, shard_name, shards_in
+from wrinklefree.data.sources import Split
 
 log = logging.getLogger("wrinklefree")
 
@@ -146,17 +148,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _put(target: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `target`, then rename. Raises UserError where that fails, as on a full disk."""
-    aside = target.with_name(f".{target.name}.tmp")
+    """Write a file whole or not at all. Raises UserError if that fails."""
     try:
-        write(aside)
-        _rename(aside, target)
+        with file_aside(target) as aside:
+            write(aside)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"{target}: cannot be written ({error}): what is there is whole, go on later") from error
-
-
-def _rename(aside: Path, target: Path) -> None:
-    with aside.open("rb") as handle:
-        os.fsync(handle.fileno())  # a rename must not become durable before the content
-    aside.replace(target)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.core import surgery
+from wrinklefree.core.files import file_aside
 from wrinklefree.core.method import quant_layers
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import refuse_norms, unquantized_state
@@ -51,7 +52,7 @@ def write(
 
 @torch.no_grad()
 def write_state(model: PreTrainedModel, file: Path) -> None:
-    """Write the state dict, aside and renamed, and a config.json beside it; then read every layer back."""
+    """Write the state dict, read every layer back, and put a config.json beside it."""
     refuse_norms(model, "anemll")
     layers = palettes(model, "anemll")
     state = {name: tensor.cpu() for name, tensor in unquantized_state(model, layers).items()}
@@ -59,10 +60,9 @@ def write_state(model: PreTrainedModel, file: Path) -> None:
         parts = {"weight": layer.lut[layer.index.long()], "lut": layer.lut, "scale_A": layer.a, "scale_B": layer.b}
         state |= {f"{fqn}.{name}": tensor for name, tensor in parts.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    torch.save(state, aside)
-    _check(torch.load(aside, weights_only=True), layers)
-    aside.replace(file)
+    with file_aside(file) as aside:
+        torch.save(state, aside)
+        _check(torch.load(aside, weights_only=True), layers)
     (file.parent / "config.json").write_text(json.dumps(described(model, layers), indent=2) + "\n")
 
 
