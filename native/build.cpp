@@ -273,7 +273,7 @@ Grid wide_grid(const float* scales) {
     return grid;
 }
 
-struct Fairy {
+struct ComplexCodes {
     int rows, columns, num_stages, num_rows, num_groups;  // complex
     const uint8_t* codes;
     const float* scales;
@@ -306,7 +306,7 @@ void set_head(Stream& s, int panel, int group, int slot, const Grid& grid, bool 
     }
 }
 
-void fill_heads(Stream& s, const Fairy& f, int first, int count, bool wide) {
+void fill_heads(Stream& s, const ComplexCodes& f, int first, int count, bool wide) {
     float scales[8];
     for (int row = 0; row < (f.num_rows == 1 ? PANEL : f.num_rows); ++row)
         for (int group = 0; group < f.num_groups; ++group) {
@@ -317,7 +317,7 @@ void fill_heads(Stream& s, const Fairy& f, int first, int count, bool wide) {
         }
 }
 
-void fill_fairy(Stream& s, const Fairy& f, int first, int count) {
+void fill_complex(Stream& s, const ComplexCodes& f, int first, int count) {
     const int width = s.columns.width, per_chunk = spec(s.format).segments / 2 * CELL;
     for (int p = 0; p < 2; ++p)
         for (int t = 0; t < count; ++t) {
@@ -332,7 +332,7 @@ void fill_fairy(Stream& s, const Fairy& f, int first, int count) {
         }
 }
 
-bool on_grid(const Fairy& f, int first, int count) {
+bool on_grid(const ComplexCodes& f, int first, int count) {
     float scales[8];
     for (int row = 0; row < f.num_rows; ++row)
         for (int group = 0; group < f.num_groups; ++group) {
@@ -342,7 +342,7 @@ bool on_grid(const Fairy& f, int first, int count) {
     return true;
 }
 
-wf_matrix* fairy_matrix(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
+wf_matrix* complex_matrix(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
                         int num_groups, const float* row, const float* col, const float* bias) {
     check_shape(n, k);
     check(n % 2 == 0 && k % 2 == 0, "n, k: must be even");
@@ -353,26 +353,26 @@ wf_matrix* fairy_matrix(int n, int k, int num_stages, const uint8_t* codes, cons
     const size_t num_scales = size_t(4) * num_stages * num_rows * num_groups;
     check_finite(scales, num_scales, "scales: not finite");
 
-    auto made = empty(Kind::FAIRY, n, k);
+    auto made = empty(Kind::COMPLEX, n, k);
     wf_matrix& m = *made;
     m.num_stages = num_stages;
     m.num_rows = num_rows;
     m.num_groups = num_groups;
     m.scales.reset(num_scales);
     std::copy_n(scales, num_scales, m.scales.data());
-    const Fairy f{n / 2, k / 2, num_stages, num_rows, num_groups, codes, scales};
+    const ComplexCodes f{n / 2, k / 2, num_stages, num_rows, num_groups, codes, scales};
     bool any_wide = false;
     for (int first = 0; first < num_stages; first += 2) {
         const int count = std::min(2, num_stages - first);
         const bool wide = !on_grid(f, first, count);
         any_wide = any_wide || wide;
-        const Format format = count == 1 ? (wide ? Format::FAIRY1_WIDE : Format::FAIRY1)
-                                         : (wide ? Format::FAIRY2_WIDE : Format::FAIRY2);
+        const Format format = count == 1 ? (wide ? Format::COMPLEX1_WIDE : Format::COMPLEX1)
+                                         : (wide ? Format::COMPLEX2_WIDE : Format::COMPLEX2);
         m.streams.push_back(stream(format, f.rows, f.columns, num_rows, num_groups));
-        fill_fairy(m.streams.back(), f, first, count);
+        fill_complex(m.streams.back(), f, first, count);
         fill_heads(m.streams.back(), f, first, count, wide);
     }
-    m.kernel = any_wide ? "fairy2-wide" : "fairy2-grid";
+    m.kernel = any_wide ? "complex-wide" : "complex-grid";
     set_factors(m, row, col, bias);
     return made.release();
 }
@@ -430,10 +430,10 @@ wf_matrix* wf_matrix_table(int n, int k, int bits, const uint8_t* codes, const f
     });
 }
 
-wf_matrix* wf_matrix_fairy(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
+wf_matrix* wf_matrix_complex(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
                            int num_groups, const float* row, const float* col, const float* bias) {
     return guarded<wf_matrix*>(nullptr, [&] {
-        return fairy_matrix(n, k, num_stages, codes, scales, num_rows, num_groups, row, col, bias);
+        return complex_matrix(n, k, num_stages, codes, scales, num_rows, num_groups, row, col, bias);
     });
 }
 

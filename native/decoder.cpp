@@ -55,7 +55,7 @@ struct Task {
 };
 
 // An error of one of the functions of wf.h is one here.
-void told(int code) {
+void check_call(int code) {
     if (code) fail(wf_error());
 }
 
@@ -89,7 +89,7 @@ struct wf_decoder {
     void finish(const wf_append* appends, int count);
     void apply(std::initializer_list<const Linear*> group, const float* x, int rows, std::initializer_list<float*> outs);
     void apply_alone(const Linear& linear, const float* x, int rows, float* y);
-    void turn(const Layer& layer, int index, int row);
+    void rotate_and_store(const Layer& layer, int index, int row);
     void attend(const Layer& layer, int index, const Task& task);
     void list_tasks(bool last);
     template <class F>
@@ -110,7 +110,7 @@ struct wf_decoder {
     std::vector<Task> tasks_;
     int64_t attention_work_ = 0;
     int num_rows_ = 0;
-    Buffer<float> x_, n_, own_, q_, k_, v_, a_, gate_, up_, cosine_, sine_, logits_;
+    Buffer<float> x_, n_, private_inputs_, q_, k_, v_, a_, gate_, up_, cosine_, sine_, logits_;
 };
 
 namespace {
@@ -199,7 +199,7 @@ wf_decoder::wf_decoder(wf_pool* pool, const wf_model& model)
     for (int i = 0; i < m.slots; i++) sequences.emplace_back(shape_);
     size_t rows = m.max_rows;
     for (Buffer<float>* b : {&x_, &n_}) b->reset(rows * m.hidden);
-    own_.reset(rows * std::max({m.hidden, m.intermediate, q_width_}));
+    private_inputs_.reset(rows * std::max({m.hidden, m.intermediate, q_width_}));
     for (Buffer<float>* b : {&q_, &a_}) b->reset(rows * q_width_);
     for (Buffer<float>* b : {&k_, &v_}) b->reset(rows * kv_width_);
     for (Buffer<float>* b : {&gate_, &up_}) b->reset(rows * m.intermediate);
@@ -209,7 +209,7 @@ wf_decoder::wf_decoder(wf_pool* pool, const wf_model& model)
 
 size_t wf_decoder::bytes() const {
     size_t total = 0;
-    for (const Buffer<float>* b : {&x_, &n_, &own_, &q_, &k_, &v_, &a_, &gate_, &up_, &cosine_, &sine_, &logits_})
+    for (const Buffer<float>* b : {&x_, &n_, &private_inputs_, &q_, &k_, &v_, &a_, &gate_, &up_, &cosine_, &sine_, &logits_})
         total += b->bytes();
     for (const Sequence& s : sequences) total += s.cache.bytes();
     return total;
@@ -300,7 +300,7 @@ void wf_decoder::embed(const wf_append* appends, int count) {
     float* x = x_.data();
     for (int i = 0; i < count; i++)
         for (int t = 0; t < appends[i].length; t++, x += m.hidden)
-            told(wf_matrix_row(m.embedding, appends[i].tokens[t], x));
+            check_call(wf_matrix_row(m.embedding, appends[i].tokens[t], x));
 }
 
 void wf_decoder::run_layers() {
@@ -319,7 +319,7 @@ void wf_decoder::attention_block(const Layer& layer, int index, bool last) {
         loops_.norm(x_.data() + at, layer.attention_norm.data(), m.eps, m.hidden, n_.data() + at);
     });
     apply({&layer.q, &layer.k, &layer.v}, n_.data(), num_rows_, {q_.data(), k_.data(), v_.data()});
-    each(num_rows_, work * 4, [&](int row) { turn(layer, index, row); });
+    each(num_rows_, work * 4, [&](int row) { rotate_and_store(layer, index, row); });
     if (last) keep_wanted();
     each(static_cast<int>(tasks_.size()), attention_work_, [&](int i) { attend(layer, index, tasks_[i]); });
     if (num_rows_ == 0) return;
@@ -370,22 +370,22 @@ void wf_decoder::apply(std::initializer_list<const Linear*> group, const float* 
         matrices[count] = linear->matrix;
         y[count++] = to;
     }
-    if (count) told(wf_matmul(pool_, matrices, count, x, rows, y, m.mode));
+    if (count) check_call(wf_matmul(pool_, matrices, count, x, rows, y, m.mode));
 }
 
 void wf_decoder::apply_alone(const Linear& linear, const float* x, int rows, float* y) {
     each(rows, static_cast<int64_t>(rows) * linear.in * 2, [&](int row) {
         size_t at = static_cast<size_t>(row) * linear.in;
         const float* from = x + at;
-        float* to = own_.data() + at;
+        float* to = private_inputs_.data() + at;
         if (!linear.gain.empty()) loops_.norm(from, linear.gain.data(), linear.eps, linear.in, to), from = to;
         if (linear.rounded && m.mode == WF_EXACT) loops_.round8(from, linear.in, to);
     });
-    told(wf_matmul(pool_, &linear.matrix, 1, own_.data(), rows, &y, m.mode));
+    check_call(wf_matmul(pool_, &linear.matrix, 1, private_inputs_.data(), rows, &y, m.mode));
 }
 
 // Norms of the heads, positions, and the row's place in the cache.
-void wf_decoder::turn(const Layer& layer, int index, int row) {
+void wf_decoder::rotate_and_store(const Layer& layer, int index, int row) {
     int d = m.head_dim, half = d / 2, place = rows_[row].position % PAGE;
     float* q = q_.data() + static_cast<size_t>(row) * q_width_;
     float* k = k_.data() + static_cast<size_t>(row) * kv_width_;

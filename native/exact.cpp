@@ -32,7 +32,7 @@ void int8_row(const wf_matrix& m, int n, float* out) {
 constexpr float REAL[4] = {1, 0, -1, 0}, IMAGINARY[4] = {0, 1, 0, -1};
 
 // Adds the stages of one stream to rows [A B] or [C D] of the real weight.
-void add_fairy(const wf_matrix& m, const Stream& s, int first, int n, float* out) {
+void add_complex(const wf_matrix& m, const Stream& s, int first, int n, float* out) {
     const int half_rows = m.n / 2, half = m.k / 2, row = n % half_rows, count = std::min(2, m.num_stages - first);
     const bool top = n < half_rows;
     const int per_chunk = spec(s.format).segments / 2 * CELL;
@@ -71,9 +71,9 @@ void code_row(const wf_matrix& m, int n, float* out) {
         case Kind::TABLE: return table_row(m, n, out);
         case Kind::INT8: return int8_row(m, n, out);
         case Kind::DENSE: return dense_row(m, n, out);
-        case Kind::FAIRY:
+        case Kind::COMPLEX:
             std::fill_n(out, m.k, 0.0f);
-            for (size_t i = 0; i < m.streams.size(); ++i) add_fairy(m, m.streams[i], static_cast<int>(2 * i), n, out);
+            for (size_t i = 0; i < m.streams.size(); ++i) add_complex(m, m.streams[i], static_cast<int>(2 * i), n, out);
     }
 }
 

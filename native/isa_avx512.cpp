@@ -16,7 +16,7 @@ struct V {
         return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(from)));
     }
     static Bytes splat(int8_t value) { return _mm512_set1_epi8(value); }
-    static Bytes land(Bytes x, Bytes y) { return _mm512_and_si512(x, y); }
+    static Bytes bit_and(Bytes x, Bytes y) { return _mm512_and_si512(x, y); }
     static Bytes add(Bytes x, Bytes y) { return _mm512_add_epi8(x, y); }
     static Bytes sub(Bytes x, Bytes y) { return _mm512_sub_epi8(x, y); }
     template <int BITS>

@@ -26,7 +26,7 @@ struct V {
         std::memset(x.at, value, CELL);
         return x;
     }
-    static Bytes land(Bytes x, const Bytes& y) {
+    static Bytes bit_and(Bytes x, const Bytes& y) {
         for (int i = 0; i < CELL; ++i) x.at[i] = x.at[i] & y.at[i];
         return x;
     }

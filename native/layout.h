@@ -27,10 +27,10 @@ enum class Format {
     TABLE4,        // q 4 bits, 2 segments: 16-bit table
     TABLE2_BYTE,   // the same with tables that lie on a grid of 8 bits
     TABLE4_BYTE,
-    FAIRY1,        // nibble u + 4 w, (re, im) x 2: one stage, scales on a grid of 8 bits
-    FAIRY2,        // nibbles u0 + 4 u1, w0 + 4 w1, re, im: two stages, the same
-    FAIRY1_WIDE,   // as FAIRY1, scales in two digits
-    FAIRY2_WIDE,
+    COMPLEX1,        // nibble u + 4 w, (re, im) x 2: one stage, scales on a grid of 8 bits
+    COMPLEX2,        // nibbles u0 + 4 u1, w0 + 4 w1, re, im: two stages, the same
+    COMPLEX1_WIDE,   // as COMPLEX1, scales in two digits
+    COMPLEX2_WIDE,
     INT8,          // one signed byte, 1 segment
 };
 constexpr int NUM_FORMATS = 10;
@@ -104,7 +104,7 @@ struct Activations {
 
 }  // namespace wf
 
-enum class Kind { TABLE, FAIRY, INT8, DENSE };
+enum class Kind { TABLE, COMPLEX, INT8, DENSE };
 
 struct wf_matrix {
     Kind kind;
@@ -115,15 +115,15 @@ struct wf_matrix {
     wf::Buffer<float> row, col, bias;        // empty where not given; row and bias padded to whole panels of each part
     // What the codes stand for, for exact products.
     float values[16] = {};                   // TABLE
-    int num_stages = 0;                      // FAIRY
-    wf::Buffer<float> scales;                // FAIRY: [2, T, 2, R, G] as given
+    int num_stages = 0;                      // COMPLEX
+    wf::Buffer<float> scales;                // COMPLEX: [2, T, 2, R, G] as given
     int num_rows = 1, num_groups = 1;
     size_t read_bytes = 0;  // by one product
     // DENSE
     wf::Buffer<float> weight32;
     wf::Buffer<uint16_t> weight16;  // bf16
 
-    int parts() const { return kind == Kind::FAIRY ? 2 : 1; }
+    int parts() const { return kind == Kind::COMPLEX ? 2 : 1; }
     int rows() const { return n / parts(); }
     int panels() const { return wf::ceil_div(rows(), wf::PANEL); }
     size_t padded_row(int n) const { return size_t(n / rows()) * panels() * wf::PANEL + n % rows(); }

@@ -70,7 +70,7 @@ struct Net {
 };
 
 const wf_matrix* Net::matrix(int n, int k) {
-    wf_matrix* (*const kinds[])(int, int) = {table, fairy, bytes, dense};
+    wf_matrix* (*const kinds[])(int, int) = {table, complex, bytes, dense};
     matrices.push_back(kinds[below(4)](n, k));
     require(matrices.back() != nullptr, "layer");
     return matrices.back();
@@ -155,7 +155,7 @@ Logits logits_of(wf_decoder* decoder, int vocab, int slot, const int32_t* tokens
     return logits;
 }
 
-std::vector<Story> stories(wf_pool* pool, const Net& net) {
+std::vector<Story> tell_stories(wf_pool* pool, const Net& net) {
     wf_decoder* decoder = opened(pool, net.model);
     std::vector<Story> all(net.model.slots);
     for (Story& story : all) {
@@ -182,8 +182,8 @@ wf_sampling settings() {
 // All sequences in one decoder, in steps of any kind; what they say is compared with their stories.
 class Play {
   public:
-    Play(wf_pool* pool, const Net& net, const std::vector<Story>& told)
-        : net_(net), told_(told), decoder_(opened(pool, net.model)), at_(told.size()) {}
+    Play(wf_pool* pool, const Net& net, const std::vector<Story>& stories)
+        : net_(net), stories_(stories), decoder_(opened(pool, net.model)), at_(stories.size()) {}
     ~Play() { wf_decoder_free(decoder_); }
     Play(const Play&) = delete;
 
@@ -197,21 +197,21 @@ class Play {
         int32_t next = -1;
     };
 
-    int left(int slot) const { return static_cast<int>(told_[slot].tokens.size()) - at_[slot]; }
+    int left(int slot) const { return static_cast<int>(stories_[slot].tokens.size()) - at_[slot]; }
     bool done() const;
     void step(const std::function<int(int)>& length_of);
     void go_back(int slot);
     void compare(const wf_append& append, const Asked& asked);
 
     const Net& net_;
-    const std::vector<Story>& told_;
+    const std::vector<Story>& stories_;
     wf_decoder* decoder_;
     std::vector<int> at_;  // tokens in each slot
     int broken_ = -1;      // the slot that gets infinite tokens
 };
 
 bool Play::done() const {
-    for (size_t slot = 0; slot < told_.size(); ++slot)
+    for (size_t slot = 0; slot < stories_.size(); ++slot)
         if (static_cast<int>(slot) != broken_ && left(static_cast<int>(slot))) return false;
     return true;
 }
@@ -223,7 +223,7 @@ void Play::compare(const wf_append& append, const Asked& asked) {
         require(!append.logits || std::isnan(asked.logits[0]), "NaN after an infinite token");
         return require(!append.next || (asked.next >= 0 && asked.next < net_.model.vocab), "a token of the vocabulary");
     }
-    const Story& story = told_[append.slot];
+    const Story& story = stories_[append.slot];
     const Logits& expected = story.logits[at_[append.slot] - 1];
     if (append.logits) require(same(asked.logits.data(), expected.data(), expected.size()), "the bits of the story");
     if (!append.next) return;
@@ -241,7 +241,7 @@ void Play::step(const std::function<int(int)>& length_of) {
         if (!length) continue;
         asked.push_back({std::vector<int32_t>(slot == broken_ ? length : 0), Logits(net_.model.vocab), settings()});
         Asked& a = asked.back();
-        const int32_t* tokens = slot == broken_ ? a.broken.data() : told_[slot].tokens.data() + at_[slot];
+        const int32_t* tokens = slot == broken_ ? a.broken.data() : stories_[slot].tokens.data() + at_[slot];
         appends.insert(appends.begin() + below(static_cast<int>(appends.size()) + 1),
                        {slot, length, tokens, &a.sampling, wanted & 1 ? &a.next : nullptr,
                         wanted & 2 ? a.logits.data() : nullptr});
@@ -277,10 +277,10 @@ void Play::run() {
 }
 
 // Two threads, each with a sequence of its own, in one decoder.
-void talk_at_once(wf_pool* pool, const Net& net, const std::vector<Story>& told) {
+void talk_at_once(wf_pool* pool, const Net& net, const std::vector<Story>& stories) {
     wf_decoder* decoder = opened(pool, net.model);
     const auto say = [&](int slot) {
-        const Story& story = told[slot];
+        const Story& story = stories[slot];
         for (size_t i = 0; i < story.tokens.size(); ++i) {
             const Logits logits = logits_of(decoder, net.model.vocab, slot, &story.tokens[i], 1);
             require(same(logits.data(), story.logits[i].data(), logits.size()), "the same bits while another talks");
@@ -306,20 +306,20 @@ void starve(const Attempt& attempt) {
 }
 
 // Without memory there is no decoder, and no step: sequences stay as long as they were.
-void run_out_of_memory(wf_pool* pool, const Net& net, const std::vector<Story>& told) {
+void run_out_of_memory(wf_pool* pool, const Net& net, const std::vector<Story>& stories) {
     wf_decoder* decoder = nullptr;
     starve([&] { return (decoder = wf_decoder_new(pool, &net.model)) != nullptr; });
     Logits logits(net.model.vocab);
     int32_t next[2];
     const wf_sampling sampling{1, 0.9f, 1.1f, 3, 1, 0};
-    const wf_append appends[] = {{0, 1, told[0].tokens.data(), &sampling, next, logits.data()},
-                                 {1, 1, told[1].tokens.data(), &sampling, next + 1, nullptr}};
+    const wf_append appends[] = {{0, 1, stories[0].tokens.data(), &sampling, next, logits.data()},
+                                 {1, 1, stories[1].tokens.data(), &sampling, next + 1, nullptr}};
     starve([&] {
         const bool done = !wf_decoder_step(decoder, appends, 2);
         for (const int slot : {0, 1}) require(wf_decoder_length(decoder, slot) == done, "no tokens of a step that failed");
         return done;
     });
-    require(same(logits.data(), told[0].logits[0].data(), logits.size()), "the bits of the story after errors");
+    require(same(logits.data(), stories[0].logits[0].data(), logits.size()), "the bits of the story after errors");
     wf_decoder_free(decoder);
 }
 
@@ -555,11 +555,11 @@ int main(int count, char** arguments) {
     choose();
     for (int round = 0; round < rounds; ++round) {
         const Net net(round % 4 == 0);
-        const std::vector<Story> told = stories(one, net);
-        Play(one, net, told).run();
-        Play(many, net, told).run();
-        talk_at_once(many, net, told);
-        run_out_of_memory(one, net, told);
+        const std::vector<Story> stories = tell_stories(one, net);
+        Play(one, net, stories).run();
+        Play(many, net, stories).run();
+        talk_at_once(many, net, stories);
+        run_out_of_memory(one, net, stories);
         refuse_models(one, net);
         refuse_steps(one, net);
         fill(many, net);

@@ -64,14 +64,14 @@ inline wf_matrix* table(int n, int k) {
 }
 
 // n and k even.
-inline wf_matrix* fairy(int n, int k) {
+inline wf_matrix* complex(int n, int k) {
     const int stages = 1 + below(4), rows = pick({1, n / 2}), groups = divisor(k / 2);
     const Factors f(n, k);
     auto scales = normals(size_t(4) * stages * rows * groups);
     if (below(2))
         for (float& scale : scales) scale = static_cast<float>(below(25));
     const auto index = codes(size_t(2) * stages * (n / 2) * (k / 2), 4);
-    return wf_matrix_fairy(n, k, stages, index.data(), scales.data(), rows, groups, f.at(f.row), f.at(f.col),
+    return wf_matrix_complex(n, k, stages, index.data(), scales.data(), rows, groups, f.at(f.row), f.at(f.col),
                            f.at(f.bias));
 }
 

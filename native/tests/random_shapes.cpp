@@ -20,7 +20,7 @@ wf_matrix* any_layer() {
     const int kind = below(4);
     if (kind == 0) {
         const int n = 1 + below(40), k = 1 + below(150);
-        return fairy(2 * n, 2 * k);
+        return complex(2 * n, 2 * k);
     }
     const int n = 1 + below(70), k = 1 + below(300);
     return kind == 1 ? table(n, k) : kind == 2 ? bytes(n, k) : dense(n, k);
@@ -52,8 +52,8 @@ void refuse() {
     require(!wf_matrix_table(2, 4, 2, index, table, endless, 1, 1, 1, nullptr, nullptr, nullptr), "refusal of infinity");
     require(!wf_matrix_table(2, 4, 2, index, table, scale, 1, 1, 9, scale, scale, nullptr), "refusal of nine ranks");
     require(!wf_matrix_table(2, 4, 2, index, table, scale, 1, 1, 2, nullptr, scale, nullptr), "refusal of ranks without rows");
-    require(!wf_matrix_fairy(1, 4, 1, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of an odd width");
-    require(!wf_matrix_fairy(2, 4, 5, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of five stages");
+    require(!wf_matrix_complex(1, 4, 1, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of an odd width");
+    require(!wf_matrix_complex(2, 4, 5, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of five stages");
     require(!wf_pool_new(0) && !wf_pool_new(-1) && !wf_pool_new(1 << 20), "refusal of threads");
     require(wf_matmul(nullptr, nullptr, 0, nullptr, 0, nullptr, WF_INT8) != 0, "refusal of nothing");
 }
