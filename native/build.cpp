@@ -46,10 +46,10 @@ void check_codes(const uint8_t* codes, size_t size, int limit) {
 // Per-row numbers of each rank, padded to whole panels of each part.
 void set_rows(const wf_matrix& m, int rank, Buffer<float>& to, const float* from, const char* text) {
     if (!from) return;
-    check_finite(from, size_t(rank) * m.n, text);
+    check_finite(from, static_cast<size_t>(rank) * m.n, text);
     to.reset(rank * m.padded_rows());
     for (int r = 0; r < rank; ++r)
-        for (int n = 0; n < m.n; ++n) to[r * m.padded_rows() + m.padded_row(n)] = from[size_t(r) * m.n + n];
+        for (int n = 0; n < m.n; ++n) to[r * m.padded_rows() + m.padded_row(n)] = from[static_cast<size_t>(r) * m.n + n];
 }
 
 // What all kinds end with.
@@ -59,7 +59,7 @@ void set_factors(wf_matrix& m, const float* row, const float* col, const float* 
     for (const Stream& s : m.streams) m.read_bytes += s.bytes();
     m.read_bytes += m.weight32.bytes() + m.weight16.bytes();
     if (!col) return;
-    const size_t size = size_t(m.rank) * m.k;
+    const size_t size = static_cast<size_t>(m.rank) * m.k;
     check_finite(col, size, "col: not finite");
     m.col.reset(size);
     std::copy_n(col, size, m.col.data());
@@ -75,11 +75,11 @@ Stream stream(Format format, int rows, int columns, int num_rows, int num_groups
     const int real = complex ? 2 * width : width;  // columns of activations; complex ones are padded in pairs of 16
     s.columns = {complex, num_groups, width, ceil_div(complex ? 2 * ceil_div(width, CELL) * CELL : real, 64) * 64};
     s.chunks = ceil_div(complex ? 2 * ceil_div(width, CELL) * CELL : real, spec(format).segments * CELL);
-    s.cells.reset(size_t(s.panels) * num_groups * s.chunks * CHUNK_BYTES);
+    s.cells.reset(static_cast<size_t>(s.panels) * num_groups * s.chunks * CHUNK_BYTES);
     const int scale_panels = num_rows == 1 ? 1 : s.panels;
-    s.scale_panel = num_rows == 1 ? 0 : size_t(num_groups) * PANEL;
-    s.scales.reset(size_t(scale_panels) * num_groups * PANEL);
-    const size_t group_heads = size_t(spec(format).heads) * CHUNK_BYTES;
+    s.scale_panel = num_rows == 1 ? 0 : static_cast<size_t>(num_groups) * PANEL;
+    s.scales.reset(static_cast<size_t>(scale_panels) * num_groups * PANEL);
+    const size_t group_heads = static_cast<size_t>(spec(format).heads) * CHUNK_BYTES;
     s.head_panel = num_rows == 1 ? 0 : group_heads * num_groups;
     s.heads.reset(group_heads * num_groups * scale_panels);
     return s;
@@ -87,7 +87,7 @@ Stream stream(Format format, int rows, int columns, int num_rows, int num_groups
 
 // Cell of a row's chunk; `column` counts within the group, `wide` columns to a chunk.
 uint8_t* cell(Stream& s, int row, int group, int chunk) {
-    return s.cells.data() + ((size_t(row / PANEL) * s.columns.groups + group) * s.chunks + chunk) * CHUNK_BYTES +
+    return s.cells.data() + ((static_cast<size_t>(row / PANEL) * s.columns.groups + group) * s.chunks + chunk) * CHUNK_BYTES +
            row % PANEL * CELL;
 }
 
@@ -108,8 +108,8 @@ void fill_scales(Stream& s, const float* scales, int num_rows) {
     const int groups = s.columns.groups;
     for (int row = 0; row < (num_rows == 1 ? PANEL : num_rows); ++row)
         for (int group = 0; group < groups; ++group)
-            s.scales[(size_t(row / PANEL) * groups + group) * PANEL + row % PANEL] =
-                scales[size_t(num_rows == 1 ? 0 : row) * groups + group];
+            s.scales[(static_cast<size_t>(row / PANEL) * groups + group) * PANEL + row % PANEL] =
+                scales[static_cast<size_t>(num_rows == 1 ? 0 : row) * groups + group];
 }
 
 // ---- Tables
@@ -158,8 +158,8 @@ int exact_steps(const float* values, int size, int limit, int* integers) {
     for (int steps = 1; steps <= limit && most > 0; ++steps) {
         bool exact = true;
         for (int i = 0; i < size && exact; ++i) {
-            integers[i] = static_cast<int>(std::lrint(double(values[i]) * steps / most));
-            exact = double(values[i]) * steps == double(most) * integers[i];
+            integers[i] = static_cast<int>(std::lrint(static_cast<double>(values[i]) * steps / most));
+            exact = static_cast<double>(values[i]) * steps == static_cast<double>(most) * integers[i];
         }
         if (exact) return steps;
     }
@@ -172,7 +172,7 @@ constexpr int TABLE_MOST = 127 * 256 + 127;  // the largest sum of two digits
 void set_table(Stream& s, const float* table, int size, float most) {
     s.grain = most / TABLE_MOST;
     for (int i = 0; i < size && most > 0; ++i) {
-        const int value = static_cast<int>(std::lrint(double(table[i]) / most * TABLE_MOST));
+        const int value = static_cast<int>(std::lrint(static_cast<double>(table[i]) / most * TABLE_MOST));
         const int high = static_cast<int>(std::floor((value + 128) / 256.0));
         s.table[0][i] = static_cast<uint8_t>(high);
         s.table[1][i] = static_cast<uint8_t>(value - 256 * high);
@@ -188,11 +188,11 @@ wf_matrix* table_matrix(int n, int k, int bits, const uint8_t* codes, const floa
     check(codes && table && scales, "codes, table, scales: must be given");
     check_grid(n, k, num_rows, num_groups);
     const int size = 1 << bits;
-    check_codes(codes, size_t(n) * k, size);
+    check_codes(codes, static_cast<size_t>(n) * k, size);
     check_finite(table, size, "table: not finite");
-    check_finite(scales, size_t(num_rows) * num_groups, "scales: not finite");
+    check_finite(scales, static_cast<size_t>(num_rows) * num_groups, "scales: not finite");
     bool used[256] = {};
-    for (size_t i = 0; i < size_t(n) * k; ++i) used[codes[i]] = true;
+    for (size_t i = 0; i < static_cast<size_t>(n) * k; ++i) used[codes[i]] = true;
 
     auto made = empty(Kind::TABLE, n, k);
     wf_matrix& m = *made;
@@ -278,9 +278,9 @@ struct ComplexCodes {
     const uint8_t* codes;
     const float* scales;
 
-    const uint8_t* codes_of(int p, int t) const { return codes + (size_t(p) * num_stages + t) * rows * columns; }
+    const uint8_t* codes_of(int p, int t) const { return codes + (static_cast<size_t>(p) * num_stages + t) * rows * columns; }
     float scale(int p, int t, int axis, int row, int group) const {
-        return scales[(((size_t(p) * num_stages + t) * 2 + axis) * num_rows + row) * num_groups + group];
+        return scales[(((static_cast<size_t>(p) * num_stages + t) * 2 + axis) * num_rows + row) * num_groups + group];
     }
     // The scales of `count` stages from `first`, [p][t][axis]; stages that are not there have none.
     void gather(int first, int count, int row, int group, float* to) const {
@@ -293,10 +293,10 @@ struct ComplexCodes {
 
 void set_head(Stream& s, int panel, int group, int slot, const Grid& grid, bool wide) {
     int8_t* at = reinterpret_cast<int8_t*>(s.heads.data() + panel * s.head_panel) +
-                 size_t(group) * spec(s.format).heads * CHUNK_BYTES + slot * CELL;
+                 static_cast<size_t>(group) * spec(s.format).heads * CHUNK_BYTES + slot * CELL;
     for (int i = 0; i < 8; ++i) {
         const int value = grid.integers[i];
-        const int high = wide ? static_cast<int>(std::lrint(double(value) / WIDE)) : value;
+        const int high = wide ? static_cast<int>(std::lrint(static_cast<double>(value) / WIDE)) : value;
         at[i] = static_cast<int8_t>(high);
         at[i + 8] = static_cast<int8_t>(-high);
         if (wide) {
@@ -313,7 +313,7 @@ void fill_heads(Stream& s, const ComplexCodes& f, int first, int count, bool wid
             f.gather(first, count, f.num_rows == 1 ? 0 : row, group, scales);
             const Grid grid = wide ? wide_grid(scales) : exact_grid(scales);
             set_head(s, row / PANEL, group, row % PANEL, grid, wide);
-            s.scales[(size_t(row / PANEL) * f.num_groups + group) * PANEL + row % PANEL] = grid.unit;
+            s.scales[(static_cast<size_t>(row / PANEL) * f.num_groups + group) * PANEL + row % PANEL] = grid.unit;
         }
 }
 
@@ -327,7 +327,7 @@ void fill_complex(Stream& s, const ComplexCodes& f, int first, int count) {
                 for (int column = 0; column < f.columns; ++column) {
                     const int group = column / width, inside = column % width, at = inside % per_chunk;
                     cell(s, row, group, inside / per_chunk)[at % CELL] |=
-                        static_cast<uint8_t>(codes[size_t(row) * f.columns + column] << (shift + at / CELL * 4));
+                        static_cast<uint8_t>(codes[static_cast<size_t>(row) * f.columns + column] << (shift + at / CELL * 4));
                 }
         }
 }
@@ -349,8 +349,8 @@ wf_matrix* complex_matrix(int n, int k, int num_stages, const uint8_t* codes, co
     check(num_stages >= 1 && num_stages <= 4, "num_stages: must be 1 to 4");
     check(codes && scales, "codes, scales: must be given");
     check_grid(n / 2, k / 2, num_rows, num_groups);
-    check_codes(codes, size_t(2) * num_stages * (n / 2) * (k / 2), 4);
-    const size_t num_scales = size_t(4) * num_stages * num_rows * num_groups;
+    check_codes(codes, size_t{2} * num_stages * (n / 2) * (k / 2), 4);
+    const size_t num_scales = size_t{4} * num_stages * num_rows * num_groups;
     check_finite(scales, num_scales, "scales: not finite");
 
     auto made = empty(Kind::COMPLEX, n, k);
@@ -387,7 +387,7 @@ wf_matrix* int8_matrix(int n, int k, const int8_t* weight, const float* row, con
     Stream& s = m.streams.back();
     for (int r = 0; r < n; ++r)
         for (int first = 0, chunk = 0; first < k; first += CELL, ++chunk)
-            std::memcpy(cell(s, r, 0, chunk), weight + size_t(r) * k + first, std::min(CELL, k - first));
+            std::memcpy(cell(s, r, 0, chunk), weight + static_cast<size_t>(r) * k + first, std::min(CELL, k - first));
     std::fill_n(s.scales.data(), PANEL, 1.0f);
     set_factors(m, row, nullptr, bias);
     return made.release();
@@ -402,7 +402,7 @@ uint16_t to_bf16(float x) {  // to nearest, ties to even
 wf_matrix* dense_matrix(int n, int k, const float* weight, const float* bias, int exact) {
     check_shape(n, k);
     check(weight, "weight: must be given");
-    const size_t size = size_t(n) * k;
+    const size_t size = static_cast<size_t>(n) * k;
     check_finite(weight, size, "weight: not finite");
     auto made = empty(Kind::DENSE, n, k);
     wf_matrix& m = *made;

@@ -16,7 +16,7 @@ struct CacheShape {
     size_t keys_bytes() const { return element() * PAGE * head_dim; }
     size_t head_bytes() const { return keys_bytes() + element() * PAGE * padded_dim(); }
     size_t page_bytes() const { return head_bytes() * kv_heads * layers; }
-    size_t keys_at(int layer, int head) const { return head_bytes() * ((size_t)layer * kv_heads + head); }
+    size_t keys_at(int layer, int head) const { return head_bytes() * (static_cast<size_t>(layer) * kv_heads + head); }
     size_t values_at(int layer, int head) const { return keys_at(layer, head) + keys_bytes(); }
 };
 
@@ -29,7 +29,7 @@ class Cache {
 
     // Make room for `length` positions; false where memory is short.
     bool grow(int length) {
-        size_t needed = ((size_t)length + PAGE - 1) / PAGE;
+        size_t needed = (static_cast<size_t>(length) + PAGE - 1) / PAGE;
         pages_.reserve(needed);  // what may throw, before there is a page to lose
         while (pages_.size() < needed) {
             // Zeros, since padded columns and places not yet written are multiplied with weights of 0.

@@ -29,7 +29,7 @@ void cpuid(int leaf, int sub, uint32_t (&r)[4]) { __cpuid_count(leaf, sub, r[0],
 uint64_t saved_state() {
     uint32_t low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return uint64_t{high} << 32 | low;
+    return static_cast<uint64_t>(high) << 32 | low;
 }
 #endif
 

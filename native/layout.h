@@ -73,13 +73,13 @@ struct Stream {
     float grain = 1;            // times every scale: what an integer 1 stands for
 
     const uint8_t* group_cells(int panel, int group) const {
-        return cells.data() + (size_t(panel) * columns.groups + group) * chunks * CHUNK_BYTES;
+        return cells.data() + (static_cast<size_t>(panel) * columns.groups + group) * chunks * CHUNK_BYTES;
     }
     const uint8_t* group_heads(int panel, int group) const {
-        return heads.data() + panel * head_panel + size_t(group) * spec(format).heads * CHUNK_BYTES;
+        return heads.data() + panel * head_panel + static_cast<size_t>(group) * spec(format).heads * CHUNK_BYTES;
     }
     const float* group_scales(int panel, int group) const {
-        return scales.data() + panel * scale_panel + size_t(group) * PANEL;
+        return scales.data() + panel * scale_panel + static_cast<size_t>(group) * PANEL;
     }
     size_t bytes() const { return cells.bytes() + heads.bytes() + scales.bytes(); }
 };
@@ -97,9 +97,9 @@ struct Activations {
     int8_t* data = nullptr;    // [tile][segment][token of the tile][16]
     int32_t* sums = nullptr;   // [token][group][4]: of bytes 0-3, 4-7, 8-11 and 12-15 of every segment
 
-    size_t length() const { return size_t(columns.groups) * columns.stride; }
+    size_t length() const { return static_cast<size_t>(columns.groups) * columns.stride; }
     int tokens(int index) const { return batch - index * tile < tile ? batch - index * tile : tile; }
-    int8_t* at(int index) const { return data + size_t(index) * tile * length(); }
+    int8_t* at(int index) const { return data + static_cast<size_t>(index) * tile * length(); }
 };
 
 }  // namespace wf
@@ -126,6 +126,6 @@ struct wf_matrix {
     int parts() const { return kind == Kind::COMPLEX ? 2 : 1; }
     int rows() const { return n / parts(); }
     int panels() const { return wf::ceil_div(rows(), wf::PANEL); }
-    size_t padded_row(int n) const { return size_t(n / rows()) * panels() * wf::PANEL + n % rows(); }
-    size_t padded_rows() const { return size_t(panels()) * wf::PANEL * parts(); }
+    size_t padded_row(int n) const { return static_cast<size_t>(n / rows()) * panels() * wf::PANEL + n % rows(); }
+    size_t padded_rows() const { return static_cast<size_t>(panels()) * wf::PANEL * parts(); }
 };

@@ -63,8 +63,8 @@ void spread_complex(const int8_t* q, int half, const Activations& to, int tile, 
 void sum_groups(const int8_t* q, int half, const Activations& to, int token, const Kernels& kernels) {
     const Columns& c = to.columns;
     for (int group = 0; group < c.groups; ++group) {
-        const int8_t* from = q + size_t(group) * c.width;
-        int32_t* lanes = to.sums + (size_t(token) * c.groups + group) * 4;
+        const int8_t* from = q + static_cast<size_t>(group) * c.width;
+        int32_t* lanes = to.sums + (static_cast<size_t>(token) * c.groups + group) * 4;
         std::fill_n(lanes, 4, 0);
         kernels.sum(from, c.width, lanes);
         if (c.complex) kernels.sum(from + half, c.width, lanes);
@@ -152,7 +152,7 @@ class Needs {
         }
     }
     static size_t data_bytes(const Activations& a) { return a.length() * a.batch; }
-    static size_t sums_bytes(const Activations& a) { return size_t(a.batch) * a.columns.groups * 4 * sizeof(int32_t); }
+    static size_t sums_bytes(const Activations& a) { return static_cast<size_t>(a.batch) * a.columns.groups * 4 * sizeof(int32_t); }
     static size_t lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
     const Call& call_;
@@ -164,12 +164,12 @@ class Needs {
 
 void round_token(const Call& call, const Rounding& rounding, int token, uint8_t* scratch) {
     const int rank = rounding.first->rank;
-    const float* x = call.x + size_t(token / rank) * call.k;
+    const float* x = call.x + static_cast<size_t>(token / rank) * call.k;
     const Buffer<float>& col = rounding.first->col;
     auto* scaled = reinterpret_cast<float*>(scratch);
     auto* q = reinterpret_cast<int8_t*>(scaled + call.k);
     if (col.size()) {
-        const float* factors = col.data() + size_t(token % rank) * call.k;
+        const float* factors = col.data() + static_cast<size_t>(token % rank) * call.k;
         for (int j = 0; j < call.k; ++j) scaled[j] = x[j] * factors[j];
         x = scaled;
     }
@@ -188,8 +188,8 @@ void round_all(const Call& call, Needs& needs) {
 // ---- Panels
 
 float dot_row(const Call& call, const wf_matrix& m, int n, const float* row, const float* x) {
-    if (m.weight16.size()) return call.kernels.dot_bf16(m.weight16.data() + size_t(n) * m.k, x, m.k);
-    return call.kernels.dot(m.weight32.size() ? m.weight32.data() + size_t(n) * m.k : row, x, m.k);
+    if (m.weight16.size()) return call.kernels.dot_bf16(m.weight16.data() + static_cast<size_t>(n) * m.k, x, m.k);
+    return call.kernels.dot(m.weight32.size() ? m.weight32.data() + static_cast<size_t>(n) * m.k : row, x, m.k);
 }
 
 // In fp32, with the weight's rows decoded into `scratch` [k].
@@ -200,8 +200,8 @@ void exact_panel(const Call& call, const wf_matrix& m, int panel, float* y, floa
             const int n = part * m.rows() + panel * PANEL + row;
             if (m.kind != Kind::DENSE) decode_row(m, n, scratch);
             for (int token = 0; token < call.batch; ++token) {
-                const float value = dot_row(call, m, n, scratch, call.x + size_t(token) * call.k);
-                y[size_t(token) * m.n + n] = m.bias.size() ? value + m.bias[m.padded_row(n)] : value;
+                const float value = dot_row(call, m, n, scratch, call.x + static_cast<size_t>(token) * call.k);
+                y[static_cast<size_t>(token) * m.n + n] = m.bias.size() ? value + m.bias[m.padded_row(n)] : value;
             }
         }
 }
@@ -219,7 +219,7 @@ int run_length(const Call& call, int tasks) {
     size_t bytes = 0;
     for (int i = 0; i < call.count; ++i) bytes += call.matrices[i]->read_bytes;
     const size_t least = RUN_BYTES / (bytes / tasks * call.batch + 1) + 1;
-    const size_t even = tasks / (size_t(call.pool.threads()) * RUNS_PER_THREAD) + 1;
+    const size_t even = tasks / (static_cast<size_t>(call.pool.threads()) * RUNS_PER_THREAD) + 1;
     return static_cast<int>(std::max(least, even));
 }
 
@@ -262,10 +262,10 @@ void run(wf_pool& pool, const wf_matrix* const* matrices, int count, const float
          wf_mode mode) {
     std::lock_guard<std::mutex> turn(pool.turn);
     const int k = matrices[0]->k, most = block(matrices, count);
-    for (auto& scratch : pool.scratch) scratch.grow(size_t(k) * (sizeof(float) + 1));  // a row, or a token and its bytes
+    for (auto& scratch : pool.scratch) scratch.grow(static_cast<size_t>(k) * (sizeof(float) + 1));  // a row, or a token and its bytes
     for (int first = 0; first < batch; first += most) {
-        const Call call{pool, kernels(), matrices, count, k, x + size_t(first) * k, std::min(most, batch - first), y,
-                        size_t(first)};
+        const Call call{pool, kernels(), matrices, count, k, x + static_cast<size_t>(first) * k, std::min(most, batch - first), y,
+                        static_cast<size_t>(first)};
         mode == WF_EXACT ? run_exact(call) : run_rounded(call);
     }
 }
@@ -278,7 +278,7 @@ extern "C" int wf_matmul(wf_pool* pool, const wf_matrix* const* matrices, int co
     return wf::guarded(1, [&] {
         wf::check(pool && matrices && x && y, "pool, matrices, x, y: must be given");
         wf::check(count >= 1 && count <= wf::MAX_COUNT, "count: must be 1 to 8");
-        wf::check(batch >= 0 && size_t(batch) <= wf::MAX_BATCH, "batch: must be 0 to 1048576");
+        wf::check(batch >= 0 && static_cast<size_t>(batch) <= wf::MAX_BATCH, "batch: must be 0 to 1048576");
         wf::check(mode == WF_INT8 || mode == WF_EXACT, "mode: unknown");
         for (int i = 0; i < count; ++i) {
             wf::check(matrices[i] && y[i], "matrices, y: an entry is missing");

@@ -89,8 +89,8 @@ inline vf exponential(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    vi power = (vi)moved << 23;  // the low bits of `moved` are the whole number: the rest falls out
-    return (vf)((vi)p + power);
+    vi power = reinterpret_cast<vi>(moved) << 23;  // the low bits of `moved` are the whole number: the rest falls out
+    return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + power);
 }
 
 float exponential_of(float x) { return exponential(all(x))[0]; }
@@ -159,35 +159,35 @@ constexpr int AHEAD = 2048;  // bytes: keys, then values, of one page lie in one
 
 // Two neighbours of bf16 share a word, the first in its low half: one load and two operations give two vectors of
 // floats. `stride` elements are a row of a matrix of such rows; `pair` of them are rows 2 pair and 2 pair + 1.
-inline void put(float* rows, int row, int stride, int at, float x) { rows[(size_t)row * stride + at] = x; }
+inline void put(float* rows, int row, int stride, int at, float x) { rows[static_cast<size_t>(row) * stride + at] = x; }
 inline void put(uint16_t* rows, int row, int stride, int at, float x) {
-    rows[((size_t)(row / 2) * stride + at) * 2 + row % 2] = to_bf16(x);
+    rows[(static_cast<size_t>(row / 2) * stride + at) * 2 + row % 2] = to_bf16(x);
 }
 
 inline void load_pair(const float* rows, int pair, int stride, int at, vf& first, vf& second) {
-    first = load(rows + (size_t)(2 * pair) * stride + at);
-    second = load(rows + (size_t)(2 * pair + 1) * stride + at);
+    first = load(rows + static_cast<size_t>(2 * pair) * stride + at);
+    second = load(rows + static_cast<size_t>(2 * pair + 1) * stride + at);
 }
 inline void load_pair(const uint16_t* rows, int pair, int stride, int at, vf& first, vf& second) {
     vu words;
-    const uint16_t* from = rows + ((size_t)pair * stride + at) * 2;
-    __builtin_prefetch((const char*)from + AHEAD);
+    const uint16_t* from = rows + (static_cast<size_t>(pair) * stride + at) * 2;
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD);
     memcpy(&words, from, sizeof words);
-    first = (vf)(words << 16);
-    second = (vf)(words & 0xffff0000u);
+    first = reinterpret_cast<vf>(words << 16);
+    second = reinterpret_cast<vf>(words & 0xffff0000u);
 }
 
 template <class S>
 void store_key_as(const float* x, int head_dim, int place, S* tiles) {
-    S* tile = tiles + (size_t)(place / SIDE) * head_dim * SIDE;
+    S* tile = tiles + static_cast<size_t>(place / SIDE) * head_dim * SIDE;
     for (int d = 0; d < head_dim; d++) put(tile, d, SIDE, place % SIDE, x[d]);
 }
 
 void store_key(const float* x, int head_dim, int bf16, int place, void* tiles) {
     if (bf16)
-        store_key_as(x, head_dim, place, (uint16_t*)tiles);
+        store_key_as(x, head_dim, place, static_cast<uint16_t*>(tiles));
     else
-        store_key_as(x, head_dim, place, (float*)tiles);
+        store_key_as(x, head_dim, place, static_cast<float*>(tiles));
 }
 
 template <class S>
@@ -197,9 +197,9 @@ void store_value_as(const float* x, int head_dim, int padded_dim, int place, S* 
 
 void store_value(const float* x, int head_dim, int padded_dim, int bf16, int place, void* rows) {
     if (bf16)
-        store_value_as(x, head_dim, padded_dim, place, (uint16_t*)rows);
+        store_value_as(x, head_dim, padded_dim, place, static_cast<uint16_t*>(rows));
     else
-        store_value_as(x, head_dim, padded_dim, place, (float*)rows);
+        store_value_as(x, head_dim, padded_dim, place, static_cast<float*>(rows));
 }
 
 constexpr int PARTS = SIDE / W;           // vectors in a tile
@@ -212,7 +212,7 @@ inline void score(const float* q, int head_dim, const S* keys, float* out) {
     for (int pair = 0; pair < head_dim / 2; pair++)
         for (int v = 0; v < T * PARTS; v++) {
             vf a, b;
-            load_pair(keys + (size_t)(v / PARTS) * head_dim * SIDE, pair, SIDE, v % PARTS * W, a, b);
+            load_pair(keys + static_cast<size_t>(v / PARTS) * head_dim * SIDE, pair, SIDE, v % PARTS * W, a, b);
             for (int i = 0; i < Q; i++) acc[i][v] += q[i * head_dim + 2 * pair] * a;
             for (int i = 0; i < Q; i++) acc[i][v] += q[i * head_dim + 2 * pair + 1] * b;
         }
@@ -224,8 +224,8 @@ template <int Q, class S>
 void score_tiles(const float* q, int head_dim, const S* keys, int num_tiles, float* out) {
     int t = 0;
     for (; t + TOGETHER <= num_tiles; t += TOGETHER)
-        score<Q, TOGETHER>(q, head_dim, keys + (size_t)t * head_dim * SIDE, out + t * SIDE);
-    for (; t < num_tiles; t++) score<Q, 1>(q, head_dim, keys + (size_t)t * head_dim * SIDE, out + t * SIDE);
+        score<Q, TOGETHER>(q, head_dim, keys + static_cast<size_t>(t) * head_dim * SIDE, out + t * SIDE);
+    for (; t < num_tiles; t++) score<Q, 1>(q, head_dim, keys + static_cast<size_t>(t) * head_dim * SIDE, out + t * SIDE);
 }
 
 // out[i][C vectors] = out[i] * keep[i] + sum_j p[i][j] values[j].
@@ -292,7 +292,7 @@ void page(const Attend& a, int index, int from, float* p, Soft* soft) {
     int num_tiles = (num + SIDE - 1) / SIDE;
     if (index + 1 < a.last)
         for (int at = 0; at < AHEAD; at += 64) __builtin_prefetch(a.pages[index + 1] + a.keys + at);
-    score_tiles<Q>(a.q + (size_t)from * a.head_dim, a.head_dim, (const S*)(a.pages[index] + a.keys), num_tiles, p);
+    score_tiles<Q>(a.q + static_cast<size_t>(from) * a.head_dim, a.head_dim, reinterpret_cast<const S*>(a.pages[index] + a.keys), num_tiles, p);
     for (int i = 0; i < Q; i++) {
         int lo = a.begin[from + i] - base, hi = least(num, a.end[from + i] - base);
         lo = lo > 0 ? lo : 0;
@@ -303,8 +303,8 @@ void page(const Attend& a, int index, int from, float* p, Soft* soft) {
             memset(p + i * PAGE, 0, sizeof(float) * PAGE);
         }
     }
-    float* out = a.out + (size_t)from * a.padded_dim;
-    blend_rows<Q>(p, keep, (const S*)(a.pages[index] + a.values), num, a.padded_dim, out);
+    float* out = a.out + static_cast<size_t>(from) * a.padded_dim;
+    blend_rows<Q>(p, keep, reinterpret_cast<const S*>(a.pages[index] + a.values), num, a.padded_dim, out);
 }
 
 // softmax(q k) v of each query over its positions, page by page with a running maximum (arXiv 1805.02867).
@@ -322,7 +322,7 @@ void attend(const Attend& a) {
         if (i < a.num_queries) page<1, S>(a, index, i, p, soft);
     }
     for (int i = 0; i < a.num_queries; i++) {
-        float* row = a.out + (size_t)i * a.padded_dim;
+        float* row = a.out + static_cast<size_t>(i) * a.padded_dim;
         float total = 0;
         for (int part = 0; part < PARTS; part++) total += sum(soft[i].total[part]);
         for (int d = 0; d < a.padded_dim; d += W) store(row + d, load(row + d) / total);

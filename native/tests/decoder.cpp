@@ -78,7 +78,7 @@ const wf_matrix* Net::matrix(int n, int k) {
 
 const wf_matrix* Net::embedding() {
     if (!broken) return matrix(model.vocab, model.hidden);
-    auto weight = normals(size_t(model.vocab) * model.hidden);
+    auto weight = normals(static_cast<size_t>(model.vocab) * model.hidden);
     std::fill_n(weight.begin(), model.hidden, FLT_MAX);  // as bf16, infinity
     matrices.push_back(wf_matrix_dense(model.vocab, model.hidden, weight.data(), nullptr, 0));
     return matrices.back();
@@ -91,13 +91,13 @@ const float* Net::numbers(int size, float spread) {
 }
 
 wf_linear Net::linear(int n, int k) {
-    return {matrix(n, k), below(3) ? nullptr : numbers(k, 1 / std::sqrt(float(k))), 1e-6f, below(2)};
+    return {matrix(n, k), below(3) ? nullptr : numbers(k, 1 / std::sqrt(static_cast<float>(k))), 1e-6f, below(2)};
 }
 
 wf_layer Net::layer() {
     const int hidden = model.hidden, inner = model.intermediate, d = model.head_dim;
     const int q = model.heads * d, kv = model.kv_heads * d;
-    const float spread = 1 / std::sqrt(float(hidden));  // so that queries and keys are near 1, and no key has all weight
+    const float spread = 1 / std::sqrt(static_cast<float>(hidden));  // so that queries and keys are near 1, and no key has all weight
     wf_layer l{};
     l.q = linear(q, hidden), l.k = linear(kv, hidden), l.v = linear(kv, hidden), l.o = linear(hidden, q);
     l.gate = linear(inner, hidden), l.up = linear(inner, hidden), l.down = linear(hidden, inner);
@@ -435,7 +435,7 @@ void fill(wf_pool* pool, const Net& net) {
     --all.back().length;
     require(!wf_decoder_step(decoder, all.data(), m.slots), "a step of max_rows");
     const int d = (m.head_dim + 15) / 16 * 16 + m.head_dim, element = m.half_cache ? 2 : 4;
-    const size_t page = size_t(m.num_layers) * m.kv_heads * 64 * d * element;
+    const size_t page = static_cast<size_t>(m.num_layers) * m.kv_heads * 64 * d * element;
     const size_t pages = (m.context + 63) / 64 * (m.slots - 1) + (m.context - 1 + 63) / 64;
     require(wf_decoder_bytes(decoder) == empty + pages * page, "as many pages as positions need");
     for (int slot = 0; slot < m.slots; ++slot) require(!wf_decoder_clear(decoder, slot), "clear");
@@ -482,7 +482,7 @@ bool may_be(const Question& q, int token) {
     const wf_sampling& s = q.sampling;
     if (s.temperature == 0) return token == std::find(logits.begin(), logits.end(), largest) - logits.begin();
     std::vector<double> weights;
-    for (const float logit : logits) weights.push_back(std::exp((double(logit) - largest) / s.temperature));
+    for (const float logit : logits) weights.push_back(std::exp((static_cast<double>(logit) - largest) / s.temperature));
     std::vector<double> sorted = weights;
     std::sort(sorted.begin(), sorted.end(), std::greater<>());
     constexpr double close = 1 - 1e-5;

@@ -43,8 +43,8 @@ inline int divisor(int of) {
 struct Factors {
     std::vector<float> row, col, bias;
     Factors(int n, int k, int rank = 1) {
-        if (rank > 1 || below(2)) row = normals(size_t(rank) * n);
-        if (rank > 1 || below(2)) col = normals(size_t(rank) * k);
+        if (rank > 1 || below(2)) row = normals(static_cast<size_t>(rank) * n);
+        if (rank > 1 || below(2)) col = normals(static_cast<size_t>(rank) * k);
         if (below(2)) bias = normals(n);
     }
     static const float* at(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
@@ -57,8 +57,8 @@ inline wf_matrix* table(int n, int k) {
     auto entries = normals(16);
     if (below(2))
         for (int i = 0; i < 16; ++i) entries[i] = static_cast<float>(i % pick({2, 3, 16}) - 1);
-    const auto index = codes(size_t(n) * k, 1 << bits);
-    const auto scales = normals(size_t(rows) * groups);
+    const auto index = codes(static_cast<size_t>(n) * k, 1 << bits);
+    const auto scales = normals(static_cast<size_t>(rows) * groups);
     return wf_matrix_table(n, k, bits, index.data(), entries.data(), scales.data(), rows, groups, rank,
                            f.at(f.row), f.at(f.col), f.at(f.bias));
 }
@@ -67,22 +67,22 @@ inline wf_matrix* table(int n, int k) {
 inline wf_matrix* complex(int n, int k) {
     const int stages = 1 + below(4), rows = pick({1, n / 2}), groups = divisor(k / 2);
     const Factors f(n, k);
-    auto scales = normals(size_t(4) * stages * rows * groups);
+    auto scales = normals(size_t{4} * stages * rows * groups);
     if (below(2))
         for (float& scale : scales) scale = static_cast<float>(below(25));
-    const auto index = codes(size_t(2) * stages * (n / 2) * (k / 2), 4);
+    const auto index = codes(size_t{2} * stages * (n / 2) * (k / 2), 4);
     return wf_matrix_complex(n, k, stages, index.data(), scales.data(), rows, groups, f.at(f.row), f.at(f.col),
                            f.at(f.bias));
 }
 
 inline wf_matrix* bytes(int n, int k) {
-    const auto weight = codes(size_t(n) * k, 256);
+    const auto weight = codes(static_cast<size_t>(n) * k, 256);
     const auto row = normals(n);
     return wf_matrix_int8(n, k, reinterpret_cast<const int8_t*>(weight.data()), row.data(), nullptr);
 }
 
 inline wf_matrix* dense(int n, int k) {
-    const auto weight = normals(size_t(n) * k);
+    const auto weight = normals(static_cast<size_t>(n) * k);
     return wf_matrix_dense(n, k, weight.data(), nullptr, below(2));
 }
 

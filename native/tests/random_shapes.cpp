@@ -28,16 +28,16 @@ wf_matrix* any_layer() {
 
 void multiply(wf_pool* one, wf_pool* many, const wf_matrix* m) {
     const int n = wf_matrix_rows(m), k = wf_matrix_columns(m), batch = pick({1, 2, 3, 4, 7, 8, 9, 17, 200});
-    const auto x = normals(size_t(batch) * k);
+    const auto x = normals(static_cast<size_t>(batch) * k);
     for (const wf_mode mode : {WF_INT8, WF_EXACT}) {
-        std::vector<float> together(size_t(batch) * n), alone(n);
+        std::vector<float> together(static_cast<size_t>(batch) * n), alone(n);
         float* to = together.data();
         require(!wf_matmul(many, &m, 1, x.data(), batch, &to, mode), "product");
         count_in(together);
         for (int token = 0; token < batch; ++token) {
             float* one_token = alone.data();
-            require(!wf_matmul(one, &m, 1, x.data() + size_t(token) * k, 1, &one_token, mode), "product of one token");
-            for (int i = 0; i < n; ++i) require(alone[i] == together[size_t(token) * n + i], "same bits");
+            require(!wf_matmul(one, &m, 1, x.data() + static_cast<size_t>(token) * k, 1, &one_token, mode), "product of one token");
+            for (int i = 0; i < n; ++i) require(alone[i] == together[static_cast<size_t>(token) * n + i], "same bits");
         }
     }
 }
