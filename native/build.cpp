@@ -12,7 +12,7 @@ using namespace wf;
 namespace {
 
 constexpr int MAX_ROWS = 1 << 24;
-constexpr int MAX_COLUMNS = 1 << 16;  // so that no sum of products leaves int32: 255 * 127 * 65536
+constexpr int MAX_COLUMNS = 1 << 16;   // so that no sum of products leaves int32: 255 * 127 * 65536
 constexpr float NEARLY = 1.0f / 8192;  // of the largest entry: a table of fp16 numbers may miss even steps by this
 
 void check_shape(int n, int k) {
@@ -49,7 +49,8 @@ void set_rows(const wf_matrix& m, int rank, Buffer<float>& to, const float* from
     check_finite(from, static_cast<size_t>(rank) * m.n, text);
     to.reset(rank * m.padded_rows());
     for (int r = 0; r < rank; ++r)
-        for (int n = 0; n < m.n; ++n) to[r * m.padded_rows() + m.padded_row(n)] = from[static_cast<size_t>(r) * m.n + n];
+        for (int n = 0; n < m.n; ++n)
+            to[r * m.padded_rows() + m.padded_row(n)] = from[static_cast<size_t>(r) * m.n + n];
 }
 
 // What all kinds end with.
@@ -87,7 +88,8 @@ Stream stream(Format format, int rows, int columns, int num_rows, int num_groups
 
 // Cell of a row's chunk; `column` counts within the group, `wide` columns to a chunk.
 uint8_t* cell(Stream& s, int row, int group, int chunk) {
-    return s.cells.data() + ((static_cast<size_t>(row / PANEL) * s.columns.groups + group) * s.chunks + chunk) * CHUNK_BYTES +
+    return s.cells.data() +
+           ((static_cast<size_t>(row / PANEL) * s.columns.groups + group) * s.chunks + chunk) * CHUNK_BYTES +
            row % PANEL * CELL;
 }
 
@@ -198,13 +200,13 @@ wf_matrix* table_matrix(int n, int k, int bits, const uint8_t* codes, const floa
     wf_matrix& m = *made;
     m.rank = rank;
     for (int i = 0; i < size; ++i) m.values[i] = used[i] ? table[i] : 0.0f;
-    const float most = std::fabs(*std::max_element(m.values, m.values + size, [](float a, float b) {
-        return std::fabs(a) < std::fabs(b);
-    }));
+    const float most = std::fabs(
+        *std::max_element(m.values, m.values + size, [](float a, float b) { return std::fabs(a) < std::fabs(b); }));
     const Even even = bits <= 2 ? even_steps(table, size, used) : Even{};
     int integers[16] = {};
     const int steps = even.found ? 0 : exact_steps(m.values, size, 127, integers);
-    const Format two = steps ? Format::TABLE2_BYTE : Format::TABLE2, four = steps ? Format::TABLE4_BYTE : Format::TABLE4;
+    const Format two = steps ? Format::TABLE2_BYTE : Format::TABLE2,
+                 four = steps ? Format::TABLE4_BYTE : Format::TABLE4;
     m.streams.push_back(stream(even.found ? Format::AFFINE2 : bits <= 2 ? two : four, n, k, num_rows, num_groups));
     Stream& s = m.streams.back();
     uint8_t stored_as[16];
@@ -278,7 +280,9 @@ struct ComplexCodes {
     const uint8_t* codes;
     const float* scales;
 
-    const uint8_t* codes_of(int p, int t) const { return codes + (static_cast<size_t>(p) * num_stages + t) * rows * columns; }
+    const uint8_t* codes_of(int p, int t) const {
+        return codes + (static_cast<size_t>(p) * num_stages + t) * rows * columns;
+    }
     float scale(int p, int t, int axis, int row, int group) const {
         return scales[(((static_cast<size_t>(p) * num_stages + t) * 2 + axis) * num_rows + row) * num_groups + group];
     }
@@ -326,8 +330,8 @@ void fill_complex(Stream& s, const ComplexCodes& f, int first, int count) {
             for (int row = 0; row < s.rows; ++row)
                 for (int column = 0; column < f.columns; ++column) {
                     const int group = column / width, inside = column % width, at = inside % per_chunk;
-                    cell(s, row, group, inside / per_chunk)[at % CELL] |=
-                        static_cast<uint8_t>(codes[static_cast<size_t>(row) * f.columns + column] << (shift + at / CELL * 4));
+                    cell(s, row, group, inside / per_chunk)[at % CELL] |= static_cast<uint8_t>(
+                        codes[static_cast<size_t>(row) * f.columns + column] << (shift + at / CELL * 4));
                 }
         }
 }
@@ -343,7 +347,7 @@ bool on_grid(const ComplexCodes& f, int first, int count) {
 }
 
 wf_matrix* complex_matrix(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
-                        int num_groups, const float* row, const float* col, const float* bias) {
+                          int num_groups, const float* row, const float* col, const float* bias) {
     check_shape(n, k);
     check(n % 2 == 0 && k % 2 == 0, "n, k: must be even");
     check(num_stages >= 1 && num_stages <= 4, "num_stages: must be 1 to 4");
@@ -431,10 +435,9 @@ wf_matrix* wf_matrix_table(int n, int k, int bits, const uint8_t* codes, const f
 }
 
 wf_matrix* wf_matrix_complex(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
-                           int num_groups, const float* row, const float* col, const float* bias) {
-    return guarded<wf_matrix*>(nullptr, [&] {
-        return complex_matrix(n, k, num_stages, codes, scales, num_rows, num_groups, row, col, bias);
-    });
+                             int num_groups, const float* row, const float* col, const float* bias) {
+    return guarded<wf_matrix*>(
+        nullptr, [&] { return complex_matrix(n, k, num_stages, codes, scales, num_rows, num_groups, row, col, bias); });
 }
 
 wf_matrix* wf_matrix_int8(int n, int k, const int8_t* weight, const float* row, const float* bias) {

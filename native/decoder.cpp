@@ -87,7 +87,8 @@ struct wf_decoder {
     void mlp_block(const Layer& layer);
     void keep_wanted();
     void finish(const wf_append* appends, int count);
-    void apply(std::initializer_list<const Linear*> group, const float* x, int rows, std::initializer_list<float*> outs);
+    void apply(std::initializer_list<const Linear*> group, const float* x, int rows,
+               std::initializer_list<float*> outs);
     void apply_alone(const Linear& linear, const float* x, int rows, float* y);
     void rotate_and_store(const Layer& layer, int index, int row);
     void attend(const Layer& layer, int index, const Task& task);
@@ -122,25 +123,25 @@ Linear linear_of(const wf_linear& l) {
 
 Layer layer_of(const wf_layer& l, const wf_model& m) {
     return {linear_of(l.q),
-                    linear_of(l.k),
-                    linear_of(l.v),
-                    linear_of(l.o),
-                    linear_of(l.gate),
-                    linear_of(l.up),
-                    linear_of(l.down),
-                    copied(l.attention_norm, m.hidden),
-                    copied(l.mlp_norm, m.hidden),
-                    copied(l.q_norm, m.head_dim),
-                    copied(l.k_norm, m.head_dim),
-                    l.rope != 0,
-                    l.window};
+            linear_of(l.k),
+            linear_of(l.v),
+            linear_of(l.o),
+            linear_of(l.gate),
+            linear_of(l.up),
+            linear_of(l.down),
+            copied(l.attention_norm, m.hidden),
+            copied(l.mlp_norm, m.hidden),
+            copied(l.q_norm, m.head_dim),
+            copied(l.k_norm, m.head_dim),
+            l.rope != 0,
+            l.window};
 }
 
 // What is wrong with the sizes of a model, or nullptr.
 const char* size_fault(const wf_model& m) {
     constexpr int most = 1 << 26;
-    for (int size : {m.vocab, m.hidden, m.intermediate, m.num_layers, m.heads, m.kv_heads, m.head_dim, m.context, m.slots,
-                         m.max_rows})
+    for (int size : {m.vocab, m.hidden, m.intermediate, m.num_layers, m.heads, m.kv_heads, m.head_dim, m.context,
+                     m.slots, m.max_rows})
         if (size < 1 || size > most) return "decoder: a size is not between 1 and 2^26";
     if (m.num_layers > 4096 || m.slots > 4096 || m.max_rows > 65536) return "decoder: too many layers, slots or rows";
     if (m.head_dim % 2 || m.head_dim > MAX_HEAD_DIM) return "decoder: head_dim has to be even and at most 256";
@@ -160,9 +161,9 @@ bool fits(const wf_linear& l, int out, int in) {
 
 const char* layer_fault(const wf_layer& l, const wf_model& m) {
     int q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
-    const bool shapes = fits(l.q, q, m.hidden) && fits(l.k, kv, m.hidden) && fits(l.v, kv, m.hidden) && fits(l.o, m.hidden, q) &&
-                      fits(l.gate, m.intermediate, m.hidden) && fits(l.up, m.intermediate, m.hidden) &&
-                      fits(l.down, m.hidden, m.intermediate);
+    const bool shapes = fits(l.q, q, m.hidden) && fits(l.k, kv, m.hidden) && fits(l.v, kv, m.hidden) &&
+                        fits(l.o, m.hidden, q) && fits(l.gate, m.intermediate, m.hidden) &&
+                        fits(l.up, m.intermediate, m.hidden) && fits(l.down, m.hidden, m.intermediate);
     if (!shapes) return "decoder: a layer's matrix is missing or has the wrong shape";
     if (!l.attention_norm || !l.mlp_norm) return "decoder: a layer has no norm";
     if (l.window < 0) return "decoder: a layer's window is below 0";
@@ -174,8 +175,7 @@ const char* model_fault(const wf_model& m) {
     for (int i = 0; i < m.num_layers; i++)
         if (const char* fault = layer_fault(m.layers[i], m)) return fault;
     if (!fits(m.head, m.vocab, m.hidden)) return "decoder: the head is missing or has the wrong shape";
-    if (m.embedding->n != m.vocab || m.embedding->k != m.hidden)
-        return "decoder: the embedding has the wrong shape";
+    if (m.embedding->n != m.vocab || m.embedding->k != m.hidden) return "decoder: the embedding has the wrong shape";
     std::vector<float> row(m.hidden);
     if (wf_matrix_row(m.embedding, 0, row.data())) return "decoder: the embedding's matrix has no rows to read";
     return nullptr;
@@ -184,16 +184,16 @@ const char* model_fault(const wf_model& m) {
 }  // namespace
 
 wf_decoder::wf_decoder(wf_pool* pool, const wf_model& model)
-        : m(model),
-            loops_(vectors()),
-            pool_(pool),
-            shape_{model.num_layers, model.kv_heads, model.head_dim, model.half_cache != 0},
-            frequencies_(copied(model.frequencies, model.head_dim / 2)),
-            norm_(copied(model.norm, model.hidden)),
-            head_(linear_of(model.head)),
-            sampler_(model.vocab),
-            q_width_(model.heads * model.head_dim),
-            kv_width_(model.kv_heads * model.head_dim) {
+    : m(model),
+      loops_(vectors()),
+      pool_(pool),
+      shape_{model.num_layers, model.kv_heads, model.head_dim, model.half_cache != 0},
+      frequencies_(copied(model.frequencies, model.head_dim / 2)),
+      norm_(copied(model.norm, model.hidden)),
+      head_(linear_of(model.head)),
+      sampler_(model.vocab),
+      q_width_(model.heads * model.head_dim),
+      kv_width_(model.kv_heads * model.head_dim) {
     for (int i = 0; i < m.num_layers; i++) layers_.push_back(layer_of(m.layers[i], m));
     sequences.reserve(m.slots);
     for (int i = 0; i < m.slots; i++) sequences.emplace_back(shape_);
@@ -209,7 +209,8 @@ wf_decoder::wf_decoder(wf_pool* pool, const wf_model& model)
 
 size_t wf_decoder::bytes() const {
     size_t total = 0;
-    for (const Buffer<float>* b : {&x_, &n_, &private_inputs_, &q_, &k_, &v_, &a_, &gate_, &up_, &cosine_, &sine_, &logits_})
+    for (const Buffer<float>* b :
+         {&x_, &n_, &private_inputs_, &q_, &k_, &v_, &a_, &gate_, &up_, &cosine_, &sine_, &logits_})
         total += b->bytes();
     for (const Sequence& s : sequences) total += s.cache.bytes();
     return total;
@@ -236,7 +237,8 @@ const char* wf_decoder::fault(const wf_append* appends, int count) const {
         if (a.slot < 0 || a.slot >= m.slots || taken[a.slot]) return "step: a slot is unknown or stands there twice";
         taken[a.slot] = true;
         if (a.length < 1 || !a.tokens) return "step: an append has no tokens";
-        if (a.length > m.context - static_cast<int>(sequences[a.slot].tokens.size())) return "step: the context is full";
+        if (a.length > m.context - static_cast<int>(sequences[a.slot].tokens.size()))
+            return "step: the context is full";
         for (int t = 0; t < a.length; t++)
             if (a.tokens[t] < 0 || a.tokens[t] >= m.vocab) return "step: a token id is not in the vocabulary";
         if (a.next && !a.sampling) return "step: the next token is asked for without saying how to choose it";
@@ -355,7 +357,7 @@ void wf_decoder::keep_wanted() {
 
 // Products of one input with several layers. Those that share all that happens to it share one call.
 void wf_decoder::apply(std::initializer_list<const Linear*> group, const float* x, int rows,
-                            std::initializer_list<float*> outs) {
+                       std::initializer_list<float*> outs) {
     const wf_matrix* matrices[3];
     float* y[3];
     int count = 0;
@@ -417,8 +419,18 @@ void wf_decoder::attend(const Layer& layer, int index, const Task& task) {
             begin[n] = layer.window && layer.window < end[n] ? end[n] - layer.window : 0;
         }
     const Cache& cache = sequences[rows_[task.row].slot].cache;
-    Attend a{d, padded, n, begin[0] / PAGE, (end[n - 1] + PAGE - 1) / PAGE, cache.pages(),
-                      shape_.keys_at(index, task.head), shape_.values_at(index, task.head), begin, end, q, out};
+    Attend a{d,
+             padded,
+             n,
+             begin[0] / PAGE,
+             (end[n - 1] + PAGE - 1) / PAGE,
+             cache.pages(),
+             shape_.keys_at(index, task.head),
+             shape_.values_at(index, task.head),
+             begin,
+             end,
+             q,
+             out};
     (shape_.bf16 ? loops_.attend_bf16 : loops_.attend_float)(a);
     n = 0;
     for (int r = 0; r < task.count; r++)
@@ -433,8 +445,7 @@ void wf_decoder::finish(const wf_append* appends, int count) {
         float* x = x_.data() + static_cast<size_t>(i) * m.hidden;
         loops_.norm(x, norm_.data(), m.eps, m.hidden, x);
     }
-    if (num_rows_)
-        apply({&head_}, x_.data(), num_rows_, {logits_.data()});
+    if (num_rows_) apply({&head_}, x_.data(), num_rows_, {logits_.data()});
     float* logits = logits_.data();
     for (int i = 0; i < count; i++) {
         const wf_append& a = appends[i];
@@ -509,7 +520,8 @@ size_t wf_decoder_bytes(wf_decoder* d) {
 
 int32_t wf_sample(const float* logits, int vocab, const int32_t* history, int length, const wf_sampling* sampling) {
     return guarded(-1, [&] {
-        check(logits && vocab >= 1 && length >= 0 && (history || !length) && sampling, "sample: an argument is missing");
+        check(logits && vocab >= 1 && length >= 0 && (history || !length) && sampling,
+              "sample: an argument is missing");
         if (const char* wrong = sampling_fault(*sampling)) fail(wrong);
         for (int i = 0; i < length; i++)
             check(history[i] >= 0 && history[i] < vocab, "sample: a token id is not in the vocabulary");

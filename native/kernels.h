@@ -25,7 +25,7 @@ struct Kernels {
     // Adds the sums of bytes 0-3, 4-7, 8-11 and 12-15 of every 16 to lanes[4].
     void (*sum)(const int8_t* q, int size, int32_t* lanes);
 
-    float (*dot)(const float* a, const float* b, int size);         // in 16 partial sums
+    float (*dot)(const float* a, const float* b, int size);          // in 16 partial sums
     float (*dot_bf16)(const uint16_t* a, const float* b, int size);  // the same
 };
 

@@ -22,16 +22,16 @@ namespace wf {
 constexpr int PANEL = 8, CELL = 16, CHUNK_BYTES = PANEL * CELL;
 
 enum class Format {
-    AFFINE2,       // q 2 bits, 4 segments: value 2 q - twice_zero
-    TABLE2,        // q 2 bits, 4 segments: 16-bit table
-    TABLE4,        // q 4 bits, 2 segments: 16-bit table
-    TABLE2_BYTE,   // the same with tables that lie on a grid of 8 bits
+    AFFINE2,      // q 2 bits, 4 segments: value 2 q - twice_zero
+    TABLE2,       // q 2 bits, 4 segments: 16-bit table
+    TABLE4,       // q 4 bits, 2 segments: 16-bit table
+    TABLE2_BYTE,  // the same with tables that lie on a grid of 8 bits
     TABLE4_BYTE,
-    COMPLEX1,        // nibble u + 4 w, (re, im) x 2: one stage, scales on a grid of 8 bits
-    COMPLEX2,        // nibbles u0 + 4 u1, w0 + 4 w1, re, im: two stages, the same
-    COMPLEX1_WIDE,   // as COMPLEX1, scales in two digits
+    COMPLEX1,       // nibble u + 4 w, (re, im) x 2: one stage, scales on a grid of 8 bits
+    COMPLEX2,       // nibbles u0 + 4 u1, w0 + 4 w1, re, im: two stages, the same
+    COMPLEX1_WIDE,  // as COMPLEX1, scales in two digits
     COMPLEX2_WIDE,
-    INT8,          // one signed byte, 1 segment
+    INT8,  // one signed byte, 1 segment
 };
 constexpr int NUM_FORMATS = 10;
 
@@ -64,10 +64,10 @@ struct Stream {
     int rows = 0, panels = 0, chunks = 0;  // chunks of one group
     Columns columns;
     Buffer<uint8_t> cells;
-    Buffer<uint8_t> heads;  // [panel or 1][group][heads][8 rows][16]: the scales' integers, ahead of the codes
-    size_t head_panel = 0;  // bytes from panel to panel, 0 where they share one
-    Buffer<float> scales;   // [panel or 1][group][8]
-    size_t scale_panel = 0;  // entries from panel to panel
+    Buffer<uint8_t> heads;      // [panel or 1][group][heads][8 rows][16]: the scales' integers, ahead of the codes
+    size_t head_panel = 0;      // bytes from panel to panel, 0 where they share one
+    Buffer<float> scales;       // [panel or 1][group][8]
+    size_t scale_panel = 0;     // entries from panel to panel
     uint8_t table[2][16] = {};  // of TABLE2 and TABLE4: high and low byte of each entry, signed
     int twice_zero = 0;         // of AFFINE2
     float grain = 1;            // times every scale: what an integer 1 stands for
@@ -93,9 +93,9 @@ constexpr int TILE = 8;
 struct Activations {
     Columns columns;
     int batch = 0;
-    int tile = TILE;           // tokens in a whole tile
-    int8_t* data = nullptr;    // [tile][segment][token of the tile][16]
-    int32_t* sums = nullptr;   // [token][group][4]: of bytes 0-3, 4-7, 8-11 and 12-15 of every segment
+    int tile = TILE;          // tokens in a whole tile
+    int8_t* data = nullptr;   // [tile][segment][token of the tile][16]
+    int32_t* sums = nullptr;  // [token][group][4]: of bytes 0-3, 4-7, 8-11 and 12-15 of every segment
 
     size_t length() const { return static_cast<size_t>(columns.groups) * columns.stride; }
     int tokens(int index) const { return batch - index * tile < tile ? batch - index * tile : tile; }
@@ -110,13 +110,13 @@ struct wf_matrix {
     Kind kind;
     int n = 0, k = 0;
     const char* kernel = "";
-    std::vector<wf::Stream> streams;         // several passes add up
-    int rank = 1;                            // rows of `row` and `col`, whose products add up
-    wf::Buffer<float> row, col, bias;        // empty where not given; row and bias padded to whole panels of each part
+    std::vector<wf::Stream> streams;   // several passes add up
+    int rank = 1;                      // rows of `row` and `col`, whose products add up
+    wf::Buffer<float> row, col, bias;  // empty where not given; row and bias padded to whole panels of each part
     // What the codes stand for, for exact products.
-    float values[16] = {};                   // TABLE
-    int num_stages = 0;                      // COMPLEX
-    wf::Buffer<float> scales;                // COMPLEX: [2, T, 2, R, G] as given
+    float values[16] = {};     // TABLE
+    int num_stages = 0;        // COMPLEX
+    wf::Buffer<float> scales;  // COMPLEX: [2, T, 2, R, G] as given
     int num_rows = 1, num_groups = 1;
     size_t read_bytes = 0;  // by one product
     // DENSE

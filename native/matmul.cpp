@@ -11,8 +11,8 @@ namespace wf {
 namespace {
 
 constexpr int MAX_TOKENS = 24 * TILE;
-constexpr size_t RUN_BYTES = 8 << 10;   // of weights, the least that is worth handing to a thread
-constexpr int RUNS_PER_THREAD = 16;     // if all were short
+constexpr size_t RUN_BYTES = 8 << 10;  // of weights, the least that is worth handing to a thread
+constexpr int RUNS_PER_THREAD = 16;    // if all were short
 constexpr size_t MAX_BATCH = 1 << 20;
 constexpr int MAX_COUNT = 8, MAX_STREAMS = 2, MAX_ORDERS = MAX_COUNT * MAX_STREAMS;
 
@@ -138,7 +138,8 @@ class Needs {
         size_t used = 0;
         for (Rounding& r : *this) {
             used += lines(r.batch * sizeof(float));
-            for (int i = 0; i < r.num_orders; ++i) used += lines(data_bytes(r.orders[i])) + lines(sums_bytes(r.orders[i]));
+            for (int i = 0; i < r.num_orders; ++i)
+                used += lines(data_bytes(r.orders[i])) + lines(sums_bytes(r.orders[i]));
         }
         call_.pool.shared.grow(used);
         uint8_t* at = call_.pool.shared.data();
@@ -152,7 +153,9 @@ class Needs {
         }
     }
     static size_t data_bytes(const Activations& a) { return a.length() * a.batch; }
-    static size_t sums_bytes(const Activations& a) { return static_cast<size_t>(a.batch) * a.columns.groups * 4 * sizeof(int32_t); }
+    static size_t sums_bytes(const Activations& a) {
+        return static_cast<size_t>(a.batch) * a.columns.groups * 4 * sizeof(int32_t);
+    }
     static size_t lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
     const Call& call_;
@@ -262,9 +265,17 @@ void run(wf_pool& pool, const wf_matrix* const* matrices, int count, const float
          wf_mode mode) {
     std::lock_guard<std::mutex> turn(pool.turn);
     const int k = matrices[0]->k, most = block(matrices, count);
-    for (auto& scratch : pool.scratch) scratch.grow(static_cast<size_t>(k) * (sizeof(float) + 1));  // a row, or a token and its bytes
+    for (auto& scratch : pool.scratch)
+        scratch.grow(static_cast<size_t>(k) * (sizeof(float) + 1));  // a row, or a token and its bytes
     for (int first = 0; first < batch; first += most) {
-        const Call call{pool, kernels(), matrices, count, k, x + static_cast<size_t>(first) * k, std::min(most, batch - first), y,
+        const Call call{pool,
+                        kernels(),
+                        matrices,
+                        count,
+                        k,
+                        x + static_cast<size_t>(first) * k,
+                        std::min(most, batch - first),
+                        y,
                         static_cast<size_t>(first)};
         mode == WF_EXACT ? run_exact(call) : run_rounded(call);
     }

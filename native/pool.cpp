@@ -59,7 +59,9 @@ void wf_pool::run(int tasks, int run, Body body, void* context) {
     const uint64_t call = (number(state_.load(std::memory_order_relaxed)) + uint64_t{1}) & 0xffffffffu;
     state_.store(call << 32 | OPEN, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst)) {
-        { std::lock_guard<std::mutex> lock(mutex_); }
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+        }
         wake_.notify_all();
     }
     take(0);
@@ -72,7 +74,8 @@ void wf_pool::run(int tasks, int run, Body body, void* context) {
 
 void wf_pool::take(int thread) {
     for (;;) {
-        const int64_t taken = next_.fetch_add(1, std::memory_order_relaxed), longs = std::min<int64_t>(taken, threads());
+        const int64_t taken = next_.fetch_add(1, std::memory_order_relaxed),
+                      longs = std::min<int64_t>(taken, threads());
         const int64_t begin = longs * long_run_ + (taken - longs) * run_;
         if (begin >= tasks_) return;
         const int64_t end = std::min<int64_t>(begin + (taken < threads() ? long_run_ : run_), tasks_);

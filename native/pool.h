@@ -29,9 +29,10 @@ struct wf_pool {
     template <class Function>
     void each(int tasks, int run_length, Function&& body) {
         using F = std::remove_reference_t<Function>;
-        run(tasks, run_length, [](void* context, int thread, int begin, int end) {
-            (*static_cast<F*>(context))(thread, begin, end);
-        }, const_cast<void*>(static_cast<const void*>(&body)));
+        run(
+            tasks, run_length,
+            [](void* context, int thread, int begin, int end) { (*static_cast<F*>(context))(thread, begin, end); },
+            const_cast<void*>(static_cast<const void*>(&body)));
     }
 
     std::mutex turn;
@@ -46,7 +47,7 @@ struct wf_pool {
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_;
-    std::atomic<uint64_t> state_{0};  // number of the call, whether it can be joined, how many workers have
+    std::atomic<uint64_t> state_{0};          // number of the call, whether it can be joined, how many workers have
     std::atomic<int> next_{0}, sleeping_{0};  // the run that nobody has taken yet; workers that sleep
     std::atomic<bool> stop_{false};
     int tasks_ = 0, long_run_ = 1, run_ = 1;

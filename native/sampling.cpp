@@ -15,7 +15,7 @@
 namespace wf {
 namespace {
 
-constexpr float LIKELY = 1e-3f;  // of the largest weight: above it lie few tokens of a trained model
+constexpr float LIKELY = 1e-3f;   // of the largest weight: above it lie few tokens of a trained model
 constexpr int BUCKET_SHIFT = 18;  // of a float's bits: 32 buckets for each power of 2
 constexpr int NUM_BUCKETS = (0x3f800000 >> BUCKET_SHIFT) + 1;  // up to 1, the largest weight
 

@@ -23,7 +23,8 @@ const Vectors& vectors() {
 extern "C" int wf_norm(const float* x, const float* gain, float eps, int batch, int k, float* y) {
     return wf::guarded(1, [&] {
         wf::check(x && gain && y && batch >= 0 && k >= 1 && eps >= 0, "norm: an argument is missing, or no size");
-        for (int row = 0; row < batch; ++row) wf::vectors().norm(x + static_cast<size_t>(row) * k, gain, eps, k, y + static_cast<size_t>(row) * k);
+        for (int row = 0; row < batch; ++row)
+            wf::vectors().norm(x + static_cast<size_t>(row) * k, gain, eps, k, y + static_cast<size_t>(row) * k);
         return 0;
     });
 }

@@ -6,10 +6,10 @@
 
 namespace wf {
 
-constexpr int PAGE = 64;  // positions in a page of the cache
-constexpr int SIDE = 16;  // positions that lie side by side in it
+constexpr int PAGE = 64;       // positions in a page of the cache
+constexpr int SIDE = 16;       // positions that lie side by side in it
 constexpr int STRETCH = 1024;  // numbers whose sum `exp_sum` gives by itself
-constexpr int QUERIES = 32;  // queries in one call of `attend`
+constexpr int QUERIES = 32;    // queries in one call of `attend`
 
 // Keys and values of up to `PAGE` positions of one layer and head: keys [PAGE / 16][head_dim][16],
 // values [PAGE][padded_dim]. Elements are float, or bf16 of which two rows (of head_dim, of PAGE) share words.

@@ -143,7 +143,8 @@ void round8(const float* x, int n, float* y) {
 void rotate(const float* cosine, const float* sine, int half, float* x) {
     for (int i = 0; i < half; i += W) {
         int n = half - i;
-        vf a = load_some(x + i, n), b = load_some(x + half + i, n), c = load_some(cosine + i, n), s = load_some(sine + i, n);
+        vf a = load_some(x + i, n), b = load_some(x + half + i, n), c = load_some(cosine + i, n),
+           s = load_some(sine + i, n);
         store_some(x + i, a * c - b * s, n);
         store_some(x + half + i, b * c + a * s, n);
     }
@@ -152,7 +153,7 @@ void rotate(const float* cosine, const float* sine, int half, float* x) {
 inline uint16_t to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 constexpr int AHEAD = 2048;  // bytes: keys, then values, of one page lie in one piece
@@ -202,7 +203,7 @@ void store_value(const float* x, int head_dim, int padded_dim, int bf16, int pla
         store_value_as(x, head_dim, padded_dim, place, static_cast<float*>(rows));
 }
 
-constexpr int PARTS = SIDE / W;           // vectors in a tile
+constexpr int PARTS = SIDE / W;            // vectors in a tile
 constexpr int TOGETHER = W == 16 ? 4 : 2;  // queries, and tiles, whose sums are kept in registers
 
 // Products of Q queries with the keys of T tiles: out [Q][PAGE].
@@ -225,7 +226,8 @@ void score_tiles(const float* q, int head_dim, const S* keys, int num_tiles, flo
     int t = 0;
     for (; t + TOGETHER <= num_tiles; t += TOGETHER)
         score<Q, TOGETHER>(q, head_dim, keys + static_cast<size_t>(t) * head_dim * SIDE, out + t * SIDE);
-    for (; t < num_tiles; t++) score<Q, 1>(q, head_dim, keys + static_cast<size_t>(t) * head_dim * SIDE, out + t * SIDE);
+    for (; t < num_tiles; t++)
+        score<Q, 1>(q, head_dim, keys + static_cast<size_t>(t) * head_dim * SIDE, out + t * SIDE);
 }
 
 // out[i][C vectors] = out[i] * keep[i] + sum_j p[i][j] values[j].
@@ -292,7 +294,8 @@ void page(const Attend& a, int index, int from, float* p, Soft* soft) {
     int num_tiles = (num + SIDE - 1) / SIDE;
     if (index + 1 < a.last)
         for (int at = 0; at < AHEAD; at += 64) __builtin_prefetch(a.pages[index + 1] + a.keys + at);
-    score_tiles<Q>(a.q + static_cast<size_t>(from) * a.head_dim, a.head_dim, reinterpret_cast<const S*>(a.pages[index] + a.keys), num_tiles, p);
+    score_tiles<Q>(a.q + static_cast<size_t>(from) * a.head_dim, a.head_dim,
+                   reinterpret_cast<const S*>(a.pages[index] + a.keys), num_tiles, p);
     for (int i = 0; i < Q; i++) {
         int lo = a.begin[from + i] - base, hi = least(num, a.end[from + i] - base);
         lo = lo > 0 ? lo : 0;
@@ -362,8 +365,8 @@ double exp_sum(const float* x, float peak, float scale, int n, float* y, float* 
 }  // namespace
 
 const Vectors& WF_VECTORS() {
-    static const Vectors table = {WF_NAME,     norm,        add,          silu_times,  relu2_times, round8, rotate,
-                                      store_key,   store_value, attend_float, attend_bf16, argmax,      exp_sum};
+    static const Vectors table = {WF_NAME,   norm,        add,          silu_times,  relu2_times, round8, rotate,
+                                  store_key, store_value, attend_float, attend_bf16, argmax,      exp_sum};
     return table;
 }
 

@@ -49,8 +49,9 @@ WF_API wf_matrix* wf_matrix_table(int n, int k, int bits, const uint8_t* codes, 
 
 // Fairy2i (arXiv 2512.02901). codes [2 (U, W), T, n / 2, k / 2], entry j stands for i^j; scales [2, T, 2 (re, im), R, G]
 // with R 1 or n / 2 and G dividing k / 2; n and k even (the caller pads). T 1 to 4.
-WF_API wf_matrix* wf_matrix_complex(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
-                                  int num_groups, const float* row, const float* col, const float* bias);
+WF_API wf_matrix* wf_matrix_complex(int n, int k, int num_stages, const uint8_t* codes, const float* scales,
+                                    int num_rows, int num_groups, const float* row, const float* col,
+                                    const float* bias);
 
 // weight [n, k] int8 times row[n].
 WF_API wf_matrix* wf_matrix_int8(int n, int k, const int8_t* weight, const float* row, const float* bias);
@@ -59,10 +60,11 @@ WF_API wf_matrix* wf_matrix_int8(int n, int k, const int8_t* weight, const float
 WF_API wf_matrix* wf_matrix_dense(int n, int k, const float* weight, const float* bias, int exact);
 
 WF_API void wf_matrix_free(wf_matrix*);
-WF_API int wf_matrix_rows(const wf_matrix*);     // n
-WF_API int wf_matrix_columns(const wf_matrix*);  // k
+WF_API int wf_matrix_rows(const wf_matrix*);      // n
+WF_API int wf_matrix_columns(const wf_matrix*);   // k
 WF_API size_t wf_matrix_bytes(const wf_matrix*);  // of memory it holds
-WF_API const char* wf_matrix_kernel(const wf_matrix*);  // which kernel serves it, for people: "ternary", "complex-grid", ...
+WF_API const char* wf_matrix_kernel(
+    const wf_matrix*);  // which kernel serves it, for people: "ternary", "complex-grid", ...
 WF_API int wf_matrix_row(const wf_matrix*, int n, float* out);  // row n of the dense weight [k], in fp32 (embeddings)
 
 // y[i] = matrix i applied to x [batch, k], for `count` (1 to 8) matrices of one width k: y[i] is [batch, n_i], contiguous.

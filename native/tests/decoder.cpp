@@ -97,7 +97,8 @@ wf_linear Net::linear(int n, int k) {
 wf_layer Net::layer() {
     const int hidden = model.hidden, inner = model.intermediate, d = model.head_dim;
     const int q = model.heads * d, kv = model.kv_heads * d;
-    const float spread = 1 / std::sqrt(static_cast<float>(hidden));  // so that queries and keys are near 1, and no key has all weight
+    const float spread =
+        1 / std::sqrt(static_cast<float>(hidden));  // so that queries and keys are near 1, and no key has all weight
     wf_layer l{};
     l.q = linear(q, hidden), l.k = linear(kv, hidden), l.v = linear(kv, hidden), l.o = linear(hidden, q);
     l.gate = linear(inner, hidden), l.up = linear(inner, hidden), l.down = linear(hidden, inner);
@@ -316,7 +317,8 @@ void run_out_of_memory(wf_pool* pool, const Net& net, const std::vector<Story>& 
                                  {1, 1, stories[1].tokens.data(), &sampling, next + 1, nullptr}};
     starve([&] {
         const bool done = !wf_decoder_step(decoder, appends, 2);
-        for (const int slot : {0, 1}) require(wf_decoder_length(decoder, slot) == done, "no tokens of a step that failed");
+        for (const int slot : {0, 1})
+            require(wf_decoder_length(decoder, slot) == done, "no tokens of a step that failed");
         return done;
     });
     require(same(logits.data(), stories[0].logits[0].data(), logits.size()), "the bits of the story after errors");
@@ -335,10 +337,9 @@ void refuse_models(wf_pool* pool, const Net& net) {
         change(changed);
         require(!wf_decoder_new(pool, &changed), "refusal of a model");
     };
-    int wf_model::* const sizes[] = {&wf_model::vocab,      &wf_model::hidden,   &wf_model::intermediate,
-                                     &wf_model::num_layers, &wf_model::heads,    &wf_model::kv_heads,
-                                     &wf_model::head_dim,   &wf_model::context,  &wf_model::slots,
-                                     &wf_model::max_rows};
+    int wf_model::* const sizes[] = {
+        &wf_model::vocab,    &wf_model::hidden,   &wf_model::intermediate, &wf_model::num_layers, &wf_model::heads,
+        &wf_model::kv_heads, &wf_model::head_dim, &wf_model::context,      &wf_model::slots,      &wf_model::max_rows};
     for (const auto size : sizes)
         for (const int value : {0, -1, INT32_MIN, INT32_MAX, (1 << 26) + 1})
             refused([&](wf_model& w) { w.*size = value; });
@@ -354,8 +355,8 @@ void refuse_models(wf_pool* pool, const Net& net) {
     refused([&](wf_model& w) { w.layers = nullptr; });
     refused([&](wf_model& w) { w.head.matrix = nullptr; });
     refused([&](wf_model& w) { w.embedding = layer.gate.matrix == w.embedding ? nullptr : layer.down.matrix; });
-    for (wf_linear wf_layer::* const linear : {&wf_layer::q, &wf_layer::k, &wf_layer::v, &wf_layer::o, &wf_layer::gate,
-                                               &wf_layer::up, &wf_layer::down}) {
+    for (wf_linear wf_layer::* const linear :
+         {&wf_layer::q, &wf_layer::k, &wf_layer::v, &wf_layer::o, &wf_layer::gate, &wf_layer::up, &wf_layer::down}) {
         (layer.*linear).matrix = nullptr;
         refused([](wf_model&) {});
         layer = m.layers[0];
@@ -392,10 +393,10 @@ void refuse_steps(wf_pool* pool, const Net& net) {
     refused({good, {1, 2, wrong, nullptr, nullptr, nullptr}});
     refused({good, {1, 1, negative, nullptr, nullptr, nullptr}});
     refused({{1, 1, tokens.data(), nullptr, &next, nullptr}});
-    const wf_sampling odd[] = {{-1, 1, 1, 0, 0, 0},   {NAN, 1, 1, 0, 0, 0}, {INFINITY, 1, 1, 0, 0, 0},
-                               {1, 0, 1, 0, 0, 0},    {1, 2, 1, 0, 0, 0},   {1, NAN, 1, 0, 0, 0},
-                               {1, 1, 0, 0, 0, 0},    {1, 1, -1, 0, 0, 0},  {1, 1, INFINITY, 0, 0, 0},
-                               {1, 1, NAN, 0, 0, 0},  {1, 1, 1, -1, 0, 0}};
+    const wf_sampling odd[] = {{-1, 1, 1, 0, 0, 0},  {NAN, 1, 1, 0, 0, 0}, {INFINITY, 1, 1, 0, 0, 0},
+                               {1, 0, 1, 0, 0, 0},   {1, 2, 1, 0, 0, 0},   {1, NAN, 1, 0, 0, 0},
+                               {1, 1, 0, 0, 0, 0},   {1, 1, -1, 0, 0, 0},  {1, 1, INFINITY, 0, 0, 0},
+                               {1, 1, NAN, 0, 0, 0}, {1, 1, 1, -1, 0, 0}};
     for (const wf_sampling& s : odd) {
         refused({{1, 1, tokens.data(), &s, &next, nullptr}});
         require(wf_sample(&m.norm[0], 1, nullptr, 0, &s) == -1, "refusal of a choice");
@@ -429,7 +430,8 @@ void fill(wf_pool* pool, const Net& net) {
     const size_t empty = wf_decoder_bytes(decoder);
     const std::vector<int32_t> tokens(m.context, 1);
     std::vector<wf_append> all;
-    for (int slot = 0; slot < m.slots; ++slot) all.push_back({slot, m.context, tokens.data(), nullptr, nullptr, nullptr});
+    for (int slot = 0; slot < m.slots; ++slot)
+        all.push_back({slot, m.context, tokens.data(), nullptr, nullptr, nullptr});
     require(wf_decoder_step(decoder, all.data(), m.slots) != 0, "refusal of more than max_rows");
     require(wf_decoder_bytes(decoder) == empty, "no memory for what was refused");
     --all.back().length;
@@ -468,8 +470,9 @@ Logits penalized(const Question& q) {
     Logits logits = q.logits;
     std::vector<bool> seen(logits.size());
     for (const int32_t token : q.history) {
-        if (!seen[token]) logits[token] = logits[token] < 0 ? logits[token] * q.sampling.repetition_penalty
-                                                            : logits[token] / q.sampling.repetition_penalty;
+        if (!seen[token])
+            logits[token] = logits[token] < 0 ? logits[token] * q.sampling.repetition_penalty
+                                              : logits[token] / q.sampling.repetition_penalty;
         seen[token] = true;
     }
     return logits;
@@ -482,7 +485,8 @@ bool may_be(const Question& q, int token) {
     const wf_sampling& s = q.sampling;
     if (s.temperature == 0) return token == std::find(logits.begin(), logits.end(), largest) - logits.begin();
     std::vector<double> weights;
-    for (const float logit : logits) weights.push_back(std::exp((static_cast<double>(logit) - largest) / s.temperature));
+    for (const float logit : logits)
+        weights.push_back(std::exp((static_cast<double>(logit) - largest) / s.temperature));
     std::vector<double> sorted = weights;
     std::sort(sorted.begin(), sorted.end(), std::greater<>());
     constexpr double close = 1 - 1e-5;

@@ -59,8 +59,8 @@ inline wf_matrix* table(int n, int k) {
         for (int i = 0; i < 16; ++i) entries[i] = static_cast<float>(i % pick({2, 3, 16}) - 1);
     const auto index = codes(static_cast<size_t>(n) * k, 1 << bits);
     const auto scales = normals(static_cast<size_t>(rows) * groups);
-    return wf_matrix_table(n, k, bits, index.data(), entries.data(), scales.data(), rows, groups, rank,
-                           f.at(f.row), f.at(f.col), f.at(f.bias));
+    return wf_matrix_table(n, k, bits, index.data(), entries.data(), scales.data(), rows, groups, rank, f.at(f.row),
+                           f.at(f.col), f.at(f.bias));
 }
 
 // n and k even.
@@ -72,7 +72,7 @@ inline wf_matrix* complex(int n, int k) {
         for (float& scale : scales) scale = static_cast<float>(below(25));
     const auto index = codes(size_t{2} * stages * (n / 2) * (k / 2), 4);
     return wf_matrix_complex(n, k, stages, index.data(), scales.data(), rows, groups, f.at(f.row), f.at(f.col),
-                           f.at(f.bias));
+                             f.at(f.bias));
 }
 
 inline wf_matrix* bytes(int n, int k) {

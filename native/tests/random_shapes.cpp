@@ -36,7 +36,8 @@ void multiply(wf_pool* one, wf_pool* many, const wf_matrix* m) {
         count_in(together);
         for (int token = 0; token < batch; ++token) {
             float* one_token = alone.data();
-            require(!wf_matmul(one, &m, 1, x.data() + static_cast<size_t>(token) * k, 1, &one_token, mode), "product of one token");
+            require(!wf_matmul(one, &m, 1, x.data() + static_cast<size_t>(token) * k, 1, &one_token, mode),
+                    "product of one token");
             for (int i = 0; i < n; ++i) require(alone[i] == together[static_cast<size_t>(token) * n + i], "same bits");
         }
     }
@@ -45,13 +46,16 @@ void multiply(wf_pool* one, wf_pool* many, const wf_matrix* m) {
 void refuse() {
     const uint8_t index[8] = {0, 1, 2, 3, 0, 1, 2, 3};
     const float table[4] = {}, scale[2] = {1, 1}, endless[1] = {INFINITY};
-    const int wrong[][6] = {{0, 4, 2, 1, 1}, {2, 0, 2, 1, 1}, {2, 4, 0, 1, 1}, {2, 4, 5, 1, 1}, {2, 4, 2, 3, 1},
+    const int wrong[][6] = {{0, 4, 2, 1, 1}, {2, 0, 2, 1, 1}, {2, 4, 0, 1, 1}, {2, 4, 5, 1, 1},  {2, 4, 2, 3, 1},
                             {2, 4, 2, 1, 3}, {2, 4, 2, 1, 0}, {2, 4, 1, 1, 1}, {-1, 4, 2, 1, 1}, {2, 1 << 30, 2, 1, 1}};
     for (const auto& w : wrong)
-        require(!wf_matrix_table(w[0], w[1], w[2], index, table, scale, w[3], w[4], 1, nullptr, nullptr, nullptr), "refusal");
-    require(!wf_matrix_table(2, 4, 2, index, table, endless, 1, 1, 1, nullptr, nullptr, nullptr), "refusal of infinity");
+        require(!wf_matrix_table(w[0], w[1], w[2], index, table, scale, w[3], w[4], 1, nullptr, nullptr, nullptr),
+                "refusal");
+    require(!wf_matrix_table(2, 4, 2, index, table, endless, 1, 1, 1, nullptr, nullptr, nullptr),
+            "refusal of infinity");
     require(!wf_matrix_table(2, 4, 2, index, table, scale, 1, 1, 9, scale, scale, nullptr), "refusal of nine ranks");
-    require(!wf_matrix_table(2, 4, 2, index, table, scale, 1, 1, 2, nullptr, scale, nullptr), "refusal of ranks without rows");
+    require(!wf_matrix_table(2, 4, 2, index, table, scale, 1, 1, 2, nullptr, scale, nullptr),
+            "refusal of ranks without rows");
     require(!wf_matrix_complex(1, 4, 1, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of an odd width");
     require(!wf_matrix_complex(2, 4, 5, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of five stages");
     require(!wf_pool_new(0) && !wf_pool_new(-1) && !wf_pool_new(1 << 20), "refusal of threads");
