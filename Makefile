@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 .PHONY: demo test test-all test-gguf sanitize wheels lint format clean
 
-$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
 	touch $@

@@ -1,4 +1,5 @@
-// From codes to memory: the constructors of wf_matrix. Everything is checked here, before memory is taken.
+// The constructors of wf_matrix: from codes to the memory that layout.h describes. They check everything before they
+// take memory.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -12,8 +13,8 @@ using namespace wf;
 namespace {
 
 constexpr int MAX_ROWS = 1 << 24;
-constexpr int MAX_COLUMNS = 1 << 16;   // so that no sum of products leaves int32: 255 * 127 * 65536
-constexpr float NEARLY = 1.0f / 8192;  // of the largest entry: a table of fp16 numbers may miss even steps by this
+constexpr int MAX_COLUMNS = 1 << 16;   // a sum of products then fits int32: 255 * 127 * 65536
+constexpr float NEARLY = 1.0f / 8192;  // times the largest entry: even steps, once rounded to fp16, may be off by this
 
 void check_shape(int n, int k) {
     check(n >= 1 && n <= MAX_ROWS, "n: must be 1 to 16777216");
@@ -43,7 +44,7 @@ void check_codes(const uint8_t* codes, size_t size, int limit) {
     check(largest < limit, "codes: an entry is too large for the bits");
 }
 
-// Per-row numbers of each rank, padded to whole panels of each part.
+// Copies numbers of rows [rank, n], padding them to whole panels of each part.
 void set_rows(const wf_matrix& m, int rank, Buffer<float>& to, const float* from, const char* text) {
     if (!from) return;
     check_finite(from, static_cast<size_t>(rank) * m.n, text);
@@ -53,7 +54,7 @@ void set_rows(const wf_matrix& m, int rank, Buffer<float>& to, const float* from
             to[r * m.padded_rows() + m.padded_row(n)] = from[static_cast<size_t>(r) * m.n + n];
 }
 
-// What all kinds end with.
+// The last thing that each constructor does.
 void set_factors(wf_matrix& m, const float* row, const float* col, const float* bias) {
     set_rows(m, m.rank, m.row, row, "row: not finite");
     set_rows(m, 1, m.bias, bias, "bias: not finite");
@@ -73,9 +74,11 @@ Stream stream(Format format, int rows, int columns, int num_rows, int num_groups
     s.panels = ceil_div(rows, PANEL);
     const bool complex = spec(format).parts == 2;
     const int width = columns / num_groups;
-    const int real = complex ? 2 * width : width;  // columns of activations; complex ones are padded in pairs of 16
-    s.columns = {complex, num_groups, width, ceil_div(complex ? 2 * ceil_div(width, CELL) * CELL : real, 64) * 64};
-    s.chunks = ceil_div(complex ? 2 * ceil_div(width, CELL) * CELL : real, spec(format).segments * CELL);
+    // Real and imaginary inputs are each padded to whole segments. A group is padded to the chunks of the widest
+    // format, so that matrices of different formats share their activations.
+    const int inputs = complex ? 2 * ceil_div(width, CELL) * CELL : width;
+    s.columns = {complex, num_groups, width, ceil_div(inputs, 64) * 64};
+    s.chunks = ceil_div(inputs, spec(format).segments * CELL);
     s.cells.reset(static_cast<size_t>(s.panels) * num_groups * s.chunks * CHUNK_BYTES);
     const int scale_panels = num_rows == 1 ? 1 : s.panels;
     s.scale_panel = num_rows == 1 ? 0 : static_cast<size_t>(num_groups) * PANEL;
@@ -86,14 +89,14 @@ Stream stream(Format format, int rows, int columns, int num_rows, int num_groups
     return s;
 }
 
-// Cell of a row's chunk; `column` counts within the group, `wide` columns to a chunk.
+// The cell of a row in one chunk of a group.
 uint8_t* cell(Stream& s, int row, int group, int chunk) {
     return s.cells.data() +
            ((static_cast<size_t>(row / PANEL) * s.columns.groups + group) * s.chunks + chunk) * CHUNK_BYTES +
            row % PANEL * CELL;
 }
 
-// One code of `bits` for each column, by segments of 16: segment i of a chunk in bits i * bits and up.
+// Stores a code of `bits` bits for each column. Segment i of a chunk has the bits from i * bits on.
 void fill(Stream& s, const uint8_t* codes, const uint8_t* stored_as, int bits) {
     const int width = s.columns.width, groups = s.columns.groups, per_chunk = spec(s.format).segments * CELL;
     for (int row = 0; row < s.rows; ++row)
@@ -116,7 +119,7 @@ void fill_scales(Stream& s, const float* scales, int num_rows) {
 
 // ---- Tables
 
-// A table as even steps: value = step * (code' - twice_zero / 2).
+// A table of even steps: code i is stored as c = stored_as[i], and its value is step * (c - twice_zero / 2).
 struct Even {
     bool found = false;
     uint8_t stored_as[16] = {};
@@ -132,7 +135,7 @@ Even even_steps(const float* table, int size, const bool* used) {
     distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
     const float low = distinct.front(), high = distinct.back(), most = std::max(std::fabs(low), std::fabs(high));
     Even even;
-    if (distinct.size() == 1) {  // one value: code 1 of no zero
+    if (distinct.size() == 1) {  // its value is step * 1
         std::fill_n(even.stored_as, 16, uint8_t{1});
         even.step = low;
         even.found = true;
@@ -153,7 +156,8 @@ Even even_steps(const float* table, int size, const bool* used) {
     return even;
 }
 
-// Integers of at most `limit` that are exactly proportional to the values; 0 steps where there are none.
+// Looks for integers of at most `limit` that are exactly proportional to the values. Returns the largest of them, or 0
+// if there are none.
 int exact_steps(const float* values, int size, int limit, int* integers) {
     float most = 0;
     for (int i = 0; i < size; ++i) most = std::max(most, std::fabs(values[i]));
@@ -168,9 +172,9 @@ int exact_steps(const float* values, int size, int limit, int* integers) {
     return 0;
 }
 
-constexpr int TABLE_MOST = 127 * 256 + 127;  // the largest sum of two digits
+constexpr int TABLE_MOST = 127 * 256 + 127;  // the largest value of two digits
 
-// In two digits; entries that no code uses are 0.
+// Stores a table as two digits for each entry.
 void set_table(Stream& s, const float* table, int size, float most) {
     s.grain = most / TABLE_MOST;
     for (int i = 0; i < size && most > 0; ++i) {
@@ -231,16 +235,17 @@ wf_matrix* table_matrix(int n, int k, int bits, const uint8_t* codes, const floa
     return made.release();
 }
 
-// ---- Fairy2i
+// ---- Complex codes
 
-// The scales of one row and group in one stream, [p][t][axis], as integers times a unit.
+// The scales of one row, group and stream, [p][t][axis], as integers times a unit. p is the matrix (U, W), t the stage,
+// axis 0 the scale of real codes and 1 that of imaginary codes.
 struct Grid {
     bool exact = false;
     int integers[8] = {};
     float unit = 0;
 };
 
-// The largest sum that the codes can make of them.
+// The largest sum that codes can make of these scales.
 int reach(const int* integers) {
     int most = 0;
     for (int axis = 0; axis < 2; ++axis) {
@@ -286,7 +291,7 @@ struct ComplexCodes {
     float scale(int p, int t, int axis, int row, int group) const {
         return scales[(((static_cast<size_t>(p) * num_stages + t) * 2 + axis) * num_rows + row) * num_groups + group];
     }
-    // The scales of `count` stages from `first`, [p][t][axis]; stages that are not there have none.
+    // The scales of `count` stages from `first` on, [p][t][axis], 0 for a second stage that does not exist.
     void gather(int first, int count, int row, int group, float* to) const {
         for (int i = 0; i < 8; ++i) {
             const int p = i / 4, t = i / 2 % 2, axis = i % 2;

@@ -1,9 +1,12 @@
-// The native decoder: one pass through a Llama for rows of tokens of several sequences. decoder.h says what it promises.
+// The native decoder: a pass through a Llama for tokens of several sequences. decoder.h says what it promises.
 //
-// Rows are tokens, in the order of the appends: x [rows, hidden]. A layer is
-//     x += o(attention(q(n), k(n), v(n))), n = norm(x);    x += down(act(gate(m)) * up(m)), m = norm(x)
-// with five parallel regions: q k v in one product, attention, o, gate and up in one, down. What lies between them is done
-// by the calling thread for few rows and in parallel for many.
+// A row is a token, in the order of the appends: x [rows, hidden]. A layer is
+//
+//     n = norm(x)    x += o(attention(q(n), k(n), v(n)))
+//     m = norm(x)    x += down(act(gate(m)) * up(m))
+//
+// Threads are started five times for it: for q, k and v together, for attention, for o, for gate and up together, and
+// for down. The loops in between run on the calling thread if there are few rows, else on all threads.
 #include "decoder.h"
 
 #include <algorithm>
@@ -22,7 +25,8 @@ namespace wf {
 namespace {
 
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int64_t WORTH_THREADS = 1 << 16;  // multiply-adds, or so: below it a parallel region costs more than it saves
+// Multiply-adds, more or less. With fewer, waking the threads costs more than they save.
+constexpr int64_t WORTH_THREADS = 1 << 16;
 
 struct Linear {
     const wf_matrix* matrix;
@@ -49,12 +53,13 @@ struct Row {
     int slot, position;
 };
 
-// Attention of rows that follow each other in one sequence, for one head of the keys.
+// Attention for one head of the keys, of rows that follow each other in one sequence.
 struct Task {
-    int row, count, head, out;  // first row of q, how many, head, first row of the result
+    int row, count;  // the first row of q, and how many
+    int head, out;   // the head, and the first row of the result
 };
 
-// An error of one of the functions of wf.h is one here.
+// Throws if a function of wf.h has reported an error.
 void check_call(int code) {
     if (code) fail(wf_error());
 }
@@ -75,7 +80,7 @@ struct wf_decoder {
     size_t bytes() const;
 
     std::mutex mutex;
-    wf_model m;  // pointers in it are those of the vectors below, or borrowed matrices
+    wf_model m;  // matrices are borrowed; other pointers are not used after the constructor
     std::vector<Sequence> sequences;
 
   private:
@@ -105,12 +110,13 @@ struct wf_decoder {
     Sampler sampler_;
     int q_width_, kv_width_;
 
-    // Of the step that runs.
+    // What belongs to the step that runs.
     std::vector<Row> rows_;
-    std::vector<int> wanted_;  // rows whose logits are asked for
+    std::vector<int> wanted_;  // rows whose logits or next tokens are asked for
     std::vector<Task> tasks_;
     int64_t attention_work_ = 0;
     int num_rows_ = 0;
+    // private_inputs_: inputs of a layer that norms or rounds them for itself.
     Buffer<float> x_, n_, private_inputs_, q_, k_, v_, a_, gate_, up_, cosine_, sine_, logits_;
 };
 
@@ -249,7 +255,7 @@ const char* wf_decoder::fault(const wf_append* appends, int count) const {
     return rows > m.max_rows ? "step: more tokens than max_rows" : nullptr;
 }
 
-// Rows, what is wanted of them, their sines, and room in the caches.
+// Lists the rows and which of them are wanted, makes room in the caches, and works out sines and cosines.
 void wf_decoder::lay_out(const wf_append* appends, int count) {
     rows_.clear();
     wanted_.clear();
@@ -274,8 +280,8 @@ void wf_decoder::lay_out(const wf_append* appends, int count) {
     list_tasks(false);
 }
 
-// One task for each head of the keys and as many rows of a sequence as `QUERIES` allows; the last layer has only the
-// wanted rows.
+// Makes a task for each head of the keys and for as many rows of a sequence as `QUERIES` allows. The last layer needs
+// wanted rows only.
 void wf_decoder::list_tasks(bool last) {
     tasks_.clear();
     attention_work_ = 0;
@@ -347,7 +353,8 @@ void wf_decoder::mlp_block(const Layer& layer) {
     });
 }
 
-// From here on only the rows whose logits are wanted: keys and values of the others are stored.
+// Drops all rows but the wanted ones. In the last layer nothing more is needed of the others: their keys and values are
+// stored.
 void wf_decoder::keep_wanted() {
     list_tasks(true);
     for (size_t i = 0; i < wanted_.size(); i++)
@@ -355,7 +362,7 @@ void wf_decoder::keep_wanted() {
     num_rows_ = static_cast<int>(wanted_.size());
 }
 
-// Products of one input with several layers. Those that share all that happens to it share one call.
+// Applies several layers to one input. Layers that take it as it is share a call.
 void wf_decoder::apply(std::initializer_list<const Linear*> group, const float* x, int rows,
                        std::initializer_list<float*> outs) {
     const wf_matrix* matrices[3];
@@ -386,7 +393,7 @@ void wf_decoder::apply_alone(const Linear& linear, const float* x, int rows, flo
     check_call(wf_matmul(pool_, &linear.matrix, 1, private_inputs_.data(), rows, &y, m.mode));
 }
 
-// Norms of the heads, positions, and the row's place in the cache.
+// Norms the heads of q and k, rotates them by the row's position, and stores k and v in the cache.
 void wf_decoder::rotate_and_store(const Layer& layer, int index, int row) {
     int d = m.head_dim, half = d / 2, place = rows_[row].position % PAGE;
     float* q = q_.data() + static_cast<size_t>(row) * q_width_;
@@ -439,7 +446,8 @@ void wf_decoder::attend(const Layer& layer, int index, const Task& task) {
                         a_.data() + static_cast<size_t>(task.out + r) * q_width_ + (task.head * group + g) * d);
 }
 
-// Logits of the wanted rows; then the step counts, and tokens are chosen.
+// Works out the logits of the wanted rows, lengthens the sequences, and chooses tokens. After the
+// product nothing can fail: an error leaves all sequences as they were.
 void wf_decoder::finish(const wf_append* appends, int count) {
     for (int i = 0; i < num_rows_; i++) {
         float* x = x_.data() + static_cast<size_t>(i) * m.hidden;

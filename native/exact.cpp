@@ -31,7 +31,8 @@ void int8_row(const wf_matrix& m, int n, float* out) {
 
 constexpr float REAL[4] = {1, 0, -1, 0}, IMAGINARY[4] = {0, 1, 0, -1};
 
-// Adds the stages of one stream to rows [A B] or [C D] of the real weight.
+// Adds the stages of one stream to row n of the real weight, which is a row of [A11 A12] or of [A21 A22]
+// (kernel_formats.inc).
 void add_complex(const wf_matrix& m, const Stream& s, int first, int n, float* out) {
     const int half_rows = m.n / 2, half = m.k / 2, row = n % half_rows, count = std::min(2, m.num_stages - first);
     const bool top = n < half_rows;
@@ -77,7 +78,7 @@ void code_row(const wf_matrix& m, int n, float* out) {
     }
 }
 
-// sum over the ranks of row[n] col[j].
+// The sum of row[n] * col[j] over the ranks.
 float factor(const wf_matrix& m, int n, int j) {
     float sum = 0;
     for (int rank = 0; rank < m.rank; ++rank) {

@@ -1,4 +1,5 @@
-// AVX2 without dot products of bytes: pairs in int16, which |w| <= 128 and |x| <= 127 do not overflow.
+// AVX2, which has no dot products of bytes. Pairs of products are added up in int16: with |w| <= 128 and |x| <= 127
+// they do not overflow.
 #include <immintrin.h>
 
 #include "kernels.h"

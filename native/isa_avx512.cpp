@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: 4 rows in a register.
+// AVX-512 with VNNI: 4 rows in a register, bytes multiplied unsigned by signed.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -28,7 +28,8 @@ struct V {
     static Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
     static Sums dot(Sums sums, Bytes w, Bytes x) {
 #if defined(__GNUC__) && !defined(__clang__)
-        __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x));  // GCC 12 copies every sum around the intrinsic
+        // GCC 12 copies every sum around the intrinsic.
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x));
         return sums;
 #else
         return _mm512_dpbusd_epi32(sums, w, x);

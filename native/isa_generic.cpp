@@ -1,4 +1,5 @@
-// Any processor: the registers of kernels.inc as arrays of 16 bytes.
+// Any processor: a register is an array of 16 bytes, one row. This is also the plainest description of what each
+// function of a register type does.
 #include "kernels.h"
 
 namespace wf {

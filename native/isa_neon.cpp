@@ -38,7 +38,7 @@ struct V {
     static Floats times(Floats a, Floats b) { return vmulq_f32(a, b); }
     template <int N>
     static void store_rows(const Floats (&a)[N], float* to) {
-        for (int i = 0; i < N; ++i) to[i] = vaddvq_f32(a[i]);  // in pairs, as everywhere
+        for (int i = 0; i < N; ++i) to[i] = vaddvq_f32(a[i]);  // (0 + 1) + (2 + 3), as everywhere
     }
     static void prefetch(const void* at) { __builtin_prefetch(at); }
 };

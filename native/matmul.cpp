@@ -1,4 +1,5 @@
-// wf_matmul: activations rounded once for all matrices that can share them, then every panel of every matrix.
+// wf_matmul. Activations are rounded, once for all matrices that can share them. Then threads take panels of all
+// matrices.
 #include <algorithm>
 #include <utility>
 
@@ -11,8 +12,8 @@ namespace wf {
 namespace {
 
 constexpr int MAX_TOKENS = 24 * TILE;
-constexpr size_t RUN_BYTES = 8 << 10;  // of weights, the least that is worth handing to a thread
-constexpr int RUNS_PER_THREAD = 16;    // if all were short
+constexpr size_t RUN_BYTES = 8 << 10;  // of weights: a run that reads fewer is not worth handing to a thread
+constexpr int RUNS_PER_THREAD = 16;    // at most, if no run were a long one (pool.h)
 constexpr size_t MAX_BATCH = 1 << 20;
 constexpr int MAX_COUNT = 8, MAX_STREAMS = 2, MAX_ORDERS = MAX_COUNT * MAX_STREAMS;
 
@@ -24,13 +25,14 @@ struct Call {
     const float* x;  // [batch, k]
     int batch;
     float* const* y;
-    size_t offset;  // tokens ahead of x in y
+    size_t offset;  // tokens of y that come before the first of x
 
     float* result(int index) const { return y[index] + offset * matrices[index]->n; }
 };
 
 // ---- Rounding
 
+// Copies a segment of which `left` bytes or more are there, and fills it up with zeros.
 void spread_segment(int8_t* to, const int8_t* from, int left) {
     if (left >= CELL) {
         std::memcpy(to, from, CELL);
@@ -40,7 +42,7 @@ void spread_segment(int8_t* to, const int8_t* from, int left) {
     }
 }
 
-// Where the rounded token goes: what one `Columns` needs.
+// Writes a rounded token where `to.columns` wants it. In the complex case, imaginary inputs begin at `half`.
 void spread_plain(const int8_t* q, const Activations& to, int tile, int token) {
     const Columns& c = to.columns;
     const int step = to.tokens(tile) * CELL;
@@ -85,16 +87,17 @@ bool same_col(const wf_matrix& a, const wf_matrix& b) {
     return !a.col.size() || !std::memcmp(a.col.data(), b.col.data(), a.col.bytes());
 }
 
-// Activations rounded in one way, in the orders that the matrices of that way want.
+// Activations times one `col`, rounded, in every order that a matrix with this col needs.
 struct Rounding {
-    const wf_matrix* first;  // whose col it is
-    int batch;               // tokens, times its rank
+    const wf_matrix* first;  // the first matrix that has this col
+    int batch;               // tokens times the matrix's rank
     float* scales;           // [batch]
     int num_orders = 0;
     Activations orders[MAX_ORDERS];
 };
 
-// What the matrices of a call need, in the pool's memory: a decoder makes hundreds of calls for a token, and each is short.
+// All roundings of a call. They lie in the pool's memory, which is kept from call to call: a decoder makes hundreds of
+// short calls for a token, and allocations would take a good part of their time.
 class Needs {
   public:
     explicit Needs(const Call& call) : call_(call) {
@@ -133,7 +136,7 @@ class Needs {
         made.tile = TILE / rounding.first->rank * rounding.first->rank;
         return rounding.num_orders++;
     }
-    // Twice over all that is needed: how much it is, and where it lies.
+    // Goes over everything twice: to add up the sizes, and to say where each part lies.
     void lay_out() {
         size_t used = 0;
         for (Rounding& r : *this) {
@@ -195,7 +198,7 @@ float dot_row(const Call& call, const wf_matrix& m, int n, const float* row, con
     return call.kernels.dot(m.weight32.size() ? m.weight32.data() + static_cast<size_t>(n) * m.k : row, x, m.k);
 }
 
-// In fp32, with the weight's rows decoded into `scratch` [k].
+// A panel in fp32. Rows that are not dense are decoded into `scratch` [k].
 void exact_panel(const Call& call, const wf_matrix& m, int panel, float* y, float* scratch) {
     const int rows = std::min(PANEL, m.rows() - panel * PANEL);
     for (int part = 0; part < m.parts(); ++part)
@@ -217,7 +220,7 @@ void exact_panels(const Call& call, int index, int begin, int end, int thread) {
 
 // ---- A call
 
-// Tasks to take at a time: enough work to be worth it, few enough to even out.
+// How many panels are a short run: enough to be worth a thread's while, and few enough for threads to end together.
 int run_length(const Call& call, int tasks) {
     size_t bytes = 0;
     for (int i = 0; i < call.count; ++i) bytes += call.matrices[i]->read_bytes;
@@ -226,7 +229,7 @@ int run_length(const Call& call, int tasks) {
     return static_cast<int>(std::max(least, even));
 }
 
-// body(matrix, first panel, the one after the last, thread) for all panels of all matrices.
+// Calls body(matrix, first panel, one after the last, thread) for all panels of all matrices, on all threads.
 template <class Body>
 void each_panel(const Call& call, Body body) {
     int tasks = 0;
@@ -254,7 +257,7 @@ void run_exact(const Call& call) {
     each_panel(call, [&](int index, int begin, int end, int thread) { exact_panels(call, index, begin, end, thread); });
 }
 
-// Tokens at a time, so that their activations stay in the second-level cache.
+// How many tokens to work on at a time: their activations should stay in the second-level cache.
 int block(const wf_matrix* const* matrices, int count) {
     int rank = 1;
     for (int i = 0; i < count; ++i) rank = std::max(rank, matrices[i]->rank);
@@ -265,8 +268,8 @@ void run(wf_pool& pool, const wf_matrix* const* matrices, int count, const float
          wf_mode mode) {
     std::lock_guard<std::mutex> turn(pool.turn);
     const int k = matrices[0]->k, most = block(matrices, count);
-    for (auto& scratch : pool.scratch)
-        scratch.grow(static_cast<size_t>(k) * (sizeof(float) + 1));  // a row, or a token and its bytes
+    // Scratch holds a decoded row, or a scaled token and its bytes.
+    for (auto& scratch : pool.scratch) scratch.grow(static_cast<size_t>(k) * (sizeof(float) + 1));
     for (int first = 0; first < batch; first += most) {
         const Call call{pool,
                         kernels(),

@@ -1,4 +1,4 @@
-// Which of the compiled versions of vector.h's loops this processor runs: the one that its matrices chose.
+// Chooses among the compiled versions of vector.h's loops: the one that goes with the kernels in use.
 #include "vector.h"
 
 #include <cstring>

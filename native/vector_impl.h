@@ -1,8 +1,10 @@
-// The bodies of vector.h's functions, for vectors of WF_WIDTH floats; included by one source file per instruction set,
-// with WF_VECTORS the name of its table. Everything is local to that file, and nothing of the standard library is
-// used: an inline function compiled for AVX-512 must not become the one that the linker keeps for everybody.
+// The bodies of vector.h's functions, for vectors of WF_WIDTH floats. Each vector_*.cpp defines WF_WIDTH, the table's
+// name WF_VECTORS and its text WF_NAME, and includes this file.
 //
-// A remainder of less than a vector is worked out in a whole one, filled up with zeros, by the same operations.
+// Everything here is local to that source file, and nothing of the C++ standard library is used. The linker keeps one
+// copy of an inline function for all files: if it kept one that was compiled for AVX-512, other processors would crash.
+//
+// A remainder of less than a vector is filled up with zeros and worked out by the same operations as a whole vector.
 #include <string.h>
 
 #include "vector.h"
@@ -44,7 +46,7 @@ inline vf all(float x) { return x - vf{}; }
 
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
-// The vector with lanes exchanged over a distance of 1, 2, 4 or 8.
+// The vector with each lane exchanged for the one at a distance of 1, 2, 4 or 8.
 #if WF_WIDTH == 16
 inline vf across(vf v, int distance) {
     return distance == 8   ? __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
@@ -74,11 +76,12 @@ inline float largest(vf v) {
     return v[0];
 }
 
-// e^x, within 2 units in the last place; below -86 it stays e^-86, above 88 e^88.
+// e^x, within 2 units in the last place, for x from -86 to 88; other x count as the nearer end. The constants are those
+// of expf in the Cephes library.
 inline vf exponential(vf x) {
     x = x < -86.0f ? all(-86.0f) : x;
     x = x > 88.0f ? all(88.0f) : x;
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, in the low bits
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which is then in the low bits
     vf moved = x * 1.44269504f + shift;
     vf whole = moved - shift;
     vf r = x - whole * 0.693359375f;
@@ -89,7 +92,7 @@ inline vf exponential(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    vi power = reinterpret_cast<vi>(moved) << 23;  // the low bits of `moved` are the whole number: the rest falls out
+    vi power = reinterpret_cast<vi>(moved) << 23;  // moves the whole number to the exponent, and all other bits out
     return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + power);
 }
 
@@ -156,10 +159,10 @@ inline uint16_t to_bf16(float x) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-constexpr int AHEAD = 2048;  // bytes: keys, then values, of one page lie in one piece
+constexpr int AHEAD = 2048;  // bytes from the load to the prefetch; keys, and then values, of a page lie in one piece
 
-// Two neighbours of bf16 share a word, the first in its low half: one load and two operations give two vectors of
-// floats. `stride` elements are a row of a matrix of such rows; `pair` of them are rows 2 pair and 2 pair + 1.
+// A matrix of rows of `stride` elements. Rows 2 pair and 2 pair + 1 of bf16 share words of 32 bits, the first in the
+// low half: so one load and two operations give vectors of floats of both rows.
 inline void put(float* rows, int row, int stride, int at, float x) { rows[static_cast<size_t>(row) * stride + at] = x; }
 inline void put(uint16_t* rows, int row, int stride, int at, float x) {
     rows[(static_cast<size_t>(row / 2) * stride + at) * 2 + row % 2] = to_bf16(x);
@@ -204,9 +207,9 @@ void store_value(const float* x, int head_dim, int padded_dim, int bf16, int pla
 }
 
 constexpr int PARTS = SIDE / W;            // vectors in a tile
-constexpr int TOGETHER = W == 16 ? 4 : 2;  // queries, and tiles, whose sums are kept in registers
+constexpr int TOGETHER = W == 16 ? 4 : 2;  // so many queries times so many tiles have their sums in registers
 
-// Products of Q queries with the keys of T tiles: out [Q][PAGE].
+// Products of Q queries and the keys of T tiles of 16 positions: out [Q][PAGE].
 template <int Q, int T, class S>
 inline void score(const float* q, int head_dim, const S* keys, float* out) {
     vf acc[Q][T * PARTS] = {};
@@ -244,7 +247,7 @@ inline void blend(const float* p, const float* keep, const S* values, int at, in
             for (int i = 0; i < Q; i++) acc[i][c] += p[i * PAGE + 2 * pair] * a;
             for (int i = 0; i < Q; i++) acc[i][c] += p[i * PAGE + 2 * pair + 1] * b;
         }
-    if (num % 2)  // what lies beyond the last may be anything, and 0 times that is not always 0
+    if (num % 2)  // the row after the last may hold anything, and 0 times that is not always 0
         for (int c = 0; c < C; c++) {
             load_pair(values, pair, padded_dim, at + c * W, a, b);
             for (int i = 0; i < Q; i++) acc[i][c] += p[i * PAGE + 2 * pair] * a;
@@ -260,13 +263,14 @@ void blend_rows(const float* p, const float* keep, const S* values, int num, int
     for (; d < padded_dim; d += W) blend<Q, 1>(p, keep, values, d, num, padded_dim, out + d);
 }
 
-// Of one query: the largest score so far, and the sum of e^(score - peak), in lanes.
+// What a query needs from page to page: its largest score so far, and the sum of e^(score - peak), in lanes.
 struct Soft {
     float peak;
     vf total[PARTS];
 };
 
-// p [PAGE]: scores become e^(score - peak), 0 outside of [begin, end); returns what earlier sums are multiplied with.
+// Turns scores p [PAGE] into e^(score - peak), 0 outside of [begin, end). The peak may rise: returns the factor for
+// what was summed up before.
 inline float soften(float* p, int num_tiles, int begin, int end, Soft& soft) {
     for (int j = 0; j < begin; j++) p[j] = -__builtin_inff();
     for (int j = end; j < num_tiles * SIDE; j++) p[j] = -__builtin_inff();
@@ -284,6 +288,7 @@ inline float soften(float* p, int num_tiles, int begin, int end, Soft& soft) {
     return keep;
 }
 
+// One page for Q queries, `from` and those after it. p [Q][PAGE] is scratch.
 template <int Q, class S>
 void page(const Attend& a, int index, int from, float* p, Soft* soft) {
     float keep[Q];
@@ -310,7 +315,8 @@ void page(const Attend& a, int index, int from, float* p, Soft* soft) {
     blend_rows<Q>(p, keep, reinterpret_cast<const S*>(a.pages[index] + a.values), num, a.padded_dim, out);
 }
 
-// softmax(q k) v of each query over its positions, page by page with a running maximum (arXiv 1805.02867).
+// softmax(q k) v for each query over the positions that it sees, page by page, with a running maximum (arXiv
+// 1805.02867).
 template <class S>
 void attend(const Attend& a) {
     float p[TOGETHER * PAGE];

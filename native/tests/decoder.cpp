@@ -1,8 +1,8 @@
-// Random small models through the decoder, to run under sanitizers: layers of every kind, several sequences that are
-// appended to, cut and cleared in any order, choices of the next token, wrong arguments, memory that runs out.
+// Runs random small models through the decoder, to be checked by sanitizers: layers of every kind, several sequences
+// that are appended to, cut and cleared in any order, choices of the next token, wrong arguments, memory that runs out.
 //
-// A sequence alone, token by token and on one thread, says what the logits are. Whatever else is done has to give the
-// same bits. tests/test_engine.py compares with transformers.
+// The logits of a story are those of one sequence alone, read token by token on one thread. Everything else has to give
+// the same bits. tests/test_engine.py compares with transformers.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -19,7 +19,7 @@
 #include "random.h"
 
 namespace {
-thread_local int allocations_left = -1;  // of this thread until one fails; below 0: all that are asked for
+thread_local int allocations_left = -1;  // how many succeed on this thread until one fails; below 0: all
 
 void* allocated(size_t size, size_t alignment) {
     void* memory = nullptr;
@@ -44,7 +44,7 @@ bool same(const float* a, const float* b, size_t size) { return !std::memcmp(a, 
 
 // ---- Models
 
-// A model of random sizes and what it points to. Where `broken`, token 0 is infinite and makes its sequence NaN.
+// A model of random sizes, and what it points to. If it is `broken`, token 0 is infinite and makes its sequence NaN.
 struct Net {
     wf_model model{};
     bool broken = below(2);
@@ -98,7 +98,7 @@ wf_layer Net::layer() {
     const int hidden = model.hidden, inner = model.intermediate, d = model.head_dim;
     const int q = model.heads * d, kv = model.kv_heads * d;
     const float spread =
-        1 / std::sqrt(static_cast<float>(hidden));  // so that queries and keys are near 1, and no key has all weight
+        1 / std::sqrt(static_cast<float>(hidden));  // queries and keys are then near 1, so that no key gets all weight
     wf_layer l{};
     l.q = linear(q, hidden), l.k = linear(kv, hidden), l.v = linear(kv, hidden), l.o = linear(hidden, q);
     l.gate = linear(inner, hidden), l.up = linear(inner, hidden), l.down = linear(hidden, inner);
@@ -137,7 +137,7 @@ Net::Net(bool wide) {
 
 // ---- Sequences
 
-// Tokens, and the logits after each.
+// A sequence: its tokens, and the logits after each.
 struct Story {
     std::vector<int32_t> tokens;
     std::vector<Logits> logits;
@@ -180,7 +180,7 @@ wf_sampling settings() {
     return {temperature, mass, penalty, top_k, seed, generator()};
 }
 
-// All sequences in one decoder, in steps of any kind; what they say is compared with their stories.
+// Runs all sequences in one decoder, in steps of any kind, and compares their logits with those of their stories.
 class Play {
   public:
     Play(wf_pool* pool, const Net& net, const std::vector<Story>& stories)
@@ -233,7 +233,7 @@ void Play::compare(const wf_append& append, const Asked& asked) {
     require(asked.next == chosen, "the token that these logits give");
 }
 
-// Append `length_of(slot)` tokens to each slot, and ask for anything.
+// Appends `length_of(slot)` tokens to each slot, and asks for logits and next tokens at random.
 void Play::step(const std::function<int(int)>& length_of) {
     std::vector<wf_append> appends;
     std::deque<Asked> asked;
@@ -277,7 +277,7 @@ void Play::run() {
     }
 }
 
-// Two threads, each with a sequence of its own, in one decoder.
+// Two threads use one decoder, each with a sequence of its own.
 void talk_at_once(wf_pool* pool, const Net& net, const std::vector<Story>& stories) {
     wf_decoder* decoder = opened(pool, net.model);
     const auto say = [&](int slot) {
@@ -293,7 +293,7 @@ void talk_at_once(wf_pool* pool, const Net& net, const std::vector<Story>& stori
     wf_decoder_free(decoder);
 }
 
-// Let every allocation of `attempt` fail in turn, until it has had all and succeeds.
+// Lets the first allocation of `attempt` fail, then the second, and so on, until none is left to fail and it succeeds.
 template <class Attempt>
 void starve(const Attempt& attempt) {
     int failures = 0;
@@ -306,7 +306,7 @@ void starve(const Attempt& attempt) {
     require(failures > 3, "failing where memory runs out");
 }
 
-// Without memory there is no decoder, and no step: sequences stay as long as they were.
+// Without memory neither a decoder nor a step succeeds, and sequences stay as long as they were.
 void run_out_of_memory(wf_pool* pool, const Net& net, const std::vector<Story>& stories) {
     wf_decoder* decoder = nullptr;
     starve([&] { return (decoder = wf_decoder_new(pool, &net.model)) != nullptr; });
@@ -412,7 +412,7 @@ void refuse_steps(wf_pool* pool, const Net& net) {
     wf_decoder_free(nullptr);
 }
 
-// Before anything else has chosen: an instruction set that is not there.
+// Asks for an instruction set that does not exist. This has to come first: what was chosen once is kept.
 void refuse_an_instruction_set() {
     const char* given = std::getenv("WF_ISA");
     const std::string kept = given ? given : "";
@@ -423,7 +423,7 @@ void refuse_an_instruction_set() {
     setenv("WF_ISA", kept.c_str(), 1);
 }
 
-// Caches grow by pages and are given back; a step may fill the context, and `max_rows` is the most it takes.
+// Caches grow by pages and give them back. A step may fill the context, and takes `max_rows` tokens at most.
 void fill(wf_pool* pool, const Net& net) {
     const wf_model& m = net.model;
     wf_decoder* decoder = opened(pool, m);
@@ -478,7 +478,8 @@ Logits penalized(const Question& q) {
     return logits;
 }
 
-// Whether a plain reading of wf_sampling, in float64, leaves `token` to choose from; to rounding.
+// Whether wf_sampling, read plainly and worked out in float64, allows `token`. Weights that differ by rounding alone
+// count as equal.
 bool may_be(const Question& q, int token) {
     const Logits logits = penalized(q);
     const float largest = *std::max_element(logits.begin(), logits.end());
@@ -502,7 +503,7 @@ bool may_be(const Question& q, int token) {
     return s.top_p == 1 || before * close < mass;
 }
 
-// Logits that are no numbers, or masked.
+// Some logits are no numbers, or masked.
 void choose_among_odd_logits() {
     const float odd[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 1e-45f, 0};
     Question q = question();
@@ -517,7 +518,8 @@ void choose_among_odd_logits() {
     require(masked.logits[masked.answer()] > -INFINITY, "no token that is masked");
 }
 
-// The random number of this counter is 1 - 1e-9: what lies at the end of its range is a token that can be drawn, too.
+// The random number of this counter is 1 - 1e-9. At this end of the range, too, the token has to be one that can be
+// drawn.
 void choose_at_the_end() {
     constexpr uint64_t counter = 560906869;
     for (const float top_p : {1.0f, 0.9f})

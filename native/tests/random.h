@@ -1,4 +1,5 @@
-// Random numbers, the same on every machine, and random matrices of every kind from them, for the programs here.
+// Random numbers that are the same on every machine, and random matrices of every kind made of them, for the test
+// programs.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -15,7 +16,7 @@ inline std::mt19937 generator(1);
 inline int below(int limit) { return static_cast<int>(generator() % static_cast<unsigned>(limit)); }
 inline int pick(std::initializer_list<int> of) { return of.begin()[below(static_cast<int>(of.size()))]; }
 
-// Near a normal distribution.
+// Close to a normal distribution: a sum of twelve uniform numbers.
 inline float normal() {
     float sum = -6;
     for (int i = 0; i < 12; ++i) sum += static_cast<float>(generator() >> 8) / (1 << 24);
@@ -34,7 +35,7 @@ inline std::vector<uint8_t> codes(size_t size, int limit) {
     return values;
 }
 
-// A number of groups; up to one for each column where they are few, for each is padded to 64.
+// A number of groups that divides `of`. Large numbers are left out, because each group is padded to 64 columns.
 inline int divisor(int of) {
     int groups = pick({1, 1, 2, 3, 5, of < 32 ? of : 32});
     return of % groups ? 1 : groups;
@@ -63,7 +64,7 @@ inline wf_matrix* table(int n, int k) {
                            f.at(f.col), f.at(f.bias));
 }
 
-// n and k even.
+// n and k have to be even.
 inline wf_matrix* complex(int n, int k) {
     const int stages = 1 + below(4), rows = pick({1, n / 2}), groups = divisor(k / 2);
     const Factors f(n, k);

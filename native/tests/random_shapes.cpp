@@ -1,13 +1,13 @@
-// Random layers of every kind through every function, to run under sanitizers: sizes, codes and factors at their edges,
-// wrong arguments, several threads. One token is compared with many; tests/test_kernels.py compares with float64. The
-// checksum is that of every instruction set.
+// Runs random layers of every kind through every function, to be checked by sanitizers: sizes, codes and factors at
+// their edges, wrong arguments, several threads. It compares one token with many; tests/test_kernels.py compares with
+// float64. The checksum has to be the same on every instruction set.
 #include <cmath>
 
 #include "random.h"
 
 namespace {
 
-uint64_t checksum = 14695981039346656037u;  // of all results: equal wherever the kernels are right
+uint64_t checksum = 14695981039346656037u;  // of all results
 void count_in(const std::vector<float>& values) {
     for (const float value : values) {
         uint32_t bits;
