@@ -2,11 +2,12 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+NATIVE := $(wildcard native/*.cpp native/*.h native/*.inc native/tests/*.cpp native/tests/*.h)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-all test-gguf sanitize wheels lint format clean
 
-$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
 	touch $@
@@ -21,6 +22,7 @@ demo: $(VENV)/installed
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 
 # One thread a process: two processes with two threads each on two cores stall one another.
@@ -54,6 +56,7 @@ wheels: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
 
 clean:
 	rm -rf $(VENV) outputs build src/*.egg-info

@@ -54,7 +54,7 @@ def ternary(n: int, k: int, groups: int = 1) -> Matrix:
 
 def fairy(n: int, k: int, stages: int, rows: int = 1, grid: bool = True) -> Matrix:
     scales = torch.randint(1, 30, (2, stages, 2, rows, 1)).float()
-    return Matrix.fairy(codes(4, 2, stages, n // 2, k // 2), scales if grid else scales + torch.rand(scales.shape))
+    return Matrix.complex(codes(4, 2, stages, n // 2, k // 2), scales if grid else scales + torch.rand(scales.shape))
 
 
 KINDS: dict[str, Callable[[int, int], Matrix]] = {

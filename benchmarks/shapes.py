@@ -89,7 +89,7 @@ def random_matrix(kind: str, n: int, k: int, generator: torch.Generator) -> nati
     if kind in ("w1", "w2"):
         stages = int(kind[1])
         scales = size * torch.tensor([0.7, 0.35])[:stages].view(1, stages, 1, 1, 1).expand(2, stages, 2, 1, 1)
-        return native.Matrix.fairy(_codes((2, stages, n // 2, k // 2), 4, generator), scales)
+        return native.Matrix.complex(_codes((2, stages, n // 2, k // 2), 4, generator), scales)
     if kind == "lut2_rank1":
         table = torch.tensor([-1.0, -0.4, 0.4, 1.0])
         factors = {"row": torch.full((n,), size), "col": 0.5 + torch.rand(k, generator=generator)}

@@ -1,4 +1,5 @@
-// From codes to memory: the constructors of wf_matrix. Everything is checked here, before memory is taken.
+// The constructors of wf_matrix: from codes to the memory that layout.h describes. They check everything before they
+// take memory.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -12,8 +13,8 @@ using namespace wf;
 namespace {
 
 constexpr int MAX_ROWS = 1 << 24;
-constexpr int MAX_COLUMNS = 1 << 16;  // so that no sum of products leaves int32: 255 * 127 * 65536
-constexpr float NEARLY = 1.0f / 8192;  // of the largest entry: a table of fp16 numbers may miss even steps by this
+constexpr int MAX_COLUMNS = 1 << 16;   // a sum of products then fits int32: 255 * 127 * 65536
+constexpr float NEARLY = 1.0f / 8192;  // times the largest entry: even steps, once rounded to fp16, may be off by this
 
 void check_shape(int n, int k) {
     check(n >= 1 && n <= MAX_ROWS, "n: must be 1 to 16777216");
@@ -43,23 +44,24 @@ void check_codes(const uint8_t* codes, size_t size, int limit) {
     check(largest < limit, "codes: an entry is too large for the bits");
 }
 
-// Per-row numbers of each rank, padded to whole panels of each part.
+// Copies numbers of rows [rank, n], padding them to whole panels of each part.
 void set_rows(const wf_matrix& m, int rank, Buffer<float>& to, const float* from, const char* text) {
     if (!from) return;
-    check_finite(from, size_t(rank) * m.n, text);
+    check_finite(from, static_cast<size_t>(rank) * m.n, text);
     to.reset(rank * m.padded_rows());
     for (int r = 0; r < rank; ++r)
-        for (int n = 0; n < m.n; ++n) to[r * m.padded_rows() + m.padded_row(n)] = from[size_t(r) * m.n + n];
+        for (int n = 0; n < m.n; ++n)
+            to[r * m.padded_rows() + m.padded_row(n)] = from[static_cast<size_t>(r) * m.n + n];
 }
 
-// What all kinds end with.
+// The last thing that each constructor does.
 void set_factors(wf_matrix& m, const float* row, const float* col, const float* bias) {
     set_rows(m, m.rank, m.row, row, "row: not finite");
     set_rows(m, 1, m.bias, bias, "bias: not finite");
     for (const Stream& s : m.streams) m.read_bytes += s.bytes();
     m.read_bytes += m.weight32.bytes() + m.weight16.bytes();
     if (!col) return;
-    const size_t size = size_t(m.rank) * m.k;
+    const size_t size = static_cast<size_t>(m.rank) * m.k;
     check_finite(col, size, "col: not finite");
     m.col.reset(size);
     std::copy_n(col, size, m.col.data());
@@ -72,26 +74,29 @@ Stream stream(Format format, int rows, int columns, int num_rows, int num_groups
     s.panels = ceil_div(rows, PANEL);
     const bool complex = spec(format).parts == 2;
     const int width = columns / num_groups;
-    const int real = complex ? 2 * width : width;  // columns of activations; complex ones are padded in pairs of 16
-    s.columns = {complex, num_groups, width, ceil_div(complex ? 2 * ceil_div(width, CELL) * CELL : real, 64) * 64};
-    s.chunks = ceil_div(complex ? 2 * ceil_div(width, CELL) * CELL : real, spec(format).segments * CELL);
-    s.cells.reset(size_t(s.panels) * num_groups * s.chunks * CHUNK_BYTES);
+    // Real and imaginary inputs are each padded to whole segments. A group is padded to the chunks of the widest
+    // format, so that matrices of different formats share their activations.
+    const int inputs = complex ? 2 * ceil_div(width, CELL) * CELL : width;
+    s.columns = {complex, num_groups, width, ceil_div(inputs, 64) * 64};
+    s.chunks = ceil_div(inputs, spec(format).segments * CELL);
+    s.cells.reset(static_cast<size_t>(s.panels) * num_groups * s.chunks * CHUNK_BYTES);
     const int scale_panels = num_rows == 1 ? 1 : s.panels;
-    s.scale_panel = num_rows == 1 ? 0 : size_t(num_groups) * PANEL;
-    s.scales.reset(size_t(scale_panels) * num_groups * PANEL);
-    const size_t group_heads = size_t(spec(format).heads) * CHUNK_BYTES;
+    s.scale_panel = num_rows == 1 ? 0 : static_cast<size_t>(num_groups) * PANEL;
+    s.scales.reset(static_cast<size_t>(scale_panels) * num_groups * PANEL);
+    const size_t group_heads = static_cast<size_t>(spec(format).heads) * CHUNK_BYTES;
     s.head_panel = num_rows == 1 ? 0 : group_heads * num_groups;
     s.heads.reset(group_heads * num_groups * scale_panels);
     return s;
 }
 
-// Cell of a row's chunk; `column` counts within the group, `wide` columns to a chunk.
+// The cell of a row in one chunk of a group.
 uint8_t* cell(Stream& s, int row, int group, int chunk) {
-    return s.cells.data() + ((size_t(row / PANEL) * s.columns.groups + group) * s.chunks + chunk) * CHUNK_BYTES +
+    return s.cells.data() +
+           ((static_cast<size_t>(row / PANEL) * s.columns.groups + group) * s.chunks + chunk) * CHUNK_BYTES +
            row % PANEL * CELL;
 }
 
-// One code of `bits` for each column, by segments of 16: segment i of a chunk in bits i * bits and up.
+// Stores a code of `bits` bits for each column. Segment i of a chunk has the bits from i * bits on.
 void fill(Stream& s, const uint8_t* codes, const uint8_t* stored_as, int bits) {
     const int width = s.columns.width, groups = s.columns.groups, per_chunk = spec(s.format).segments * CELL;
     for (int row = 0; row < s.rows; ++row)
@@ -108,13 +113,13 @@ void fill_scales(Stream& s, const float* scales, int num_rows) {
     const int groups = s.columns.groups;
     for (int row = 0; row < (num_rows == 1 ? PANEL : num_rows); ++row)
         for (int group = 0; group < groups; ++group)
-            s.scales[(size_t(row / PANEL) * groups + group) * PANEL + row % PANEL] =
-                scales[size_t(num_rows == 1 ? 0 : row) * groups + group];
+            s.scales[(static_cast<size_t>(row / PANEL) * groups + group) * PANEL + row % PANEL] =
+                scales[static_cast<size_t>(num_rows == 1 ? 0 : row) * groups + group];
 }
 
 // ---- Tables
 
-// A table as even steps: value = step * (code' - twice_zero / 2).
+// A table of even steps: code i is stored as c = stored_as[i], and its value is step * (c - twice_zero / 2).
 struct Even {
     bool found = false;
     uint8_t stored_as[16] = {};
@@ -130,7 +135,7 @@ Even even_steps(const float* table, int size, const bool* used) {
     distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
     const float low = distinct.front(), high = distinct.back(), most = std::max(std::fabs(low), std::fabs(high));
     Even even;
-    if (distinct.size() == 1) {  // one value: code 1 of no zero
+    if (distinct.size() == 1) {  // its value is step * 1
         std::fill_n(even.stored_as, 16, uint8_t{1});
         even.step = low;
         even.found = true;
@@ -151,28 +156,29 @@ Even even_steps(const float* table, int size, const bool* used) {
     return even;
 }
 
-// Integers of at most `limit` that are exactly proportional to the values; 0 steps where there are none.
+// Looks for integers of at most `limit` that are exactly proportional to the values. Returns the largest of them, or 0
+// if there are none.
 int exact_steps(const float* values, int size, int limit, int* integers) {
     float most = 0;
     for (int i = 0; i < size; ++i) most = std::max(most, std::fabs(values[i]));
     for (int steps = 1; steps <= limit && most > 0; ++steps) {
         bool exact = true;
         for (int i = 0; i < size && exact; ++i) {
-            integers[i] = static_cast<int>(std::lrint(double(values[i]) * steps / most));
-            exact = double(values[i]) * steps == double(most) * integers[i];
+            integers[i] = static_cast<int>(std::lrint(static_cast<double>(values[i]) * steps / most));
+            exact = static_cast<double>(values[i]) * steps == static_cast<double>(most) * integers[i];
         }
         if (exact) return steps;
     }
     return 0;
 }
 
-constexpr int TABLE_MOST = 127 * 256 + 127;  // the largest sum of two digits
+constexpr int TABLE_MOST = 127 * 256 + 127;  // the largest value of two digits
 
-// In two digits; entries that no code uses are 0.
+// Stores a table as two digits for each entry.
 void set_table(Stream& s, const float* table, int size, float most) {
     s.grain = most / TABLE_MOST;
     for (int i = 0; i < size && most > 0; ++i) {
-        const int value = static_cast<int>(std::lrint(double(table[i]) / most * TABLE_MOST));
+        const int value = static_cast<int>(std::lrint(static_cast<double>(table[i]) / most * TABLE_MOST));
         const int high = static_cast<int>(std::floor((value + 128) / 256.0));
         s.table[0][i] = static_cast<uint8_t>(high);
         s.table[1][i] = static_cast<uint8_t>(value - 256 * high);
@@ -188,23 +194,23 @@ wf_matrix* table_matrix(int n, int k, int bits, const uint8_t* codes, const floa
     check(codes && table && scales, "codes, table, scales: must be given");
     check_grid(n, k, num_rows, num_groups);
     const int size = 1 << bits;
-    check_codes(codes, size_t(n) * k, size);
+    check_codes(codes, static_cast<size_t>(n) * k, size);
     check_finite(table, size, "table: not finite");
-    check_finite(scales, size_t(num_rows) * num_groups, "scales: not finite");
+    check_finite(scales, static_cast<size_t>(num_rows) * num_groups, "scales: not finite");
     bool used[256] = {};
-    for (size_t i = 0; i < size_t(n) * k; ++i) used[codes[i]] = true;
+    for (size_t i = 0; i < static_cast<size_t>(n) * k; ++i) used[codes[i]] = true;
 
     auto made = empty(Kind::TABLE, n, k);
     wf_matrix& m = *made;
     m.rank = rank;
     for (int i = 0; i < size; ++i) m.values[i] = used[i] ? table[i] : 0.0f;
-    const float most = std::fabs(*std::max_element(m.values, m.values + size, [](float a, float b) {
-        return std::fabs(a) < std::fabs(b);
-    }));
+    const float most = std::fabs(
+        *std::max_element(m.values, m.values + size, [](float a, float b) { return std::fabs(a) < std::fabs(b); }));
     const Even even = bits <= 2 ? even_steps(table, size, used) : Even{};
     int integers[16] = {};
     const int steps = even.found ? 0 : exact_steps(m.values, size, 127, integers);
-    const Format two = steps ? Format::TABLE2_BYTE : Format::TABLE2, four = steps ? Format::TABLE4_BYTE : Format::TABLE4;
+    const Format two = steps ? Format::TABLE2_BYTE : Format::TABLE2,
+                 four = steps ? Format::TABLE4_BYTE : Format::TABLE4;
     m.streams.push_back(stream(even.found ? Format::AFFINE2 : bits <= 2 ? two : four, n, k, num_rows, num_groups));
     Stream& s = m.streams.back();
     uint8_t stored_as[16];
@@ -229,16 +235,17 @@ wf_matrix* table_matrix(int n, int k, int bits, const uint8_t* codes, const floa
     return made.release();
 }
 
-// ---- Fairy2i
+// ---- Complex codes
 
-// The scales of one row and group in one stream, [p][t][axis], as integers times a unit.
+// The scales of one row, group and stream, [p][t][axis], as integers times a unit. p is the matrix (U, W), t the stage,
+// axis 0 the scale of real codes and 1 that of imaginary codes.
 struct Grid {
     bool exact = false;
     int integers[8] = {};
     float unit = 0;
 };
 
-// The largest sum that the codes can make of them.
+// The largest sum that codes can make of these scales.
 int reach(const int* integers) {
     int most = 0;
     for (int axis = 0; axis < 2; ++axis) {
@@ -273,16 +280,18 @@ Grid wide_grid(const float* scales) {
     return grid;
 }
 
-struct Fairy {
+struct ComplexCodes {
     int rows, columns, num_stages, num_rows, num_groups;  // complex
     const uint8_t* codes;
     const float* scales;
 
-    const uint8_t* codes_of(int p, int t) const { return codes + (size_t(p) * num_stages + t) * rows * columns; }
-    float scale(int p, int t, int axis, int row, int group) const {
-        return scales[(((size_t(p) * num_stages + t) * 2 + axis) * num_rows + row) * num_groups + group];
+    const uint8_t* codes_of(int p, int t) const {
+        return codes + (static_cast<size_t>(p) * num_stages + t) * rows * columns;
     }
-    // The scales of `count` stages from `first`, [p][t][axis]; stages that are not there have none.
+    float scale(int p, int t, int axis, int row, int group) const {
+        return scales[(((static_cast<size_t>(p) * num_stages + t) * 2 + axis) * num_rows + row) * num_groups + group];
+    }
+    // The scales of `count` stages from `first` on, [p][t][axis], 0 for a second stage that does not exist.
     void gather(int first, int count, int row, int group, float* to) const {
         for (int i = 0; i < 8; ++i) {
             const int p = i / 4, t = i / 2 % 2, axis = i % 2;
@@ -293,10 +302,10 @@ struct Fairy {
 
 void set_head(Stream& s, int panel, int group, int slot, const Grid& grid, bool wide) {
     int8_t* at = reinterpret_cast<int8_t*>(s.heads.data() + panel * s.head_panel) +
-                 size_t(group) * spec(s.format).heads * CHUNK_BYTES + slot * CELL;
+                 static_cast<size_t>(group) * spec(s.format).heads * CHUNK_BYTES + slot * CELL;
     for (int i = 0; i < 8; ++i) {
         const int value = grid.integers[i];
-        const int high = wide ? static_cast<int>(std::lrint(double(value) / WIDE)) : value;
+        const int high = wide ? static_cast<int>(std::lrint(static_cast<double>(value) / WIDE)) : value;
         at[i] = static_cast<int8_t>(high);
         at[i + 8] = static_cast<int8_t>(-high);
         if (wide) {
@@ -306,18 +315,18 @@ void set_head(Stream& s, int panel, int group, int slot, const Grid& grid, bool 
     }
 }
 
-void fill_heads(Stream& s, const Fairy& f, int first, int count, bool wide) {
+void fill_heads(Stream& s, const ComplexCodes& f, int first, int count, bool wide) {
     float scales[8];
     for (int row = 0; row < (f.num_rows == 1 ? PANEL : f.num_rows); ++row)
         for (int group = 0; group < f.num_groups; ++group) {
             f.gather(first, count, f.num_rows == 1 ? 0 : row, group, scales);
             const Grid grid = wide ? wide_grid(scales) : exact_grid(scales);
             set_head(s, row / PANEL, group, row % PANEL, grid, wide);
-            s.scales[(size_t(row / PANEL) * f.num_groups + group) * PANEL + row % PANEL] = grid.unit;
+            s.scales[(static_cast<size_t>(row / PANEL) * f.num_groups + group) * PANEL + row % PANEL] = grid.unit;
         }
 }
 
-void fill_fairy(Stream& s, const Fairy& f, int first, int count) {
+void fill_complex(Stream& s, const ComplexCodes& f, int first, int count) {
     const int width = s.columns.width, per_chunk = spec(s.format).segments / 2 * CELL;
     for (int p = 0; p < 2; ++p)
         for (int t = 0; t < count; ++t) {
@@ -326,13 +335,13 @@ void fill_fairy(Stream& s, const Fairy& f, int first, int count) {
             for (int row = 0; row < s.rows; ++row)
                 for (int column = 0; column < f.columns; ++column) {
                     const int group = column / width, inside = column % width, at = inside % per_chunk;
-                    cell(s, row, group, inside / per_chunk)[at % CELL] |=
-                        static_cast<uint8_t>(codes[size_t(row) * f.columns + column] << (shift + at / CELL * 4));
+                    cell(s, row, group, inside / per_chunk)[at % CELL] |= static_cast<uint8_t>(
+                        codes[static_cast<size_t>(row) * f.columns + column] << (shift + at / CELL * 4));
                 }
         }
 }
 
-bool on_grid(const Fairy& f, int first, int count) {
+bool on_grid(const ComplexCodes& f, int first, int count) {
     float scales[8];
     for (int row = 0; row < f.num_rows; ++row)
         for (int group = 0; group < f.num_groups; ++group) {
@@ -342,37 +351,37 @@ bool on_grid(const Fairy& f, int first, int count) {
     return true;
 }
 
-wf_matrix* fairy_matrix(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
-                        int num_groups, const float* row, const float* col, const float* bias) {
+wf_matrix* complex_matrix(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
+                          int num_groups, const float* row, const float* col, const float* bias) {
     check_shape(n, k);
     check(n % 2 == 0 && k % 2 == 0, "n, k: must be even");
     check(num_stages >= 1 && num_stages <= 4, "num_stages: must be 1 to 4");
     check(codes && scales, "codes, scales: must be given");
     check_grid(n / 2, k / 2, num_rows, num_groups);
-    check_codes(codes, size_t(2) * num_stages * (n / 2) * (k / 2), 4);
-    const size_t num_scales = size_t(4) * num_stages * num_rows * num_groups;
+    check_codes(codes, size_t{2} * num_stages * (n / 2) * (k / 2), 4);
+    const size_t num_scales = size_t{4} * num_stages * num_rows * num_groups;
     check_finite(scales, num_scales, "scales: not finite");
 
-    auto made = empty(Kind::FAIRY, n, k);
+    auto made = empty(Kind::COMPLEX, n, k);
     wf_matrix& m = *made;
     m.num_stages = num_stages;
     m.num_rows = num_rows;
     m.num_groups = num_groups;
     m.scales.reset(num_scales);
     std::copy_n(scales, num_scales, m.scales.data());
-    const Fairy f{n / 2, k / 2, num_stages, num_rows, num_groups, codes, scales};
+    const ComplexCodes f{n / 2, k / 2, num_stages, num_rows, num_groups, codes, scales};
     bool any_wide = false;
     for (int first = 0; first < num_stages; first += 2) {
         const int count = std::min(2, num_stages - first);
         const bool wide = !on_grid(f, first, count);
         any_wide = any_wide || wide;
-        const Format format = count == 1 ? (wide ? Format::FAIRY1_WIDE : Format::FAIRY1)
-                                         : (wide ? Format::FAIRY2_WIDE : Format::FAIRY2);
+        const Format format = count == 1 ? (wide ? Format::COMPLEX1_WIDE : Format::COMPLEX1)
+                                         : (wide ? Format::COMPLEX2_WIDE : Format::COMPLEX2);
         m.streams.push_back(stream(format, f.rows, f.columns, num_rows, num_groups));
-        fill_fairy(m.streams.back(), f, first, count);
+        fill_complex(m.streams.back(), f, first, count);
         fill_heads(m.streams.back(), f, first, count, wide);
     }
-    m.kernel = any_wide ? "fairy2-wide" : "fairy2-grid";
+    m.kernel = any_wide ? "complex-wide" : "complex-grid";
     set_factors(m, row, col, bias);
     return made.release();
 }
@@ -387,7 +396,7 @@ wf_matrix* int8_matrix(int n, int k, const int8_t* weight, const float* row, con
     Stream& s = m.streams.back();
     for (int r = 0; r < n; ++r)
         for (int first = 0, chunk = 0; first < k; first += CELL, ++chunk)
-            std::memcpy(cell(s, r, 0, chunk), weight + size_t(r) * k + first, std::min(CELL, k - first));
+            std::memcpy(cell(s, r, 0, chunk), weight + static_cast<size_t>(r) * k + first, std::min(CELL, k - first));
     std::fill_n(s.scales.data(), PANEL, 1.0f);
     set_factors(m, row, nullptr, bias);
     return made.release();
@@ -402,7 +411,7 @@ uint16_t to_bf16(float x) {  // to nearest, ties to even
 wf_matrix* dense_matrix(int n, int k, const float* weight, const float* bias, int exact) {
     check_shape(n, k);
     check(weight, "weight: must be given");
-    const size_t size = size_t(n) * k;
+    const size_t size = static_cast<size_t>(n) * k;
     check_finite(weight, size, "weight: not finite");
     auto made = empty(Kind::DENSE, n, k);
     wf_matrix& m = *made;
@@ -430,11 +439,10 @@ wf_matrix* wf_matrix_table(int n, int k, int bits, const uint8_t* codes, const f
     });
 }
 
-wf_matrix* wf_matrix_fairy(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
-                           int num_groups, const float* row, const float* col, const float* bias) {
-    return guarded<wf_matrix*>(nullptr, [&] {
-        return fairy_matrix(n, k, num_stages, codes, scales, num_rows, num_groups, row, col, bias);
-    });
+wf_matrix* wf_matrix_complex(int n, int k, int num_stages, const uint8_t* codes, const float* scales, int num_rows,
+                             int num_groups, const float* row, const float* col, const float* bias) {
+    return guarded<wf_matrix*>(
+        nullptr, [&] { return complex_matrix(n, k, num_stages, codes, scales, num_rows, num_groups, row, col, bias); });
 }
 
 wf_matrix* wf_matrix_int8(int n, int k, const int8_t* weight, const float* row, const float* bias) {

@@ -1,5 +1,5 @@
-// Keys and values of one sequence, in pages of `PAGE` positions that hold all layers: a page is
-// [layers][kv_heads] times (keys [PAGE / 16][head_dim][16], values [PAGE][padded_dim]), in fp32 or bf16.
+// Keys and values of one sequence, in pages of `PAGE` positions. A page holds all layers: for each layer and each head
+// of the keys it has keys [PAGE / 16][head_dim][16], then values [PAGE][padded_dim], in fp32 or bf16.
 #pragma once
 #include <cstdlib>
 #include <vector>
@@ -16,7 +16,7 @@ struct CacheShape {
     size_t keys_bytes() const { return element() * PAGE * head_dim; }
     size_t head_bytes() const { return keys_bytes() + element() * PAGE * padded_dim(); }
     size_t page_bytes() const { return head_bytes() * kv_heads * layers; }
-    size_t keys_at(int layer, int head) const { return head_bytes() * ((size_t)layer * kv_heads + head); }
+    size_t keys_at(int layer, int head) const { return head_bytes() * (static_cast<size_t>(layer) * kv_heads + head); }
     size_t values_at(int layer, int head) const { return keys_at(layer, head) + keys_bytes(); }
 };
 
@@ -27,12 +27,12 @@ class Cache {
     Cache(const Cache&) = delete;
     ~Cache() { clear(); }
 
-    // Make room for `length` positions; false where memory is short.
+    // Makes room for `length` positions. Returns false if there is no memory.
     bool grow(int length) {
-        size_t needed = ((size_t)length + PAGE - 1) / PAGE;
-        pages_.reserve(needed);  // what may throw, before there is a page to lose
+        size_t needed = (static_cast<size_t>(length) + PAGE - 1) / PAGE;
+        pages_.reserve(needed);  // this may throw; once there is a new page, a throw would lose it
         while (pages_.size() < needed) {
-            // Zeros, since padded columns and places not yet written are multiplied with weights of 0.
+            // Zeros: padded columns and positions not yet written are multiplied by weights of 0, and 0 * NaN is NaN.
             char* page = static_cast<char*>(std::calloc(shape_.page_bytes(), 1));
             if (!page) return false;
             pages_.push_back(page);

@@ -1,4 +1,4 @@
-// Errors, aligned memory and small arithmetic that every file here needs.
+// What every file here needs: errors, aligned memory, a division.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,14 +9,14 @@
 
 namespace wf {
 
-constexpr size_t LINE = 64;  // bytes of a cache line, and what all weights are aligned to
+constexpr size_t LINE = 64;  // bytes of a cache line; all weights begin on one
 
-// A mistake of the caller's: one line. Thrown inside, turned into a return value at the C interface.
+// A mistake of the caller, in one line. It is thrown inside and becomes a return value at the C interface.
 struct Error {
     std::string text;
 };
 
-void set_error(const std::string& text);  // what wf_error() says on this thread
+void set_error(const std::string& text);  // what wf_error() returns on this thread
 
 [[noreturn]] inline void fail(std::string text) { throw Error{std::move(text)}; }
 
@@ -24,7 +24,7 @@ inline void check(bool holds, const char* text) {
     if (!holds) fail(text);
 }
 
-// Run `body`; on an error keep its text and return `otherwise`. Nothing is thrown through the C interface.
+// Runs `body`. On an error, keeps its text and returns `otherwise`: nothing may be thrown through the C interface.
 template <class Result, class Body>
 Result guarded(Result otherwise, Body body) {
     try {
@@ -39,7 +39,7 @@ Result guarded(Result otherwise, Body body) {
 
 inline int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
-// Zeroed memory on a cache line's boundary, which knows its length. Sizes are in elements.
+// Zeroed memory that begins on a cache line and knows its length. Sizes are in elements.
 template <class T>
 class Buffer {
   public:
@@ -63,7 +63,7 @@ class Buffer {
         size_ = size;
         std::memset(static_cast<void*>(data_), 0, size * sizeof(T));
     }
-    // At least `size` elements, of any content.
+    // Makes room for at least `size` elements; what they were is lost if it grows.
     void grow(size_t size) {
         if (size > size_) reset(size);
     }

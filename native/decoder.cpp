@@ -1,9 +1,12 @@
-// The native decoder: one pass through a Llama for rows of tokens of several sequences. decoder.h says what it promises.
+// The native decoder: a pass through a Llama for tokens of several sequences. decoder.h says what it promises.
 //
-// Rows are tokens, in the order of the appends: x [rows, hidden]. A layer is
-//     x += o(attention(q(n), k(n), v(n))), n = norm(x);    x += down(act(gate(m)) * up(m)), m = norm(x)
-// with five parallel regions: q k v in one product, attention, o, gate and up in one, down. What lies between them is done
-// by the calling thread for few rows and in parallel for many.
+// A row is a token, in the order of the appends: x [rows, hidden]. A layer is
+//
+//     n = norm(x)    x += o(attention(q(n), k(n), v(n)))
+//     m = norm(x)    x += down(act(gate(m)) * up(m))
+//
+// Threads are started five times for it: for q, k and v together, for attention, for o, for gate and up together, and
+// for down. The loops in between run on the calling thread if there are few rows, else on all threads.
 #include "decoder.h"
 
 #include <algorithm>
@@ -22,7 +25,8 @@ namespace wf {
 namespace {
 
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int64_t WORTH_THREADS = 1 << 16;  // multiply-adds, or so: below it a parallel region costs more than it saves
+// Multiply-adds, more or less. With fewer, waking the threads costs more than they save.
+constexpr int64_t WORTH_THREADS = 1 << 16;
 
 struct Linear {
     const wf_matrix* matrix;
@@ -49,13 +53,14 @@ struct Row {
     int slot, position;
 };
 
-// Attention of rows that follow each other in one sequence, for one head of the keys.
+// Attention for one head of the keys, of rows that follow each other in one sequence.
 struct Task {
-    int row, count, head, out;  // first row of q, how many, head, first row of the result
+    int row, count;  // the first row of q, and how many
+    int head, out;   // the head, and the first row of the result
 };
 
-// An error of one of the functions of wf.h is one here.
-void told(int code) {
+// Throws if a function of wf.h has reported an error.
+void check_call(int code) {
     if (code) fail(wf_error());
 }
 
@@ -75,7 +80,7 @@ struct wf_decoder {
     size_t bytes() const;
 
     std::mutex mutex;
-    wf_model m;  // pointers in it are those of the vectors below, or borrowed matrices
+    wf_model m;  // matrices are borrowed; other pointers are not used after the constructor
     std::vector<Sequence> sequences;
 
   private:
@@ -87,9 +92,10 @@ struct wf_decoder {
     void mlp_block(const Layer& layer);
     void keep_wanted();
     void finish(const wf_append* appends, int count);
-    void apply(std::initializer_list<const Linear*> group, const float* x, int rows, std::initializer_list<float*> outs);
+    void apply(std::initializer_list<const Linear*> group, const float* x, int rows,
+               std::initializer_list<float*> outs);
     void apply_alone(const Linear& linear, const float* x, int rows, float* y);
-    void turn(const Layer& layer, int index, int row);
+    void rotate_and_store(const Layer& layer, int index, int row);
     void attend(const Layer& layer, int index, const Task& task);
     void list_tasks(bool last);
     template <class F>
@@ -104,13 +110,14 @@ struct wf_decoder {
     Sampler sampler_;
     int q_width_, kv_width_;
 
-    // Of the step that runs.
+    // What belongs to the step that runs.
     std::vector<Row> rows_;
-    std::vector<int> wanted_;  // rows whose logits are asked for
+    std::vector<int> wanted_;  // rows whose logits or next tokens are asked for
     std::vector<Task> tasks_;
     int64_t attention_work_ = 0;
     int num_rows_ = 0;
-    Buffer<float> x_, n_, own_, q_, k_, v_, a_, gate_, up_, cosine_, sine_, logits_;
+    // private_inputs_: inputs of a layer that norms or rounds them for itself.
+    Buffer<float> x_, n_, private_inputs_, q_, k_, v_, a_, gate_, up_, cosine_, sine_, logits_;
 };
 
 namespace {
@@ -122,25 +129,25 @@ Linear linear_of(const wf_linear& l) {
 
 Layer layer_of(const wf_layer& l, const wf_model& m) {
     return {linear_of(l.q),
-                    linear_of(l.k),
-                    linear_of(l.v),
-                    linear_of(l.o),
-                    linear_of(l.gate),
-                    linear_of(l.up),
-                    linear_of(l.down),
-                    copied(l.attention_norm, m.hidden),
-                    copied(l.mlp_norm, m.hidden),
-                    copied(l.q_norm, m.head_dim),
-                    copied(l.k_norm, m.head_dim),
-                    l.rope != 0,
-                    l.window};
+            linear_of(l.k),
+            linear_of(l.v),
+            linear_of(l.o),
+            linear_of(l.gate),
+            linear_of(l.up),
+            linear_of(l.down),
+            copied(l.attention_norm, m.hidden),
+            copied(l.mlp_norm, m.hidden),
+            copied(l.q_norm, m.head_dim),
+            copied(l.k_norm, m.head_dim),
+            l.rope != 0,
+            l.window};
 }
 
 // What is wrong with the sizes of a model, or nullptr.
 const char* size_fault(const wf_model& m) {
     constexpr int most = 1 << 26;
-    for (int size : {m.vocab, m.hidden, m.intermediate, m.num_layers, m.heads, m.kv_heads, m.head_dim, m.context, m.slots,
-                         m.max_rows})
+    for (int size : {m.vocab, m.hidden, m.intermediate, m.num_layers, m.heads, m.kv_heads, m.head_dim, m.context,
+                     m.slots, m.max_rows})
         if (size < 1 || size > most) return "decoder: a size is not between 1 and 2^26";
     if (m.num_layers > 4096 || m.slots > 4096 || m.max_rows > 65536) return "decoder: too many layers, slots or rows";
     if (m.head_dim % 2 || m.head_dim > MAX_HEAD_DIM) return "decoder: head_dim has to be even and at most 256";
@@ -160,9 +167,9 @@ bool fits(const wf_linear& l, int out, int in) {
 
 const char* layer_fault(const wf_layer& l, const wf_model& m) {
     int q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
-    const bool shapes = fits(l.q, q, m.hidden) && fits(l.k, kv, m.hidden) && fits(l.v, kv, m.hidden) && fits(l.o, m.hidden, q) &&
-                      fits(l.gate, m.intermediate, m.hidden) && fits(l.up, m.intermediate, m.hidden) &&
-                      fits(l.down, m.hidden, m.intermediate);
+    const bool shapes = fits(l.q, q, m.hidden) && fits(l.k, kv, m.hidden) && fits(l.v, kv, m.hidden) &&
+                        fits(l.o, m.hidden, q) && fits(l.gate, m.intermediate, m.hidden) &&
+                        fits(l.up, m.intermediate, m.hidden) && fits(l.down, m.hidden, m.intermediate);
     if (!shapes) return "decoder: a layer's matrix is missing or has the wrong shape";
     if (!l.attention_norm || !l.mlp_norm) return "decoder: a layer has no norm";
     if (l.window < 0) return "decoder: a layer's window is below 0";
@@ -174,8 +181,7 @@ const char* model_fault(const wf_model& m) {
     for (int i = 0; i < m.num_layers; i++)
         if (const char* fault = layer_fault(m.layers[i], m)) return fault;
     if (!fits(m.head, m.vocab, m.hidden)) return "decoder: the head is missing or has the wrong shape";
-    if (m.embedding->n != m.vocab || m.embedding->k != m.hidden)
-        return "decoder: the embedding has the wrong shape";
+    if (m.embedding->n != m.vocab || m.embedding->k != m.hidden) return "decoder: the embedding has the wrong shape";
     std::vector<float> row(m.hidden);
     if (wf_matrix_row(m.embedding, 0, row.data())) return "decoder: the embedding's matrix has no rows to read";
     return nullptr;
@@ -184,22 +190,22 @@ const char* model_fault(const wf_model& m) {
 }  // namespace
 
 wf_decoder::wf_decoder(wf_pool* pool, const wf_model& model)
-        : m(model),
-            loops_(vectors()),
-            pool_(pool),
-            shape_{model.num_layers, model.kv_heads, model.head_dim, model.half_cache != 0},
-            frequencies_(copied(model.frequencies, model.head_dim / 2)),
-            norm_(copied(model.norm, model.hidden)),
-            head_(linear_of(model.head)),
-            sampler_(model.vocab),
-            q_width_(model.heads * model.head_dim),
-            kv_width_(model.kv_heads * model.head_dim) {
+    : m(model),
+      loops_(vectors()),
+      pool_(pool),
+      shape_{model.num_layers, model.kv_heads, model.head_dim, model.half_cache != 0},
+      frequencies_(copied(model.frequencies, model.head_dim / 2)),
+      norm_(copied(model.norm, model.hidden)),
+      head_(linear_of(model.head)),
+      sampler_(model.vocab),
+      q_width_(model.heads * model.head_dim),
+      kv_width_(model.kv_heads * model.head_dim) {
     for (int i = 0; i < m.num_layers; i++) layers_.push_back(layer_of(m.layers[i], m));
     sequences.reserve(m.slots);
     for (int i = 0; i < m.slots; i++) sequences.emplace_back(shape_);
     size_t rows = m.max_rows;
     for (Buffer<float>* b : {&x_, &n_}) b->reset(rows * m.hidden);
-    own_.reset(rows * std::max({m.hidden, m.intermediate, q_width_}));
+    private_inputs_.reset(rows * std::max({m.hidden, m.intermediate, q_width_}));
     for (Buffer<float>* b : {&q_, &a_}) b->reset(rows * q_width_);
     for (Buffer<float>* b : {&k_, &v_}) b->reset(rows * kv_width_);
     for (Buffer<float>* b : {&gate_, &up_}) b->reset(rows * m.intermediate);
@@ -209,7 +215,8 @@ wf_decoder::wf_decoder(wf_pool* pool, const wf_model& model)
 
 size_t wf_decoder::bytes() const {
     size_t total = 0;
-    for (const Buffer<float>* b : {&x_, &n_, &own_, &q_, &k_, &v_, &a_, &gate_, &up_, &cosine_, &sine_, &logits_})
+    for (const Buffer<float>* b :
+         {&x_, &n_, &private_inputs_, &q_, &k_, &v_, &a_, &gate_, &up_, &cosine_, &sine_, &logits_})
         total += b->bytes();
     for (const Sequence& s : sequences) total += s.cache.bytes();
     return total;
@@ -236,7 +243,8 @@ const char* wf_decoder::fault(const wf_append* appends, int count) const {
         if (a.slot < 0 || a.slot >= m.slots || taken[a.slot]) return "step: a slot is unknown or stands there twice";
         taken[a.slot] = true;
         if (a.length < 1 || !a.tokens) return "step: an append has no tokens";
-        if (a.length > m.context - static_cast<int>(sequences[a.slot].tokens.size())) return "step: the context is full";
+        if (a.length > m.context - static_cast<int>(sequences[a.slot].tokens.size()))
+            return "step: the context is full";
         for (int t = 0; t < a.length; t++)
             if (a.tokens[t] < 0 || a.tokens[t] >= m.vocab) return "step: a token id is not in the vocabulary";
         if (a.next && !a.sampling) return "step: the next token is asked for without saying how to choose it";
@@ -247,7 +255,7 @@ const char* wf_decoder::fault(const wf_append* appends, int count) const {
     return rows > m.max_rows ? "step: more tokens than max_rows" : nullptr;
 }
 
-// Rows, what is wanted of them, their sines, and room in the caches.
+// Lists the rows and which of them are wanted, makes room in the caches, and works out sines and cosines.
 void wf_decoder::lay_out(const wf_append* appends, int count) {
     rows_.clear();
     wanted_.clear();
@@ -272,8 +280,8 @@ void wf_decoder::lay_out(const wf_append* appends, int count) {
     list_tasks(false);
 }
 
-// One task for each head of the keys and as many rows of a sequence as `QUERIES` allows; the last layer has only the
-// wanted rows.
+// Makes a task for each head of the keys and for as many rows of a sequence as `QUERIES` allows. The last layer needs
+// wanted rows only.
 void wf_decoder::list_tasks(bool last) {
     tasks_.clear();
     attention_work_ = 0;
@@ -300,7 +308,7 @@ void wf_decoder::embed(const wf_append* appends, int count) {
     float* x = x_.data();
     for (int i = 0; i < count; i++)
         for (int t = 0; t < appends[i].length; t++, x += m.hidden)
-            told(wf_matrix_row(m.embedding, appends[i].tokens[t], x));
+            check_call(wf_matrix_row(m.embedding, appends[i].tokens[t], x));
 }
 
 void wf_decoder::run_layers() {
@@ -319,7 +327,7 @@ void wf_decoder::attention_block(const Layer& layer, int index, bool last) {
         loops_.norm(x_.data() + at, layer.attention_norm.data(), m.eps, m.hidden, n_.data() + at);
     });
     apply({&layer.q, &layer.k, &layer.v}, n_.data(), num_rows_, {q_.data(), k_.data(), v_.data()});
-    each(num_rows_, work * 4, [&](int row) { turn(layer, index, row); });
+    each(num_rows_, work * 4, [&](int row) { rotate_and_store(layer, index, row); });
     if (last) keep_wanted();
     each(static_cast<int>(tasks_.size()), attention_work_, [&](int i) { attend(layer, index, tasks_[i]); });
     if (num_rows_ == 0) return;
@@ -345,7 +353,8 @@ void wf_decoder::mlp_block(const Layer& layer) {
     });
 }
 
-// From here on only the rows whose logits are wanted: keys and values of the others are stored.
+// Drops all rows but the wanted ones. In the last layer nothing more is needed of the others: their keys and values are
+// stored.
 void wf_decoder::keep_wanted() {
     list_tasks(true);
     for (size_t i = 0; i < wanted_.size(); i++)
@@ -353,9 +362,9 @@ void wf_decoder::keep_wanted() {
     num_rows_ = static_cast<int>(wanted_.size());
 }
 
-// Products of one input with several layers. Those that share all that happens to it share one call.
+// Applies several layers to one input. Layers that take it as it is share a call.
 void wf_decoder::apply(std::initializer_list<const Linear*> group, const float* x, int rows,
-                            std::initializer_list<float*> outs) {
+                       std::initializer_list<float*> outs) {
     const wf_matrix* matrices[3];
     float* y[3];
     int count = 0;
@@ -370,22 +379,22 @@ void wf_decoder::apply(std::initializer_list<const Linear*> group, const float* 
         matrices[count] = linear->matrix;
         y[count++] = to;
     }
-    if (count) told(wf_matmul(pool_, matrices, count, x, rows, y, m.mode));
+    if (count) check_call(wf_matmul(pool_, matrices, count, x, rows, y, m.mode));
 }
 
 void wf_decoder::apply_alone(const Linear& linear, const float* x, int rows, float* y) {
     each(rows, static_cast<int64_t>(rows) * linear.in * 2, [&](int row) {
         size_t at = static_cast<size_t>(row) * linear.in;
         const float* from = x + at;
-        float* to = own_.data() + at;
+        float* to = private_inputs_.data() + at;
         if (!linear.gain.empty()) loops_.norm(from, linear.gain.data(), linear.eps, linear.in, to), from = to;
         if (linear.rounded && m.mode == WF_EXACT) loops_.round8(from, linear.in, to);
     });
-    told(wf_matmul(pool_, &linear.matrix, 1, own_.data(), rows, &y, m.mode));
+    check_call(wf_matmul(pool_, &linear.matrix, 1, private_inputs_.data(), rows, &y, m.mode));
 }
 
-// Norms of the heads, positions, and the row's place in the cache.
-void wf_decoder::turn(const Layer& layer, int index, int row) {
+// Norms the heads of q and k, rotates them by the row's position, and stores k and v in the cache.
+void wf_decoder::rotate_and_store(const Layer& layer, int index, int row) {
     int d = m.head_dim, half = d / 2, place = rows_[row].position % PAGE;
     float* q = q_.data() + static_cast<size_t>(row) * q_width_;
     float* k = k_.data() + static_cast<size_t>(row) * kv_width_;
@@ -417,8 +426,18 @@ void wf_decoder::attend(const Layer& layer, int index, const Task& task) {
             begin[n] = layer.window && layer.window < end[n] ? end[n] - layer.window : 0;
         }
     const Cache& cache = sequences[rows_[task.row].slot].cache;
-    Attend a{d, padded, n, begin[0] / PAGE, (end[n - 1] + PAGE - 1) / PAGE, cache.pages(),
-                      shape_.keys_at(index, task.head), shape_.values_at(index, task.head), begin, end, q, out};
+    Attend a{d,
+             padded,
+             n,
+             begin[0] / PAGE,
+             (end[n - 1] + PAGE - 1) / PAGE,
+             cache.pages(),
+             shape_.keys_at(index, task.head),
+             shape_.values_at(index, task.head),
+             begin,
+             end,
+             q,
+             out};
     (shape_.bf16 ? loops_.attend_bf16 : loops_.attend_float)(a);
     n = 0;
     for (int r = 0; r < task.count; r++)
@@ -427,14 +446,14 @@ void wf_decoder::attend(const Layer& layer, int index, const Task& task) {
                         a_.data() + static_cast<size_t>(task.out + r) * q_width_ + (task.head * group + g) * d);
 }
 
-// Logits of the wanted rows; then the step counts, and tokens are chosen.
+// Works out the logits of the wanted rows, lengthens the sequences, and chooses tokens. After the
+// product nothing can fail: an error leaves all sequences as they were.
 void wf_decoder::finish(const wf_append* appends, int count) {
     for (int i = 0; i < num_rows_; i++) {
         float* x = x_.data() + static_cast<size_t>(i) * m.hidden;
         loops_.norm(x, norm_.data(), m.eps, m.hidden, x);
     }
-    if (num_rows_)
-        apply({&head_}, x_.data(), num_rows_, {logits_.data()});
+    if (num_rows_) apply({&head_}, x_.data(), num_rows_, {logits_.data()});
     float* logits = logits_.data();
     for (int i = 0; i < count; i++) {
         const wf_append& a = appends[i];
@@ -509,7 +528,8 @@ size_t wf_decoder_bytes(wf_decoder* d) {
 
 int32_t wf_sample(const float* logits, int vocab, const int32_t* history, int length, const wf_sampling* sampling) {
     return guarded(-1, [&] {
-        check(logits && vocab >= 1 && length >= 0 && (history || !length) && sampling, "sample: an argument is missing");
+        check(logits && vocab >= 1 && length >= 0 && (history || !length) && sampling,
+              "sample: an argument is missing");
         if (const char* wrong = sampling_fault(*sampling)) fail(wrong);
         for (int i = 0; i < length; i++)
             check(history[i] >= 0 && history[i] < vocab, "sample: a token id is not in the vocabulary");

@@ -9,7 +9,7 @@ namespace wf {
 namespace {
 
 const uint8_t* cell(const Stream& s, int row, int group, int chunk) {
-    return s.group_cells(row / PANEL, group) + size_t(chunk) * CHUNK_BYTES + row % PANEL * CELL;
+    return s.group_cells(row / PANEL, group) + static_cast<size_t>(chunk) * CHUNK_BYTES + row % PANEL * CELL;
 }
 
 void table_row(const wf_matrix& m, int n, float* out) {
@@ -31,8 +31,9 @@ void int8_row(const wf_matrix& m, int n, float* out) {
 
 constexpr float REAL[4] = {1, 0, -1, 0}, IMAGINARY[4] = {0, 1, 0, -1};
 
-// Adds the stages of one stream to rows [A B] or [C D] of the real weight.
-void add_fairy(const wf_matrix& m, const Stream& s, int first, int n, float* out) {
+// Adds the stages of one stream to row n of the real weight, which is a row of [A11 A12] or of [A21 A22]
+// (kernel_formats.inc).
+void add_complex(const wf_matrix& m, const Stream& s, int first, int n, float* out) {
     const int half_rows = m.n / 2, half = m.k / 2, row = n % half_rows, count = std::min(2, m.num_stages - first);
     const bool top = n < half_rows;
     const int per_chunk = spec(s.format).segments / 2 * CELL;
@@ -43,8 +44,8 @@ void add_fairy(const wf_matrix& m, const Stream& s, int first, int n, float* out
         for (int p = 0; p < 2; ++p)
             for (int t = 0; t < count; ++t) {
                 const int code = codes >> (count == 1 ? 2 * p : 4 * p + 2 * t) & 3;
-                const size_t at_stage = (size_t(p) * m.num_stages + first + t) * 2;
-                const size_t at_row = size_t(m.num_rows == 1 ? 0 : row);
+                const size_t at_stage = (static_cast<size_t>(p) * m.num_stages + first + t) * 2;
+                const size_t at_row = static_cast<size_t>(m.num_rows == 1 ? 0 : row);
                 for (int axis = 0; axis < 2; ++axis)
                     sum[p][axis] += (axis ? IMAGINARY : REAL)[code] *
                                     m.scales[((at_stage + axis) * m.num_rows + at_row) * m.num_groups + group];
@@ -56,11 +57,11 @@ void add_fairy(const wf_matrix& m, const Stream& s, int first, int n, float* out
 
 void dense_row(const wf_matrix& m, int n, float* out) {
     for (int j = 0; j < m.k; ++j) {
-        const size_t at = size_t(n) * m.k + j;
+        const size_t at = static_cast<size_t>(n) * m.k + j;
         if (m.weight32.size()) {
             out[j] = m.weight32[at];
         } else {
-            const uint32_t bits = uint32_t{m.weight16[at]} << 16;
+            const uint32_t bits = static_cast<uint32_t>(m.weight16[at]) << 16;
             std::memcpy(out + j, &bits, 4);
         }
     }
@@ -71,18 +72,18 @@ void code_row(const wf_matrix& m, int n, float* out) {
         case Kind::TABLE: return table_row(m, n, out);
         case Kind::INT8: return int8_row(m, n, out);
         case Kind::DENSE: return dense_row(m, n, out);
-        case Kind::FAIRY:
+        case Kind::COMPLEX:
             std::fill_n(out, m.k, 0.0f);
-            for (size_t i = 0; i < m.streams.size(); ++i) add_fairy(m, m.streams[i], static_cast<int>(2 * i), n, out);
+            for (size_t i = 0; i < m.streams.size(); ++i) add_complex(m, m.streams[i], static_cast<int>(2 * i), n, out);
     }
 }
 
-// sum over the ranks of row[n] col[j].
+// The sum of row[n] * col[j] over the ranks.
 float factor(const wf_matrix& m, int n, int j) {
     float sum = 0;
     for (int rank = 0; rank < m.rank; ++rank) {
         const float row = m.row.size() ? m.row[rank * m.padded_rows() + m.padded_row(n)] : 1.0f;
-        sum += m.col.size() ? row * m.col[size_t(rank) * m.k + j] : row;
+        sum += m.col.size() ? row * m.col[static_cast<size_t>(rank) * m.k + j] : row;
     }
     return sum;
 }

@@ -1,4 +1,4 @@
-// Which kernels this processor gets, and what went wrong last.
+// Chooses the kernels for this processor, and keeps the text of the last error.
 #include <cstdlib>
 
 #include "kernels.h"
@@ -29,18 +29,18 @@ void cpuid(int leaf, int sub, uint32_t (&r)[4]) { __cpuid_count(leaf, sub, r[0],
 uint64_t saved_state() {
     uint32_t low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return uint64_t{high} << 32 | low;
+    return static_cast<uint64_t>(high) << 32 | low;
 }
 #endif
 
 bool bit(uint32_t word, int index) { return word >> index & 1; }
 
-// The processor has the instructions and the system saves the registers.
+// A set counts if the processor has its instructions and the system saves its registers.
 Features features() {
     uint32_t one[4], seven[4] = {}, more[4] = {}, top[4];
     cpuid(0, 0, top);
     cpuid(1, 0, one);
-    if (top[0] < 7 || !bit(one[2], 27)) return {};  // OSXSAVE
+    if (top[0] < 7 || !bit(one[2], 27)) return {};  // no OSXSAVE: the system saves none of these registers
     const uint64_t state = saved_state();
     cpuid(7, 0, seven);
     if (seven[0] >= 1) cpuid(7, 1, more);
@@ -65,7 +65,7 @@ bool has_dot_products() {
 #if defined(__linux__)
     return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else
-    return true;  // every Mac and every Windows machine of this kind has them
+    return true;  // every ARM processor that runs macOS or Windows has them
 #endif
 }
 

@@ -1,4 +1,5 @@
-// AVX2 without dot products of bytes: pairs in int16, which |w| <= 128 and |x| <= 127 do not overflow.
+// AVX2, which has no dot products of bytes. Pairs of products are added up in int16: with |w| <= 128 and |x| <= 127
+// they do not overflow.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -10,9 +11,7 @@ namespace {
 
 struct V : Registers {
     static constexpr int ZERO = 0;
-    static Sums dot(Sums sums, Bytes w, Bytes x) {
-        return dot_codes(sums, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    }
+    static Sums dot(Sums sums, Bytes w, Bytes x) { return dot_codes(sums, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w)); }
     static Sums dot_codes(Sums sums, Bytes w, Bytes x) {
         const __m256i pairs = _mm256_maddubs_epi16(w, x);
         return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: 4 rows in a register.
+// AVX-512 with VNNI: 4 rows in a register, bytes multiplied unsigned by signed.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -16,7 +16,7 @@ struct V {
         return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(from)));
     }
     static Bytes splat(int8_t value) { return _mm512_set1_epi8(value); }
-    static Bytes land(Bytes x, Bytes y) { return _mm512_and_si512(x, y); }
+    static Bytes bit_and(Bytes x, Bytes y) { return _mm512_and_si512(x, y); }
     static Bytes add(Bytes x, Bytes y) { return _mm512_add_epi8(x, y); }
     static Bytes sub(Bytes x, Bytes y) { return _mm512_sub_epi8(x, y); }
     template <int BITS>
@@ -28,7 +28,8 @@ struct V {
     static Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
     static Sums dot(Sums sums, Bytes w, Bytes x) {
 #if defined(__GNUC__) && !defined(__clang__)
-        __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x));  // GCC 12 copies every sum around the intrinsic
+        // GCC 12 copies every sum around the intrinsic.
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x));
         return sums;
 #else
         return _mm512_dpbusd_epi32(sums, w, x);

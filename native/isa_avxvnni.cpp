@@ -1,4 +1,4 @@
-// AVX-VNNI: dot products of bytes in 256-bit registers.
+// AVX-VNNI: dot products of bytes, unsigned by signed, in 256-bit registers.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -12,7 +12,8 @@ struct V : Registers {
     static constexpr int ZERO = 128;
     static Sums dot(Sums sums, Bytes w, Bytes x) {
 #if defined(__GNUC__) && !defined(__clang__)
-        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(w), "x"(x));  // GCC 12 copies sums around intrinsics
+        // GCC 12 copies every sum around the intrinsic.
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(w), "x"(x));
         return sums;
 #else
         return _mm256_dpbusd_avx_epi32(sums, w, x);

@@ -1,4 +1,5 @@
-// Any processor: the registers of kernels.inc as arrays of 16 bytes.
+// Any processor: a register is an array of 16 bytes, one row. This is also the plainest description of what each
+// function of a register type does.
 #include "kernels.h"
 
 namespace wf {
@@ -26,7 +27,7 @@ struct V {
         std::memset(x.at, value, CELL);
         return x;
     }
-    static Bytes land(Bytes x, const Bytes& y) {
+    static Bytes bit_and(Bytes x, const Bytes& y) {
         for (int i = 0; i < CELL; ++i) x.at[i] = x.at[i] & y.at[i];
         return x;
     }

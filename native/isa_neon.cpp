@@ -14,7 +14,7 @@ struct V {
     static Bytes load(const void* from) { return vld1q_u8(static_cast<const uint8_t*>(from)); }
     static Bytes cell(const void* from) { return load(from); }
     static Bytes splat(int8_t value) { return vdupq_n_u8(static_cast<uint8_t>(value)); }
-    static Bytes land(Bytes x, Bytes y) { return vandq_u8(x, y); }
+    static Bytes bit_and(Bytes x, Bytes y) { return vandq_u8(x, y); }
     static Bytes add(Bytes x, Bytes y) { return vaddq_u8(x, y); }
     static Bytes sub(Bytes x, Bytes y) { return vsubq_u8(x, y); }
     template <int BITS>
@@ -38,7 +38,7 @@ struct V {
     static Floats times(Floats a, Floats b) { return vmulq_f32(a, b); }
     template <int N>
     static void store_rows(const Floats (&a)[N], float* to) {
-        for (int i = 0; i < N; ++i) to[i] = vaddvq_f32(a[i]);  // in pairs, as everywhere
+        for (int i = 0; i < N; ++i) to[i] = vaddvq_f32(a[i]);  // (0 + 1) + (2 + 3), as everywhere
     }
     static void prefetch(const void* at) { __builtin_prefetch(at); }
 };

@@ -1,15 +1,15 @@
-// What each instruction set provides: kernels.inc compiled with its registers.
+// What each instruction set provides: kernels.inc, compiled with its registers.
 #pragma once
 #include "layout.h"
 
 namespace wf {
 
-// One stream of a matrix, times activations. The first stream sets y [tokens, n], later ones add to it.
+// One stream of a matrix times activations. The first stream sets y [tokens, n], later ones add to it.
 struct Job {
     const wf_matrix& matrix;
     int stream;
     const Activations& activations;
-    const float* scales;  // of each token of the activations
+    const float* scales;  // one for each token of the activations
     float* y;
 };
 
@@ -19,17 +19,19 @@ struct Kernels {
     // Panels [begin, end) of a job.
     void (*product)(const Job&, int begin, int end);
 
-    // q = rint(x * (1 / max|x| * 127)), and the scale max|x| / 127; NaN where x is not finite.
+    // q = rint(x * (1 / max|x| * 127)). Returns the scale, max|x| / 127, or NaN if x is not finite.
     float (*quantize)(const float* x, int size, int8_t* q);
 
     // Adds the sums of bytes 0-3, 4-7, 8-11 and 12-15 of every 16 to lanes[4].
     void (*sum)(const int8_t* q, int size, int32_t* lanes);
 
-    float (*dot)(const float* a, const float* b, int size);         // in 16 partial sums
-    float (*dot_bf16)(const uint16_t* a, const float* b, int size);  // the same
+    // Both in 16 partial sums, so that every instruction set gives the same bits.
+    float (*dot)(const float* a, const float* b, int size);
+    float (*dot_bf16)(const uint16_t* a, const float* b, int size);
 };
 
-// Of the processor; environment variable WF_ISA takes a lower one. Throws Error where it names one that is not there.
+// The best ones for this processor, or those that the environment variable WF_ISA names. Throws Error if the processor
+// does not have those.
 const Kernels& kernels();
 
 extern const Kernels generic_kernels;

@@ -1,4 +1,5 @@
-// wf_matmul: activations rounded once for all matrices that can share them, then every panel of every matrix.
+// wf_matmul. Activations are rounded, once for all matrices that can share them. Then threads take panels of all
+// matrices.
 #include <algorithm>
 #include <utility>
 
@@ -11,8 +12,8 @@ namespace wf {
 namespace {
 
 constexpr int MAX_TOKENS = 24 * TILE;
-constexpr size_t RUN_BYTES = 8 << 10;   // of weights, the least that is worth handing to a thread
-constexpr int RUNS_PER_THREAD = 16;     // if all were short
+constexpr size_t RUN_BYTES = 8 << 10;  // of weights: a run that reads fewer is not worth handing to a thread
+constexpr int RUNS_PER_THREAD = 16;    // at most, if no run were a long one (pool.h)
 constexpr size_t MAX_BATCH = 1 << 20;
 constexpr int MAX_COUNT = 8, MAX_STREAMS = 2, MAX_ORDERS = MAX_COUNT * MAX_STREAMS;
 
@@ -24,13 +25,14 @@ struct Call {
     const float* x;  // [batch, k]
     int batch;
     float* const* y;
-    size_t offset;  // tokens ahead of x in y
+    size_t offset;  // tokens of y that come before the first of x
 
     float* result(int index) const { return y[index] + offset * matrices[index]->n; }
 };
 
 // ---- Rounding
 
+// Copies a segment of which `left` bytes or more are there, and fills it up with zeros.
 void spread_segment(int8_t* to, const int8_t* from, int left) {
     if (left >= CELL) {
         std::memcpy(to, from, CELL);
@@ -40,7 +42,7 @@ void spread_segment(int8_t* to, const int8_t* from, int left) {
     }
 }
 
-// Where the rounded token goes: what one `Columns` needs.
+// Writes a rounded token where `to.columns` wants it. In the complex case, imaginary inputs begin at `half`.
 void spread_plain(const int8_t* q, const Activations& to, int tile, int token) {
     const Columns& c = to.columns;
     const int step = to.tokens(tile) * CELL;
@@ -63,8 +65,8 @@ void spread_complex(const int8_t* q, int half, const Activations& to, int tile, 
 void sum_groups(const int8_t* q, int half, const Activations& to, int token, const Kernels& kernels) {
     const Columns& c = to.columns;
     for (int group = 0; group < c.groups; ++group) {
-        const int8_t* from = q + size_t(group) * c.width;
-        int32_t* lanes = to.sums + (size_t(token) * c.groups + group) * 4;
+        const int8_t* from = q + static_cast<size_t>(group) * c.width;
+        int32_t* lanes = to.sums + (static_cast<size_t>(token) * c.groups + group) * 4;
         std::fill_n(lanes, 4, 0);
         kernels.sum(from, c.width, lanes);
         if (c.complex) kernels.sum(from + half, c.width, lanes);
@@ -85,16 +87,17 @@ bool same_col(const wf_matrix& a, const wf_matrix& b) {
     return !a.col.size() || !std::memcmp(a.col.data(), b.col.data(), a.col.bytes());
 }
 
-// Activations rounded in one way, in the orders that the matrices of that way want.
+// Activations times one `col`, rounded, in every order that a matrix with this col needs.
 struct Rounding {
-    const wf_matrix* first;  // whose col it is
-    int batch;               // tokens, times its rank
+    const wf_matrix* first;  // the first matrix that has this col
+    int batch;               // tokens times the matrix's rank
     float* scales;           // [batch]
     int num_orders = 0;
     Activations orders[MAX_ORDERS];
 };
 
-// What the matrices of a call need, in the pool's memory: a decoder makes hundreds of calls for a token, and each is short.
+// All roundings of a call. They lie in the pool's memory, which is kept from call to call: a decoder makes hundreds of
+// short calls for a token, and allocations would take a good part of their time.
 class Needs {
   public:
     explicit Needs(const Call& call) : call_(call) {
@@ -133,12 +136,13 @@ class Needs {
         made.tile = TILE / rounding.first->rank * rounding.first->rank;
         return rounding.num_orders++;
     }
-    // Twice over all that is needed: how much it is, and where it lies.
+    // Goes over everything twice: to add up the sizes, and to say where each part lies.
     void lay_out() {
         size_t used = 0;
         for (Rounding& r : *this) {
             used += lines(r.batch * sizeof(float));
-            for (int i = 0; i < r.num_orders; ++i) used += lines(data_bytes(r.orders[i])) + lines(sums_bytes(r.orders[i]));
+            for (int i = 0; i < r.num_orders; ++i)
+                used += lines(data_bytes(r.orders[i])) + lines(sums_bytes(r.orders[i]));
         }
         call_.pool.shared.grow(used);
         uint8_t* at = call_.pool.shared.data();
@@ -152,7 +156,9 @@ class Needs {
         }
     }
     static size_t data_bytes(const Activations& a) { return a.length() * a.batch; }
-    static size_t sums_bytes(const Activations& a) { return size_t(a.batch) * a.columns.groups * 4 * sizeof(int32_t); }
+    static size_t sums_bytes(const Activations& a) {
+        return static_cast<size_t>(a.batch) * a.columns.groups * 4 * sizeof(int32_t);
+    }
     static size_t lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
     const Call& call_;
@@ -164,12 +170,12 @@ class Needs {
 
 void round_token(const Call& call, const Rounding& rounding, int token, uint8_t* scratch) {
     const int rank = rounding.first->rank;
-    const float* x = call.x + size_t(token / rank) * call.k;
+    const float* x = call.x + static_cast<size_t>(token / rank) * call.k;
     const Buffer<float>& col = rounding.first->col;
     auto* scaled = reinterpret_cast<float*>(scratch);
     auto* q = reinterpret_cast<int8_t*>(scaled + call.k);
     if (col.size()) {
-        const float* factors = col.data() + size_t(token % rank) * call.k;
+        const float* factors = col.data() + static_cast<size_t>(token % rank) * call.k;
         for (int j = 0; j < call.k; ++j) scaled[j] = x[j] * factors[j];
         x = scaled;
     }
@@ -188,11 +194,11 @@ void round_all(const Call& call, Needs& needs) {
 // ---- Panels
 
 float dot_row(const Call& call, const wf_matrix& m, int n, const float* row, const float* x) {
-    if (m.weight16.size()) return call.kernels.dot_bf16(m.weight16.data() + size_t(n) * m.k, x, m.k);
-    return call.kernels.dot(m.weight32.size() ? m.weight32.data() + size_t(n) * m.k : row, x, m.k);
+    if (m.weight16.size()) return call.kernels.dot_bf16(m.weight16.data() + static_cast<size_t>(n) * m.k, x, m.k);
+    return call.kernels.dot(m.weight32.size() ? m.weight32.data() + static_cast<size_t>(n) * m.k : row, x, m.k);
 }
 
-// In fp32, with the weight's rows decoded into `scratch` [k].
+// A panel in fp32. Rows that are not dense are decoded into `scratch` [k].
 void exact_panel(const Call& call, const wf_matrix& m, int panel, float* y, float* scratch) {
     const int rows = std::min(PANEL, m.rows() - panel * PANEL);
     for (int part = 0; part < m.parts(); ++part)
@@ -200,8 +206,8 @@ void exact_panel(const Call& call, const wf_matrix& m, int panel, float* y, floa
             const int n = part * m.rows() + panel * PANEL + row;
             if (m.kind != Kind::DENSE) decode_row(m, n, scratch);
             for (int token = 0; token < call.batch; ++token) {
-                const float value = dot_row(call, m, n, scratch, call.x + size_t(token) * call.k);
-                y[size_t(token) * m.n + n] = m.bias.size() ? value + m.bias[m.padded_row(n)] : value;
+                const float value = dot_row(call, m, n, scratch, call.x + static_cast<size_t>(token) * call.k);
+                y[static_cast<size_t>(token) * m.n + n] = m.bias.size() ? value + m.bias[m.padded_row(n)] : value;
             }
         }
 }
@@ -214,16 +220,16 @@ void exact_panels(const Call& call, int index, int begin, int end, int thread) {
 
 // ---- A call
 
-// Tasks to take at a time: enough work to be worth it, few enough to even out.
+// How many panels are a short run: enough to be worth a thread's while, and few enough for threads to end together.
 int run_length(const Call& call, int tasks) {
     size_t bytes = 0;
     for (int i = 0; i < call.count; ++i) bytes += call.matrices[i]->read_bytes;
     const size_t least = RUN_BYTES / (bytes / tasks * call.batch + 1) + 1;
-    const size_t even = tasks / (size_t(call.pool.threads()) * RUNS_PER_THREAD) + 1;
+    const size_t even = tasks / (static_cast<size_t>(call.pool.threads()) * RUNS_PER_THREAD) + 1;
     return static_cast<int>(std::max(least, even));
 }
 
-// body(matrix, first panel, the one after the last, thread) for all panels of all matrices.
+// Calls body(matrix, first panel, one after the last, thread) for all panels of all matrices, on all threads.
 template <class Body>
 void each_panel(const Call& call, Body body) {
     int tasks = 0;
@@ -251,7 +257,7 @@ void run_exact(const Call& call) {
     each_panel(call, [&](int index, int begin, int end, int thread) { exact_panels(call, index, begin, end, thread); });
 }
 
-// Tokens at a time, so that their activations stay in the second-level cache.
+// How many tokens to work on at a time: their activations should stay in the second-level cache.
 int block(const wf_matrix* const* matrices, int count) {
     int rank = 1;
     for (int i = 0; i < count; ++i) rank = std::max(rank, matrices[i]->rank);
@@ -262,10 +268,18 @@ void run(wf_pool& pool, const wf_matrix* const* matrices, int count, const float
          wf_mode mode) {
     std::lock_guard<std::mutex> turn(pool.turn);
     const int k = matrices[0]->k, most = block(matrices, count);
-    for (auto& scratch : pool.scratch) scratch.grow(size_t(k) * (sizeof(float) + 1));  // a row, or a token and its bytes
+    // Scratch holds a decoded row, or a scaled token and its bytes.
+    for (auto& scratch : pool.scratch) scratch.grow(static_cast<size_t>(k) * (sizeof(float) + 1));
     for (int first = 0; first < batch; first += most) {
-        const Call call{pool, kernels(), matrices, count, k, x + size_t(first) * k, std::min(most, batch - first), y,
-                        size_t(first)};
+        const Call call{pool,
+                        kernels(),
+                        matrices,
+                        count,
+                        k,
+                        x + static_cast<size_t>(first) * k,
+                        std::min(most, batch - first),
+                        y,
+                        static_cast<size_t>(first)};
         mode == WF_EXACT ? run_exact(call) : run_rounded(call);
     }
 }
@@ -278,7 +292,7 @@ extern "C" int wf_matmul(wf_pool* pool, const wf_matrix* const* matrices, int co
     return wf::guarded(1, [&] {
         wf::check(pool && matrices && x && y, "pool, matrices, x, y: must be given");
         wf::check(count >= 1 && count <= wf::MAX_COUNT, "count: must be 1 to 8");
-        wf::check(batch >= 0 && size_t(batch) <= wf::MAX_BATCH, "batch: must be 0 to 1048576");
+        wf::check(batch >= 0 && static_cast<size_t>(batch) <= wf::MAX_BATCH, "batch: must be 0 to 1048576");
         wf::check(mode == WF_INT8 || mode == WF_EXACT, "mode: unknown");
         for (int i = 0; i < count; ++i) {
             wf::check(matrices[i] && y[i], "matrices, y: an entry is missing");

@@ -16,12 +16,13 @@ static inline void relax() { std::this_thread::yield(); }
 #endif
 
 namespace {
-constexpr int SPINS = 4000;        // some 50 microseconds, the time between two products of a model
-constexpr int YIELD_EVERY = 1024;  // where there are fewer cores than threads, somebody else has the work
+constexpr int SPINS = 4000;        // some 50 microseconds: about as long as a model takes from one product to the next
+constexpr int YIELD_EVERY = 1024;  // with fewer cores than threads, the thread that has the work may wait for this core
 constexpr int MAX_THREADS = 1024;
-constexpr double LONG_SHARE = 0.75;  // of the tasks, in long runs
+constexpr double LONG_SHARE = 0.75;  // of the tasks are in long runs
 
-// state_: the call's number above, whether it can still be joined, and by how many workers it has been.
+// state_ has the call's number in its upper half, then the bit OPEN, which says that workers can join, and in the bits
+// of JOINED how many have.
 constexpr uint64_t OPEN = uint64_t{1} << 31, JOINED = OPEN - 1;
 uint32_t number(uint64_t state) { return static_cast<uint32_t>(state >> 32); }
 }  // namespace
@@ -32,7 +33,7 @@ wf_pool::wf_pool(int threads) {
     try {
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
     } catch (const std::system_error&) {
-        // The system gives no more threads: those that are there will do.
+        // The system gives no more threads. The pool works with those that it has.
     }
 }
 
@@ -59,11 +60,13 @@ void wf_pool::run(int tasks, int run, Body body, void* context) {
     const uint64_t call = (number(state_.load(std::memory_order_relaxed)) + uint64_t{1}) & 0xffffffffu;
     state_.store(call << 32 | OPEN, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst)) {
-        { std::lock_guard<std::mutex> lock(mutex_); }
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+        }
         wake_.notify_all();
     }
     take(0);
-    state_.fetch_and(~OPEN, std::memory_order_acq_rel);  // nothing is left: who comes now comes too late
+    state_.fetch_and(~OPEN, std::memory_order_acq_rel);  // no tasks are left, so no worker needs to join
     for (int i = 1; state_.load(std::memory_order_acquire) & JOINED; ++i) {
         relax();
         if (i % YIELD_EVERY == 0) std::this_thread::yield();
@@ -72,7 +75,8 @@ void wf_pool::run(int tasks, int run, Body body, void* context) {
 
 void wf_pool::take(int thread) {
     for (;;) {
-        const int64_t taken = next_.fetch_add(1, std::memory_order_relaxed), longs = std::min<int64_t>(taken, threads());
+        const int64_t taken = next_.fetch_add(1, std::memory_order_relaxed),
+                      longs = std::min<int64_t>(taken, threads());
         const int64_t begin = longs * long_run_ + (taken - longs) * run_;
         if (begin >= tasks_) return;
         const int64_t end = std::min<int64_t>(begin + (taken < threads() ? long_run_ : run_), tasks_);
@@ -80,7 +84,7 @@ void wf_pool::take(int thread) {
     }
 }
 
-// Join the call in progress, if it is another than `seen`.
+// Joins the call in progress unless its number is `seen`.
 bool wf_pool::enter(uint32_t& seen) {
     uint64_t state = state_.load(std::memory_order_acquire);
     while ((state & OPEN) && number(state) != seen) {

@@ -1,7 +1,7 @@
-// Worker threads. Work is a number of equal tasks. Whoever is free takes one long run of them, most of a thread's share,
-// for memory is read fastest in one piece; the rest goes in short runs, so that a thread that lost its core for a moment,
-// or has not woken yet, does not hold up the others for long. Workers spin for some microseconds before they sleep: a
-// model is a row of short products.
+// Worker threads. Work is a number of equal tasks. Each thread first takes a long run of them, most of its share,
+// because memory is read fastest in one piece. The rest is taken in short runs: a thread that lost its core for a
+// moment, or has not woken yet, then does not hold up the others for long. Workers spin for some microseconds before
+// they sleep, because a model is many short products, one after the other.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -22,21 +22,23 @@ struct wf_pool {
 
     int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-    // Do all tasks, the short runs of `run` tasks, and return when they are done. One call at a time: hold `turn`.
+    // Does all tasks and returns when they are done. Short runs are of `run` tasks. There is one call at a time: the
+    // caller holds `turn`.
     void run(int tasks, int run, Body body, void* context);
 
-    // body(thread, begin, end)
+    // The same for any function body(thread, begin, end).
     template <class Function>
     void each(int tasks, int run_length, Function&& body) {
         using F = std::remove_reference_t<Function>;
-        run(tasks, run_length, [](void* context, int thread, int begin, int end) {
-            (*static_cast<F*>(context))(thread, begin, end);
-        }, const_cast<void*>(static_cast<const void*>(&body)));
+        run(
+            tasks, run_length,
+            [](void* context, int thread, int begin, int end) { (*static_cast<F*>(context))(thread, begin, end); },
+            const_cast<void*>(static_cast<const void*>(&body)));
     }
 
     std::mutex turn;
-    wf::Buffer<uint8_t> shared;                // scratch of the call whose turn it is
-    std::vector<wf::Buffer<uint8_t>> scratch;  // of each thread
+    wf::Buffer<uint8_t> shared;                // memory for the call that holds `turn`
+    std::vector<wf::Buffer<uint8_t>> scratch;  // memory for each thread
 
   private:
     void work(int thread);
@@ -46,8 +48,8 @@ struct wf_pool {
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_;
-    std::atomic<uint64_t> state_{0};  // number of the call, whether it can be joined, how many workers have
-    std::atomic<int> next_{0}, sleeping_{0};  // the run that nobody has taken yet; workers that sleep
+    std::atomic<uint64_t> state_{0};          // the call's number, and who has joined it (pool.cpp)
+    std::atomic<int> next_{0}, sleeping_{0};  // the first run that no thread has taken; how many workers sleep
     std::atomic<bool> stop_{false};
     int tasks_ = 0, long_run_ = 1, run_ = 1;
     Body body_ = nullptr;

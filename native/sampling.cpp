@@ -1,9 +1,9 @@
-// Sampling without sorting the vocabulary. Weights are w_i = e^((logit_i - max) / temperature), their sum is Z.
+// Sampling without sorting the vocabulary. The weight of token i is e^((logit_i - max) / temperature).
 //
-// top-k keeps weights that are at least the k-th largest (so ties with it); top-p, after it, of the descending order
-// those with less than p of the sum before them. Both keep a beginning of that order. Where few tokens hold it, they are
-// found by a threshold and sorted. Else weights are counted into buckets, and only the bucket in which the beginning
-// ends is sorted.
+// Think of the weights in descending order. top-k keeps those that are at least the k-th largest, so also those that
+// equal it. top-p then keeps each weight before which lies less than p of the sum. Both keep a beginning of the order.
+// If few tokens make up the beginning, a threshold finds them, and they are sorted. Else weights are summed up in
+// buckets, and only the bucket in which the beginning ends is sorted.
 #include "sampling.h"
 
 #include <algorithm>
@@ -15,11 +15,11 @@
 namespace wf {
 namespace {
 
-constexpr float LIKELY = 1e-3f;  // of the largest weight: above it lie few tokens of a trained model
-constexpr int BUCKET_SHIFT = 18;  // of a float's bits: 32 buckets for each power of 2
-constexpr int NUM_BUCKETS = (0x3f800000 >> BUCKET_SHIFT) + 1;  // up to 1, the largest weight
+constexpr float LIKELY = 1e-3f;   // times the largest weight: a trained model has few tokens above it
+constexpr int BUCKET_SHIFT = 18;  // a bucket is a float's bits without the lower 18: 32 buckets for each power of 2
+constexpr int NUM_BUCKETS = (0x3f800000 >> BUCKET_SHIFT) + 1;  // the last is that of 1, the largest weight
 
-// A counter as a random number (the finalizer of splitmix64).
+// Makes a random number of a counter: the finalizer of splitmix64.
 uint64_t mixed(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
@@ -27,12 +27,12 @@ uint64_t mixed(uint64_t x) {
     return x ^ x >> 31;
 }
 
-// In [0, 1), 53 bits. Mixed twice, so that near seeds share nothing.
+// In [0, 1), with 53 bits. The seed is mixed first, so that neighbouring seeds give unrelated numbers.
 double uniform(uint64_t seed, uint64_t counter) {
     return static_cast<double>(mixed(mixed(seed) ^ mixed(~counter)) >> 11) * 0x1p-53;
 }
 
-// Rises with the weight.
+// The bucket of a weight. It rises with the weight, because bits of positive floats are in their order.
 int bucket(float weight) {
     uint32_t bits;
     std::memcpy(&bits, &weight, 4);
@@ -80,8 +80,8 @@ void Sampler::penalize(float* logits, const int32_t* history, int length, float 
     }
 }
 
-// The token at which the sum of all weights passes `left`; `best` where rounding lets it pass at none (the last token
-// of the vocabulary may be a masked one).
+// The token at which the sum of all weights passes `left`. Rounding may let no token pass it; the answer is then
+// `best`, since the last token of the vocabulary may be masked.
 int32_t Sampler::draw_any(double left, int32_t best) const {
     const int vocab = static_cast<int>(weights_.size());
     int token = 0;
@@ -93,7 +93,7 @@ int32_t Sampler::draw_any(double left, int32_t best) const {
     return best;
 }
 
-// Candidates are all weights from `threshold` on, in the order of tokens; returns their sum.
+// Makes candidates of all weights of at least `threshold`, in the order of tokens. Returns their sum.
 double Sampler::gather(float threshold) {
     candidates_.clear();
     double mass = 0;
@@ -111,7 +111,7 @@ void Sampler::sort(size_t from) {
     });
 }
 
-// Candidates are the k largest weights and their ties, in descending order; returns their sum.
+// Makes candidates of the k largest weights and those that equal the k-th, in descending order. Returns their sum.
 double Sampler::keep_top_k(int k) {
     for (float threshold = LIKELY;; threshold = threshold < 1e-30f ? 0 : threshold * threshold) {
         gather(threshold);
@@ -125,10 +125,10 @@ double Sampler::keep_top_k(int k) {
     return mass;
 }
 
-// Candidates, or all weights where there are none yet: the beginning of their descending order that holds `mass`;
-// returns its sum.
+// Keeps the beginning of the candidates' descending order that holds `mass`, and returns its sum. If there are no
+// candidates yet, all weights are.
 double Sampler::keep_top_p(double mass) {
-    size_t kept = 0;  // of the candidates, which are in order from there on
+    size_t kept = 0;  // candidates before this one are kept in any order; those from it on are sorted
     double before = 0;
     if (candidates_.empty() && gather(LIKELY) < mass) {
         std::fill(buckets_.begin(), buckets_.end(), 0.0);
@@ -155,7 +155,7 @@ int32_t Sampler::draw(double left) const {
         left -= c.weight;
         if (left < 0) return c.token;
     }
-    return candidates_.back().token;  // rounding at the very end
+    return candidates_.back().token;  // only rounding leads here
 }
 
 }  // namespace wf

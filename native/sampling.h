@@ -1,4 +1,4 @@
-// The next token from logits: see wf_sampling in decoder.h.
+// Chooses the next token from logits, as wf_sampling in decoder.h says.
 #pragma once
 #include <vector>
 
@@ -9,13 +9,13 @@ namespace wf {
 // What is wrong with these settings, or nullptr.
 const char* sampling_fault(const wf_sampling&);
 
-// Choices from one vocabulary. All memory is taken at the beginning, so that no choice fails, and no step of the decoder
-// once a sequence has got its tokens.
+// Makes choices from one vocabulary. It takes all its memory at the beginning, so that no choice can fail: the decoder
+// chooses after it has lengthened the sequences.
 class Sampler {
   public:
     explicit Sampler(int vocab);
 
-    // logits [vocab] are changed where there is a penalty. Tokens of `history` lie in [0, vocab).
+    // Changes logits [vocab] if there is a penalty. Tokens of `history` are in [0, vocab).
     int32_t choose(float* logits, const int32_t* history, int length, const wf_sampling&);
 
   private:
@@ -33,7 +33,7 @@ class Sampler {
     int32_t draw(double left) const;
 
     std::vector<float> weights_, sums_;
-    std::vector<Candidate> candidates_;  // what is left to choose from
+    std::vector<Candidate> candidates_;  // the tokens that are left to choose from
     std::vector<double> buckets_;
     std::vector<uint8_t> seen_;
 };

@@ -1,4 +1,4 @@
-// Which of the compiled versions of vector.h's loops this processor runs: the one that its matrices chose.
+// Chooses among the compiled versions of vector.h's loops: the one that goes with the kernels in use.
 #include "vector.h"
 
 #include <cstring>
@@ -23,7 +23,8 @@ const Vectors& vectors() {
 extern "C" int wf_norm(const float* x, const float* gain, float eps, int batch, int k, float* y) {
     return wf::guarded(1, [&] {
         wf::check(x && gain && y && batch >= 0 && k >= 1 && eps >= 0, "norm: an argument is missing, or no size");
-        for (int row = 0; row < batch; ++row) wf::vectors().norm(x + size_t(row) * k, gain, eps, k, y + size_t(row) * k);
+        for (int row = 0; row < batch; ++row)
+            wf::vectors().norm(x + static_cast<size_t>(row) * k, gain, eps, k, y + static_cast<size_t>(row) * k);
         return 0;
     });
 }

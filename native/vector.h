@@ -1,27 +1,29 @@
-// Loops over floats that every instruction set compiles for itself (vector_*.cpp from vector_impl.h); `vectors()` gives
-// the table of the best one that this processor runs. Each result is a fixed function of its row alone.
+// Loops over floats, for the decoder. Each vector_*.cpp compiles vector_impl.h for one instruction set, and `vectors()`
+// gives the table of functions that fits the kernels in use. On one instruction set, a result depends on its own row
+// alone.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 namespace wf {
 
-constexpr int PAGE = 64;  // positions in a page of the cache
-constexpr int SIDE = 16;  // positions that lie side by side in it
-constexpr int STRETCH = 1024;  // numbers whose sum `exp_sum` gives by itself
-constexpr int QUERIES = 32;  // queries in one call of `attend`
+constexpr int PAGE = 64;       // positions in a page of the cache
+constexpr int SIDE = 16;       // positions that lie side by side in a page
+constexpr int STRETCH = 1024;  // `exp_sum` gives a sum for each stretch of so many numbers
+constexpr int QUERIES = 32;    // the most queries in one call of `attend`
 
-// Keys and values of up to `PAGE` positions of one layer and head: keys [PAGE / 16][head_dim][16],
-// values [PAGE][padded_dim]. Elements are float, or bf16 of which two rows (of head_dim, of PAGE) share words.
+// Attention of several queries to the cache of one layer and head. A page has keys [PAGE / 16][head_dim][16] and values
+// [PAGE][padded_dim], in fp32 or bf16. In bf16 two neighbouring rows share words of 32 bits: of keys, rows of head_dim;
+// of values, rows of PAGE.
 struct Attend {
-    int head_dim, padded_dim;  // the latter a multiple of 16
+    int head_dim, padded_dim;  // padded_dim is a multiple of 16
     int num_queries;           // rows of q and out, at most QUERIES
-    int first, last;           // pages from `first` up to, not including, `last` are looked at
-    const char* const* pages;  // [last], with keys and values at these bytes from their beginnings:
+    int first, last;           // pages from `first` up to, but not including, `last` are read
+    const char* const* pages;  // [last]; keys and values begin at these bytes of each:
     size_t keys, values;
-    const int* begin;  // [num_queries] first position that a query sees
-    const int* end;    // [num_queries] and the one after the last
-    const float* q;    // [num_queries][head_dim], scaled
+    const int* begin;  // [num_queries]: the first position that a query sees
+    const int* end;    // [num_queries]: the position after the last that it sees
+    const float* q;    // [num_queries][head_dim], already scaled
     float* out;        // [num_queries][padded_dim]
 };
 
@@ -37,12 +39,12 @@ struct Vectors {
     void (*store_value)(const float* x, int head_dim, int padded_dim, int bf16, int place, void* rows);
     void (*attend_float)(const Attend&);
     void (*attend_bf16)(const Attend&);
-    int (*argmax)(const float* x, int n);  // the lowest index of the largest; 0 where all are NaN
-    // y = exp((x - peak) * scale), and their sum; sums [n / STRETCH, rounded up] get those of each stretch.
+    int (*argmax)(const float* x, int n);  // the lowest index of the largest, or 0 if all are NaN
+    // y = exp((x - peak) * scale). Returns the sum of y; sums [n / STRETCH, rounded up] get the sum of each stretch.
     double (*exp_sum)(const float* x, float peak, float scale, int n, float* y, float* sums);
 };
 
-const Vectors& vectors();  // throws Error where WF_ISA names one that is not there
+const Vectors& vectors();  // throws Error if WF_ISA names what this processor does not have
 const Vectors& vectors_generic();
 #if defined(__x86_64__) || defined(_M_X64)
 const Vectors& vectors_avx2();

@@ -1,8 +1,10 @@
-// The bodies of vector.h's functions, for vectors of WF_WIDTH floats; included by one source file per instruction set,
-// with WF_VECTORS the name of its table. Everything is local to that file, and nothing of the standard library is
-// used: an inline function compiled for AVX-512 must not become the one that the linker keeps for everybody.
+// The bodies of vector.h's functions, for vectors of WF_WIDTH floats. Each vector_*.cpp defines WF_WIDTH, the table's
+// name WF_VECTORS and its text WF_NAME, and includes this file.
 //
-// A remainder of less than a vector is worked out in a whole one, filled up with zeros, by the same operations.
+// Everything here is local to that source file, and nothing of the C++ standard library is used. The linker keeps one
+// copy of an inline function for all files: if it kept one that was compiled for AVX-512, other processors would crash.
+//
+// A remainder of less than a vector is filled up with zeros and worked out by the same operations as a whole vector.
 #include <string.h>
 
 #include "vector.h"
@@ -44,7 +46,7 @@ inline vf all(float x) { return x - vf{}; }
 
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
-// The vector with lanes exchanged over a distance of 1, 2, 4 or 8.
+// The vector with each lane exchanged for the one at a distance of 1, 2, 4 or 8.
 #if WF_WIDTH == 16
 inline vf across(vf v, int distance) {
     return distance == 8   ? __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
@@ -74,11 +76,12 @@ inline float largest(vf v) {
     return v[0];
 }
 
-// e^x, within 2 units in the last place; below -86 it stays e^-86, above 88 e^88.
+// e^x, within 2 units in the last place, for x from -86 to 88; other x count as the nearer end. The constants are those
+// of expf in the Cephes library.
 inline vf exponential(vf x) {
     x = x < -86.0f ? all(-86.0f) : x;
     x = x > 88.0f ? all(88.0f) : x;
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, in the low bits
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which is then in the low bits
     vf moved = x * 1.44269504f + shift;
     vf whole = moved - shift;
     vf r = x - whole * 0.693359375f;
@@ -89,8 +92,8 @@ inline vf exponential(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    vi power = (vi)moved << 23;  // the low bits of `moved` are the whole number: the rest falls out
-    return (vf)((vi)p + power);
+    vi power = reinterpret_cast<vi>(moved) << 23;  // moves the whole number to the exponent, and all other bits out
+    return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + power);
 }
 
 float exponential_of(float x) { return exponential(all(x))[0]; }
@@ -143,7 +146,8 @@ void round8(const float* x, int n, float* y) {
 void rotate(const float* cosine, const float* sine, int half, float* x) {
     for (int i = 0; i < half; i += W) {
         int n = half - i;
-        vf a = load_some(x + i, n), b = load_some(x + half + i, n), c = load_some(cosine + i, n), s = load_some(sine + i, n);
+        vf a = load_some(x + i, n), b = load_some(x + half + i, n), c = load_some(cosine + i, n),
+           s = load_some(sine + i, n);
         store_some(x + i, a * c - b * s, n);
         store_some(x + half + i, b * c + a * s, n);
     }
@@ -152,42 +156,42 @@ void rotate(const float* cosine, const float* sine, int half, float* x) {
 inline uint16_t to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-constexpr int AHEAD = 2048;  // bytes: keys, then values, of one page lie in one piece
+constexpr int AHEAD = 2048;  // bytes from the load to the prefetch; keys, and then values, of a page lie in one piece
 
-// Two neighbours of bf16 share a word, the first in its low half: one load and two operations give two vectors of
-// floats. `stride` elements are a row of a matrix of such rows; `pair` of them are rows 2 pair and 2 pair + 1.
-inline void put(float* rows, int row, int stride, int at, float x) { rows[(size_t)row * stride + at] = x; }
+// A matrix of rows of `stride` elements. Rows 2 pair and 2 pair + 1 of bf16 share words of 32 bits, the first in the
+// low half: so one load and two operations give vectors of floats of both rows.
+inline void put(float* rows, int row, int stride, int at, float x) { rows[static_cast<size_t>(row) * stride + at] = x; }
 inline void put(uint16_t* rows, int row, int stride, int at, float x) {
-    rows[((size_t)(row / 2) * stride + at) * 2 + row % 2] = to_bf16(x);
+    rows[(static_cast<size_t>(row / 2) * stride + at) * 2 + row % 2] = to_bf16(x);
 }
 
 inline void load_pair(const float* rows, int pair, int stride, int at, vf& first, vf& second) {
-    first = load(rows + (size_t)(2 * pair) * stride + at);
-    second = load(rows + (size_t)(2 * pair + 1) * stride + at);
+    first = load(rows + static_cast<size_t>(2 * pair) * stride + at);
+    second = load(rows + static_cast<size_t>(2 * pair + 1) * stride + at);
 }
 inline void load_pair(const uint16_t* rows, int pair, int stride, int at, vf& first, vf& second) {
     vu words;
-    const uint16_t* from = rows + ((size_t)pair * stride + at) * 2;
-    __builtin_prefetch((const char*)from + AHEAD);
+    const uint16_t* from = rows + (static_cast<size_t>(pair) * stride + at) * 2;
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD);
     memcpy(&words, from, sizeof words);
-    first = (vf)(words << 16);
-    second = (vf)(words & 0xffff0000u);
+    first = reinterpret_cast<vf>(words << 16);
+    second = reinterpret_cast<vf>(words & 0xffff0000u);
 }
 
 template <class S>
 void store_key_as(const float* x, int head_dim, int place, S* tiles) {
-    S* tile = tiles + (size_t)(place / SIDE) * head_dim * SIDE;
+    S* tile = tiles + static_cast<size_t>(place / SIDE) * head_dim * SIDE;
     for (int d = 0; d < head_dim; d++) put(tile, d, SIDE, place % SIDE, x[d]);
 }
 
 void store_key(const float* x, int head_dim, int bf16, int place, void* tiles) {
     if (bf16)
-        store_key_as(x, head_dim, place, (uint16_t*)tiles);
+        store_key_as(x, head_dim, place, static_cast<uint16_t*>(tiles));
     else
-        store_key_as(x, head_dim, place, (float*)tiles);
+        store_key_as(x, head_dim, place, static_cast<float*>(tiles));
 }
 
 template <class S>
@@ -197,22 +201,22 @@ void store_value_as(const float* x, int head_dim, int padded_dim, int place, S* 
 
 void store_value(const float* x, int head_dim, int padded_dim, int bf16, int place, void* rows) {
     if (bf16)
-        store_value_as(x, head_dim, padded_dim, place, (uint16_t*)rows);
+        store_value_as(x, head_dim, padded_dim, place, static_cast<uint16_t*>(rows));
     else
-        store_value_as(x, head_dim, padded_dim, place, (float*)rows);
+        store_value_as(x, head_dim, padded_dim, place, static_cast<float*>(rows));
 }
 
-constexpr int PARTS = SIDE / W;           // vectors in a tile
-constexpr int TOGETHER = W == 16 ? 4 : 2;  // queries, and tiles, whose sums are kept in registers
+constexpr int PARTS = SIDE / W;            // vectors in a tile
+constexpr int TOGETHER = W == 16 ? 4 : 2;  // so many queries times so many tiles have their sums in registers
 
-// Products of Q queries with the keys of T tiles: out [Q][PAGE].
+// Products of Q queries and the keys of T tiles of 16 positions: out [Q][PAGE].
 template <int Q, int T, class S>
 inline void score(const float* q, int head_dim, const S* keys, float* out) {
     vf acc[Q][T * PARTS] = {};
     for (int pair = 0; pair < head_dim / 2; pair++)
         for (int v = 0; v < T * PARTS; v++) {
             vf a, b;
-            load_pair(keys + (size_t)(v / PARTS) * head_dim * SIDE, pair, SIDE, v % PARTS * W, a, b);
+            load_pair(keys + static_cast<size_t>(v / PARTS) * head_dim * SIDE, pair, SIDE, v % PARTS * W, a, b);
             for (int i = 0; i < Q; i++) acc[i][v] += q[i * head_dim + 2 * pair] * a;
             for (int i = 0; i < Q; i++) acc[i][v] += q[i * head_dim + 2 * pair + 1] * b;
         }
@@ -224,8 +228,9 @@ template <int Q, class S>
 void score_tiles(const float* q, int head_dim, const S* keys, int num_tiles, float* out) {
     int t = 0;
     for (; t + TOGETHER <= num_tiles; t += TOGETHER)
-        score<Q, TOGETHER>(q, head_dim, keys + (size_t)t * head_dim * SIDE, out + t * SIDE);
-    for (; t < num_tiles; t++) score<Q, 1>(q, head_dim, keys + (size_t)t * head_dim * SIDE, out + t * SIDE);
+        score<Q, TOGETHER>(q, head_dim, keys + static_cast<size_t>(t) * head_dim * SIDE, out + t * SIDE);
+    for (; t < num_tiles; t++)
+        score<Q, 1>(q, head_dim, keys + static_cast<size_t>(t) * head_dim * SIDE, out + t * SIDE);
 }
 
 // out[i][C vectors] = out[i] * keep[i] + sum_j p[i][j] values[j].
@@ -242,7 +247,7 @@ inline void blend(const float* p, const float* keep, const S* values, int at, in
             for (int i = 0; i < Q; i++) acc[i][c] += p[i * PAGE + 2 * pair] * a;
             for (int i = 0; i < Q; i++) acc[i][c] += p[i * PAGE + 2 * pair + 1] * b;
         }
-    if (num % 2)  // what lies beyond the last may be anything, and 0 times that is not always 0
+    if (num % 2)  // the row after the last may hold anything, and 0 times that is not always 0
         for (int c = 0; c < C; c++) {
             load_pair(values, pair, padded_dim, at + c * W, a, b);
             for (int i = 0; i < Q; i++) acc[i][c] += p[i * PAGE + 2 * pair] * a;
@@ -258,13 +263,14 @@ void blend_rows(const float* p, const float* keep, const S* values, int num, int
     for (; d < padded_dim; d += W) blend<Q, 1>(p, keep, values, d, num, padded_dim, out + d);
 }
 
-// Of one query: the largest score so far, and the sum of e^(score - peak), in lanes.
+// What a query needs from page to page: its largest score so far, and the sum of e^(score - peak), in lanes.
 struct Soft {
     float peak;
     vf total[PARTS];
 };
 
-// p [PAGE]: scores become e^(score - peak), 0 outside of [begin, end); returns what earlier sums are multiplied with.
+// Turns scores p [PAGE] into e^(score - peak), 0 outside of [begin, end). The peak may rise: returns the factor for
+// what was summed up before.
 inline float soften(float* p, int num_tiles, int begin, int end, Soft& soft) {
     for (int j = 0; j < begin; j++) p[j] = -__builtin_inff();
     for (int j = end; j < num_tiles * SIDE; j++) p[j] = -__builtin_inff();
@@ -282,6 +288,7 @@ inline float soften(float* p, int num_tiles, int begin, int end, Soft& soft) {
     return keep;
 }
 
+// One page for Q queries, `from` and those after it. p [Q][PAGE] is scratch.
 template <int Q, class S>
 void page(const Attend& a, int index, int from, float* p, Soft* soft) {
     float keep[Q];
@@ -292,7 +299,8 @@ void page(const Attend& a, int index, int from, float* p, Soft* soft) {
     int num_tiles = (num + SIDE - 1) / SIDE;
     if (index + 1 < a.last)
         for (int at = 0; at < AHEAD; at += 64) __builtin_prefetch(a.pages[index + 1] + a.keys + at);
-    score_tiles<Q>(a.q + (size_t)from * a.head_dim, a.head_dim, (const S*)(a.pages[index] + a.keys), num_tiles, p);
+    score_tiles<Q>(a.q + static_cast<size_t>(from) * a.head_dim, a.head_dim,
+                   reinterpret_cast<const S*>(a.pages[index] + a.keys), num_tiles, p);
     for (int i = 0; i < Q; i++) {
         int lo = a.begin[from + i] - base, hi = least(num, a.end[from + i] - base);
         lo = lo > 0 ? lo : 0;
@@ -303,11 +311,12 @@ void page(const Attend& a, int index, int from, float* p, Soft* soft) {
             memset(p + i * PAGE, 0, sizeof(float) * PAGE);
         }
     }
-    float* out = a.out + (size_t)from * a.padded_dim;
-    blend_rows<Q>(p, keep, (const S*)(a.pages[index] + a.values), num, a.padded_dim, out);
+    float* out = a.out + static_cast<size_t>(from) * a.padded_dim;
+    blend_rows<Q>(p, keep, reinterpret_cast<const S*>(a.pages[index] + a.values), num, a.padded_dim, out);
 }
 
-// softmax(q k) v of each query over its positions, page by page with a running maximum (arXiv 1805.02867).
+// softmax(q k) v for each query over the positions that it sees, page by page, with a running maximum (arXiv
+// 1805.02867).
 template <class S>
 void attend(const Attend& a) {
     float p[TOGETHER * PAGE];
@@ -322,7 +331,7 @@ void attend(const Attend& a) {
         if (i < a.num_queries) page<1, S>(a, index, i, p, soft);
     }
     for (int i = 0; i < a.num_queries; i++) {
-        float* row = a.out + (size_t)i * a.padded_dim;
+        float* row = a.out + static_cast<size_t>(i) * a.padded_dim;
         float total = 0;
         for (int part = 0; part < PARTS; part++) total += sum(soft[i].total[part]);
         for (int d = 0; d < a.padded_dim; d += W) store(row + d, load(row + d) / total);
@@ -362,8 +371,8 @@ double exp_sum(const float* x, float peak, float scale, int n, float* y, float* 
 }  // namespace
 
 const Vectors& WF_VECTORS() {
-    static const Vectors table = {WF_NAME,     norm,        add,          silu_times,  relu2_times, round8, rotate,
-                                      store_key,   store_value, attend_float, attend_bf16, argmax,      exp_sum};
+    static const Vectors table = {WF_NAME,   norm,        add,          silu_times,  relu2_times, round8, rotate,
+                                  store_key, store_value, attend_float, attend_bf16, argmax,      exp_sum};
     return table;
 }
 

@@ -1,7 +1,7 @@
 """Wheels for every platform from one machine: `make wheels`, or python native/wheels.py FOLDER.
 
-One clang, the one in the package `ziglang`, builds the library for each target; the Python files come from one pure
-wheel. So a wheel needs no Python of its target. Where a target is this machine's, the library is loaded and asked which
+One clang, the one in the package `ziglang`, builds the library for each target. The Python files come from one pure
+wheel, so no Python of the target is needed. If a target is this machine's, the library is loaded and asked which
 kernels it takes.
 """
 

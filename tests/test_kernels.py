@@ -79,7 +79,7 @@ class Layers:
         scales = form.scales.double().repeat_interleave(k // groups, 1)
         return form, table.double()[index.long()] * scales
 
-    def fairy(self) -> tuple[Form, Tensor]:
+    def complex(self) -> tuple[Form, Tensor]:
         n, k, stages = self.pick(1, 4, 8, 17, 64), self.pick(1, 15, 16, 33, 96, 150), self.pick(1, 2, 3, 4)
         rows, groups = self.grid(n, k)
         shape = (2, stages, 2, rows, groups)
@@ -95,7 +95,7 @@ class Layers:
         return Integers(weight, self.positive(n)), weight.double()
 
     def any(self) -> tuple[Form, Tensor]:
-        return [self.table, self.fairy, self.integers][self.pick(0, 1, 2)]()
+        return [self.table, self.complex, self.integers][self.pick(0, 1, 2)]()
 
     def inputs(self, k: int, batch: int) -> Tensor:
         return self.normal(batch, k) * self.positive(batch, 1)
@@ -138,8 +138,8 @@ def error(form: Form, weight: Tensor, x: Tensor, y: Tensor, rounding: Callable[[
 
 
 # What the kernels may lose beside fp32's own rounding: entries of free tables have 15 bits of the largest, uneven
-# scales of Fairy2i 13 bits of their sum, tables of fp16 numbers count as even.
-LOSS = {"table2": 1e-4, "table4": 1e-4, "affine2": 3e-4, "fairy2-wide": 2e-3}
+# complex scales 13 bits of their sum, tables of fp16 numbers count as even.
+LOSS = {"table2": 1e-4, "table4": 1e-4, "affine2": 3e-4, "complex-wide": 2e-3}
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -1,8 +1,8 @@
-// Random small models through the decoder, to run under sanitizers: layers of every kind, several sequences that are
-// appended to, cut and cleared in any order, choices of the next token, wrong arguments, memory that runs out.
+// Runs random small models through the decoder, to be checked by sanitizers: layers of every kind, several sequences
+// that are appended to, cut and cleared in any order, choices of the next token, wrong arguments, memory that runs out.
 //
-// A sequence alone, token by token and on one thread, says what the logits are. Whatever else is done has to give the
-// same bits. tests/test_engine.py compares with transformers.
+// The logits of a story are those of one sequence alone, read token by token on one thread. Everything else has to give
+// the same bits. tests/test_engine.py compares with transformers.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -19,7 +19,7 @@
 #include "random.h"
 
 namespace {
-thread_local int allocations_left = -1;  // of this thread until one fails; below 0: all that are asked for
+thread_local int allocations_left = -1;  // how many succeed on this thread until one fails; below 0: all
 
 void* allocated(size_t size, size_t alignment) {
     void* memory = nullptr;
@@ -44,7 +44,7 @@ bool same(const float* a, const float* b, size_t size) { return !std::memcmp(a, 
 
 // ---- Models
 
-// A model of random sizes and what it points to. Where `broken`, token 0 is infinite and makes its sequence NaN.
+// A model of random sizes, and what it points to. If it is `broken`, token 0 is infinite and makes its sequence NaN.
 struct Net {
     wf_model model{};
     bool broken = below(2);
@@ -70,7 +70,7 @@ struct Net {
 };
 
 const wf_matrix* Net::matrix(int n, int k) {
-    wf_matrix* (*const kinds[])(int, int) = {table, fairy, bytes, dense};
+    wf_matrix* (*const kinds[])(int, int) = {table, complex, bytes, dense};
     matrices.push_back(kinds[below(4)](n, k));
     require(matrices.back() != nullptr, "layer");
     return matrices.back();
@@ -78,7 +78,7 @@ const wf_matrix* Net::matrix(int n, int k) {
 
 const wf_matrix* Net::embedding() {
     if (!broken) return matrix(model.vocab, model.hidden);
-    auto weight = normals(size_t(model.vocab) * model.hidden);
+    auto weight = normals(static_cast<size_t>(model.vocab) * model.hidden);
     std::fill_n(weight.begin(), model.hidden, FLT_MAX);  // as bf16, infinity
     matrices.push_back(wf_matrix_dense(model.vocab, model.hidden, weight.data(), nullptr, 0));
     return matrices.back();
@@ -91,13 +91,14 @@ const float* Net::numbers(int size, float spread) {
 }
 
 wf_linear Net::linear(int n, int k) {
-    return {matrix(n, k), below(3) ? nullptr : numbers(k, 1 / std::sqrt(float(k))), 1e-6f, below(2)};
+    return {matrix(n, k), below(3) ? nullptr : numbers(k, 1 / std::sqrt(static_cast<float>(k))), 1e-6f, below(2)};
 }
 
 wf_layer Net::layer() {
     const int hidden = model.hidden, inner = model.intermediate, d = model.head_dim;
     const int q = model.heads * d, kv = model.kv_heads * d;
-    const float spread = 1 / std::sqrt(float(hidden));  // so that queries and keys are near 1, and no key has all weight
+    const float spread =
+        1 / std::sqrt(static_cast<float>(hidden));  // queries and keys are then near 1, so that no key gets all weight
     wf_layer l{};
     l.q = linear(q, hidden), l.k = linear(kv, hidden), l.v = linear(kv, hidden), l.o = linear(hidden, q);
     l.gate = linear(inner, hidden), l.up = linear(inner, hidden), l.down = linear(hidden, inner);
@@ -136,7 +137,7 @@ Net::Net(bool wide) {
 
 // ---- Sequences
 
-// Tokens, and the logits after each.
+// A sequence: its tokens, and the logits after each.
 struct Story {
     std::vector<int32_t> tokens;
     std::vector<Logits> logits;
@@ -155,7 +156,7 @@ Logits logits_of(wf_decoder* decoder, int vocab, int slot, const int32_t* tokens
     return logits;
 }
 
-std::vector<Story> stories(wf_pool* pool, const Net& net) {
+std::vector<Story> tell_stories(wf_pool* pool, const Net& net) {
     wf_decoder* decoder = opened(pool, net.model);
     std::vector<Story> all(net.model.slots);
     for (Story& story : all) {
@@ -179,11 +180,11 @@ wf_sampling settings() {
     return {temperature, mass, penalty, top_k, seed, generator()};
 }
 
-// All sequences in one decoder, in steps of any kind; what they say is compared with their stories.
+// Runs all sequences in one decoder, in steps of any kind, and compares their logits with those of their stories.
 class Play {
   public:
-    Play(wf_pool* pool, const Net& net, const std::vector<Story>& told)
-        : net_(net), told_(told), decoder_(opened(pool, net.model)), at_(told.size()) {}
+    Play(wf_pool* pool, const Net& net, const std::vector<Story>& stories)
+        : net_(net), stories_(stories), decoder_(opened(pool, net.model)), at_(stories.size()) {}
     ~Play() { wf_decoder_free(decoder_); }
     Play(const Play&) = delete;
 
@@ -197,21 +198,21 @@ class Play {
         int32_t next = -1;
     };
 
-    int left(int slot) const { return static_cast<int>(told_[slot].tokens.size()) - at_[slot]; }
+    int left(int slot) const { return static_cast<int>(stories_[slot].tokens.size()) - at_[slot]; }
     bool done() const;
     void step(const std::function<int(int)>& length_of);
     void go_back(int slot);
     void compare(const wf_append& append, const Asked& asked);
 
     const Net& net_;
-    const std::vector<Story>& told_;
+    const std::vector<Story>& stories_;
     wf_decoder* decoder_;
     std::vector<int> at_;  // tokens in each slot
     int broken_ = -1;      // the slot that gets infinite tokens
 };
 
 bool Play::done() const {
-    for (size_t slot = 0; slot < told_.size(); ++slot)
+    for (size_t slot = 0; slot < stories_.size(); ++slot)
         if (static_cast<int>(slot) != broken_ && left(static_cast<int>(slot))) return false;
     return true;
 }
@@ -223,7 +224,7 @@ void Play::compare(const wf_append& append, const Asked& asked) {
         require(!append.logits || std::isnan(asked.logits[0]), "NaN after an infinite token");
         return require(!append.next || (asked.next >= 0 && asked.next < net_.model.vocab), "a token of the vocabulary");
     }
-    const Story& story = told_[append.slot];
+    const Story& story = stories_[append.slot];
     const Logits& expected = story.logits[at_[append.slot] - 1];
     if (append.logits) require(same(asked.logits.data(), expected.data(), expected.size()), "the bits of the story");
     if (!append.next) return;
@@ -232,7 +233,7 @@ void Play::compare(const wf_append& append, const Asked& asked) {
     require(asked.next == chosen, "the token that these logits give");
 }
 
-// Append `length_of(slot)` tokens to each slot, and ask for anything.
+// Appends `length_of(slot)` tokens to each slot, and asks for logits and next tokens at random.
 void Play::step(const std::function<int(int)>& length_of) {
     std::vector<wf_append> appends;
     std::deque<Asked> asked;
@@ -241,7 +242,7 @@ void Play::step(const std::function<int(int)>& length_of) {
         if (!length) continue;
         asked.push_back({std::vector<int32_t>(slot == broken_ ? length : 0), Logits(net_.model.vocab), settings()});
         Asked& a = asked.back();
-        const int32_t* tokens = slot == broken_ ? a.broken.data() : told_[slot].tokens.data() + at_[slot];
+        const int32_t* tokens = slot == broken_ ? a.broken.data() : stories_[slot].tokens.data() + at_[slot];
         appends.insert(appends.begin() + below(static_cast<int>(appends.size()) + 1),
                        {slot, length, tokens, &a.sampling, wanted & 1 ? &a.next : nullptr,
                         wanted & 2 ? a.logits.data() : nullptr});
@@ -276,11 +277,11 @@ void Play::run() {
     }
 }
 
-// Two threads, each with a sequence of its own, in one decoder.
-void talk_at_once(wf_pool* pool, const Net& net, const std::vector<Story>& told) {
+// Two threads use one decoder, each with a sequence of its own.
+void talk_at_once(wf_pool* pool, const Net& net, const std::vector<Story>& stories) {
     wf_decoder* decoder = opened(pool, net.model);
     const auto say = [&](int slot) {
-        const Story& story = told[slot];
+        const Story& story = stories[slot];
         for (size_t i = 0; i < story.tokens.size(); ++i) {
             const Logits logits = logits_of(decoder, net.model.vocab, slot, &story.tokens[i], 1);
             require(same(logits.data(), story.logits[i].data(), logits.size()), "the same bits while another talks");
@@ -292,7 +293,7 @@ void talk_at_once(wf_pool* pool, const Net& net, const std::vector<Story>& told)
     wf_decoder_free(decoder);
 }
 
-// Let every allocation of `attempt` fail in turn, until it has had all and succeeds.
+// Lets the first allocation of `attempt` fail, then the second, and so on, until none is left to fail and it succeeds.
 template <class Attempt>
 void starve(const Attempt& attempt) {
     int failures = 0;
@@ -305,21 +306,22 @@ void starve(const Attempt& attempt) {
     require(failures > 3, "failing where memory runs out");
 }
 
-// Without memory there is no decoder, and no step: sequences stay as long as they were.
-void run_out_of_memory(wf_pool* pool, const Net& net, const std::vector<Story>& told) {
+// Without memory neither a decoder nor a step succeeds, and sequences stay as long as they were.
+void run_out_of_memory(wf_pool* pool, const Net& net, const std::vector<Story>& stories) {
     wf_decoder* decoder = nullptr;
     starve([&] { return (decoder = wf_decoder_new(pool, &net.model)) != nullptr; });
     Logits logits(net.model.vocab);
     int32_t next[2];
     const wf_sampling sampling{1, 0.9f, 1.1f, 3, 1, 0};
-    const wf_append appends[] = {{0, 1, told[0].tokens.data(), &sampling, next, logits.data()},
-                                 {1, 1, told[1].tokens.data(), &sampling, next + 1, nullptr}};
+    const wf_append appends[] = {{0, 1, stories[0].tokens.data(), &sampling, next, logits.data()},
+                                 {1, 1, stories[1].tokens.data(), &sampling, next + 1, nullptr}};
     starve([&] {
         const bool done = !wf_decoder_step(decoder, appends, 2);
-        for (const int slot : {0, 1}) require(wf_decoder_length(decoder, slot) == done, "no tokens of a step that failed");
+        for (const int slot : {0, 1})
+            require(wf_decoder_length(decoder, slot) == done, "no tokens of a step that failed");
         return done;
     });
-    require(same(logits.data(), told[0].logits[0].data(), logits.size()), "the bits of the story after errors");
+    require(same(logits.data(), stories[0].logits[0].data(), logits.size()), "the bits of the story after errors");
     wf_decoder_free(decoder);
 }
 
@@ -335,10 +337,9 @@ void refuse_models(wf_pool* pool, const Net& net) {
         change(changed);
         require(!wf_decoder_new(pool, &changed), "refusal of a model");
     };
-    int wf_model::* const sizes[] = {&wf_model::vocab,      &wf_model::hidden,   &wf_model::intermediate,
-                                     &wf_model::num_layers, &wf_model::heads,    &wf_model::kv_heads,
-                                     &wf_model::head_dim,   &wf_model::context,  &wf_model::slots,
-                                     &wf_model::max_rows};
+    int wf_model::* const sizes[] = {
+        &wf_model::vocab,    &wf_model::hidden,   &wf_model::intermediate, &wf_model::num_layers, &wf_model::heads,
+        &wf_model::kv_heads, &wf_model::head_dim, &wf_model::context,      &wf_model::slots,      &wf_model::max_rows};
     for (const auto size : sizes)
         for (const int value : {0, -1, INT32_MIN, INT32_MAX, (1 << 26) + 1})
             refused([&](wf_model& w) { w.*size = value; });
@@ -354,8 +355,8 @@ void refuse_models(wf_pool* pool, const Net& net) {
     refused([&](wf_model& w) { w.layers = nullptr; });
     refused([&](wf_model& w) { w.head.matrix = nullptr; });
     refused([&](wf_model& w) { w.embedding = layer.gate.matrix == w.embedding ? nullptr : layer.down.matrix; });
-    for (wf_linear wf_layer::* const linear : {&wf_layer::q, &wf_layer::k, &wf_layer::v, &wf_layer::o, &wf_layer::gate,
-                                               &wf_layer::up, &wf_layer::down}) {
+    for (wf_linear wf_layer::* const linear :
+         {&wf_layer::q, &wf_layer::k, &wf_layer::v, &wf_layer::o, &wf_layer::gate, &wf_layer::up, &wf_layer::down}) {
         (layer.*linear).matrix = nullptr;
         refused([](wf_model&) {});
         layer = m.layers[0];
@@ -392,10 +393,10 @@ void refuse_steps(wf_pool* pool, const Net& net) {
     refused({good, {1, 2, wrong, nullptr, nullptr, nullptr}});
     refused({good, {1, 1, negative, nullptr, nullptr, nullptr}});
     refused({{1, 1, tokens.data(), nullptr, &next, nullptr}});
-    const wf_sampling odd[] = {{-1, 1, 1, 0, 0, 0},   {NAN, 1, 1, 0, 0, 0}, {INFINITY, 1, 1, 0, 0, 0},
-                               {1, 0, 1, 0, 0, 0},    {1, 2, 1, 0, 0, 0},   {1, NAN, 1, 0, 0, 0},
-                               {1, 1, 0, 0, 0, 0},    {1, 1, -1, 0, 0, 0},  {1, 1, INFINITY, 0, 0, 0},
-                               {1, 1, NAN, 0, 0, 0},  {1, 1, 1, -1, 0, 0}};
+    const wf_sampling odd[] = {{-1, 1, 1, 0, 0, 0},  {NAN, 1, 1, 0, 0, 0}, {INFINITY, 1, 1, 0, 0, 0},
+                               {1, 0, 1, 0, 0, 0},   {1, 2, 1, 0, 0, 0},   {1, NAN, 1, 0, 0, 0},
+                               {1, 1, 0, 0, 0, 0},   {1, 1, -1, 0, 0, 0},  {1, 1, INFINITY, 0, 0, 0},
+                               {1, 1, NAN, 0, 0, 0}, {1, 1, 1, -1, 0, 0}};
     for (const wf_sampling& s : odd) {
         refused({{1, 1, tokens.data(), &s, &next, nullptr}});
         require(wf_sample(&m.norm[0], 1, nullptr, 0, &s) == -1, "refusal of a choice");
@@ -411,7 +412,7 @@ void refuse_steps(wf_pool* pool, const Net& net) {
     wf_decoder_free(nullptr);
 }
 
-// Before anything else has chosen: an instruction set that is not there.
+// Asks for an instruction set that does not exist. This has to come first: what was chosen once is kept.
 void refuse_an_instruction_set() {
     const char* given = std::getenv("WF_ISA");
     const std::string kept = given ? given : "";
@@ -422,20 +423,21 @@ void refuse_an_instruction_set() {
     setenv("WF_ISA", kept.c_str(), 1);
 }
 
-// Caches grow by pages and are given back; a step may fill the context, and `max_rows` is the most it takes.
+// Caches grow by pages and give them back. A step may fill the context, and takes `max_rows` tokens at most.
 void fill(wf_pool* pool, const Net& net) {
     const wf_model& m = net.model;
     wf_decoder* decoder = opened(pool, m);
     const size_t empty = wf_decoder_bytes(decoder);
     const std::vector<int32_t> tokens(m.context, 1);
     std::vector<wf_append> all;
-    for (int slot = 0; slot < m.slots; ++slot) all.push_back({slot, m.context, tokens.data(), nullptr, nullptr, nullptr});
+    for (int slot = 0; slot < m.slots; ++slot)
+        all.push_back({slot, m.context, tokens.data(), nullptr, nullptr, nullptr});
     require(wf_decoder_step(decoder, all.data(), m.slots) != 0, "refusal of more than max_rows");
     require(wf_decoder_bytes(decoder) == empty, "no memory for what was refused");
     --all.back().length;
     require(!wf_decoder_step(decoder, all.data(), m.slots), "a step of max_rows");
     const int d = (m.head_dim + 15) / 16 * 16 + m.head_dim, element = m.half_cache ? 2 : 4;
-    const size_t page = size_t(m.num_layers) * m.kv_heads * 64 * d * element;
+    const size_t page = static_cast<size_t>(m.num_layers) * m.kv_heads * 64 * d * element;
     const size_t pages = (m.context + 63) / 64 * (m.slots - 1) + (m.context - 1 + 63) / 64;
     require(wf_decoder_bytes(decoder) == empty + pages * page, "as many pages as positions need");
     for (int slot = 0; slot < m.slots; ++slot) require(!wf_decoder_clear(decoder, slot), "clear");
@@ -468,21 +470,24 @@ Logits penalized(const Question& q) {
     Logits logits = q.logits;
     std::vector<bool> seen(logits.size());
     for (const int32_t token : q.history) {
-        if (!seen[token]) logits[token] = logits[token] < 0 ? logits[token] * q.sampling.repetition_penalty
-                                                            : logits[token] / q.sampling.repetition_penalty;
+        if (!seen[token])
+            logits[token] = logits[token] < 0 ? logits[token] * q.sampling.repetition_penalty
+                                              : logits[token] / q.sampling.repetition_penalty;
         seen[token] = true;
     }
     return logits;
 }
 
-// Whether a plain reading of wf_sampling, in float64, leaves `token` to choose from; to rounding.
+// Whether wf_sampling, read plainly and worked out in float64, allows `token`. Weights that differ by rounding alone
+// count as equal.
 bool may_be(const Question& q, int token) {
     const Logits logits = penalized(q);
     const float largest = *std::max_element(logits.begin(), logits.end());
     const wf_sampling& s = q.sampling;
     if (s.temperature == 0) return token == std::find(logits.begin(), logits.end(), largest) - logits.begin();
     std::vector<double> weights;
-    for (const float logit : logits) weights.push_back(std::exp((double(logit) - largest) / s.temperature));
+    for (const float logit : logits)
+        weights.push_back(std::exp((static_cast<double>(logit) - largest) / s.temperature));
     std::vector<double> sorted = weights;
     std::sort(sorted.begin(), sorted.end(), std::greater<>());
     constexpr double close = 1 - 1e-5;
@@ -498,7 +503,7 @@ bool may_be(const Question& q, int token) {
     return s.top_p == 1 || before * close < mass;
 }
 
-// Logits that are no numbers, or masked.
+// Some logits are no numbers, or masked.
 void choose_among_odd_logits() {
     const float odd[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 1e-45f, 0};
     Question q = question();
@@ -513,7 +518,8 @@ void choose_among_odd_logits() {
     require(masked.logits[masked.answer()] > -INFINITY, "no token that is masked");
 }
 
-// The random number of this counter is 1 - 1e-9: what lies at the end of its range is a token that can be drawn, too.
+// The random number of this counter is 1 - 1e-9. At this end of the range, too, the token has to be one that can be
+// drawn.
 void choose_at_the_end() {
     constexpr uint64_t counter = 560906869;
     for (const float top_p : {1.0f, 0.9f})
@@ -555,11 +561,11 @@ int main(int count, char** arguments) {
     choose();
     for (int round = 0; round < rounds; ++round) {
         const Net net(round % 4 == 0);
-        const std::vector<Story> told = stories(one, net);
-        Play(one, net, told).run();
-        Play(many, net, told).run();
-        talk_at_once(many, net, told);
-        run_out_of_memory(one, net, told);
+        const std::vector<Story> stories = tell_stories(one, net);
+        Play(one, net, stories).run();
+        Play(many, net, stories).run();
+        talk_at_once(many, net, stories);
+        run_out_of_memory(one, net, stories);
         refuse_models(one, net);
         refuse_steps(one, net);
         fill(many, net);

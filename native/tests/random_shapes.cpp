@@ -1,13 +1,13 @@
-// Random layers of every kind through every function, to run under sanitizers: sizes, codes and factors at their edges,
-// wrong arguments, several threads. One token is compared with many; tests/test_kernels.py compares with float64. The
-// checksum is that of every instruction set.
+// Runs random layers of every kind through every function, to be checked by sanitizers: sizes, codes and factors at
+// their edges, wrong arguments, several threads. It compares one token with many; tests/test_kernels.py compares with
+// float64. The checksum has to be the same on every instruction set.
 #include <cmath>
 
 #include "random.h"
 
 namespace {
 
-uint64_t checksum = 14695981039346656037u;  // of all results: equal wherever the kernels are right
+uint64_t checksum = 14695981039346656037u;  // of all results
 void count_in(const std::vector<float>& values) {
     for (const float value : values) {
         uint32_t bits;
@@ -20,7 +20,7 @@ wf_matrix* any_layer() {
     const int kind = below(4);
     if (kind == 0) {
         const int n = 1 + below(40), k = 1 + below(150);
-        return fairy(2 * n, 2 * k);
+        return complex(2 * n, 2 * k);
     }
     const int n = 1 + below(70), k = 1 + below(300);
     return kind == 1 ? table(n, k) : kind == 2 ? bytes(n, k) : dense(n, k);
@@ -28,16 +28,17 @@ wf_matrix* any_layer() {
 
 void multiply(wf_pool* one, wf_pool* many, const wf_matrix* m) {
     const int n = wf_matrix_rows(m), k = wf_matrix_columns(m), batch = pick({1, 2, 3, 4, 7, 8, 9, 17, 200});
-    const auto x = normals(size_t(batch) * k);
+    const auto x = normals(static_cast<size_t>(batch) * k);
     for (const wf_mode mode : {WF_INT8, WF_EXACT}) {
-        std::vector<float> together(size_t(batch) * n), alone(n);
+        std::vector<float> together(static_cast<size_t>(batch) * n), alone(n);
         float* to = together.data();
         require(!wf_matmul(many, &m, 1, x.data(), batch, &to, mode), "product");
         count_in(together);
         for (int token = 0; token < batch; ++token) {
             float* one_token = alone.data();
-            require(!wf_matmul(one, &m, 1, x.data() + size_t(token) * k, 1, &one_token, mode), "product of one token");
-            for (int i = 0; i < n; ++i) require(alone[i] == together[size_t(token) * n + i], "same bits");
+            require(!wf_matmul(one, &m, 1, x.data() + static_cast<size_t>(token) * k, 1, &one_token, mode),
+                    "product of one token");
+            for (int i = 0; i < n; ++i) require(alone[i] == together[static_cast<size_t>(token) * n + i], "same bits");
         }
     }
 }
@@ -45,15 +46,18 @@ void multiply(wf_pool* one, wf_pool* many, const wf_matrix* m) {
 void refuse() {
     const uint8_t index[8] = {0, 1, 2, 3, 0, 1, 2, 3};
     const float table[4] = {}, scale[2] = {1, 1}, endless[1] = {INFINITY};
-    const int wrong[][6] = {{0, 4, 2, 1, 1}, {2, 0, 2, 1, 1}, {2, 4, 0, 1, 1}, {2, 4, 5, 1, 1}, {2, 4, 2, 3, 1},
+    const int wrong[][6] = {{0, 4, 2, 1, 1}, {2, 0, 2, 1, 1}, {2, 4, 0, 1, 1}, {2, 4, 5, 1, 1},  {2, 4, 2, 3, 1},
                             {2, 4, 2, 1, 3}, {2, 4, 2, 1, 0}, {2, 4, 1, 1, 1}, {-1, 4, 2, 1, 1}, {2, 1 << 30, 2, 1, 1}};
     for (const auto& w : wrong)
-        require(!wf_matrix_table(w[0], w[1], w[2], index, table, scale, w[3], w[4], 1, nullptr, nullptr, nullptr), "refusal");
-    require(!wf_matrix_table(2, 4, 2, index, table, endless, 1, 1, 1, nullptr, nullptr, nullptr), "refusal of infinity");
+        require(!wf_matrix_table(w[0], w[1], w[2], index, table, scale, w[3], w[4], 1, nullptr, nullptr, nullptr),
+                "refusal");
+    require(!wf_matrix_table(2, 4, 2, index, table, endless, 1, 1, 1, nullptr, nullptr, nullptr),
+            "refusal of infinity");
     require(!wf_matrix_table(2, 4, 2, index, table, scale, 1, 1, 9, scale, scale, nullptr), "refusal of nine ranks");
-    require(!wf_matrix_table(2, 4, 2, index, table, scale, 1, 1, 2, nullptr, scale, nullptr), "refusal of ranks without rows");
-    require(!wf_matrix_fairy(1, 4, 1, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of an odd width");
-    require(!wf_matrix_fairy(2, 4, 5, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of five stages");
+    require(!wf_matrix_table(2, 4, 2, index, table, scale, 1, 1, 2, nullptr, scale, nullptr),
+            "refusal of ranks without rows");
+    require(!wf_matrix_complex(1, 4, 1, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of an odd width");
+    require(!wf_matrix_complex(2, 4, 5, index, scale, 1, 1, nullptr, nullptr, nullptr), "refusal of five stages");
     require(!wf_pool_new(0) && !wf_pool_new(-1) && !wf_pool_new(1 << 20), "refusal of threads");
     require(wf_matmul(nullptr, nullptr, 0, nullptr, 0, nullptr, WF_INT8) != 0, "refusal of nothing");
 }

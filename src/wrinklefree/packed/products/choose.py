@@ -51,7 +51,7 @@ def matrix(form: Form, bias: Tensor | None = None) -> Matrix:
     if isinstance(form, Integers):
         return Matrix.int8(form.weight, form.row, bias)
     if isinstance(form, Complex):
-        return Matrix.fairy(form.index, form.scales, row=form.row, col=form.col, bias=bias)
+        return Matrix.complex(form.index, form.scales, row=form.row, col=form.col, bias=bias)
     assert isinstance(form, Table)
     return Matrix.table(form.index, form.table, form.scales, row=form.row, col=form.col, bias=bias)
 

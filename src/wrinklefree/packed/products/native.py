@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 NAMES = {"win32": "wf.dll", "darwin": "libwf.dylib"}
 FOLDER = Path(__file__).parents[1] / "lib"
 
@@ -30,7 +30,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wf_pool_new": (_pointer, [_int]),
     "wf_pool_free": (None, [_pointer]),
     "wf_matrix_table": (_pointer, [_int] * 3 + [_pointer] * 3 + [_int] * 3 + [_pointer] * 3),
-    "wf_matrix_fairy": (_pointer, [_int] * 3 + [_pointer] * 2 + [_int] * 2 + [_pointer] * 3),
+    "wf_matrix_complex": (_pointer, [_int] * 3 + [_pointer] * 2 + [_int] * 2 + [_pointer] * 3),
     "wf_matrix_int8": (_pointer, [_int] * 2 + [_pointer] * 3),
     "wf_matrix_dense": (_pointer, [_int] * 2 + [_pointer] * 2 + [_int]),
     "wf_matrix_free": (None, [_pointer]),
@@ -53,11 +53,11 @@ def load() -> ctypes.CDLL:
     if not path().is_file():
         raise OSError(f"{path()}: not built; install wrinklefree where a C++ compiler is, or a wheel that holds it")
     library = ctypes.CDLL(str(path()))
+    if library.wf_abi() != ABI:  # before the names below, which another version may lack
+        raise OSError(f"{path()}: version {library.wf_abi()}, this wrinklefree needs {ABI}: build it again")
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    if library.wf_abi() != ABI:
-        raise OSError(f"{path()}: version {library.wf_abi()}, this wrinklefree needs {ABI}: build it again")
     if library.wf_isa() is None:
         raise OSError(_error(library))
     return library
@@ -158,7 +158,7 @@ class Matrix:
         return cls(handle, (n, k))
 
     @classmethod
-    def fairy(
+    def complex(
         cls,
         codes: Tensor,
         scales: Tensor,
@@ -175,7 +175,7 @@ class Matrix:
         factors = _factors(n, k, row, col, bias)
         index, grid = _as(codes, torch.uint8), _as(scales, torch.float32)
         rows, groups = scales.shape[3:]
-        handle = load().wf_matrix_fairy(n, k, stages, _at(index), _at(grid), rows, groups, *map(_at, factors))
+        handle = load().wf_matrix_complex(n, k, stages, _at(index), _at(grid), rows, groups, *map(_at, factors))
         return cls(handle, (n, k))
 
     @classmethod
