@@ -43,7 +43,7 @@ STAGES = {
 }
 
 # Adapters that have seen a single pair and were not trained: what reinforcement is to improve.
-WEAK = ["method.injection.fitted_pairs=1", "training.max_steps=0"]
+WEAK = ["thinking.injection.fitted_pairs=1", "training.max_steps=0"]
 QUANTIZED = {"fairy2_w2": ["training=fairy2_w2"], "ternary": ["training=stage2_pretrain", "training.start_from=[]"]}
 QUANTIZED_STEPS = 600
 WIDTHS = [16, 32, 64]
@@ -69,9 +69,13 @@ def run(stage: str, given: list[str], out: Path, quick: bool, more: list[str] | 
     if (out / "results.json").exists() or (out / "manifest.json").exists():
         return
     short = {
-        "trm_compressor": ["method.moment_tokens=20000"],
-        "trm_pairs": ["method.pairs.num_problems=200", "method.pairs.num_heldout=40", "method.pairs.keep_wrong=true"],
-        "trm_eval": ["training.eval_examples=20", "method.pairs.num_heldout=40"],
+        "trm_compressor": ["thinking.moment_tokens=20000"],
+        "trm_pairs": [
+            "thinking.pairs.num_problems=200",
+            "thinking.pairs.num_heldout=40",
+            "thinking.pairs.keep_wrong=true",
+        ],
+        "trm_eval": ["training.eval_examples=20", "thinking.pairs.num_heldout=40"],
     }.get(stage, ["training.max_steps=3", "training.eval_examples=20"])
     overrides = [f"training={stage}", *given, *(more or []), *(short if quick else [])]
     STAGES[stage](load_config(overrides), force=True)
@@ -124,9 +128,9 @@ def pca(out: Path, quick: bool) -> Figures:
     folder = out / f"pca_{epoch}"
     given = ["model=tiny", "training=trm_compressor", "training.batch_size=4", "data=local", *texts(folder, epoch)]
     ways = {
-        "pca": [f"method.moment_tokens={epoch // 10}"],
-        "pca_epoch": [f"method.moment_tokens={epoch}"],
-        "adamw": ["method.init=orthogonal", f"training.max_steps={10 * epoch // (4 * 256)}"],
+        "pca": [f"thinking.moment_tokens={epoch // 10}"],
+        "pca_epoch": [f"thinking.moment_tokens={epoch}"],
+        "adamw": ["thinking.init=orthogonal", f"training.max_steps={10 * epoch // (4 * 256)}"],
     }
     errors: dict[str, dict[str, float]] = {}
     for name, more in ways.items():

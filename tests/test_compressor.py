@@ -21,15 +21,15 @@ from toyrun import toy_files
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.moments import Moments, principal_axes, tied_error, weighted_code
 from wrinklefree.data.open import IGNORE
 from wrinklefree.data.packing import Batch, make_batch, pack, padding
 from wrinklefree.distributed.world import ALONE
-from wrinklefree.methods.trm import DimensionCompressor
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking import compressor, gathering, loading
 from wrinklefree.thinking.bench import open_bench
 from wrinklefree.thinking.gathering import Gathered
+from wrinklefree.thinking.moments import Moments, principal_axes, tied_error, weighted_code
+from wrinklefree.thinking.network import DimensionCompressor
 from wrinklefree.thinking.reconstruction import (
     TRAINED_METRICS,
     MarkedStream,
@@ -101,11 +101,11 @@ def gathered(states: Tensor) -> Gathered:
 
 def config(*more: str) -> Config:
     """A run on the toy model in the working folder."""
-    given = ["training=trm_compressor", "model=./toy", "data=local", "data.path=text", f"method.d_compressed={SIZE}"]
+    given = ["training=trm_compressor", "model=./toy", "data=local", "data.path=text", f"thinking.d_compressed={SIZE}"]
     given += [
         "training.max_seq_length=16",
         "training.batch_size=4",
-        "method.moment_tokens=512",
+        "thinking.moment_tokens=512",
         "output_dir=run",
         *SMALL,
     ]
@@ -262,7 +262,7 @@ class Repeated:
 
 def test_kl_trains_the_kl(folder: Path) -> None:
     """From PCA, which it leaves behind."""
-    compressor.run(config("method.objective=kl", "training.max_steps=60", "training.keep_best=true"), False)
+    compressor.run(config("thinking.objective=kl", "training.max_steps=60", "training.keep_best=true"), False)
     figures = json.loads(Path("run/results.json").read_text())
     assert figures["kl"] < figures["pca"]["kl"]
 
@@ -292,7 +292,7 @@ def test_a_run_is_pca_of_all_the_states_it_read(folder: Path, capsys: pytest.Cap
 
 def test_the_pass_sees_every_block_once_however_it_is_cut(folder: Path) -> None:
     """Batches of 3 or 7 of 25 blocks, and all states at once: one covariance."""
-    settings = ["method.moment_tokens=400", "training.batch_size="]
+    settings = ["thinking.moment_tokens=400", "training.batch_size="]
     found = [
         open_bench(one, ALONE).gather(one).moments
         for one in (config(settings[0], settings[1] + size) for size in ("3", "7"))
@@ -306,7 +306,7 @@ def test_the_pass_sees_every_block_once_however_it_is_cut(folder: Path) -> None:
 
 
 def test_text_is_not_counted_over_and_over(folder: Path) -> None:
-    one = config("method.moment_tokens=1000000")
+    one = config("thinking.moment_tokens=1000000")
     count = int(open_bench(one, ALONE).gather(one).moments.count)
     assert 2000 < count < 2600  # 57 documents of 41 tokens, and the rest of the last batch
 
@@ -338,10 +338,10 @@ def test_stage_1b_solves_the_mixture(folder: Path) -> None:
     lines = (json.dumps({"text": " ".join(f"w{(3 * n + i) % 20}" for i in range(30))}) for n in range(40))
     thoughts.write_text("\n".join(lines))
     assert script(*toy_script()) == 0
-    again = [word for word in toy_script("--stage", "1b", "method.thought_share=0.25") if word != "data.path=text"]
+    again = [word for word in toy_script("--stage", "1b", "thinking.thought_share=0.25") if word != "data.path=text"]
     assert script(*again, f"data.path={thoughts}") == 0
     first, second = (gathering.read(folder / "out" / f"stage{stage}_final").moments for stage in ("1a", "1b"))
-    one = config(f"data.path={thoughts}", "method.moment_tokens=1024")
+    one = config(f"data.path={thoughts}", "thinking.moment_tokens=1024")
     alone = open_bench(one, ALONE).gather(one).moments
     expected = 0.75 * first.second + 0.25 * alone.second
     torch.testing.assert_close(second.second, expected, rtol=1e-4, atol=1e-5)
@@ -353,7 +353,7 @@ def test_stage_1b_solves_the_mixture(folder: Path) -> None:
 
 def test_stage_1b_from_random_weights_goes_on_from_stage_1a(folder: Path) -> None:
     compressor.run(config(), False)
-    more = ["method.init=orthogonal", "training.start_from=[run/final.pt]", "output_dir=second"]
+    more = ["thinking.init=orthogonal", "training.start_from=[run/final.pt]", "output_dir=second"]
     compressor.run(config(*more), False)
     first, second = (loading.load_thinker(Path(name))[0].compressor.weight for name in ("run", "second"))
     assert torch.equal(first, second)
@@ -379,7 +379,7 @@ def test_a_sweep_is_one_pass_and_leaves_a_table_and_a_plot(folder: Path, capsys:
 
 
 def test_a_resumed_training_ends_the_same(folder: Path) -> None:
-    steps = ["method.init=orthogonal", "training.max_steps=6", "training.save_interval=3"]
+    steps = ["thinking.init=orthogonal", "training.max_steps=6", "training.save_interval=3"]
     compressor.run(config(*steps), False)
     again = ["output_dir=again", "training.resume_from=run/checkpoints/step_3.pt"]
     compressor.run(config(*steps, *again), False)
@@ -420,13 +420,13 @@ def test_what_a_user_can_mend_is_one_line(folder: Path, capsys: pytest.CaptureFi
 # --- the guide
 
 GUIDE = {
-    "python -m src.train.phase1_compressor --stage 1a": {"method.d_compressed": 256, "training.max_steps": 0},
-    "python -m src.train.phase1_compressor --stage 1a --d_compressed 512": {"method.d_compressed": 512},
+    "python -m src.train.phase1_compressor --stage 1a": {"thinking.d_compressed": 256, "training.max_steps": 0},
+    "python -m src.train.phase1_compressor --stage 1a --d_compressed 512": {"thinking.d_compressed": 512},
     "python -m src.train.phase1_compressor --stage 1b": {
         "training.start_from": ["checkpoints/phase1/stage1a_final"],
         "data.split": "OpenThoughts3_1.2M_think",
     },
-    "accelerate launch -m src.train.phase1_compressor --stage 1a --d_compressed 256": {"method.d_compressed": 256},
+    "accelerate launch -m src.train.phase1_compressor --stage 1a --d_compressed 256": {"thinking.d_compressed": 256},
     "accelerate launch --num_processes 4 -m src.train.phase1_compressor --stage 1a": {"data.source": "hub"},
     "python -m src.train.phase1_compressor --sweep": {"output_dir": "checkpoints/phase1"},
     "python -m src.train.phase1_compressor --sweep --sweep_d_values 128 256 384 512": {},
@@ -448,11 +448,11 @@ GUIDE = {
         "training.scheduler.name": "cosine",
         "training.gradient_clipping": 1.0,
         "training.keep_best": False,
-        "method.moment_tokens": 1_000_000,
+        "thinking.moment_tokens": 1_000_000,
     },
     "python -m src.train.phase1_compressor --objective kl": {"training.max_steps": 10 * 50000 // 32},
     "python -m src.train.phase1_compressor --learning_rate 5e-4": {"training.optimizer.lr": 5e-4},
-    "python -m src.train.phase1_compressor --num_samples 2000": {"method.moment_tokens": 2000 * 512},
+    "python -m src.train.phase1_compressor --num_samples 2000": {"thinking.moment_tokens": 2000 * 512},
     "python -m src.train.phase1_compressor --max_seq_length 128": {"training.max_seq_length": 128},
     "python -m src.train.phase1_compressor --output_dir ./elsewhere": {"output_dir": "elsewhere/stage1a"},
     "python -m src.train.phase1_compressor --seed 7": {"seed": 7},

@@ -23,14 +23,12 @@ from transformers import LlamaForCausalLM
 
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
+from wrinklefree.config.thinking import GRPOConfig, NetworkConfig, PairsConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.moments import Moments, tied_code
-from wrinklefree.core.thinking import GRPOConfig, NetworkConfig, PairsConfig
 from wrinklefree.data import chains, problems
 from wrinklefree.data.packing import encode, make_batch, pack_whole
 from wrinklefree.data.problems import Problem, same_answer
 from wrinklefree.evaluate.paired import mcnemar, quantile
-from wrinklefree.methods.trm import LatentThinker, RecursiveNetwork, ThinkerConfig
 from wrinklefree.models.load import load_model
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.runs import prerequisites
@@ -38,6 +36,8 @@ from wrinklefree.thinking import compare, hidden_pairs, loading, pairs, stages, 
 from wrinklefree.thinking.grpo import GRPO, group_advantages, policy_loss
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, Pair
 from wrinklefree.thinking.injection import fit_adapter
+from wrinklefree.thinking.moments import Moments, tied_code
+from wrinklefree.thinking.network import LatentThinker, RecursiveNetwork, ThinkerConfig, make_thinker
 from wrinklefree.thinking.recursion import Recursion, prompt_of, read, read_out
 from wrinklefree.thinking.reply import reply
 from wrinklefree.thinking.speech import Speaker
@@ -82,7 +82,7 @@ def compressor(folder: Path, model: LlamaForCausalLM) -> None:
     documents = encode(TOKENIZER, chains.examples("train")[:200])
     with torch.no_grad():
         moments.add(decoder.states(make_batch(pack_whole(documents, 128, 0))).flatten(0, 1))
-        thinker = config.method.prepare(model)
+        thinker = make_thinker(model, loading.settings_of(config))
         thinker.compressor.weight.copy_(tied_code(moments, 32))
     checkpoint.save(Path(config.output_dir) / "final", thinker, TOKENIZER, config, None)
 
@@ -107,9 +107,9 @@ def overrides(folder: Path, training: str, *more: str) -> list[str]:
         "experiment=toy",
         f"output_root={folder}",
         "training.precision=fp32",
-        "method.d_compressed=32",
-        *(f"method.network.{key}={value}" for key, value in network.items()),
-        *(f"method.pairs.{key}={value}" for key, value in made.items()),
+        "thinking.d_compressed=32",
+        *(f"thinking.network.{key}={value}" for key, value in network.items()),
+        *(f"thinking.pairs.{key}={value}" for key, value in made.items()),
     ]
     if training in ("trm_recursion", "trm_injection", "trm_grpo"):
         steps = {"max_steps": 4, "batch_size": 4, "log_interval": 1, "eval_interval": 2, "eval_examples": 10}
@@ -315,7 +315,7 @@ def test_nothing_is_thought_about_twice(toy: Path, tmp_path: Path) -> None:
 
 def test_other_settings_do_not_go_on_with_these_thoughts(toy: Path) -> None:
     with pytest.raises(UserError, match="begun with another model, compressor or"):
-        stages.make_pairs(resolved(toy, "trm_pairs", "method.pairs.temperature=0.5"), force=False)
+        stages.make_pairs(resolved(toy, "trm_pairs", "thinking.pairs.temperature=0.5"), force=False)
 
 
 def test_what_is_not_kept_is_counted() -> None:
@@ -342,7 +342,9 @@ def test_an_empty_split_says_why(toy: Path, tmp_path: Path) -> None:
     shutil.copytree(toy / "toy_trm_compressor", tmp_path / "short_trm_compressor")
     with pytest.raises(UserError, match=r"no thought of the train split can be kept \(\d+ no closing tag"):
         stages.make_pairs(
-            resolved(toy, "trm_pairs", "method.pairs.max_new_tokens=1", "experiment=short", f"output_root={tmp_path}"),
+            resolved(
+                toy, "trm_pairs", "thinking.pairs.max_new_tokens=1", "experiment=short", f"output_root={tmp_path}"
+            ),
             force=False,
         )
 
@@ -419,7 +421,7 @@ def test_padding_on_either_side_changes_nothing() -> None:
 
 
 def test_rotary_angles_turn_by_the_distance() -> None:
-    from wrinklefree.methods.trm import rotate
+    from wrinklefree.thinking.network import rotate
 
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8)
@@ -773,7 +775,9 @@ def trained(toy: Path) -> Path:
     """The toy after recursion, injection and grpo, a few steps each."""
     stages.recursion(resolved(toy, "trm_recursion"), force=False)
     stages.injection(resolved(toy, "trm_injection"), force=False)
-    stages.grpo(resolved(toy, "trm_grpo", "method.grpo.group_size=4", "method.grpo.max_answer_tokens=3"), force=False)
+    stages.grpo(
+        resolved(toy, "trm_grpo", "thinking.grpo.group_size=4", "thinking.grpo.max_answer_tokens=3"), force=False
+    )
     return toy
 
 
@@ -811,7 +815,7 @@ def test_grpo_never_ends_below_its_start(trained: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["recursion", "injection", "grpo"])
 def test_an_interrupted_stage_resumes_to_the_same_bits(trained: Path, tmp_path: Path, stage: str) -> None:
-    more = ["training.save_interval=2", "method.grpo.group_size=4", "method.grpo.max_answer_tokens=3"]
+    more = ["training.save_interval=2", "thinking.grpo.group_size=4", "thinking.grpo.max_answer_tokens=3"]
     more += ["training.keep_best=false", "training.patience=0"]
     run = {"recursion": stages.recursion, "injection": stages.injection, "grpo": stages.grpo}[stage]
     whole, again = tmp_path / "whole", tmp_path / "again"
@@ -870,11 +874,11 @@ def test_a_thinker_answers_a_question(trained: Path) -> None:
 
 
 def test_settings_that_an_earlier_stage_fixed_are_taken_over_or_refused(trained: Path) -> None:
-    config = resolved(trained, "trm_injection", "method.d_compressed=256")
+    config = resolved(trained, "trm_injection", "thinking.d_compressed=256")
     loading.inherit(config, trained / "toy_trm_recursion")
-    assert config.method.d_compressed == 32
-    with pytest.raises(UserError, match=r"method.d_compressed: .* was made with 32"):
-        loading.inherit(resolved(trained, "trm_injection", "method.d_compressed=16"), trained / "toy_trm_recursion")
+    assert loading.settings_of(config).d_compressed == 32
+    with pytest.raises(UserError, match=r"thinking.d_compressed: .* was made with 32"):
+        loading.inherit(resolved(trained, "trm_injection", "thinking.d_compressed=16"), trained / "toy_trm_recursion")
 
 
 def test_a_broken_thinker_is_one_line(trained: Path, tmp_path: Path) -> None:

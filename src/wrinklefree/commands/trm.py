@@ -12,7 +12,7 @@ VERBS = {
     "train": ("stages", "recursion", "trm_recursion"),
     "inject": ("stages", "injection", "trm_injection"),
     "grpo": ("stages", "grpo", "trm_grpo"),
-    "eval": ("measure", "run", "trm_eval"),
+    "eval": ("compare", "compare_ways", "trm_eval"),
 }
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core import surgery
-from wrinklefree.core.method import Batches, QuantMethod, quant_layers
+from wrinklefree.core.method import Batches, quant_layers
 from wrinklefree.data.open import Batch
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.sharding import Sharded
@@ -181,7 +181,7 @@ def finish(
     """Pack, prove, sample, plot and report."""
     if config.training.max_steps != 0:
         plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
-    if isinstance(config.method, QuantMethod) and config.training.pack:
+    if config.method is not None and config.training.pack:
         pack(config, original, student, tokenizer, heldout, results, out)
     results.save(out / "results.json")
     results.print()

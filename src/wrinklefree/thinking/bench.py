@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import World
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.objectives.base import Batch
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.runs import setup
 from wrinklefree.thinking import gathering, loading
 from wrinklefree.thinking.gathering import Gathered
+from wrinklefree.thinking.network import LatentThinker, make_thinker
 from wrinklefree.thinking.reconstruction import MarkedStream, Reconstruction, mark
 from wrinklefree.training.plan import Plan, choose_length, make_plan, sequence_length
 
@@ -51,24 +51,23 @@ class Bench(NamedTuple):
     def thinker(self, config: Config) -> LatentThinker:
         """A new one. Raises UserError where D' is wider than the model."""
         torch.manual_seed(config.seed)
-        made = loading.method_of(config).prepare(self.model)
-        assert isinstance(made, LatentThinker)
+        made = make_thinker(self.model, loading.settings_of(config))
         made.requires_grad_(False)
         made.compressor.requires_grad_(True)
         return made.to(self.world.device)
 
     def gather(self, config: Config) -> Gathered:
         """The pass over the training text."""
-        method, length = loading.method_of(config), sequence_length(config)
+        settings, length = loading.settings_of(config), sequence_length(config)
         with self.autocast():
             return gathering.gather(
                 self.decoder,
                 self.stream(config),
                 self.world,
-                blocks=-(-method.moment_tokens // length),
+                blocks=-(-settings.moment_tokens // length),
                 batch_size=config.training.batch_size,
                 width=self.width,
-                weighted=method.objective == "fisher",
+                weighted=settings.objective == "fisher",
             )
 
 

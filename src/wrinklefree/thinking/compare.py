@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from wrinklefree.config.schema import Config
-from wrinklefree.core.thinking import PairsConfig
+from wrinklefree.config.thinking import PairsConfig
 from wrinklefree.data import problems
 from wrinklefree.data.problems import Problem
 from wrinklefree.distributed.world import join_world
 from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.paired import mcnemar, quantile
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.folder import make_run_folder, resume_point
 from wrinklefree.thinking import loading, tags
+from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.pairs import Reader, Writer
 from wrinklefree.thinking.recursion import read
 from wrinklefree.thinking.speech import Prefix, Speaker
@@ -78,8 +78,7 @@ def compare_ways(config: Config, force: bool) -> Path:
     """Measure all ways, print the table, draw the plot. Raises UserError where no thinker has learned to speak."""
     out = Path(config.output_dir)
     resume_point(config, force)
-    method = loading.method_of(config)
-    settings = method.pairs
+    settings = loading.settings_of(config).pairs
     found = dict.fromkeys(
         problems.load(settings.problems, "heldout", config.training.eval_examples, settings.num_heldout)
     )

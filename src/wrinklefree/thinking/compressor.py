@@ -4,7 +4,7 @@ One pass over text gives the second moments of the states (`thinking/gathering.p
 every size. Training can start there or from random weights; it is what objective kl needs, and what the seed does.
 
 Stage 1b starts from a finished stage 1a: the moments of its own text, thoughts, are mixed with those of stage 1a and
-solved again; from random weights (method.init=orthogonal), the weights of stage 1a are trained on.
+solved again; from random weights (thinking.init=orthogonal), the weights of stage 1a are trained on.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from torch import nn
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import gather, join_world, leave_world
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.folder import make_run_folder, resume_point
 from wrinklefree.thinking import gathering, loading, results
 from wrinklefree.thinking.bench import Bench, Made, open_bench
 from wrinklefree.thinking.gathering import Gathered
+from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.reconstruction import Figures, Reconstruction
 from wrinklefree.training.loop import fit
 
@@ -42,7 +42,7 @@ def run(config: Config, force: bool) -> Path:
         make_run_folder(config)
     seen = int(found.moments.count)
     if earlier is not None:
-        found = earlier.mixed(found, loading.method_of(config).thought_share)
+        found = earlier.mixed(found, loading.settings_of(config).thought_share)
     made = _make(bench, config, thinker, found, resume, anew=earlier is None)
     if world.is_main:
         results.report(bench, made, found, seen)
@@ -93,7 +93,7 @@ def _sized(config: Config, size: int) -> Config:
     return dataclasses.replace(
         config,
         output_dir=f"{config.output_dir}/d{size}",
-        method=dataclasses.replace(config.method, d_compressed=size),
+        thinking=dataclasses.replace(loading.settings_of(config), d_compressed=size),
         training=dataclasses.replace(training, logging=logging_),
     )
 
@@ -102,13 +102,13 @@ def _earlier(path: Path, config: Config, thinker: LatentThinker) -> Gathered:
     """What stage 1a gathered; its weights go into `thinker`. Raises UserError where the two do not fit."""
     before, its = loading.load_thinker(path)
     mine, other = thinker.config, before.config
-    for key, name in {"width": "hidden size", "d_compressed": "method.d_compressed"}.items():
+    for key, name in {"width": "hidden size", "d_compressed": "thinking.d_compressed"}.items():
         if vars(mine)[key] != vars(other)[key]:
             raise UserError(f"{path}: {name} {vars(other)[key]}, this run has {vars(mine)[key]}: they have to be equal")
-    wanted, given = loading.method_of(config).objective, loading.method_of(its).objective
+    wanted, given = loading.settings_of(config).objective, loading.settings_of(its).objective
     if (wanted == "fisher") != (given == "fisher"):
         raise UserError(
-            f"{path}: made with method.objective={given}, this run has {wanted}: run stage 1a with {wanted}"
+            f"{path}: made with thinking.objective={given}, this run has {wanted}: run stage 1a with {wanted}"
         )
     thinker.compressor.load_state_dict(before.compressor.state_dict())
     folder = path if path.is_dir() else path.with_name(path.name.removesuffix(".pt"))
@@ -118,15 +118,15 @@ def _earlier(path: Path, config: Config, thinker: LatentThinker) -> Gathered:
 def _make(
     bench: Bench, config: Config, thinker: LatentThinker, found: Gathered, resume: Path | None, anew: bool = True
 ) -> Made:
-    """Set the weights from what was gathered, as `method.init` says; train them where there are steps; save."""
-    method, steps = loading.method_of(config), bench.plan.max_steps
-    if method.init == "pca":
-        found.solve(method.objective).put(thinker.compressor)
-        if method.objective == "kl" and not steps:
+    """Set the weights from what was gathered, as `thinking.init` says; train them where there are steps; save."""
+    settings, steps = loading.settings_of(config), bench.plan.max_steps
+    if settings.init == "pca":
+        found.solve(settings.objective).put(thinker.compressor)
+        if settings.objective == "kl" and not steps:
             log.info("objective kl has no closed form: without training.max_steps this is the least squared error's")
     elif anew and not steps:
-        log.warning("method.init=orthogonal without training.max_steps: the compressor stays random")
-    objective = Reconstruction(thinker.compressor, bench.decoder, method.objective, found.mean_metric)
+        log.warning("thinking.init=orthogonal without training.max_steps: the compressor stays random")
+    objective = Reconstruction(thinker.compressor, bench.decoder, settings.objective, found.mean_metric)
 
     def evaluate(model: nn.Module) -> Figures:
         figures = objective.measure(bench.watched, {"": thinker.compressor})[0][""]

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.moments import Fisher, Moments, tied_code, weighted_code
 from wrinklefree.distributed.world import World
-from wrinklefree.methods.trm import DimensionCompressor
 from wrinklefree.objectives.base import Batch
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import CHUNK
+from wrinklefree.thinking.moments import Fisher, Moments, tied_code, weighted_code
+from wrinklefree.thinking.network import DimensionCompressor
 from wrinklefree.thinking.reconstruction import MarkedStream, real_states
 from wrinklefree.tracking.progress import Lines
 from wrinklefree.tracking.terminal import short_number

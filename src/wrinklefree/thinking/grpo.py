@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wrinklefree.core.thinking import GRPOConfig
+from wrinklefree.config.thinking import GRPOConfig
 from wrinklefree.data.problems import same_answer
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.objectives.base import Batch, Metrics
 from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.injection import soft_tokens
+from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.speech import Speaker, rows_of
 
 SPREAD_EPS = 1e-4

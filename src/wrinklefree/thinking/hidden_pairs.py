@@ -104,7 +104,7 @@ def write_shard(path: Path, pairs: Sequence[Pair], key: str) -> None:
     for name, tensor in tensors.items():
         tensors[name] = tensor.half() if tensor.is_floating_point() else tensor.int()
         if not tensors[name].isfinite().all():
-            raise UserError(f"{path}: a compressed state beyond what fp16 holds; choose a larger method.d_compressed")
+            raise UserError(f"{path}: a compressed state beyond what fp16 holds; choose a larger thinking.d_compressed")
     lengths = [[len(pair.prompt_ids), len(pair.thought_ids), len(pair.answer_ids), len(pair.tokens)] for pair in pairs]
     tensors["counts"] = torch.tensor(lengths, dtype=torch.int32)
     aside = path.with_name(f".{path.name}.tmp")

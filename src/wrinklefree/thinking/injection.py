@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from wrinklefree.core.thinking import InjectionConfig
-from wrinklefree.methods.trm import LatentThinker
+from wrinklefree.config.thinking import InjectionConfig
 from wrinklefree.objectives.base import Batch, Metrics
 from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.hidden_pairs import HiddenPairs
+from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.recursion import prompt_of
 from wrinklefree.thinking.speech import Speaker, rows_of
 

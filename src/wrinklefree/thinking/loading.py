@@ -8,25 +8,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.compose import read_config
 from wrinklefree.config.schema import Config
+from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.manifest import fingerprint, model_fingerprint, tokenizer_fingerprint
-from wrinklefree.methods.trm import Config as Method
-from wrinklefree.methods.trm import LatentThinker, ThinkerConfig
 from wrinklefree.models.check import check_safetensors
 from wrinklefree.models.load import load_pretrained
 from wrinklefree.runs import prerequisites
 from wrinklefree.thinking.hidden_pairs import Manifest
+from wrinklefree.thinking.network import LatentThinker, ThinkerConfig
 from wrinklefree.training import checkpoint
 
 # What a later stage takes over from the one it starts from, where it is not set anew.
 INHERITED = ("d_compressed", "objective", "network")
 
 
-def method_of(config: Config) -> Method:
-    """Raises UserError for a config of another method."""
-    if not isinstance(config.method, Method):
-        raise UserError("method: `wf trm` trains with method=trm")
-    return config.method
+def settings_of(config: Config) -> ThinkingConfig:
+    """The section `thinking`. Raises UserError for a training that has none."""
+    if config.thinking is None:
+        raise UserError(f"training={config.training.stage}: not a stage of LLM-TRM; `wf train` runs it")
+    return config.thinking
 
 
 def is_thinker(path: Path) -> bool:
@@ -52,7 +52,7 @@ def load_thinker(path: Path) -> tuple[LatentThinker, Config]:
             f"{path}: no thinker here ({checkpoint.CONFIG} is missing); `wf trm compressor` makes the first"
         )
     config = read_config(folder / checkpoint.CONFIG)
-    if not isinstance(config.method, Method):
+    if config.thinking is None:
         raise UserError(f"{path}: a model, not a thinker; give a folder that `wf trm` made")
     shape = ThinkerConfig.from_json_file(folder / "config.json")
     check_safetensors(folder / checkpoint.WEIGHTS)
@@ -67,12 +67,12 @@ def inherit(config: Config, path: Path) -> LatentThinker:
     Raises UserError where one is set to something else.
     """
     thinker, before = load_thinker(path)
-    mine, other, default = method_of(config), method_of(before), Method()
+    mine, other, default = settings_of(config), settings_of(before), ThinkingConfig()
     for name in INHERITED:
         given, trained = vars(mine)[name], vars(other)[name]
         if given not in (vars(default)[name], trained):
             shown = dataclasses.asdict(trained) if dataclasses.is_dataclass(trained) else trained  # type: ignore[arg-type]
-            raise UserError(f"method.{name}: {path} was made with {shown}; leave it out, or make that stage anew")
+            raise UserError(f"thinking.{name}: {path} was made with {shown}; leave it out, or make that stage anew")
         setattr(mine, name, trained)
     return thinker
 

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from wrinklefree.config.thinking import PairsConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.thinking import PairsConfig
 from wrinklefree.data import problems
 from wrinklefree.data.problems import Problem
 from wrinklefree.data.stdlib import Split
 from wrinklefree.distributed.world import World, barrier
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking import hidden_pairs, tags
 from wrinklefree.thinking.hidden_pairs import Pair
+from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.tracking.progress import Lines
 
 log = logging.getLogger("wrinklefree")

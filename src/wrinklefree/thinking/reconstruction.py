@@ -14,7 +14,7 @@ comes back from D' numbers each.
 All follow from sums over states, so they are exact however the states came in batches.
 
 Objectives: mse; kl, as above; fisher, 1/2 (x' - x)^T M (x' - x) with the mean Fisher matrix M of the head, which is the
-KL to second order (core/moments.py).
+KL to second order (thinking/moments.py).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wrinklefree.core.moments import RIDGE
 from wrinklefree.data.open import IGNORE
-from wrinklefree.methods.trm import DimensionCompressor
 from wrinklefree.objectives.base import Batch, Metrics
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import TokenLosses, token_losses
+from wrinklefree.thinking.moments import RIDGE
+from wrinklefree.thinking.network import DimensionCompressor
 
 Sums = dict[str, Tensor]
 Figures = dict[str, float]

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wrinklefree.core.thinking import NetworkConfig
-from wrinklefree.methods.trm import LatentThinker
+from wrinklefree.config.thinking import NetworkConfig
 from wrinklefree.objectives.base import Batch, Metrics
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.hidden_pairs import HiddenPairs
+from wrinklefree.thinking.network import LatentThinker
 
 AVERAGE_WARMUP = 10  # steps in which the mean of the weights forgets where it began
 

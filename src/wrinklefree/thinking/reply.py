@@ -9,9 +9,9 @@ import torch
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import join_world
 from wrinklefree.generate.open import open_model
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.models.find import resolve_pretrained
 from wrinklefree.thinking import loading, tags
+from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.speech import Speaker
 
 log = logging.getLogger("wrinklefree")

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from wrinklefree.config.schema import Config
-from wrinklefree.methods.trm import DimensionCompressor
 from wrinklefree.thinking import loading
 from wrinklefree.thinking.bench import Bench, Made
 from wrinklefree.thinking.curves import plot_sweep
 from wrinklefree.thinking.gathering import Code, Gathered
+from wrinklefree.thinking.network import DimensionCompressor
 from wrinklefree.thinking.reconstruction import Figures
 from wrinklefree.tracking.terminal import print_table
 from wrinklefree.training.plan import sequence_length
@@ -51,22 +51,22 @@ def _pca(code: Code, like: DimensionCompressor) -> DimensionCompressor:
 
 def _kind(config: Config) -> str:
     """What a compressor is called beside PCA."""
-    method = loading.method_of(config)
+    settings = loading.settings_of(config)
     if config.training.max_steps:
         return "trained"
-    return "random" if method.init == "orthogonal" else "fisher" if method.objective == "fisher" else PCA
+    return "random" if settings.init == "orthogonal" else "fisher" if settings.objective == "fisher" else PCA
 
 
 def _facts(made: Made, found: Gathered, figures: dict[str, Figures]) -> dict[str, Any]:
     """What `results.json` says of a compressor; the figures of itself on top, those of PCA beside them."""
-    method, shape = loading.method_of(made.config), made.thinker.config
+    settings, shape = loading.settings_of(made.config), made.thinker.config
     return {
         "hidden_size": shape.width,
         "d_compressed": shape.d_compressed,
         "compression_ratio": shape.width / shape.d_compressed,
         "parameters": sum(p.numel() for p in made.thinker.compressor.parameters()),
-        "init": method.init,
-        "objective": method.objective,
+        "init": settings.init,
+        "objective": settings.objective,
         **figures[_kind(made.config)],
         PCA: figures[PCA],
         "pca_mse_of_the_text_it_was_solved_from": found.pca.mse(found.moments, shape.d_compressed),
@@ -117,7 +117,7 @@ def report_sweep(bench: Bench, config: Config, made: list[Made], found: Gathered
     )
     folders = ", ".join(f"d{row['d_compressed']}/" for row in rows)
     print(f"\nwrote {out}/: {folders}, sweep.json, plots/sweep.png")
-    print(f"next: wf trm compressor model={config.model.name} method.d_compressed=THE_ONE_YOU_CHOOSE")
+    print(f"next: wf trm compressor model={config.model.name} thinking.d_compressed=THE_ONE_YOU_CHOOSE")
 
 
 def _number(value: float) -> str:

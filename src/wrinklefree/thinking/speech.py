@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking import tags
+from wrinklefree.thinking.network import LatentThinker
 
 
 class Prefix(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
+from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core import surgery
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import problems
@@ -26,7 +27,6 @@ from wrinklefree.data.problems import Problem
 from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.data.stdlib import Split
 from wrinklefree.distributed.world import World, barrier, gather, join_world, leave_world
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.objectives.base import Batch, Metrics
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.runs import prerequisites
@@ -35,6 +35,7 @@ from wrinklefree.thinking import hidden_pairs, loading, pairs
 from wrinklefree.thinking.grpo import GRPO
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, Manifest
 from wrinklefree.thinking.injection import Injection, fit_adapter, scale_adapter
+from wrinklefree.thinking.network import LatentThinker, make_thinker
 from wrinklefree.thinking.recursion import Recursion, prompt_of, read_out
 from wrinklefree.thinking.speech import Speaker, rows_of
 from wrinklefree.tracking.plotting import plot_runs
@@ -80,7 +81,7 @@ def make_pairs(config: Config, force: bool) -> Path:
     Raises UserError where the folder has other pairs and `force` is not given, or a split comes out empty.
     """
     world = join_world()
-    folder, settings = loading.pairs_folder(config), loading.method_of(config).pairs
+    folder, settings = loading.pairs_folder(config), loading.settings_of(config).pairs
     start = prerequisites.starting_folder(config)
     if start is None:
         raise UserError(NO_START)
@@ -108,7 +109,7 @@ def describe(
     config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, thinker: LatentThinker
 ) -> Manifest:
     """What the pairs of this config are made of."""
-    settings = vars(loading.method_of(config).pairs) | {
+    settings = vars(loading.settings_of(config).pairs) | {
         "seed": config.seed,
         "max_thoughts": thinker.config.max_thoughts,
     }
@@ -135,7 +136,7 @@ def _claim(folder: Path, manifest: Manifest, force: bool) -> None:
         raise UserError(f"{folder}: not empty, and not hidden pairs; choose another output_root=... or experiment=...")
     if started.is_file() and json.loads(started.read_text())["key"] != manifest.key:
         raise UserError(
-            f"{folder}: begun with another model, compressor or method.pairs.* settings: go on with those, choose "
+            f"{folder}: begun with another model, compressor or thinking.pairs.* settings: go on with those, choose "
             f"another experiment=..., or start over with --force"
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ def recursion(config: Config, force: bool) -> Path:
             "eval_halted": figures.halted,
         }
 
-    objective = Recursion(thinker, decoder, loading.method_of(config).network)
+    objective = Recursion(thinker, decoder, loading.settings_of(config).network)
     final = _train(setting, objective, evaluate)
     figures = read_out(thinker, decoder, setting.heldout, count)._asdict()
     return _tell(setting, final, {k: v for k, v in figures.items() if k != "by_steps"}, figures["by_steps"], "inject")
@@ -192,7 +193,7 @@ def recursion(config: Config, force: bool) -> Path:
 def injection(config: Config, force: bool) -> Path:
     """Train the adapter; leaves a thinker whose thoughts the language model answers from."""
     setting = _open(config, force)
-    speaker, given = Speaker(setting.model, setting.tokenizer), loading.method_of(config).injection
+    speaker, given = Speaker(setting.model, setting.tokenizer), loading.settings_of(config).injection
     if setting.resume is None and given.init == "least_squares":
         fit_adapter(setting.thinker, speaker, setting.train, given.fitted_pairs)
     elif setting.resume is None:
@@ -204,7 +205,7 @@ def injection(config: Config, force: bool) -> Path:
 def grpo(config: Config, force: bool) -> Path:
     """Reinforce what leads to right answers; the start is kept where nothing is better."""
     setting = _open(config, force)
-    speaker, given = Speaker(setting.model, setting.tokenizer), loading.method_of(config).grpo
+    speaker, given = Speaker(setting.model, setting.tokenizer), loading.settings_of(config).grpo
     if given.trains == "adapter":
         setting.thinker.network.requires_grad_(False)
     else:
@@ -242,14 +243,13 @@ def _open(config: Config, force: bool, anew: bool = False) -> StageSetup:
 def _new_network(config: Config, model: PreTrainedModel, start: Path) -> LatentThinker:
     """A thinker with the compressor of the one in `start`. Raises UserError where the sizes differ."""
     before, made = loading.load_thinker(start)
-    method, other = loading.method_of(config), loading.method_of(made)
-    if method.d_compressed not in (type(method)().d_compressed, other.d_compressed):
+    settings, other = loading.settings_of(config), loading.settings_of(made)
+    if settings.d_compressed not in (ThinkingConfig().d_compressed, other.d_compressed):
         raise UserError(
-            f"method.d_compressed={method.d_compressed}: the compressor in {start} has {other.d_compressed}"
+            f"thinking.d_compressed={settings.d_compressed}: the compressor in {start} has {other.d_compressed}"
         )
-    method.d_compressed, method.objective = other.d_compressed, other.objective
-    thinker = method.prepare(model)
-    assert isinstance(thinker, LatentThinker)
+    settings.d_compressed, settings.objective = other.d_compressed, other.objective
+    thinker = make_thinker(model, settings)
     if before.config.width != thinker.config.width:
         raise UserError(f"{start}: for hidden states of {before.config.width}, this model has {thinker.config.width}")
     thinker.compressor.load_state_dict(before.compressor.state_dict())

@@ -3,7 +3,7 @@
 Recursion: "Less is More" (arXiv 2510.04871). Soft tokens: Coconut (arXiv 2412.06769). D is the width of the language
 model, D' of its compressed states, H of the network, L the length of the prompt.
 
-    compress    c = W x                       x' = W^T c              W [D', D]; PCA is its optimum (core/moments.py)
+    compress    c = W x                       x' = W^T c          W [D', D]; PCA is its optimum (thinking/moments.py)
     whiten      u = (c - mean) / deviation    on each of the D' axes
     block       h = rms(h + attention(h)),  h = rms(h + swiglu(h))    no causal mask, RoPE, norms after, no gains
     f           num_layers blocks, one set of weights for everything below, on L + 1 places: the prompt and a slot
@@ -20,17 +20,16 @@ final       upstream's: y and z go on from round to round, each to reach the las
 
 import copy
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import Batches, Method
-from wrinklefree.core.thinking import GRPOConfig, InjectionConfig, NetworkConfig, PairsConfig, Positive, Share
 
 THETA, EPS = 10_000.0, 1e-5  # base of the rotary angles; of the norms
 SHAPE = ("hidden_size", "num_layers", "num_heads", "dropout", "n_latent_steps", "n_deep_recursions")
@@ -46,7 +45,7 @@ class DimensionCompressor(nn.Module):
         """Random orthonormal rows. Raises UserError where `compressed` is wider than what it compresses."""
         super().__init__()
         if compressed > width:
-            raise UserError(f"method.d_compressed={compressed}: the model's hidden states have {width} entries")
+            raise UserError(f"thinking.d_compressed={compressed}: the model's hidden states have {width} entries")
         self.weight = nn.Parameter(torch.empty(compressed, width))
         nn.init.orthogonal_(self.weight)
         self.decoder = None if tied else nn.Parameter(self.weight.detach().clone())
@@ -266,34 +265,16 @@ class LatentThinker(PreTrainedModel):  # type: ignore[misc]
         return torch.stack(thoughts, 1), torch.stack(made, 1)
 
 
-@dataclass(kw_only=True)
-class Config(Method):
-    """All stages of one thinker; `training` says which of them a run is."""
-
-    name: Literal["trm"] = "trm"
-    d_compressed: Positive = 256
-    init: Literal["pca", "orthogonal"] = "pca"
-    objective: Literal["mse", "kl", "fisher"] = "mse"  # of the compressor
-    moment_tokens: Positive = 1_000_000  # of the pass that PCA looks at
-    thought_share: Share = 0.5  # stage 1b: of the moments, the rest are stage 1a's
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    pairs: PairsConfig = field(default_factory=PairsConfig)
-    injection: InjectionConfig = field(default_factory=InjectionConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
-
-    def thinker_config(self, width: int) -> ThinkerConfig:
-        """The shape of the thinker of a language model that is `width` wide."""
-        n = self.network
-        return ThinkerConfig(
-            width=width,
-            d_compressed=self.d_compressed,
-            tied=self.objective != "fisher",
-            max_thoughts=n.max_thoughts,
-            mode=n.mode,
-            averaged=n.ema_decay > 0,
-            **{name: vars(n)[name] for name in SHAPE},
-        )
-
-    def prepare(self, model: Any, batches: Batches = (), initialize: bool = True) -> nn.Module:
-        """A thinker for the language model, untrained: nothing in `model` itself changes."""
-        return LatentThinker(self.thinker_config(model.get_input_embeddings().embedding_dim))
+def make_thinker(model: PreTrainedModel, settings: ThinkingConfig) -> LatentThinker:
+    """An untrained thinker for a language model, in which nothing changes. Raises UserError if D' is wider than D."""
+    network = settings.network
+    shape = ThinkerConfig(
+        width=model.get_input_embeddings().embedding_dim,
+        d_compressed=settings.d_compressed,
+        tied=settings.objective != "fisher",
+        max_thoughts=network.max_thoughts,
+        mode=network.mode,
+        averaged=network.ema_decay > 0,
+        **{name: vars(network)[name] for name in SHAPE},
+    )
+    return LatentThinker(shape)
