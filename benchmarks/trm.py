@@ -28,17 +28,16 @@ from wrinklefree.data import stdlib
 from wrinklefree.models.find import resolve_pretrained
 from wrinklefree.models.load import load_model
 from wrinklefree.runs import launch, prerequisites
-from wrinklefree.thinking import compare, compressor
-from wrinklefree.thinking import stages as thinking
+from wrinklefree.thinking import compare, compressor, pairs_stage, stages
 
 Figures = dict[str, Any]
 
 STAGES = {
-    "trm_compressor": compressor.run,
-    "trm_pairs": thinking.make_pairs,
-    "trm_recursion": thinking.recursion,
-    "trm_injection": thinking.injection,
-    "trm_grpo": thinking.grpo,
+    "trm_compressor": compressor.make_compressor,
+    "trm_pairs": pairs_stage.make_pairs,
+    "trm_recursion": stages.train_network,
+    "trm_injection": stages.train_adapter,
+    "trm_grpo": stages.reinforce,
     "trm_eval": compare.compare_ways,
 }
 
@@ -136,7 +135,7 @@ def pca(out: Path, quick: bool) -> Figures:
     for name, more in ways.items():
         place = folder / name
         if not (place / "sweep.json").exists():
-            compressor.sweep(load_config([*given, *more, f"output_dir={place}"]), WIDTHS, force=True)
+            compressor.sweep_compressors(load_config([*given, *more, f"output_dir={place}"]), WIDTHS, force=True)
         errors[name] = {path.name: results(path)["mse"] for path in sorted(place.glob("d*")) if path.is_dir()}
     ratios = {
         name: {width: errors[name][width] / errors["adamw"][width] for width in errors[name]}

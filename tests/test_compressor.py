@@ -262,7 +262,9 @@ class Repeated:
 
 def test_kl_trains_the_kl(folder: Path) -> None:
     """From PCA, which it leaves behind."""
-    compressor.run(config("thinking.objective=kl", "training.max_steps=60", "training.keep_best=true"), False)
+    compressor.make_compressor(
+        config("thinking.objective=kl", "training.max_steps=60", "training.keep_best=true"), False
+    )
     figures = json.loads(Path("run/results.json").read_text())
     assert figures["kl"] < figures["pca"]["kl"]
 
@@ -271,7 +273,7 @@ def test_kl_trains_the_kl(folder: Path) -> None:
 
 
 def test_a_run_is_pca_of_all_the_states_it_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    final = compressor.run(config(), False)
+    final = compressor.make_compressor(config(), False)
     thinker, _ = loading.load_thinker(final)
     read = gathering.read(final)
     assert int(read.moments.count) == 512
@@ -286,8 +288,8 @@ def test_a_run_is_pca_of_all_the_states_it_read(folder: Path, capsys: pytest.Cap
     assert "wrote run/" in printed
     assert "next: wf trm pairs" in printed
     with pytest.raises(UserError, match="already holds a run"):
-        compressor.run(config(), False)
-    compressor.run(config(), True)
+        compressor.make_compressor(config(), False)
+    compressor.make_compressor(config(), True)
 
 
 def test_the_pass_sees_every_block_once_however_it_is_cut(folder: Path) -> None:
@@ -352,9 +354,9 @@ def test_stage_1b_solves_the_mixture(folder: Path) -> None:
 
 
 def test_stage_1b_from_random_weights_goes_on_from_stage_1a(folder: Path) -> None:
-    compressor.run(config(), False)
+    compressor.make_compressor(config(), False)
     more = ["thinking.init=orthogonal", "training.start_from=[run/final.pt]", "output_dir=second"]
-    compressor.run(config(*more), False)
+    compressor.make_compressor(config(*more), False)
     first, second = (loading.load_thinker(Path(name))[0].compressor.weight for name in ("run", "second"))
     assert torch.equal(first, second)
 
@@ -380,9 +382,9 @@ def test_a_sweep_is_one_pass_and_leaves_a_table_and_a_plot(folder: Path, capsys:
 
 def test_a_resumed_training_ends_the_same(folder: Path) -> None:
     steps = ["thinking.init=orthogonal", "training.max_steps=6", "training.save_interval=3"]
-    compressor.run(config(*steps), False)
+    compressor.make_compressor(config(*steps), False)
     again = ["output_dir=again", "training.resume_from=run/checkpoints/step_3.pt"]
-    compressor.run(config(*steps, *again), False)
+    compressor.make_compressor(config(*steps, *again), False)
     whole, halves = (loading.load_thinker(Path(name))[0].compressor.weight for name in ("run", "again"))
     assert torch.equal(whole, halves)
 

@@ -32,7 +32,7 @@ from wrinklefree.evaluate.paired import mcnemar, quantile
 from wrinklefree.models.load import load_model
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.runs import prerequisites
-from wrinklefree.thinking import compare, hidden_pairs, loading, pairs, stages, tags
+from wrinklefree.thinking import compare, hidden_pairs, loading, pairs, pairs_stage, stages, tags
 from wrinklefree.thinking.grpo import GRPO, group_advantages, policy_loss
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, Pair
 from wrinklefree.thinking.injection import fit_adapter
@@ -72,7 +72,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "lm")
     TOKENIZER.save_pretrained(folder / "lm")
     compressor(folder, model)
-    stages.make_pairs(resolved(folder, "trm_pairs"), force=False)
+    pairs_stage.make_pairs(resolved(folder, "trm_pairs"), force=False)
     return folder
 
 
@@ -301,7 +301,7 @@ def test_nothing_is_thought_about_twice(toy: Path, tmp_path: Path) -> None:
     (folder / "train-00000.safetensors").unlink()
     with pytest.raises(UserError, match="no hidden pairs"):
         HiddenPairs(folder, "train")
-    stages.make_pairs(resolved(tmp_path / "again", "trm_pairs", f"model.pretrained={toy / 'lm'}"), force=False)
+    pairs_stage.make_pairs(resolved(tmp_path / "again", "trm_pairs", f"model.pretrained={toy / 'lm'}"), force=False)
     records = pairs.read_thoughts(folder)
     keys = [(r["split"], r["id"], r["sample"]) for r in records]
     assert len(set(keys)) == len(keys) == len(lines)
@@ -315,7 +315,7 @@ def test_nothing_is_thought_about_twice(toy: Path, tmp_path: Path) -> None:
 
 def test_other_settings_do_not_go_on_with_these_thoughts(toy: Path) -> None:
     with pytest.raises(UserError, match="begun with another model, compressor or"):
-        stages.make_pairs(resolved(toy, "trm_pairs", "thinking.pairs.temperature=0.5"), force=False)
+        pairs_stage.make_pairs(resolved(toy, "trm_pairs", "thinking.pairs.temperature=0.5"), force=False)
 
 
 def test_what_is_not_kept_is_counted() -> None:
@@ -341,7 +341,7 @@ def test_what_is_not_kept_is_counted() -> None:
 def test_an_empty_split_says_why(toy: Path, tmp_path: Path) -> None:
     shutil.copytree(toy / "toy_trm_compressor", tmp_path / "short_trm_compressor")
     with pytest.raises(UserError, match=r"no thought of the train split can be kept \(\d+ no closing tag"):
-        stages.make_pairs(
+        pairs_stage.make_pairs(
             resolved(
                 toy, "trm_pairs", "thinking.pairs.max_new_tokens=1", "experiment=short", f"output_root={tmp_path}"
             ),
@@ -773,9 +773,9 @@ def test_the_format_counts_where_it_is_asked_for(thinker: LatentThinker, speaker
 @pytest.fixture(scope="module")
 def trained(toy: Path) -> Path:
     """The toy after recursion, injection and grpo, a few steps each."""
-    stages.recursion(resolved(toy, "trm_recursion"), force=False)
-    stages.injection(resolved(toy, "trm_injection"), force=False)
-    stages.grpo(
+    stages.train_network(resolved(toy, "trm_recursion"), force=False)
+    stages.train_adapter(resolved(toy, "trm_injection"), force=False)
+    stages.reinforce(
         resolved(toy, "trm_grpo", "thinking.grpo.group_size=4", "thinking.grpo.max_answer_tokens=3"), force=False
     )
     return toy
@@ -817,7 +817,7 @@ def test_grpo_never_ends_below_its_start(trained: Path) -> None:
 def test_an_interrupted_stage_resumes_to_the_same_bits(trained: Path, tmp_path: Path, stage: str) -> None:
     more = ["training.save_interval=2", "thinking.grpo.group_size=4", "thinking.grpo.max_answer_tokens=3"]
     more += ["training.keep_best=false", "training.patience=0"]
-    run = {"recursion": stages.recursion, "injection": stages.injection, "grpo": stages.grpo}[stage]
+    run = {"recursion": stages.train_network, "injection": stages.train_adapter, "grpo": stages.reinforce}[stage]
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(resolved(trained, f"trm_{stage}", *more, f"output_dir={whole}"), False)
     shutil.copytree(whole, again)
@@ -847,7 +847,7 @@ def test_two_processes_make_the_pairs_of_one_and_train_alike(toy: Path, tmp_path
     for shard in sorted(expected.glob("*.safetensors")):
         one, two = load_file(shard), load_file(made / shard.name)
         assert all(torch.equal(one[name], two[name]) for name in one)
-    stages.recursion(resolved(tmp_path, "trm_recursion", f"output_dir={tmp_path / 'one'}"), False)
+    stages.train_network(resolved(tmp_path, "trm_recursion", f"output_dir={tmp_path / 'one'}"), False)
     for mine, one in zip(rows(tmp_path / "toy_trm_recursion"), rows(tmp_path / "one"), strict=True):
         assert float(mine["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=0.02)  # noise is each one's own
 
@@ -891,9 +891,9 @@ def test_a_broken_thinker_is_one_line(trained: Path, tmp_path: Path) -> None:
 
 def test_stages_name_what_has_to_come_first(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trm_pairs needs trm_compressor"):
-        stages.make_pairs(resolved(toy, "trm_pairs", f"output_root={tmp_path}"), force=False)
+        pairs_stage.make_pairs(resolved(toy, "trm_pairs", f"output_root={tmp_path}"), force=False)
     with pytest.raises(UserError, match=r"trm_grpo needs trm_injection, and .* run `wf trm inject model=[^`]*`$"):
-        stages.grpo(resolved(toy, "trm_grpo", f"output_root={tmp_path}"), force=False)
+        stages.reinforce(resolved(toy, "trm_grpo", f"output_root={tmp_path}"), force=False)
 
 
 @pytest.mark.slow
@@ -904,8 +904,8 @@ def test_the_whole_chain_thinks_in_latents_what_it_thought_in_words(tmp_path: Pa
 
     given = ["model=chains", f"output_root={tmp_path}"]
     pretrain.run(given)
-    phase1.run(load_config([*given, "training=trm_compressor"]), False)
-    chain = {"pairs": stages.make_pairs, "recursion": stages.recursion, "injection": stages.injection}
+    phase1.make_compressor(load_config([*given, "training=trm_compressor"]), False)
+    chain = {"pairs": pairs_stage.make_pairs, "recursion": stages.train_network, "injection": stages.train_adapter}
     for name, stage in {**chain, "eval": compare.compare_ways}.items():
         stage(load_config([*given, f"training=trm_{name}"]), False)
     values = json.loads((tmp_path / "chains_trm_eval" / "results.json").read_text())

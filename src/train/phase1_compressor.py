@@ -190,13 +190,13 @@ def run(args: argparse.Namespace) -> None:
         log.info("dry run: nothing was trained or written")
         return
     check(args)
-    from wrinklefree.thinking import compressor
+    from wrinklefree.thinking.compressor import make_compressor, sweep_compressors
 
     if args.sweep:
-        compressor.sweep(config, args.sweep_d_values, args.force)
+        sweep_compressors(config, args.sweep_d_values, args.force)
         folders = {Path(f): Path(f) for f in args.output_dir.glob("d[0-9]*") if int(f.name[1:]) in args.sweep_d_values}
     else:
-        compressor.run(config, args.force)
+        make_compressor(config, args.force)
         folders = {Path(config.output_dir): args.output_dir}
     if os.environ.get("RANK", "0") == "0":
         for made, out in folders.items():

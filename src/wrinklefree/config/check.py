@@ -3,10 +3,9 @@
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypeGuard
 
 from wrinklefree.config.schema import Config, QuantizationConfig
 from wrinklefree.config.thinking import ThinkingConfig

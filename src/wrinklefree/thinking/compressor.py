@@ -28,7 +28,7 @@ from wrinklefree.training.loop import fit
 log = logging.getLogger("wrinklefree")
 
 
-def run(config: Config, force: bool) -> Path:
+def make_compressor(config: Config, force: bool) -> Path:
     """Make one compressor; its folder `final/`. Raises UserError for anything that the user can mend."""
     world = join_world()
     resume = resume_point(config, force) if world.is_main else None
@@ -50,7 +50,7 @@ def run(config: Config, force: bool) -> Path:
     return made.final
 
 
-def sweep(config: Config, values: list[int], force: bool) -> Path:
+def sweep_compressors(config: Config, values: list[int], force: bool) -> Path:
     """Make a compressor of each size in `values`, in folders d64/, d128/, ..., from one pass; the folder of them all.
 
     Sizes wider than the model's states are left out, and said. Raises UserError where none is left.

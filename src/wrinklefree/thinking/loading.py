@@ -77,6 +77,14 @@ def inherit(config: Config, path: Path) -> LatentThinker:
     return thinker
 
 
+def starting_thinker(config: Config) -> Path:
+    """The folder of the thinker that a stage goes on from. Raises UserError if the config names none."""
+    start = prerequisites.starting_folder(config)
+    if start is None:
+        raise UserError("training.start_from: a value is required: the folder of the thinker to go on from")
+    return start
+
+
 def load_language_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen language model, in eval mode."""
     model, tokenizer = load_pretrained(config.model)

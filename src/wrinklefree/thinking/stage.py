@@ -1,0 +1,176 @@
+"""What the stages that train on hidden pairs share: the set-up, the loop, the judging of answers, the report."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wrinklefree.config.schema import Config
+from wrinklefree.config.thinking import ThinkingConfig
+from wrinklefree.core import surgery
+from wrinklefree.core.errors import UserError
+from wrinklefree.data import problems
+from wrinklefree.data.shuffled import ShuffledStream
+from wrinklefree.distributed.world import World, gather, join_world, leave_world
+from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.thinking import hidden_pairs, loading
+from wrinklefree.thinking.hidden_pairs import HiddenPairs
+from wrinklefree.thinking.network import LatentThinker, make_thinker
+from wrinklefree.thinking.recursion import prompt_of
+from wrinklefree.thinking.speech import Speaker, rows_of
+from wrinklefree.tracking.plotting import plot_runs
+from wrinklefree.tracking.terminal import print_table
+from wrinklefree.training.loop import fit
+from wrinklefree.training.plan import Plan, choose_length, make_plan
+
+WHITENED_PAIRS = 2048  # that the mean and deviation of compressed states are taken from
+HELDOUT_BATCH = 250
+
+Figures = dict[str, float]
+
+
+class StageObjective(Protocol):
+    """An objective with a schedule."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]: ...
+
+    def on_step(self, step: int, max_steps: int) -> None: ...
+
+
+class StageSetup(NamedTuple):
+    """What a stage after the pairs works with."""
+
+    config: Config
+    world: World
+    resume: Path | None
+    plan: Plan
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    thinker: LatentThinker
+    train: HiddenPairs
+    heldout: HiddenPairs
+
+
+def open_stage(config: Config, force: bool, anew: bool = False) -> StageSetup:
+    """Load and check what a stage needs, then clear its folder. With `anew` the network is a new one."""
+    world = join_world()
+    resume = resume_point(config, force) if world.is_main else None
+    resume = gather(resume, world)[0]
+    torch.manual_seed(config.seed)
+    start = loading.starting_thinker(config)
+    model, tokenizer = loading.load_language_model(config)
+    thinker = _with_new_network(config, model, start) if anew else loading.inherit(config, start)
+    folder = loading.pairs_folder(config)
+    train, heldout = (HiddenPairs(folder, split) for split in hidden_pairs.SPLITS)
+    loading.check_pairs(train.manifest, folder, thinker, tokenizer)
+    loading.check_model(train.manifest, folder, model)
+    choose_length(config, model)
+    plan = make_plan(config, model, world)
+    surgery.freeze(thinker, config.training.freeze_names)
+    if anew:
+        whiten(thinker, train)
+    if world.is_main and resume is None:
+        make_run_folder(config)
+    model.to(world.device)
+    return StageSetup(config, world, resume, plan, model, tokenizer, thinker.to(world.device), train, heldout)
+
+
+def _with_new_network(config: Config, model: PreTrainedModel, start: Path) -> LatentThinker:
+    """A new thinker with the compressor of the one in `start`. Raises UserError if their sizes differ."""
+    before, its = loading.load_thinker(start)
+    settings, other = loading.settings_of(config), loading.settings_of(its)
+    if settings.d_compressed not in (ThinkingConfig().d_compressed, other.d_compressed):
+        raise UserError(
+            f"thinking.d_compressed={settings.d_compressed}: the compressor in {start} has {other.d_compressed}"
+        )
+    settings.d_compressed, settings.objective = other.d_compressed, other.objective
+    thinker = make_thinker(model, settings)
+    if before.config.width != thinker.config.width:
+        raise UserError(f"{start}: for hidden states of {before.config.width}, this model has {thinker.config.width}")
+    thinker.compressor.load_state_dict(before.compressor.state_dict())
+    return thinker
+
+
+@torch.no_grad()
+def whiten(thinker: LatentThinker, train: HiddenPairs) -> None:
+    """Set the mean and the deviation of each axis to those of the compressed states of the first pairs."""
+    rows = train.pairs[:WHITENED_PAIRS]
+    codes = torch.cat([part.float() for pair in rows for part in (pair.prompt_states, pair.thoughts)])
+    deviation, mean = torch.std_mean(codes, dim=0)
+    thinker.mean.copy_(mean)
+    thinker.deviation.copy_(deviation.clamp(min=1e-3 * deviation.max()))
+
+
+def train_stage(setup: StageSetup, objective: StageObjective, evaluate: Callable[[nn.Module], Figures]) -> Path:
+    """Train on the hidden pairs; the folder of the thinker that is kept."""
+    config, plan = setup.config, setup.plan
+    stream = ShuffledStream(
+        len(setup.train),
+        setup.train.batch,
+        identity={"hidden_pairs": setup.train.manifest.key},
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        rank=setup.world.rank,
+        world_size=setup.world.size,
+    )
+    return fit(
+        setup.thinker,
+        objective,
+        stream,
+        config,
+        plan,
+        tokenizer=setup.tokenizer,
+        world=setup.world,
+        evaluate=evaluate,
+        resume=setup.resume,
+        on_step=lambda model, step: objective.on_step(step, plan.max_steps),
+    )
+
+
+def spoken_accuracy(setup: StageSetup, speaker: Speaker) -> Callable[[nn.Module], Figures]:
+    """An evaluation: how many held-out problems the language model answers rightly after the thinker's soft tokens."""
+    longest = max(len(pair.answer_ids) for pair in setup.heldout.pairs)
+
+    def evaluate(model: nn.Module) -> Figures:
+        right = total = 0
+        for held in setup.heldout.batches(HELDOUT_BATCH, setup.config.training.eval_examples):
+            batch = {name: tensor.to(setup.world.device) for name, tensor in held.items()}
+            right += sum(spoken_right(setup.thinker, speaker, batch, longest))
+            total += len(batch["input_ids"])
+        return {"eval_loss": 1 - right / total, "eval_accuracy": right / total}
+
+    return evaluate
+
+
+@torch.no_grad()
+def spoken_right(thinker: LatentThinker, speaker: Speaker, batch: Batch, max_new_tokens: int) -> list[bool]:
+    """Which problems of a batch of pairs are answered rightly."""
+    prefix = speaker.prefill([row.tolist() for row in rows_of(batch["input_ids"], batch["prompt_length"])])
+    thoughts, soft_mask = thinker.think(*prompt_of(thinker, batch))
+    said = speaker.answer(prefix, thinker.speak(thoughts), soft_mask, max_new_tokens)
+    gold = rows_of(batch["answer_ids"], batch["answer_length"])
+    decode = speaker.tokenizer.decode
+    return [
+        problems.same_answer(decode(a, skip_special_tokens=True), decode(b, skip_special_tokens=True))
+        for a, b in zip(said, gold, strict=True)
+    ]
+
+
+def report_stage(setup: StageSetup, final: Path, figures: Figures, by_steps: dict[int, float], following: str) -> Path:
+    """Print and keep the figures of a stage; `following` is the verb of the next one."""
+    config, out = setup.config, Path(setup.config.output_dir)
+    if setup.world.is_main:
+        if config.training.max_steps:
+            plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
+        (out / "results.json").write_text(json.dumps({**figures, "by_steps": by_steps}, indent=2) + "\n")
+        shown = {name.removeprefix("eval_"): value for name, value in figures.items()}
+        print_table(["held-out pairs", "value"], [[name, f"{value:.4g}"] for name, value in shown.items()])
+        print(f"\nwrote {out}/: final/ (thinker), training_log.csv, results.json")
+        print(f"next: wf trm {following} model={config.model.name}")
+    leave_world()
+    return final
