@@ -30,6 +30,7 @@ from wrinklefree.thinking.bench import open_bench
 from wrinklefree.thinking.gathering import Gathered
 from wrinklefree.thinking.moments import Moments, principal_axes, tied_error, weighted_code
 from wrinklefree.thinking.network import DimensionCompressor
+from wrinklefree.thinking.reading import compare_readings
 from wrinklefree.thinking.reconstruction import (
     TRAINED_METRICS,
     MarkedStream,
@@ -37,7 +38,6 @@ from wrinklefree.thinking.reconstruction import (
     added,
     mark,
     metrics,
-    reading,
     real_states,
     sums_of,
 )
@@ -216,7 +216,7 @@ def test_training_comes_near_pca_and_not_below(states: Tensor) -> None:
 def test_fisher_has_the_least_error_in_its_metric_and_less_kl(decoder: BodyAndHead, states: Tensor) -> None:
     """Less than PCA and a random metric in its objective; and in the KL itself, which that stands for."""
     stream = MarkedStream(Repeated(rows(64)), PAD)
-    found = gathering.gather(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
+    found = gathering.gather_moments(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
     assert found.mean_metric is not None
     noise = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     codes = {
@@ -239,11 +239,11 @@ def test_fisher_has_the_least_error_in_its_metric_and_less_kl(decoder: BodyAndHe
 def test_the_fisher_metric_is_the_kl_to_second_order(decoder: BodyAndHead, states: Tensor) -> None:
     """Of small errors that know nothing of the state."""
     stream = MarkedStream(Repeated(rows(64)), PAD)
-    found = gathering.gather(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
+    found = gathering.gather_moments(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
     objective = Reconstruction(DimensionCompressor(WIDTH, SIZE), decoder, "fisher", found.mean_metric)
     rebuilt = states + 0.1 * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
     assert objective.loss(states, rebuilt).item() == pytest.approx(
-        reading(decoder, states, rebuilt).kl.item(), rel=0.02
+        compare_readings(decoder, states, rebuilt).kl.item(), rel=0.02
     )
 
 
@@ -275,7 +275,7 @@ def test_kl_trains_the_kl(folder: Path) -> None:
 def test_a_run_is_pca_of_all_the_states_it_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     final = compressor.make_compressor(config(), False)
     thinker, _ = loading.load_thinker(final)
-    read = gathering.read(final)
+    read = gathering.read_gathered(final)
     assert int(read.moments.count) == 512
     axes = principal_axes(read.moments.second)[1][:SIZE]
     torch.testing.assert_close(thinker.compressor.weight.double(), axes, atol=1e-6, rtol=0)
@@ -342,7 +342,7 @@ def test_stage_1b_solves_the_mixture(folder: Path) -> None:
     assert script(*toy_script()) == 0
     again = [word for word in toy_script("--stage", "1b", "thinking.thought_share=0.25") if word != "data.path=text"]
     assert script(*again, f"data.path={thoughts}") == 0
-    first, second = (gathering.read(folder / "out" / f"stage{stage}_final").moments for stage in ("1a", "1b"))
+    first, second = (gathering.read_gathered(folder / "out" / f"stage{stage}_final").moments for stage in ("1a", "1b"))
     one = config(f"data.path={thoughts}", "thinking.moment_tokens=1024")
     alone = open_bench(one, ALONE).gather(one).moments
     expected = 0.75 * first.second + 0.25 * alone.second

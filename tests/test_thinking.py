@@ -230,7 +230,7 @@ def test_a_model_without_the_tags_is_refused() -> None:
     from tiny import tokenizer
 
     with pytest.raises(UserError, match="no single tokens <think> and </think>"):
-        tags.find(tokenizer())
+        tags.find_tags(tokenizer())
 
 
 # Hidden pairs.

@@ -1,4 +1,4 @@
-"""What compressors are made with: a frozen language model, its text, and the pass over it."""
+"""The set-up of a compressor: a frozen language model, its text, and the pass over it."""
 
 import logging
 from contextlib import AbstractContextManager
@@ -24,7 +24,7 @@ log = logging.getLogger("wrinklefree")
 
 
 class Bench(NamedTuple):
-    """What every compressor of a run or a sweep is made with."""
+    """What the compressors of a run, or of a sweep, have in common."""
 
     world: World
     plan: Plan
@@ -32,15 +32,16 @@ class Bench(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     watched: list[Batch]  # marked held-out batches, for evaluations during training
-    judged: list[Batch]  # and for what is reported
+    judged: list[Batch]  # marked held-out batches, for the reported figures
 
     @property
     def width(self) -> int:
-        """D, as the model's own config has it."""
+        """D, from the model's own config."""
         width: int = self.model.get_input_embeddings().embedding_dim
         return width
 
     def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the run."""
         dtype = self.plan.dtype
         return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -49,18 +50,18 @@ class Bench(NamedTuple):
         return MarkedStream(setup.open_stream(config, self.tokenizer, self.world), self.tokenizer.eos_token_id)
 
     def thinker(self, config: Config) -> LatentThinker:
-        """A new one. Raises UserError where D' is wider than the model."""
+        """A new thinker, whose compressor alone is trained. Raises UserError if D' is wider than the model."""
         torch.manual_seed(config.seed)
-        made = make_thinker(self.model, loading.settings_of(config))
-        made.requires_grad_(False)
-        made.compressor.requires_grad_(True)
-        return made.to(self.world.device)
+        thinker = make_thinker(self.model, loading.settings_of(config))
+        thinker.requires_grad_(False)
+        thinker.compressor.requires_grad_(True)
+        return thinker.to(self.world.device)
 
     def gather(self, config: Config) -> Gathered:
-        """The pass over the training text."""
+        """Run the pass over the training text."""
         settings, length = loading.settings_of(config), sequence_length(config)
         with self.autocast():
-            return gathering.gather(
+            return gathering.gather_moments(
                 self.decoder,
                 self.stream(config),
                 self.world,
@@ -72,7 +73,7 @@ class Bench(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A compressor that has been made."""
+    """A finished compressor; `final` is the folder of its thinker."""
 
     config: Config
     thinker: LatentThinker
@@ -81,7 +82,7 @@ class Made(NamedTuple):
 
 
 def open_bench(config: Config, world: World) -> Bench:
-    """Load what is compressed. Raises UserError for settings that have no effect here."""
+    """Load the language model and its text. Raises UserError for settings that have no effect on a compressor."""
     t = config.training
     unread = {
         "distributed.strategy=fsdp": config.distributed.strategy == "fsdp",

@@ -1,10 +1,10 @@
-"""Phase 1: a compressor of hidden states, in closed form, by training, or one after the other; and a sweep over D'.
+"""Phase 1: a compressor of hidden states, in closed form, by training, or by both; and a sweep over D'.
 
-One pass over text gives the second moments of the states (`thinking/gathering.py`), and these the best compressor of
-every size. Training can start there or from random weights; it is what objective kl needs, and what the seed does.
+One pass over text gives the second moments of the states (`thinking/gathering.py`), and the moments give the best
+compressor of every size. Training starts from this compressor or from random weights; the objective kl needs it.
 
-Stage 1b starts from a finished stage 1a: the moments of its own text, thoughts, are mixed with those of stage 1a and
-solved again; from random weights (thinking.init=orthogonal), the weights of stage 1a are trained on.
+Stage 1b starts from a finished stage 1a. It mixes the moments of its own text, which are thoughts, with those of stage
+1a, and solves again. With random weights (thinking.init=orthogonal) it trains those of stage 1a further.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ log = logging.getLogger("wrinklefree")
 
 
 def make_compressor(config: Config, force: bool) -> Path:
-    """Make one compressor; its folder `final/`. Raises UserError for anything that the user can mend."""
+    """Make one compressor, and return its folder `final/`. Raises UserError for anything that the user can mend."""
     world = join_world()
     resume = resume_point(config, force) if world.is_main else None
     resume = gather(resume, world)[0]
@@ -51,9 +51,9 @@ def make_compressor(config: Config, force: bool) -> Path:
 
 
 def sweep_compressors(config: Config, values: list[int], force: bool) -> Path:
-    """Make a compressor of each size in `values`, in folders d64/, d128/, ..., from one pass; the folder of them all.
+    """Make a compressor of each size in `values` from one pass, in folders d64/, d128/, ...; their common folder.
 
-    Sizes wider than the model's states are left out, and said. Raises UserError where none is left.
+    Sizes wider than the model's states are left out, with a line that says so. Raises UserError if none is left.
     """
     if config.training.start_from or config.training.resume_from is not None:
         raise UserError("a sweep starts from nothing: leave out training.start_from and training.resume_from")
@@ -74,7 +74,7 @@ def sweep_compressors(config: Config, values: list[int], force: bool) -> Path:
 
 
 def _fitting(values: list[int], width: int) -> list[int]:
-    """The sizes that are no wider than the states, in order."""
+    """The sizes that are no wider than the states, in order. Raises UserError if there is none."""
     for value in sorted(set(values)):
         if value > width:
             log.info("D'=%d left out: the model's hidden states have %d entries", value, width)
@@ -85,7 +85,7 @@ def _fitting(values: list[int], width: int) -> list[int]:
 
 
 def _sized(config: Config, size: int) -> Config:
-    """The same run for another D', with a folder and a W&B run of its own."""
+    """The config of one compressor of a sweep: its D', and a folder and a W&B run of its own."""
     training, wandb = config.training, config.training.logging.wandb
     logging_ = dataclasses.replace(
         training.logging, wandb=dataclasses.replace(wandb, name=f"{wandb.name or 'sweep'}_d{size}")
@@ -99,7 +99,7 @@ def _sized(config: Config, size: int) -> Config:
 
 
 def _earlier(path: Path, config: Config, thinker: LatentThinker) -> Gathered:
-    """What stage 1a gathered; its weights go into `thinker`. Raises UserError where the two do not fit."""
+    """What stage 1a gathered; its weights are copied into `thinker`. Raises UserError if the two do not fit."""
     before, its = loading.load_thinker(path)
     mine, other = thinker.config, before.config
     for key, name in {"width": "hidden size", "d_compressed": "thinking.d_compressed"}.items():
@@ -111,19 +111,18 @@ def _earlier(path: Path, config: Config, thinker: LatentThinker) -> Gathered:
             f"{path}: made with thinking.objective={given}, this run has {wanted}: run stage 1a with {wanted}"
         )
     thinker.compressor.load_state_dict(before.compressor.state_dict())
-    folder = path if path.is_dir() else path.with_name(path.name.removesuffix(".pt"))
-    return gathering.read(folder / "final" if (folder / "final").is_dir() else folder)
+    return gathering.read_gathered(loading.thinker_folder(path))
 
 
 def _make(
     bench: Bench, config: Config, thinker: LatentThinker, found: Gathered, resume: Path | None, anew: bool = True
 ) -> Made:
-    """Set the weights from what was gathered, as `thinking.init` says; train them where there are steps; save."""
+    """Set the weights as `thinking.init` says, train them if there are steps, and save everything."""
     settings, steps = loading.settings_of(config), bench.plan.max_steps
     if settings.init == "pca":
         found.solve(settings.objective).put(thinker.compressor)
         if settings.objective == "kl" and not steps:
-            log.info("objective kl has no closed form: without training.max_steps this is the least squared error's")
+            log.info("objective kl has no closed form: without training.max_steps this is PCA, the optimum of mse")
     elif anew and not steps:
         log.warning("thinking.init=orthogonal without training.max_steps: the compressor stays random")
     objective = Reconstruction(thinker.compressor, bench.decoder, settings.objective, found.mean_metric)

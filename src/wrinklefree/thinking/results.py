@@ -1,4 +1,4 @@
-"""What a compressor, or a sweep over several, comes to: measured on held-out text, printed, kept."""
+"""The figures of a compressor, or of a sweep: measured on held-out text, printed, kept."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from wrinklefree.thinking.reconstruction import Figures
 from wrinklefree.tracking.terminal import print_table
 from wrinklefree.training.plan import sequence_length
 
-PCA = "pca"  # the tied optimum of the squared error, which every run is measured against
-# Columns of the tables: the figure, what it is called, how it is written.
+PCA = "pca"  # the tied optimum of the squared error: every run is compared with it
+# The figures of the table, and what they are called in it.
 SHOWN = {
     "mse": "mse",
     "cosine_similarity": "cosine similarity",
@@ -29,7 +29,7 @@ SHOWN = {
 
 
 def _measure(bench: Bench, made: list[Made], found: Gathered) -> tuple[list[dict[str, Figures]], int]:
-    """The figures of every compressor and of PCA of its size, in one pass over held-out text; on how many states."""
+    """The figures of each compressor and of PCA of its size, from one pass over held-out text; the number of states."""
     compressors = {}
     for one in made:
         compressors[f"{len(one.thinker.compressor.weight)} {PCA}"] = _pca(found.pca, one.thinker.compressor)
@@ -44,13 +44,13 @@ def _measure(bench: Bench, made: list[Made], found: Gathered) -> tuple[list[dict
 
 
 def _pca(code: Code, like: DimensionCompressor) -> DimensionCompressor:
-    """The tied compressor of the same size."""
+    """The tied compressor of this code, as large as `like`."""
     compressed, width = like.weight.shape
     return code.put(DimensionCompressor(width, compressed)).to(like.weight.device)
 
 
 def _kind(config: Config) -> str:
-    """What a compressor is called beside PCA."""
+    """The name of a compressor in the table, beside that of PCA."""
     settings = loading.settings_of(config)
     if config.training.max_steps:
         return "trained"
@@ -58,7 +58,7 @@ def _kind(config: Config) -> str:
 
 
 def _facts(made: Made, found: Gathered, figures: dict[str, Figures]) -> dict[str, Any]:
-    """What `results.json` says of a compressor; the figures of itself on top, those of PCA beside them."""
+    """What `results.json` says of a compressor: its own figures at the top level, those of PCA under a key."""
     settings, shape = loading.settings_of(made.config), made.thinker.config
     return {
         "hidden_size": shape.width,
@@ -74,14 +74,14 @@ def _facts(made: Made, found: Gathered, figures: dict[str, Figures]) -> dict[str
 
 
 def _forward_tokens(bench: Bench, config: Config, gathered: int, measured: int, runs: int) -> dict[str, int]:
-    """How many tokens the language model read, and for what."""
+    """How many tokens the language model read for what."""
     t = config.training
     per_step = t.batch_size * sequence_length(config) * t.gradient_accumulation_steps * bench.world.size
     return {"moments": gathered, "training": runs * bench.plan.max_steps * per_step, "heldout": measured}
 
 
 def report(bench: Bench, made: Made, found: Gathered, seen: int) -> None:
-    """Measure, print and keep the figures of one compressor; `seen` states were gathered in this run."""
+    """Measure, print and keep the figures of one compressor, for which this run gathered `seen` states."""
     (figures,), measured = _measure(bench, [made], found)
     out, facts = Path(made.config.output_dir), _facts(made, found, figures)
     used = _forward_tokens(bench, made.config, seen, measured, 1)

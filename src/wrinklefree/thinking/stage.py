@@ -13,16 +13,15 @@ from wrinklefree.config.schema import Config
 from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core import surgery
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import problems
 from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.distributed.world import World, gather, join_world, leave_world
 from wrinklefree.objectives.base import Batch, Metrics
 from wrinklefree.runs.folder import make_run_folder, resume_point
 from wrinklefree.thinking import hidden_pairs, loading
-from wrinklefree.thinking.hidden_pairs import HiddenPairs
+from wrinklefree.thinking.hidden_pairs import HiddenPairs, answers_of, prompts_of
 from wrinklefree.thinking.network import LatentThinker, make_thinker
 from wrinklefree.thinking.recursion import prompt_of
-from wrinklefree.thinking.speech import Speaker, rows_of
+from wrinklefree.thinking.speech import Speaker
 from wrinklefree.tracking.plotting import plot_runs
 from wrinklefree.tracking.terminal import print_table
 from wrinklefree.training.loop import fit
@@ -138,8 +137,8 @@ def spoken_accuracy(setup: StageSetup, speaker: Speaker) -> Callable[[nn.Module]
 
     def evaluate(model: nn.Module) -> Figures:
         right = total = 0
-        for held in setup.heldout.batches(HELDOUT_BATCH, setup.config.training.eval_examples):
-            batch = {name: tensor.to(setup.world.device) for name, tensor in held.items()}
+        count, device = setup.config.training.eval_examples, setup.world.device
+        for batch in setup.heldout.batches(HELDOUT_BATCH, count, device):
             right += sum(spoken_right(setup.thinker, speaker, batch, longest))
             total += len(batch["input_ids"])
         return {"eval_loss": 1 - right / total, "eval_accuracy": right / total}
@@ -150,15 +149,10 @@ def spoken_accuracy(setup: StageSetup, speaker: Speaker) -> Callable[[nn.Module]
 @torch.no_grad()
 def spoken_right(thinker: LatentThinker, speaker: Speaker, batch: Batch, max_new_tokens: int) -> list[bool]:
     """Which problems of a batch of pairs are answered rightly."""
-    prefix = speaker.prefill([row.tolist() for row in rows_of(batch["input_ids"], batch["prompt_length"])])
+    prefix = speaker.prefill([prompt.tolist() for prompt in prompts_of(batch)])
     thoughts, soft_mask = thinker.think(*prompt_of(thinker, batch))
     said = speaker.answer(prefix, thinker.speak(thoughts), soft_mask, max_new_tokens)
-    gold = rows_of(batch["answer_ids"], batch["answer_length"])
-    decode = speaker.tokenizer.decode
-    return [
-        problems.same_answer(decode(a, skip_special_tokens=True), decode(b, skip_special_tokens=True))
-        for a, b in zip(said, gold, strict=True)
-    ]
+    return [speaker.is_right(a, b.tolist()) for a, b in zip(said, answers_of(batch), strict=True)]
 
 
 def report_stage(setup: StageSetup, final: Path, figures: Figures, by_steps: dict[int, float], following: str) -> Path:
