@@ -115,7 +115,7 @@ def config(*more: str) -> Config:
 def script(*words: str) -> int:
     """`python -m src.train.phase1_compressor` in this process; its exit code."""
     try:
-        SCRIPT["cli"].reported(lambda: SCRIPT["run"](SCRIPT["arguments"](list(words))))
+        SCRIPT["cli"].reported(lambda: SCRIPT["carry_out"](SCRIPT["arguments"](list(words))))
     except typer.Exit as ended:
         return ended.exit_code
     return 0

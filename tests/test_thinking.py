@@ -20,7 +20,9 @@ from tiny import llama
 from torch import Tensor
 from toyrun import rows
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
+from wrinklefree.cli import app
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.config.thinking import GRPOConfig, NetworkConfig, PairsConfig
@@ -31,7 +33,7 @@ from wrinklefree.data.problems import Problem, same_answer
 from wrinklefree.evaluate.paired import mcnemar, quantile
 from wrinklefree.models.load import load_model
 from wrinklefree.objectives.language_model import BodyAndHead
-from wrinklefree.runs import prerequisites
+from wrinklefree.runs import launch, prerequisites
 from wrinklefree.thinking import compare, hidden_pairs, loading, pairs, pairs_stage, stages, tags
 from wrinklefree.thinking.grpo import GRPO, group_advantages, policy_loss
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, Pair
@@ -488,12 +490,12 @@ def test_each_sample_halts_by_itself(mode: str) -> None:
     begun += [model.average.read(model.average.recurse(context, *model.average.begin(context))[0])[1]]
     with torch.no_grad():  # some halt at once, the others later or never
         model.average.halt.bias.copy_(-begun[mode == "final"].sort().values[3:5].mean())
-    thoughts, made = model.think(states, mask)
-    counts = made.sum(1)
+    thoughts, soft_mask = model.think(states, mask)
+    counts = soft_mask.sum(1)
     assert len(set(counts.tolist())) > 1
     for i in range(8):
-        alone, made_alone = model.think(states[i : i + 1, : lengths[i]], mask[i : i + 1, : lengths[i]])
-        assert made_alone.sum() == counts[i]
+        alone, mask_alone = model.think(states[i : i + 1, : lengths[i]], mask[i : i + 1, : lengths[i]])
+        assert mask_alone.sum() == counts[i]
         torch.testing.assert_close(alone[0, : counts[i]], thoughts[i, : counts[i]], atol=1e-5, rtol=1e-5)
 
 
@@ -603,10 +605,10 @@ def test_read_out_of_true_thoughts_is_the_model_itself(
 def test_a_written_thought_as_embeddings_is_the_written_thought(speaker: Speaker, train: HiddenPairs) -> None:
     """The answer after a prefix, its cache and embedded words is that of generating from the text."""
     prompts = [pair.prompt_ids.tolist() for pair in train.pairs[:5]]
-    middles = [speaker.embed(pair.thought_ids.long()) for pair in train.pairs[:5]]
-    made = torch.nn.utils.rnn.pad_sequence([torch.ones(len(m), dtype=torch.bool) for m in middles], batch_first=True)
-    soft = torch.nn.utils.rnn.pad_sequence(middles, batch_first=True)
-    said = speaker.answer(speaker.prefill(prompts), soft, made, 6)
+    thoughts = [speaker.embed(pair.thought_ids.long()) for pair in train.pairs[:5]]
+    masks = [torch.ones(len(thought), dtype=torch.bool) for thought in thoughts]
+    soft_tokens, soft_mask = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (thoughts, masks))
+    said = speaker.answer(speaker.prefill(prompts), soft_tokens, soft_mask, 6)
     for pair, answer in zip(train.pairs[:5], said, strict=True):
         ids = torch.cat([pair.prompt_ids, pair.thought_ids, torch.tensor([speaker.tags.close])]).long()[None]
         out = speaker.model.generate(
@@ -641,8 +643,8 @@ def test_a_prefix_serves_again_and_many_times(speaker: Speaker, train: HiddenPai
 def test_forced_states_are_those_of_a_plain_pass(speaker: Speaker, train: HiddenPairs) -> None:
     some = train.pairs[:4]
     prompts, answers = ([getattr(pair, name).long() for pair in some] for name in ("prompt_ids", "answer_ids"))
-    middles = [speaker.embed(pair.thought_ids.long()) for pair in some]
-    states = speaker.states(prompts, middles, answers)
+    thoughts = [speaker.embed(pair.thought_ids.long()) for pair in some]
+    states = speaker.states(prompts, thoughts, answers)
     expected = []
     for pair in some:
         ids = torch.cat([pair.prompt_ids, pair.thought_ids, torch.tensor([speaker.tags.close]), pair.answer_ids]).long()
@@ -879,6 +881,48 @@ def test_settings_that_an_earlier_stage_fixed_are_taken_over_or_refused(trained:
     assert loading.settings_of(config).d_compressed == 32
     with pytest.raises(UserError, match=r"thinking.d_compressed: .* was made with 32"):
         loading.inherit(resolved(trained, "trm_injection", "thinking.d_compressed=16"), trained / "toy_trm_recursion")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "method.pairs.shard_size=1",
+            "method.pairs.shard_size: unknown key (did you mean 'thinking.pairs.shard_size'?)",
+        ),
+        ("method.d_compressed=64", "method.d_compressed: unknown key (did you mean 'thinking.d_compressed'?)"),
+        ("method.init=pca", "method.init: unknown key (did you mean 'thinking.init'?)"),
+        ("method.grpo.group_sise=4", "method.grpo.group_sise: unknown key (did you mean 'thinking.grpo.group_size'?)"),
+        ("method=fairy2", "method=fairy2: a thinker has no method; name a quantized model by model=FOLDER"),
+        (
+            "thinking=x",
+            "thinking=x: a training chooses this section; give its settings, as in thinking.d_compressed=64",
+        ),
+    ],
+)
+def test_settings_in_the_section_of_methods_are_one_line(override: str, message: str) -> None:
+    result = CliRunner().invoke(app, ["trm", "pairs", "model=chains", override])
+    assert (result.exit_code, result.stderr) == (2, f"error: {message}\n")
+
+
+@pytest.mark.parametrize("training", ["fairy2_w2", "full_precision"])
+def test_settings_of_a_thinker_are_refused_by_other_trainings(training: str) -> None:
+    with pytest.raises(UserError, match="^thinking.d_compressed: has no effect, .* no section 'thinking'$"):
+        load_config([f"training={training}", "thinking.d_compressed=64"])
+    with pytest.raises(UserError, match="a stage of LLM-TRM, which `wf trm` runs"):
+        launch.run_stage(["model=chains", "training=trm_recursion"])
+
+
+def test_a_thinker_of_version_0_1_is_read(toy: Path, tmp_path: Path) -> None:
+    """Its settings were the method's, and there was no other section for them."""
+    shutil.copytree(toy / "toy_trm_compressor" / "final", tmp_path / "old")
+    file = tmp_path / "old" / checkpoint.CONFIG
+    lines = [line for line in file.read_text().splitlines() if line != "method: null"]
+    file.write_text("\n".join("method:" if line == "thinking:" else line for line in lines))
+    assert "thinking" not in file.read_text()
+    (thinker, config), (_, today) = map(loading.load_thinker, (tmp_path / "old", toy / "toy_trm_compressor"))
+    assert config == today
+    assert loading.settings_of(config).d_compressed == len(thinker.compressor.weight) == 32
 
 
 def test_a_broken_thinker_is_one_line(trained: Path, tmp_path: Path) -> None:
