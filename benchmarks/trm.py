@@ -2,15 +2,15 @@
 
     python -m benchmarks.trm [--quick] [--json] [--parts chain,grpo,pca,quantized] [--seeds 0,1,2] [--out FOLDER]
 
-chain      a language model from nothing, its compressor, its thoughts, the network, the adapter; every way to think on
-           the same held-out problems, for each seed. Needs no download; minutes a seed.
-grpo       the same chain with an adapter that has seen a single pair, reinforced.
-pca        PCA from a tenth of a text, and from all of it, against ten epochs of AdamW over it, held out, at several
-           widths.
-quantized  the chain over the first seed's language model with ternary weights and with Fairy2i's at 2 bits.
+chain      For each seed: a language model from nothing, its compressor, its thoughts, the network, the adapter, then
+           every way to think on the same held-out problems. Needs no download, and takes minutes a seed.
+grpo       The chain with an adapter that has seen a single pair, before and after reinforcement.
+pca        PCA from a tenth of a text, and from all of it, against ten epochs of AdamW over it: held-out errors at
+           several widths.
+quantized  The chain over the first seed's language model, with ternary weights and with Fairy2i's at 2 bits.
 
-Ratios and accuracies come first in the JSON, means over the seeds; what each seed gave stands beside them. Finished
-stages are kept in FOLDER and not run again.
+Means over the seeds come first in the JSON, then the figures of each seed. Finished stages are kept in FOLDER and not
+run again.
 """
 
 import argparse
@@ -28,62 +28,67 @@ from wrinklefree.data import stdlib
 from wrinklefree.models.find import resolve_pretrained
 from wrinklefree.models.load import load_model
 from wrinklefree.runs import launch, prerequisites
-from wrinklefree.thinking import compare, compressor
-from wrinklefree.thinking import stages as thinking
+from wrinklefree.thinking import compare, compressor, pairs_stage, stages
 
 Figures = dict[str, Any]
 
 STAGES = {
-    "trm_compressor": compressor.run,
-    "trm_pairs": thinking.make_pairs,
-    "trm_recursion": thinking.recursion,
-    "trm_injection": thinking.injection,
-    "trm_grpo": thinking.grpo,
+    "trm_compressor": compressor.make_compressor,
+    "trm_pairs": pairs_stage.make_pairs,
+    "trm_recursion": stages.train_network,
+    "trm_injection": stages.train_adapter,
+    "trm_grpo": stages.reinforce,
     "trm_eval": compare.compare_ways,
 }
 
-# Adapters that have seen a single pair and were not trained: what reinforcement is to improve.
-WEAK = ["method.injection.fitted_pairs=1", "training.max_steps=0"]
+# An adapter that has seen a single pair and was not trained, for reinforcement to improve.
+WEAK = ["thinking.injection.fitted_pairs=1", "training.max_steps=0"]
 QUANTIZED = {"fairy2_w2": ["training=fairy2_w2"], "ternary": ["training=stage2_pretrain", "training.start_from=[]"]}
 QUANTIZED_STEPS = 600
 WIDTHS = [16, 32, 64]
 
 
 def chain(seed: int, out: Path, more: list[str], quick: bool) -> Figures:
-    """All stages with one seed, and what every way to think comes to."""
+    """Run all stages with one seed; the figures of every way to think."""
     given = ["model=chains", f"output_root={out}", f"seed={seed}", *more]
     short = ["training.max_steps=3", "training.eval_examples=20"] if quick else []
-    language_model(given, out, short[:1])
+    pretrain_model(given, out, short[:1])
     for stage in ("trm_compressor", "trm_pairs", "trm_recursion", "trm_injection", "trm_eval"):
-        run(stage, given, out / f"chains_{stage}", quick)
-    return results(out / "chains_trm_eval")
+        run_stage(stage, given, out / f"chains_{stage}", quick)
+    return read_results(out / "chains_trm_eval")
 
 
-def language_model(given: list[str], out: Path, more: list[str]) -> None:
+def pretrain_model(given: list[str], out: Path, more: list[str]) -> None:
+    """Train the language model from nothing, unless that is done."""
     if not prerequisites.is_done(out / "pretrain_chains"):
         pretrain.run([*given, *more], force=True)
 
 
-def run(stage: str, given: list[str], out: Path, quick: bool, more: list[str] | None = None) -> None:
-    """One stage, unless it is done."""
+def run_stage(stage: str, given: list[str], out: Path, quick: bool, more: list[str] | None = None) -> None:
+    """Run one stage, unless it is done."""
     if (out / "results.json").exists() or (out / "manifest.json").exists():
         return
     short = {
-        "trm_compressor": ["method.moment_tokens=20000"],
-        "trm_pairs": ["method.pairs.num_problems=200", "method.pairs.num_heldout=40", "method.pairs.keep_wrong=true"],
-        "trm_eval": ["training.eval_examples=20", "method.pairs.num_heldout=40"],
+        "trm_compressor": ["thinking.moment_tokens=20000"],
+        "trm_pairs": [
+            "thinking.pairs.num_problems=200",
+            "thinking.pairs.num_heldout=40",
+            "thinking.pairs.keep_wrong=true",
+        ],
+        "trm_eval": ["training.eval_examples=20", "thinking.pairs.num_heldout=40"],
     }.get(stage, ["training.max_steps=3", "training.eval_examples=20"])
     overrides = [f"training={stage}", *given, *(more or []), *(short if quick else [])]
     STAGES[stage](load_config(overrides), force=True)
 
 
-def results(folder: Path) -> Figures:
+def read_results(folder: Path) -> Figures:
+    """The figures that a stage left."""
     figures: Figures = json.loads((folder / "results.json").read_text())
     return figures
 
 
 def chains(seeds: list[int], out: Path, quick: bool) -> Figures:
-    """Means over the seeds of the accuracies, and of the ratio of the median latencies."""
+    """Means over the seeds: the accuracies, and the ratio of the median latencies."""
     found = [chain(seed, out / f"seed_{seed}", [], quick) for seed in seeds]
     ways = [figures["ways"] for figures in found]
     names = {"accuracy_think": "words", "accuracy_nothink": "nothing", "accuracy_injected": "latent"}
@@ -100,15 +105,15 @@ def chains(seeds: list[int], out: Path, quick: bool) -> Figures:
 
 
 def reinforced(seeds: list[int], out: Path, quick: bool) -> Figures:
-    """What GRPO adds to a weak adapter: accuracy on held-out pairs before and after, for each seed."""
+    """For each seed the held-out accuracy of a weak adapter before and after GRPO."""
     gains = {}
     for seed in seeds:
         folder = out / f"seed_{seed}"
         given = ["model=chains", f"output_root={folder}", f"seed={seed}"]
         weak, strong = folder / "weak_injection", folder / "weak_grpo"
-        run("trm_injection", given, weak, quick, [*WEAK, f"output_dir={weak}"])
-        run("trm_grpo", given, strong, quick, [f"training.start_from=[{weak}]", f"output_dir={strong}"])
-        gains[seed] = [results(f)["eval_accuracy"] for f in (weak, strong)]
+        run_stage("trm_injection", given, weak, quick, [*WEAK, f"output_dir={weak}"])
+        run_stage("trm_grpo", given, strong, quick, [f"training.start_from=[{weak}]", f"output_dir={strong}"])
+        gains[seed] = [read_results(f)["eval_accuracy"] for f in (weak, strong)]
     return {
         "grpo_gain": statistics.mean(after - before for before, after in gains.values()),
         "grpo_from_to": gains,
@@ -116,24 +121,24 @@ def reinforced(seeds: list[int], out: Path, quick: bool) -> Figures:
 
 
 def pca(out: Path, quick: bool) -> Figures:
-    """The worst ratio of held-out errors over the widths: PCA from 1/100 of the tokens that AdamW has in ten epochs.
+    """The worst ratio over the widths of PCA's held-out error to AdamW's after ten epochs.
 
-    Beside it the ratio with ten times as many, which is one pass over the text.
+    PCA sees 1/100 of AdamW's tokens, and in a second run ten times as many, which is one pass over the text.
     """
     epoch = 2_000 if quick else 128_000
     folder = out / f"pca_{epoch}"
     given = ["model=tiny", "training=trm_compressor", "training.batch_size=4", "data=local", *texts(folder, epoch)]
     ways = {
-        "pca": [f"method.moment_tokens={epoch // 10}"],
-        "pca_epoch": [f"method.moment_tokens={epoch}"],
-        "adamw": ["method.init=orthogonal", f"training.max_steps={10 * epoch // (4 * 256)}"],
+        "pca": [f"thinking.moment_tokens={epoch // 10}"],
+        "pca_epoch": [f"thinking.moment_tokens={epoch}"],
+        "adamw": ["thinking.init=orthogonal", f"training.max_steps={10 * epoch // (4 * 256)}"],
     }
     errors: dict[str, dict[str, float]] = {}
     for name, more in ways.items():
         place = folder / name
         if not (place / "sweep.json").exists():
-            compressor.sweep(load_config([*given, *more, f"output_dir={place}"]), WIDTHS, force=True)
-        errors[name] = {path.name: results(path)["mse"] for path in sorted(place.glob("d*")) if path.is_dir()}
+            compressor.sweep_compressors(load_config([*given, *more, f"output_dir={place}"]), WIDTHS, force=True)
+        errors[name] = {path.name: read_results(path)["mse"] for path in sorted(place.glob("d*")) if path.is_dir()}
     ratios = {
         name: {width: errors[name][width] / errors["adamw"][width] for width in errors[name]}
         for name in ("pca", "pca_epoch")
@@ -147,7 +152,7 @@ def pca(out: Path, quick: bool) -> Figures:
 
 
 def texts(folder: Path, tokens: int) -> list[str]:
-    """Settings that name files of so many tokens to train on, and as many held out, of the standard library."""
+    """Write two files of so many tokens of the standard library, one held out; the settings that name them."""
     _, tokenizer = load_model(resolve_pretrained("builtin:tiny"))
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
@@ -164,7 +169,7 @@ def texts(folder: Path, tokens: int) -> list[str]:
 
 
 def quantized(out: Path, quick: bool) -> Figures:
-    """The chain over quantized language models: thinking in words and in latents."""
+    """The accuracies of the chain over quantized language models."""
     figures: Figures = {}
     root = out / "seed_0"
     for name, overrides in QUANTIZED.items():
@@ -174,12 +179,12 @@ def quantized(out: Path, quick: bool) -> Figures:
             settings = ["training.batch_size=4", "training.lr=1e-3", f"training.max_steps={steps}"]
             settings += ["training.max_seq_length=auto", "training.gradient_accumulation_steps=1"]
             settings += ["training.pack=false"]
-            where = [f"output_root={root}", f"output_dir={made}", "data=downstream", "task=mod7_chains"]
-            launch.run_stage(["model=chains", *overrides, *settings, *where], force=True)
+            places = [f"output_root={root}", f"output_dir={made}", "data=downstream", "task=mod7_chains"]
+            launch.run_stage(["model=chains", *overrides, *settings, *places], force=True)
         given = ["model=chains", f"model.pretrained={made}", f"experiment={name}", f"output_root={root}"]
         for stage in ("trm_compressor", "trm_pairs", "trm_recursion", "trm_injection", "trm_eval"):
-            run(stage, given, root / f"{name}_{stage}", quick)
-        found = results(root / f"{name}_trm_eval")["ways"]
+            run_stage(stage, given, root / f"{name}_{stage}", quick)
+        found = read_results(root / f"{name}_trm_eval")["ways"]
         figures[f"quantized_{name}"] = {
             way: found[way]["accuracy"] for way in ("words", "nothing", "latent", "shuffled")
         }
@@ -194,11 +199,12 @@ def main() -> None:
         "--parts", default="chain,grpo,pca,quantized", help="comma-separated; grpo and quantized need chain"
     )
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_trm"), help="where stages are kept")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_trm"), help="the folder of finished stages")
     quality.tell(parser.parse_args(), parts)
 
 
 def parts(args: argparse.Namespace) -> Figures:
+    """The figures of all parts that were asked for."""
     torch.set_num_threads(1)
     chosen = args.parts.split(",")
     seeds = [0] if args.quick else [int(seed) for seed in args.seeds.split(",")]

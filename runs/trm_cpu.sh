@@ -2,7 +2,7 @@
 # LLM-TRM end to end on a CPU, offline: a small model learns to think in words, then a tiny network thinks for it.
 #
 #   bash runs/trm_cpu.sh                         some 7 minutes on two cores
-#   OUT=/tmp/try bash runs/trm_cpu.sh training.max_steps=3 training.eval_examples=20 method.pairs.keep_wrong=true
+#   OUT=/tmp/try bash runs/trm_cpu.sh training.max_steps=3 training.eval_examples=20 thinking.pairs.keep_wrong=true
 #                                                the same at toy size, a minute
 #
 # Arguments are settings for all stages but the first and the compressor. OUT is where the runs go; what is there already is

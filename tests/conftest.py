@@ -8,6 +8,6 @@ import torch
 # Without a GPU, Triton's programs run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-# transformers copies the loader of a packed folder into a shared folder, where two processes would overwrite each other.
+# transformers copies the loader of a packed folder into a shared folder, where two processes would write at once.
 _MODULES = tempfile.TemporaryDirectory(prefix="wrinklefree-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name

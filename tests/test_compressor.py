@@ -22,14 +22,15 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.moments import Moments, principal_axes, tied_error, weighted_code
 from wrinklefree.data.packing import make_batch, pack, padding
 from wrinklefree.distributed.world import ALONE
-from wrinklefree.methods.trm import DimensionCompressor
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking import compressor, gathering, loading
 from wrinklefree.thinking.bench import open_bench
 from wrinklefree.thinking.gathering import Gathered
+from wrinklefree.thinking.moments import Moments, principal_axes, tied_error, weighted_code
+from wrinklefree.thinking.network import DimensionCompressor
+from wrinklefree.thinking.reading import compare_readings
 from wrinklefree.thinking.reconstruction import (
     TRAINED_METRICS,
     MarkedStream,
@@ -37,7 +38,6 @@ from wrinklefree.thinking.reconstruction import (
     added,
     mark,
     metrics,
-    reading,
     real_states,
     sums_of,
 )
@@ -101,11 +101,11 @@ def gathered(states: Tensor) -> Gathered:
 
 def config(*more: str) -> Config:
     """A run on the toy model in the working folder."""
-    given = ["training=trm_compressor", "model=./toy", "data=local", "data.path=text", f"method.d_compressed={SIZE}"]
+    given = ["training=trm_compressor", "model=./toy", "data=local", "data.path=text", f"thinking.d_compressed={SIZE}"]
     given += [
         "training.max_seq_length=16",
         "training.batch_size=4",
-        "method.moment_tokens=512",
+        "thinking.moment_tokens=512",
         "output_dir=run",
         *SMALL,
     ]
@@ -115,7 +115,7 @@ def config(*more: str) -> Config:
 def script(*words: str) -> int:
     """`python -m src.train.phase1_compressor` in this process; its exit code."""
     try:
-        SCRIPT["cli"].reported(lambda: SCRIPT["run"](SCRIPT["arguments"](list(words))))
+        SCRIPT["cli"].reported(lambda: SCRIPT["carry_out"](SCRIPT["arguments"](list(words))))
     except typer.Exit as ended:
         return ended.exit_code
     return 0
@@ -216,7 +216,7 @@ def test_training_comes_near_pca_and_not_below(states: Tensor) -> None:
 def test_fisher_has_the_least_error_in_its_metric_and_less_kl(decoder: BodyAndHead, states: Tensor) -> None:
     """Less than PCA and a random metric in its objective; and in the KL itself, which that stands for."""
     stream = MarkedStream(Repeated(rows(64)), PAD)
-    found = gathering.gather(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
+    found = gathering.gather_moments(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
     assert found.mean_metric is not None
     noise = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     codes = {
@@ -239,11 +239,11 @@ def test_fisher_has_the_least_error_in_its_metric_and_less_kl(decoder: BodyAndHe
 def test_the_fisher_metric_is_the_kl_to_second_order(decoder: BodyAndHead, states: Tensor) -> None:
     """Of small errors that know nothing of the state."""
     stream = MarkedStream(Repeated(rows(64)), PAD)
-    found = gathering.gather(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
+    found = gathering.gather_moments(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
     objective = Reconstruction(DimensionCompressor(WIDTH, SIZE), decoder, "fisher", found.mean_metric)
     rebuilt = states + 0.1 * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
     assert objective.loss(states, rebuilt).item() == pytest.approx(
-        reading(decoder, states, rebuilt).kl.item(), rel=0.02
+        compare_readings(decoder, states, rebuilt).kl.item(), rel=0.02
     )
 
 
@@ -262,7 +262,9 @@ class Repeated:
 
 def test_kl_trains_the_kl(folder: Path) -> None:
     """From PCA, which it leaves behind."""
-    compressor.run(config("method.objective=kl", "training.max_steps=60", "training.keep_best=true"), False)
+    compressor.make_compressor(
+        config("thinking.objective=kl", "training.max_steps=60", "training.keep_best=true"), False
+    )
     figures = json.loads(Path("run/results.json").read_text())
     assert figures["kl"] < figures["pca"]["kl"]
 
@@ -271,9 +273,9 @@ def test_kl_trains_the_kl(folder: Path) -> None:
 
 
 def test_a_run_is_pca_of_all_the_states_it_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    final = compressor.run(config(), False)
+    final = compressor.make_compressor(config(), False)
     thinker, _ = loading.load_thinker(final)
-    read = gathering.read(final)
+    read = gathering.read_gathered(final)
     assert int(read.moments.count) == 512
     axes = principal_axes(read.moments.second)[1][:SIZE]
     torch.testing.assert_close(thinker.compressor.weight.double(), axes, atol=1e-6, rtol=0)
@@ -286,28 +288,27 @@ def test_a_run_is_pca_of_all_the_states_it_read(folder: Path, capsys: pytest.Cap
     assert "wrote run/" in printed
     assert "next: wf trm pairs" in printed
     with pytest.raises(UserError, match="already holds a run"):
-        compressor.run(config(), False)
-    compressor.run(config(), True)
+        compressor.make_compressor(config(), False)
+    compressor.make_compressor(config(), True)
 
 
 def test_the_pass_sees_every_block_once_however_it_is_cut(folder: Path) -> None:
     """Batches of 3 or 7 of 25 blocks, and all states at once: one covariance."""
-    settings = ["method.moment_tokens=400", "training.batch_size="]
+    settings = ["thinking.moment_tokens=400", "training.batch_size="]
     found = [
-        open_bench(one, ALONE).gather(one).moments
-        for one in (config(settings[0], settings[1] + size) for size in ("3", "7"))
+        open_bench(one).gather().moments for one in (config(settings[0], settings[1] + size) for size in ("3", "7"))
     ]
     assert [int(moments.count) for moments in found] == [400, 400]
     torch.testing.assert_close(found[0].outer, found[1].outer, rtol=1e-5, atol=1e-4)
     one = config(settings[0], settings[1] + "25")
-    bench = open_bench(one, ALONE)
-    x = real_states(bench.decoder, next(bench.stream(one))).double()
+    bench = open_bench(one)
+    x = real_states(bench.decoder, next(bench.stream())).double()
     torch.testing.assert_close(found[0].covariance, torch.cov(x.T, correction=0), rtol=1e-4, atol=1e-5)
 
 
 def test_text_is_not_counted_over_and_over(folder: Path) -> None:
-    one = config("method.moment_tokens=1000000")
-    count = int(open_bench(one, ALONE).gather(one).moments.count)
+    one = config("thinking.moment_tokens=1000000")
+    count = int(open_bench(one).gather().moments.count)
     assert 2000 < count < 2600  # 57 documents of 41 tokens, and the rest of the last batch
 
 
@@ -338,11 +339,11 @@ def test_stage_1b_solves_the_mixture(folder: Path) -> None:
     lines = (json.dumps({"text": " ".join(f"w{(3 * n + i) % 20}" for i in range(30))}) for n in range(40))
     thoughts.write_text("\n".join(lines))
     assert script(*toy_script()) == 0
-    again = [word for word in toy_script("--stage", "1b", "method.thought_share=0.25") if word != "data.path=text"]
+    again = [word for word in toy_script("--stage", "1b", "thinking.thought_share=0.25") if word != "data.path=text"]
     assert script(*again, f"data.path={thoughts}") == 0
-    first, second = (gathering.read(folder / "out" / f"stage{stage}_final").moments for stage in ("1a", "1b"))
-    one = config(f"data.path={thoughts}", "method.moment_tokens=1024")
-    alone = open_bench(one, ALONE).gather(one).moments
+    first, second = (gathering.read_gathered(folder / "out" / f"stage{stage}_final").moments for stage in ("1a", "1b"))
+    one = config(f"data.path={thoughts}", "thinking.moment_tokens=1024")
+    alone = open_bench(one).gather().moments
     expected = 0.75 * first.second + 0.25 * alone.second
     torch.testing.assert_close(second.second, expected, rtol=1e-4, atol=1e-5)
     thinker, _ = loading.load_thinker(folder / "out" / "stage1b_final.pt")  # as the guide writes it
@@ -352,9 +353,9 @@ def test_stage_1b_solves_the_mixture(folder: Path) -> None:
 
 
 def test_stage_1b_from_random_weights_goes_on_from_stage_1a(folder: Path) -> None:
-    compressor.run(config(), False)
-    more = ["method.init=orthogonal", "training.start_from=[run/final.pt]", "output_dir=second"]
-    compressor.run(config(*more), False)
+    compressor.make_compressor(config(), False)
+    more = ["thinking.init=orthogonal", "training.start_from=[run/final.pt]", "output_dir=second"]
+    compressor.make_compressor(config(*more), False)
     first, second = (loading.load_thinker(Path(name))[0].compressor.weight for name in ("run", "second"))
     assert torch.equal(first, second)
 
@@ -379,10 +380,10 @@ def test_a_sweep_is_one_pass_and_leaves_a_table_and_a_plot(folder: Path, capsys:
 
 
 def test_a_resumed_training_ends_the_same(folder: Path) -> None:
-    steps = ["method.init=orthogonal", "training.max_steps=6", "training.save_interval=3"]
-    compressor.run(config(*steps), False)
+    steps = ["thinking.init=orthogonal", "training.max_steps=6", "training.save_interval=3"]
+    compressor.make_compressor(config(*steps), False)
     again = ["output_dir=again", "training.resume_from=run/checkpoints/step_3.pt"]
-    compressor.run(config(*steps, *again), False)
+    compressor.make_compressor(config(*steps, *again), False)
     whole, halves = (loading.load_thinker(Path(name))[0].compressor.weight for name in ("run", "again"))
     assert torch.equal(whole, halves)
 
@@ -420,13 +421,13 @@ def test_what_a_user_can_mend_is_one_line(folder: Path, capsys: pytest.CaptureFi
 # --- the guide
 
 GUIDE = {
-    "python -m src.train.phase1_compressor --stage 1a": {"method.d_compressed": 256, "training.max_steps": 0},
-    "python -m src.train.phase1_compressor --stage 1a --d_compressed 512": {"method.d_compressed": 512},
+    "python -m src.train.phase1_compressor --stage 1a": {"thinking.d_compressed": 256, "training.max_steps": 0},
+    "python -m src.train.phase1_compressor --stage 1a --d_compressed 512": {"thinking.d_compressed": 512},
     "python -m src.train.phase1_compressor --stage 1b": {
         "training.start_from": ["checkpoints/phase1/stage1a_final"],
         "data.split": "OpenThoughts3_1.2M_think",
     },
-    "accelerate launch -m src.train.phase1_compressor --stage 1a --d_compressed 256": {"method.d_compressed": 256},
+    "accelerate launch -m src.train.phase1_compressor --stage 1a --d_compressed 256": {"thinking.d_compressed": 256},
     "accelerate launch --num_processes 4 -m src.train.phase1_compressor --stage 1a": {"data.source": "hub"},
     "python -m src.train.phase1_compressor --sweep": {"output_dir": "checkpoints/phase1"},
     "python -m src.train.phase1_compressor --sweep --sweep_d_values 128 256 384 512": {},
@@ -448,11 +449,11 @@ GUIDE = {
         "training.scheduler.name": "cosine",
         "training.gradient_clipping": 1.0,
         "training.keep_best": False,
-        "method.moment_tokens": 1_000_000,
+        "thinking.moment_tokens": 1_000_000,
     },
     "python -m src.train.phase1_compressor --objective kl": {"training.max_steps": 10 * 50000 // 32},
     "python -m src.train.phase1_compressor --learning_rate 5e-4": {"training.optimizer.lr": 5e-4},
-    "python -m src.train.phase1_compressor --num_samples 2000": {"method.moment_tokens": 2000 * 512},
+    "python -m src.train.phase1_compressor --num_samples 2000": {"thinking.moment_tokens": 2000 * 512},
     "python -m src.train.phase1_compressor --max_seq_length 128": {"training.max_seq_length": 128},
     "python -m src.train.phase1_compressor --output_dir ./elsewhere": {"output_dir": "elsewhere/stage1a"},
     "python -m src.train.phase1_compressor --seed 7": {"seed": 7},

@@ -31,7 +31,7 @@ def test_every_setting_is_described(key: str) -> None:
 
 def test_no_described_setting_is_unknown() -> None:
     described = re.findall(
-        r"^\| `((?:model|data|training|distillation|method)\.[\w.]+)` \|", CONFIGURATION, re.MULTILINE
+        r"^\| `((?:model|data|training|distillation|method|thinking)\.[\w.]+)` \|", CONFIGURATION, re.MULTILINE
     )
     assert described
     assert set(described) <= set(settings()) | {"model.architecture"}

@@ -16,7 +16,7 @@ from wrinklefree.commands import export as export_command
 from wrinklefree.config.compose import config_yaml
 from wrinklefree.config.schema import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import Method, quant_layers
+from wrinklefree.core.method import QuantMethod, quant_layers
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.models import find
 from wrinklefree.models.find import model_folder, resolve_pretrained
@@ -33,7 +33,7 @@ def _method() -> Iterator[None]:
         yield
 
 
-def config(method: Method | None) -> Config:
+def config(method: QuantMethod | None) -> Config:
     return Config(
         output_dir="unused",
         model=ModelConfig(name="tiny", pretrained="unused"),

@@ -20,24 +20,26 @@ from tiny import llama
 from torch import Tensor
 from toyrun import rows
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
+from wrinklefree.cli import app
 from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.schema import Config
+from wrinklefree.config.thinking import GRPOConfig, NetworkConfig, PairsConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.moments import Moments, tied_code
-from wrinklefree.core.thinking import GRPOConfig, NetworkConfig, PairsConfig
 from wrinklefree.data import chains, problems
 from wrinklefree.data.packing import encode, make_batch, pack_whole
 from wrinklefree.data.problems import Problem, same_answer
 from wrinklefree.evaluate.paired import mcnemar, quantile
-from wrinklefree.methods.trm import LatentThinker, RecursiveNetwork, ThinkerConfig
 from wrinklefree.models.load import load_model
 from wrinklefree.objectives.language_model import BodyAndHead
-from wrinklefree.runs import prerequisites
-from wrinklefree.thinking import compare, hidden_pairs, loading, pairs, stages, tags
+from wrinklefree.runs import launch, prerequisites
+from wrinklefree.thinking import compare, hidden_pairs, loading, pairs, pairs_stage, stages, tags
 from wrinklefree.thinking.grpo import GRPO, group_advantages, policy_loss
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, Pair
 from wrinklefree.thinking.injection import fit_adapter
+from wrinklefree.thinking.moments import Moments, tied_code
+from wrinklefree.thinking.network import LatentThinker, RecursiveNetwork, ThinkerConfig, make_thinker
 from wrinklefree.thinking.recursion import Recursion, prompt_of, read, read_out
 from wrinklefree.thinking.reply import reply
 from wrinklefree.thinking.speech import Speaker
@@ -72,7 +74,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "lm")
     TOKENIZER.save_pretrained(folder / "lm")
     compressor(folder, model)
-    stages.make_pairs(resolved(folder, "trm_pairs"), force=False)
+    pairs_stage.make_pairs(resolved(folder, "trm_pairs"), force=False)
     return folder
 
 
@@ -82,7 +84,7 @@ def compressor(folder: Path, model: LlamaForCausalLM) -> None:
     documents = encode(TOKENIZER, chains.examples("train")[:200])
     with torch.no_grad():
         moments.add(decoder.states(make_batch(pack_whole(documents, 128, 0))).flatten(0, 1))
-        thinker = config.method.prepare(model)
+        thinker = make_thinker(model, loading.settings_of(config))
         thinker.compressor.weight.copy_(tied_code(moments, 32))
     checkpoint.save(Path(config.output_dir) / "final", thinker, TOKENIZER, config_yaml(config), None)
 
@@ -107,9 +109,9 @@ def overrides(folder: Path, training: str, *more: str) -> list[str]:
         "experiment=toy",
         f"output_root={folder}",
         "training.precision=fp32",
-        "method.d_compressed=32",
-        *(f"method.network.{key}={value}" for key, value in network.items()),
-        *(f"method.pairs.{key}={value}" for key, value in made.items()),
+        "thinking.d_compressed=32",
+        *(f"thinking.network.{key}={value}" for key, value in network.items()),
+        *(f"thinking.pairs.{key}={value}" for key, value in made.items()),
     ]
     if training in ("trm_recursion", "trm_injection", "trm_grpo"):
         steps = {"max_steps": 4, "batch_size": 4, "log_interval": 1, "eval_interval": 2, "eval_examples": 10}
@@ -230,7 +232,7 @@ def test_a_model_without_the_tags_is_refused() -> None:
     from tiny import tokenizer
 
     with pytest.raises(UserError, match="no single tokens <think> and </think>"):
-        tags.find(tokenizer())
+        tags.find_tags(tokenizer())
 
 
 # Hidden pairs.
@@ -301,7 +303,7 @@ def test_nothing_is_thought_about_twice(toy: Path, tmp_path: Path) -> None:
     (folder / "train-00000.safetensors").unlink()
     with pytest.raises(UserError, match="no hidden pairs"):
         HiddenPairs(folder, "train")
-    stages.make_pairs(resolved(tmp_path / "again", "trm_pairs", f"model.pretrained={toy / 'lm'}"), force=False)
+    pairs_stage.make_pairs(resolved(tmp_path / "again", "trm_pairs", f"model.pretrained={toy / 'lm'}"), force=False)
     records = pairs.read_thoughts(folder)
     keys = [(r["split"], r["id"], r["sample"]) for r in records]
     assert len(set(keys)) == len(keys) == len(lines)
@@ -315,7 +317,7 @@ def test_nothing_is_thought_about_twice(toy: Path, tmp_path: Path) -> None:
 
 def test_other_settings_do_not_go_on_with_these_thoughts(toy: Path) -> None:
     with pytest.raises(UserError, match="begun with another model, compressor or"):
-        stages.make_pairs(resolved(toy, "trm_pairs", "method.pairs.temperature=0.5"), force=False)
+        pairs_stage.make_pairs(resolved(toy, "trm_pairs", "thinking.pairs.temperature=0.5"), force=False)
 
 
 def test_what_is_not_kept_is_counted() -> None:
@@ -341,8 +343,10 @@ def test_what_is_not_kept_is_counted() -> None:
 def test_an_empty_split_says_why(toy: Path, tmp_path: Path) -> None:
     shutil.copytree(toy / "toy_trm_compressor", tmp_path / "short_trm_compressor")
     with pytest.raises(UserError, match=r"no thought of the train split can be kept \(\d+ no closing tag"):
-        stages.make_pairs(
-            resolved(toy, "trm_pairs", "method.pairs.max_new_tokens=1", "experiment=short", f"output_root={tmp_path}"),
+        pairs_stage.make_pairs(
+            resolved(
+                toy, "trm_pairs", "thinking.pairs.max_new_tokens=1", "experiment=short", f"output_root={tmp_path}"
+            ),
             force=False,
         )
 
@@ -384,7 +388,7 @@ def test_a_broken_or_foreign_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_states_that_fp16_does_not_hold_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="beyond what fp16 holds"):
+    with pytest.raises(UserError, match="too large for fp16"):
         hidden_pairs.write_shard(tmp_path / "x", [some_pairs()[0]._replace(thoughts=torch.full((1, 4), 1e5))], "key")
 
 
@@ -419,7 +423,7 @@ def test_padding_on_either_side_changes_nothing() -> None:
 
 
 def test_rotary_angles_turn_by_the_distance() -> None:
-    from wrinklefree.methods.trm import rotate
+    from wrinklefree.thinking.network import rotate
 
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8)
@@ -486,12 +490,12 @@ def test_each_sample_halts_by_itself(mode: str) -> None:
     begun += [model.average.read(model.average.recurse(context, *model.average.begin(context))[0])[1]]
     with torch.no_grad():  # some halt at once, the others later or never
         model.average.halt.bias.copy_(-begun[mode == "final"].sort().values[3:5].mean())
-    thoughts, made = model.think(states, mask)
-    counts = made.sum(1)
+    thoughts, soft_mask = model.think(states, mask)
+    counts = soft_mask.sum(1)
     assert len(set(counts.tolist())) > 1
     for i in range(8):
-        alone, made_alone = model.think(states[i : i + 1, : lengths[i]], mask[i : i + 1, : lengths[i]])
-        assert made_alone.sum() == counts[i]
+        alone, mask_alone = model.think(states[i : i + 1, : lengths[i]], mask[i : i + 1, : lengths[i]])
+        assert mask_alone.sum() == counts[i]
         torch.testing.assert_close(alone[0, : counts[i]], thoughts[i, : counts[i]], atol=1e-5, rtol=1e-5)
 
 
@@ -601,10 +605,10 @@ def test_read_out_of_true_thoughts_is_the_model_itself(
 def test_a_written_thought_as_embeddings_is_the_written_thought(speaker: Speaker, train: HiddenPairs) -> None:
     """The answer after a prefix, its cache and embedded words is that of generating from the text."""
     prompts = [pair.prompt_ids.tolist() for pair in train.pairs[:5]]
-    middles = [speaker.embed(pair.thought_ids.long()) for pair in train.pairs[:5]]
-    made = torch.nn.utils.rnn.pad_sequence([torch.ones(len(m), dtype=torch.bool) for m in middles], batch_first=True)
-    soft = torch.nn.utils.rnn.pad_sequence(middles, batch_first=True)
-    said = speaker.answer(speaker.prefill(prompts), soft, made, 6)
+    thoughts = [speaker.embed(pair.thought_ids.long()) for pair in train.pairs[:5]]
+    masks = [torch.ones(len(thought), dtype=torch.bool) for thought in thoughts]
+    soft_tokens, soft_mask = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (thoughts, masks))
+    said = speaker.answer(speaker.prefill(prompts), soft_tokens, soft_mask, 6)
     for pair, answer in zip(train.pairs[:5], said, strict=True):
         ids = torch.cat([pair.prompt_ids, pair.thought_ids, torch.tensor([speaker.tags.close])]).long()[None]
         out = speaker.model.generate(
@@ -639,8 +643,8 @@ def test_a_prefix_serves_again_and_many_times(speaker: Speaker, train: HiddenPai
 def test_forced_states_are_those_of_a_plain_pass(speaker: Speaker, train: HiddenPairs) -> None:
     some = train.pairs[:4]
     prompts, answers = ([getattr(pair, name).long() for pair in some] for name in ("prompt_ids", "answer_ids"))
-    middles = [speaker.embed(pair.thought_ids.long()) for pair in some]
-    states = speaker.states(prompts, middles, answers)
+    thoughts = [speaker.embed(pair.thought_ids.long()) for pair in some]
+    states = speaker.states(prompts, thoughts, answers)
     expected = []
     for pair in some:
         ids = torch.cat([pair.prompt_ids, pair.thought_ids, torch.tensor([speaker.tags.close]), pair.answer_ids]).long()
@@ -771,9 +775,11 @@ def test_the_format_counts_where_it_is_asked_for(thinker: LatentThinker, speaker
 @pytest.fixture(scope="module")
 def trained(toy: Path) -> Path:
     """The toy after recursion, injection and grpo, a few steps each."""
-    stages.recursion(resolved(toy, "trm_recursion"), force=False)
-    stages.injection(resolved(toy, "trm_injection"), force=False)
-    stages.grpo(resolved(toy, "trm_grpo", "method.grpo.group_size=4", "method.grpo.max_answer_tokens=3"), force=False)
+    stages.train_network(resolved(toy, "trm_recursion"), force=False)
+    stages.train_adapter(resolved(toy, "trm_injection"), force=False)
+    stages.reinforce(
+        resolved(toy, "trm_grpo", "thinking.grpo.group_size=4", "thinking.grpo.max_answer_tokens=3"), force=False
+    )
     return toy
 
 
@@ -811,9 +817,9 @@ def test_grpo_never_ends_below_its_start(trained: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["recursion", "injection", "grpo"])
 def test_an_interrupted_stage_resumes_to_the_same_bits(trained: Path, tmp_path: Path, stage: str) -> None:
-    more = ["training.save_interval=2", "method.grpo.group_size=4", "method.grpo.max_answer_tokens=3"]
+    more = ["training.save_interval=2", "thinking.grpo.group_size=4", "thinking.grpo.max_answer_tokens=3"]
     more += ["training.keep_best=false", "training.patience=0"]
-    run = {"recursion": stages.recursion, "injection": stages.injection, "grpo": stages.grpo}[stage]
+    run = {"recursion": stages.train_network, "injection": stages.train_adapter, "grpo": stages.reinforce}[stage]
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(resolved(trained, f"trm_{stage}", *more, f"output_dir={whole}"), False)
     shutil.copytree(whole, again)
@@ -843,7 +849,7 @@ def test_two_processes_make_the_pairs_of_one_and_train_alike(toy: Path, tmp_path
     for shard in sorted(expected.glob("*.safetensors")):
         one, two = load_file(shard), load_file(made / shard.name)
         assert all(torch.equal(one[name], two[name]) for name in one)
-    stages.recursion(resolved(tmp_path, "trm_recursion", f"output_dir={tmp_path / 'one'}"), False)
+    stages.train_network(resolved(tmp_path, "trm_recursion", f"output_dir={tmp_path / 'one'}"), False)
     for mine, one in zip(rows(tmp_path / "toy_trm_recursion"), rows(tmp_path / "one"), strict=True):
         assert float(mine["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=0.02)  # noise is each one's own
 
@@ -870,11 +876,53 @@ def test_a_thinker_answers_a_question(trained: Path) -> None:
 
 
 def test_settings_that_an_earlier_stage_fixed_are_taken_over_or_refused(trained: Path) -> None:
-    config = resolved(trained, "trm_injection", "method.d_compressed=256")
+    config = resolved(trained, "trm_injection", "thinking.d_compressed=256")
     loading.inherit(config, trained / "toy_trm_recursion")
-    assert config.method.d_compressed == 32
-    with pytest.raises(UserError, match=r"method.d_compressed: .* was made with 32"):
-        loading.inherit(resolved(trained, "trm_injection", "method.d_compressed=16"), trained / "toy_trm_recursion")
+    assert loading.settings_of(config).d_compressed == 32
+    with pytest.raises(UserError, match=r"thinking.d_compressed: .* was made with 32"):
+        loading.inherit(resolved(trained, "trm_injection", "thinking.d_compressed=16"), trained / "toy_trm_recursion")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "method.pairs.shard_size=1",
+            "method.pairs.shard_size: unknown key (did you mean 'thinking.pairs.shard_size'?)",
+        ),
+        ("method.d_compressed=64", "method.d_compressed: unknown key (did you mean 'thinking.d_compressed'?)"),
+        ("method.init=pca", "method.init: unknown key (did you mean 'thinking.init'?)"),
+        ("method.grpo.updatez=4", "method.grpo.updatez: unknown key (did you mean 'thinking.grpo.updates'?)"),
+        ("method=fairy2", "method=fairy2: a thinker has no method; name a quantized model by model=FOLDER"),
+        (
+            "thinking=x",
+            "thinking=x: a training chooses this section; give its settings, as in thinking.d_compressed=64",
+        ),
+    ],
+)
+def test_settings_in_the_section_of_methods_are_one_line(override: str, message: str) -> None:
+    result = CliRunner().invoke(app, ["trm", "pairs", "model=chains", override])
+    assert (result.exit_code, result.stderr) == (2, f"error: {message}\n")
+
+
+@pytest.mark.parametrize("training", ["fairy2_w2", "full_precision"])
+def test_settings_of_a_thinker_are_refused_by_other_trainings(training: str) -> None:
+    with pytest.raises(UserError, match=r"^thinking\.d_compressed: has no effect, .* no section 'thinking'$"):
+        load_config([f"training={training}", "thinking.d_compressed=64"])
+    with pytest.raises(UserError, match="a stage of LLM-TRM, which `wf trm` runs"):
+        launch.run_stage(["model=chains", "training=trm_recursion"])
+
+
+def test_a_thinker_of_version_0_1_is_read(toy: Path, tmp_path: Path) -> None:
+    """Its settings were the method's, and there was no other section for them."""
+    shutil.copytree(toy / "toy_trm_compressor" / "final", tmp_path / "old")
+    file = tmp_path / "old" / checkpoint.CONFIG
+    lines = [line for line in file.read_text().splitlines() if line != "method: null"]
+    file.write_text("\n".join("method:" if line == "thinking:" else line for line in lines))
+    assert "\nthinking:" not in file.read_text()
+    (thinker, config), (_, today) = map(loading.load_thinker, (tmp_path / "old", toy / "toy_trm_compressor"))
+    assert config == today
+    assert loading.settings_of(config).d_compressed == len(thinker.compressor.weight) == 32
 
 
 def test_a_broken_thinker_is_one_line(trained: Path, tmp_path: Path) -> None:
@@ -887,9 +935,9 @@ def test_a_broken_thinker_is_one_line(trained: Path, tmp_path: Path) -> None:
 
 def test_stages_name_what_has_to_come_first(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trm_pairs needs trm_compressor"):
-        stages.make_pairs(resolved(toy, "trm_pairs", f"output_root={tmp_path}"), force=False)
+        pairs_stage.make_pairs(resolved(toy, "trm_pairs", f"output_root={tmp_path}"), force=False)
     with pytest.raises(UserError, match=r"trm_grpo needs trm_injection, and .* run `wf trm inject model=[^`]*`$"):
-        stages.grpo(resolved(toy, "trm_grpo", f"output_root={tmp_path}"), force=False)
+        stages.reinforce(resolved(toy, "trm_grpo", f"output_root={tmp_path}"), force=False)
 
 
 @pytest.mark.slow
@@ -900,8 +948,8 @@ def test_the_whole_chain_thinks_in_latents_what_it_thought_in_words(tmp_path: Pa
 
     given = ["model=chains", f"output_root={tmp_path}"]
     pretrain.run(given)
-    phase1.run(load_config([*given, "training=trm_compressor"]), False)
-    chain = {"pairs": stages.make_pairs, "recursion": stages.recursion, "injection": stages.injection}
+    phase1.make_compressor(load_config([*given, "training=trm_compressor"]), False)
+    chain = {"pairs": pairs_stage.make_pairs, "recursion": stages.train_network, "injection": stages.train_adapter}
     for name, stage in {**chain, "eval": compare.compare_ways}.items():
         stage(load_config([*given, f"training=trm_{name}"]), False)
     values = json.loads((tmp_path / "chains_trm_eval" / "results.json").read_text())

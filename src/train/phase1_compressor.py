@@ -6,11 +6,11 @@
   python -m src.train.phase1_compressor --model_name tiny data=stdlib       offline, on a CPU
 
 By default (--init pca) nothing is trained: one pass over num_samples sequences gives the weights with the least squared
-error, which training can only approach. --init orthogonal trains from random weights as the guide does: num_epochs x
+error, which training can only approach. --init orthogonal trains random weights as the guide does: num_epochs x
 num_samples sequences, AdamW, cosine.
 
 Several GPUs: accelerate launch, or torchrun --nproc_per_node=N -m src.train.phase1_compressor. Several CPU processes:
-torchrun. The same as `wf trm compressor`, whose settings can follow as KEY=VALUE.
+torchrun. `wf trm compressor` does the same work, and each of its settings can follow the flags as KEY=VALUE.
 """
 
 import argparse
@@ -38,8 +38,8 @@ log = logging.getLogger("wrinklefree")
 MODEL = "HuggingFaceTB/SmolLM3-3B"
 SWEEP = [64, 128, 256, 512, 1024]
 LENGTH, EPOCHS, LR = 512, 10, 1e-3
-ACCUMULATION = 4  # upstream's, where the guide has no flag
-MOMENT_TOKENS = 1_000_000  # where PCA is but what training is compared with
+ACCUMULATION = 4  # upstream's number; the guide has no flag for it
+MOMENT_TOKENS = 1_000_000  # at most, if PCA is only what the trained weights are compared with
 
 # The text of the stages: educational web pages; SmolLM3's own thoughts.
 TEXT = {
@@ -54,6 +54,7 @@ TEXT = {
 
 
 def parser() -> argparse.ArgumentParser:
+    """The guide's flags, and KEY=VALUE settings behind them."""
     made = argparse.ArgumentParser(
         prog="python -m src.train.phase1_compressor",
         description=__doc__,
@@ -67,22 +68,27 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--num_epochs",
         type=int,
-        help=f"passes to train for (default: {EPOCHS} with --init orthogonal or --objective kl; 0 where PCA or fisher "
-        "solve for the weights, which training then improves only by a number given here)",
+        help=f"passes to train for (default: {EPOCHS} with --init orthogonal or --objective kl; 0 if PCA or fisher "
+        "solve for the weights, which training improves only if a number is given here)",
     )
     add("--learning_rate", type=float, help=f"of AdamW (default {LR})")
     add("--num_samples", type=int, default=50000, help="sequences a pass; PCA needs far fewer (default 50000)")
     add("--max_seq_length", type=int, help=f"tokens a sequence (default {LENGTH}, or all that the model can)")
     add("--output_dir", type=Path, default=Path("./checkpoints/phase1"), help="(default ./checkpoints/phase1)")
     add("--seed", type=int, default=42, help="(default 42)")
-    add("--use_wandb", action="store_true", default=None, help="log to W&B (default, where the package is there)")
-    add("--no_wandb", dest="use_wandb", action="store_false", help="do not")
+    add("--use_wandb", action="store_true", default=None, help="log to W&B (the default, if the package is installed)")
+    add("--no_wandb", dest="use_wandb", action="store_false", help="do not log to W&B")
     add("--wandb_project", default="llm-trm-phase1", help="(default llm-trm-phase1)")
     add("--wandb_run_name", help="(default: of D', batch size, learning rate and stage)")
     add("--sweep", action="store_true", help="a compressor of every D' in --sweep_d_values")
     add("--sweep_d_values", nargs="+", default=SWEEP, metavar="D'", help="(default 64 128 256 512 1024)")
-    add("--init", choices=["pca", "orthogonal"], default="pca", help="where the weights begin (default pca)")
-    add("--objective", choices=["mse", "kl", "fisher"], default="mse", help="what for (default mse)")
+    add("--init", choices=["pca", "orthogonal"], default="pca", help="how the weights begin (default pca)")
+    add(
+        "--objective",
+        choices=["mse", "kl", "fisher"],
+        default="mse",
+        help="what the compressor is optimal for (default mse)",
+    )
     add("--num_workers", type=int, help=argparse.SUPPRESS)
     add("--force", action="store_true", help="replace what is there")
     add("--dry-run", action="store_true", help="print the settings, then stop")
@@ -91,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line; settings may stand anywhere, also behind the numbers of a sweep."""
+    """Read the command line. Settings may stand anywhere, also behind the numbers of a sweep."""
     made = parser()
     args = made.parse_intermixed_args(words)
     words = [str(word) for word in args.sweep_d_values]
@@ -115,7 +121,7 @@ def resolve(args: argparse.Namespace) -> Config:
     if not given(args, "training.max_steps"):
         config.training.max_steps = steps(args, config)
     if config.training.max_steps and args.init == "pca":
-        config.training.keep_best = True  # the start is the optimum, or near it: never end with something worse
+        config.training.keep_best = True  # the start is near the optimum, so training may make it worse
     if not config.training.max_steps and args.learning_rate is not None:
         log.info("--learning_rate: nothing is trained, so it has no effect; --num_epochs N trains on from PCA")
     if args.stage == "1b":
@@ -124,7 +130,7 @@ def resolve(args: argparse.Namespace) -> Config:
 
 
 def given(args: argparse.Namespace, key: str) -> bool:
-    """Whether a setting stands at the end of the command line."""
+    """Whether a setting is given as KEY=VALUE."""
     return any(setting.partition("=")[0] == key for setting in args.settings)
 
 
@@ -137,10 +143,10 @@ def overrides(args: argparse.Namespace) -> list[str]:
     values = {
         "seed": args.seed,
         "output_dir": args.output_dir if args.sweep else args.output_dir / f"stage{args.stage}",
-        "method.d_compressed": args.d_compressed,
-        "method.init": args.init,
-        "method.objective": args.objective,
-        "method.moment_tokens": tokens if solved else min(tokens, MOMENT_TOKENS),
+        "thinking.d_compressed": args.d_compressed,
+        "thinking.init": args.init,
+        "thinking.objective": args.objective,
+        "thinking.moment_tokens": tokens if solved else min(tokens, MOMENT_TOKENS),
         "training.batch_size": args.batch_size,
         "training.gradient_accumulation_steps": ACCUMULATION,
         "training.max_seq_length": length,
@@ -156,7 +162,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
 
 
 def wandb_wanted(args: argparse.Namespace) -> bool:
-    """On where nothing is said, but for a machine without the package; asked for without it is an error further on."""
+    """Whether to log to W&B: what the flags say, or else whether the package is installed."""
     if args.use_wandb is None and importlib.util.find_spec("wandb") is None:
         log.info("W&B is off: the package is not installed (pip install 'wrinklefree[wandb]'); --no_wandb says so")
         return False
@@ -164,7 +170,7 @@ def wandb_wanted(args: argparse.Namespace) -> bool:
 
 
 def longest(model: str) -> int:
-    """The default length: the guide's, or all positions of a model with fewer."""
+    """The default length: the guide's, or all positions of a model that has fewer."""
     folder = at_hand(load_config([f"model={model}"]).model.pretrained)
     file = None if folder is None else model_folder(folder) / "config.json"
     if file is None or not file.is_file():
@@ -174,7 +180,7 @@ def longest(model: str) -> int:
 
 
 def steps(args: argparse.Namespace, config: Config) -> int:
-    """Optimizer steps of all epochs, with what all processes together read in one."""
+    """The optimizer steps of all epochs; one step reads a batch on every process."""
     solved = args.init == "pca" and args.objective != "kl"
     epochs = args.num_epochs if args.num_epochs is not None else 0 if solved else EPOCHS
     t, processes = config.training, int(os.environ.get("WORLD_SIZE", "1"))
@@ -182,21 +188,21 @@ def steps(args: argparse.Namespace, config: Config) -> int:
     return max(1, epochs * args.num_samples // sequences) if epochs else 0
 
 
-def run(args: argparse.Namespace) -> None:
-    """What the flags say."""
+def carry_out(args: argparse.Namespace) -> None:
+    """Do what the flags say. Raises UserError for anything that the user can mend."""
     config = resolve(args)
     if args.dry_run:
         print(config_yaml(config), end="")
         log.info("dry run: nothing was trained or written")
         return
     check(args)
-    from wrinklefree.thinking import compressor
+    from wrinklefree.thinking.compressor import make_compressor, sweep_compressors
 
     if args.sweep:
-        compressor.sweep(config, args.sweep_d_values, args.force)
+        sweep_compressors(config, args.sweep_d_values, args.force)
         folders = {Path(f): Path(f) for f in args.output_dir.glob("d[0-9]*") if int(f.name[1:]) in args.sweep_d_values}
     else:
-        compressor.run(config, args.force)
+        make_compressor(config, args.force)
         folders = {Path(config.output_dir): args.output_dir}
     if os.environ.get("RANK", "0") == "0":
         for made, out in folders.items():
@@ -204,7 +210,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Say or refuse what is about to go otherwise than expected."""
+    """Refuse what cannot work, and say what will not do what the user expects. Raises UserError."""
     start = args.output_dir / "stage1a_final"
     if args.stage == "1b" and not (start / checkpoint.CONFIG).is_file():
         raise UserError(
@@ -222,7 +228,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def publish(made: Path, out: Path, stage: str) -> Iterator[str]:
-    """Copy what a run left to the guide's names; gives them."""
+    """Copy the checkpoints of a run to the names that the guide has for them; yield these names."""
     copies = {folder: f"stage{stage}_step{folder.name[5:]}" for folder in checkpoint.step_folders(made / "checkpoints")}
     for folder, name in {**copies, made / "final": f"stage{stage}_final"}.items():
         with written_aside(out / name) as aside:
@@ -233,7 +239,7 @@ def publish(made: Path, out: Path, stage: str) -> Iterator[str]:
 def main() -> None:
     args = arguments()
     try:
-        cli.reported(lambda: run(args))
+        cli.reported(lambda: carry_out(args))
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
 

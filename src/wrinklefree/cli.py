@@ -166,7 +166,7 @@ def trm_compressor(
 
     \b
     Example:
-      wf trm compressor model=tiny method.d_compressed=64
+      wf trm compressor model=tiny thinking.d_compressed=64
       wf trm compressor model=tiny --sweep 16,32,64,128
     """
     call("trm", "compressor", overrides or [], force, sweep)
@@ -181,7 +181,7 @@ def trm_pairs(force: Force = False, overrides: Overrides = None) -> None:
     \b
     Example:
       wf trm pairs model=chains
-      wf trm pairs model=smollm3_3b method.pairs.problems=gsm8k method.pairs.max_new_tokens=2048
+      wf trm pairs model=smollm3_3b thinking.pairs.problems=gsm8k thinking.pairs.max_new_tokens=2048
     """
     call("trm", "pairs", overrides or [], force)
 
@@ -193,7 +193,7 @@ def trm_train(force: Force = False, overrides: Overrides = None) -> None:
     \b
     Example:
       wf trm train model=chains training.max_steps=1000
-      wf trm train model=chains method.network.mode=final experiment=chains_final
+      wf trm train model=chains thinking.network.mode=final experiment=chains_final
     """
     call("trm", "train", overrides or [], force)
 
@@ -215,7 +215,7 @@ def trm_grpo(force: Force = False, overrides: Overrides = None) -> None:
 
     \b
     Example:
-      wf trm grpo model=chains method.grpo.group_size=8
+      wf trm grpo model=chains thinking.grpo.group_size=8
     """
     call("trm", "grpo", overrides or [], force)
 

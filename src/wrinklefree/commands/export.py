@@ -8,7 +8,6 @@ from wrinklefree.config.compose import read_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
-from wrinklefree.core.method import QuantMethod
 from wrinklefree.core.text import did_you_mean
 from wrinklefree.data.open import heldout_batches
 from wrinklefree.export.card import card
@@ -102,7 +101,7 @@ def _config(folder: Path) -> Config:
     if not file.is_file():
         raise UserError(f"{folder}: no {checkpoint.CONFIG}, so not a checkpoint that `wf train` wrote")
     config = read_config(file)
-    if not isinstance(config.method, QuantMethod):
+    if config.method is None:
         raise UserError(
             f"{folder}: trained without quantization, so there is nothing to pack: {folder} is a plain model already"
         )

@@ -6,38 +6,39 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 
-# What runs each verb, and the training that its settings come from.
+# For each verb the module in `thinking/` and the function that run it, and the training that has its settings.
 VERBS = {
-    "pairs": ("stages", "make_pairs", "trm_pairs"),
-    "train": ("stages", "recursion", "trm_recursion"),
-    "inject": ("stages", "injection", "trm_injection"),
-    "grpo": ("stages", "grpo", "trm_grpo"),
-    "eval": ("measure", "run", "trm_eval"),
+    "pairs": ("pairs_stage", "make_pairs", "trm_pairs"),
+    "train": ("stages", "train_network", "trm_recursion"),
+    "inject": ("stages", "train_adapter", "trm_injection"),
+    "grpo": ("stages", "reinforce", "trm_grpo"),
+    "eval": ("compare", "compare_ways", "trm_eval"),
 }
 
 
 def run(verb: str, overrides: list[str], force: bool, sweep: str | None = None) -> None:
-    """One stage. Raises UserError for anything the user can mend."""
+    """Run one stage. Raises UserError for anything that the user can mend."""
     if verb == "compressor":
-        compressor(load(overrides, "trm_compressor"), force, sweep)
+        run_compressor(load_stage(overrides, "trm_compressor"), force, sweep)
         return
     module, function, training = VERBS[verb]
     stage = vars(importlib.import_module(f"wrinklefree.thinking.{module}"))[function]
-    stage(load(overrides, training), force)
+    stage(load_stage(overrides, training), force)
 
 
-def compressor(config: Config, force: bool, sweep: str | None) -> None:
-    """One compressor, or one of each width. Raises UserError for widths that are no numbers."""
-    from wrinklefree.thinking import compressor as stage
+def run_compressor(config: Config, force: bool, sweep: str | None) -> None:
+    """Make one compressor, or one of each width in `sweep`. Raises UserError for widths that are no numbers."""
+    from wrinklefree.thinking.compressor import make_compressor, sweep_compressors
 
     if sweep is None:
-        stage.run(config, force)
+        make_compressor(config, force)
         return
     widths = sweep.split(",")
     if not all(width.strip().isdigit() for width in widths):
         raise UserError(f"--sweep {sweep}: numbers with commas in between, such as 64,128,256")
-    stage.sweep(config, [int(width) for width in widths], force)
+    sweep_compressors(config, [int(width) for width in widths], force)
 
 
-def load(overrides: list[str], training: str) -> Config:
+def load_stage(overrides: list[str], training: str) -> Config:
+    """The config of a stage."""
     return load_config([f"training={training}", *overrides])

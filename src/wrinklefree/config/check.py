@@ -3,29 +3,68 @@
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import TypeAdapter, ValidationError
 
 from wrinklefree.config.schema import Config, QuantizationConfig
-from wrinklefree.core import method as methods
+from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import find
 
 
 def check_config(values: Mapping[str, Any]) -> Config:
     """Check plain values against the schema. Raises UserError with one line per mistake."""
-    problems: list[str] = []
+    problems = list(_without_section(values))
     config: Config = _check(Config, dict(values) | {"method": None}, "", problems)
-    method = values.get("method")
-    if method is not None:
-        checked = _check(methods.find(method["name"]), method, "method.", problems)
+    section = values.get("method")
+    method = _check(find(section["name"]), section, "method.", problems) if _is_chosen(section) else None
     if not problems:
-        problems += _cached_kd(config)
+        problems += [*_cached_kd(config), *_thinker(config, method)]
     if not problems:
-        config.method = None if method is None else _quantization(checked, config.model.quantization, problems)
+        config.method = None if method is None else _quantization(method, config.model.quantization, problems)
     if problems:
         raise UserError("\n".join(problems))
     return config
+
+
+def _is_chosen(section: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a training's YAML chose this section, `method` or `thinking`: that is what sets its `name`."""
+    return isinstance(section, Mapping) and "name" in section
+
+
+def _without_section(values: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of `method` or `thinking` that were given although the training has no such section."""
+    for section in ("method", "thinking"):
+        given = values.get(section)
+        if given is None or _is_chosen(given):
+            continue
+        for path, _ in flatten({section: given}):
+            if section == "method" and _is_chosen(values.get("thinking")):
+                known = [key for key, _ in key_paths(ThinkingConfig, "thinking.")]
+                yield f"{path}: unknown key{_closest(path.replace('method', 'thinking', 1), known)}"
+            else:
+                yield f"{path}: has no effect, since this training has no section {section!r}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested mappings, with the path of its key."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _thinker(config: Config, method: Any) -> Iterator[str]:
+    """What does not go together with a thinker."""
+    if config.thinking is None:
+        return
+    if method is not None:
+        yield f"method={method.name}: a thinker has no method; name a quantized model by model=FOLDER"
+    for key, bits in vars(config.model.quantization).items():
+        if bits is not None:
+            yield f"model.quantization.{key}={bits}: has no effect on a thinker; name a quantized model by model=FOLDER"
 
 
 def _cached_kd(config: Config) -> Iterator[str]:

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wrinklefree.config.check import check_config
+from wrinklefree.config.check import check_config, flatten
 from wrinklefree.config.schema import (
     Config,
     DataConfig,
@@ -17,6 +16,7 @@ from wrinklefree.config.schema import (
     ModelConfig,
     TrainingConfig,
 )
+from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core import method as methods
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import did_you_mean
@@ -88,6 +88,7 @@ def compose_values(overrides: list[str], config_name: str = "config") -> dict[st
     store.store("schema", {**plain, **{name: defaults(cls) for name, cls in sections.items()}})
     for name in methods.available():
         store.store(name, defaults(methods.find(name)), group="method")
+    store.store("trm", defaults(ThinkingConfig), group="thinking")
     try:
         with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
             everything = [*local_overrides(overrides), *overrides]
@@ -117,16 +118,8 @@ def local_overrides(given: list[str]) -> list[str]:
         return []
     values = read_yaml(file)
     taken = {override.partition("=")[0].lstrip("+~") for override in given}
-    flat = [(key, value) for key, value in _flatten(values) if key not in taken]
+    flat = [(key, value) for key, value in flatten(values) if key not in taken]
     return [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in flat]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -150,6 +143,10 @@ def _soften(override: str) -> str:
         raise UserError(f"override {override!r} is not key=value")
     if key == "method" and value == "null":
         raise UserError("method=null: choose a training without a method, such as training=full_precision")
+    if key == "thinking":
+        raise UserError(
+            f"{override}: a training chooses this section; give its settings, as in thinking.d_compressed=64"
+        )
     if (CONFIGS / key.lstrip("+~")).is_dir() or key == "method":
         return override
     if "=" in value and not value.startswith(("'", '"', "[", "{")):
@@ -180,4 +177,12 @@ def config_yaml(config: Config) -> str:
 
 def read_config(path: Path) -> Config:
     """Read a `wrinklefree.yaml`. Raises UserError where it is not one of ours."""
-    return check_config(read_yaml(path))
+    return check_config(_as_of_today(read_yaml(path)))
+
+
+def _as_of_today(values: dict[str, Any]) -> dict[str, Any]:
+    """Translate what version 0.1 wrote: it kept the settings of a thinker in the section `method`."""
+    method = values.get("method")
+    if isinstance(method, dict) and method.get("name") == "trm":
+        return {**values, "method": None, "thinking": method}
+    return values

@@ -4,28 +4,10 @@ Every key of every YAML under `configs/` is a field of a dataclass below or of a
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
-
-Positive = Annotated[int, Field(gt=0)]
-
-Natural = Annotated[int, Field(ge=0)]
-
-PositiveFloat = Annotated[float, Field(gt=0)]
-
-NonNegative = Annotated[float, Field(ge=0)]
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-Auto = Literal["auto"]
-
-
-@dataclass(kw_only=True)
-class Node:
-    """Base of every config section: unknown keys are errors."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+from wrinklefree.config.base import Auto, Fraction, Natural, Node, NonNegative, Positive, PositiveFloat
+from wrinklefree.config.thinking import ThinkingConfig
 
 
 @dataclass(kw_only=True)
@@ -231,3 +213,4 @@ class Config(Node):
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     method: Any = None  # the typed config of the method; null trains in full precision
+    thinking: ThinkingConfig | None = None  # a thinker over the model (`wf trm`), which then has no method here

@@ -105,37 +105,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 @dataclass(kw_only=True)
-class Method:
-    """Base of every method's config: a dataclass whose unknown keys are errors."""
+class QuantMethod:
+    """Base of every method's config: a dataclass that swaps linear layers for `layer`. Unknown keys are errors."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # a ConfigDict; packed folders have no pydantic
 
+    layer: ClassVar[type[QuantLinear]]
+
     name: str
+    exclude_names: list[str] = field(default_factory=lambda: ["embed_tokens", "lm_head"])
 
     @property
     def weight_bits(self) -> float | None:
-        """Bits per weight by their usual name, such as 1.58; None where a method has no such number."""
+        """Bits per weight by their usual name, such as 1.58; None for a method that has no such number."""
         return None
-
-    def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
-        """Make `model` train with this method: change it in place and return it, or a model that took over its weights.
-
-        `batches` (input_ids [B, L], perhaps position_ids) are a few to calibrate on. Without `initialize`, trained
-        weights are about to be loaded, and what takes long and would be overwritten may be left out.
-        """
-        raise TypeError(f"method {self.name} must define prepare()")
-
-    def on_step(self, model: nn.Module, step: int) -> None:
-        """Called before each optimizer step: for schedules that live inside the model."""
-
-
-@dataclass(kw_only=True)
-class QuantMethod(Method):
-    """A method that swaps linear layers for `layer`."""
-
-    layer: ClassVar[type[QuantLinear]]
-
-    exclude_names: list[str] = field(default_factory=lambda: ["embed_tokens", "lm_head"])
 
     def config_for(self, fqn: str) -> Self:
         """The config of the layer `fqn`; override for mixed precision."""
@@ -151,9 +134,12 @@ class QuantMethod(Method):
         return int8_per_token(x) if self.int8_inputs else x
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
-        """Swap every linear layer that `exclude_names` does not match; says what could not be converted.
+        """Swap every linear layer that `exclude_names` does not match, and say what could not be converted.
 
-        Raises UserError when nothing was converted.
+        Returns `model`, changed in place; a method may return a model that took over its weights instead.
+        `batches` (input_ids [B, L], perhaps position_ids) are a few to calibrate on. Without `initialize`, trained
+        weights are about to be loaded, and what takes long and would be overwritten may be left out.
+        Raises UserError if nothing was converted.
         """
         found = list(surgery.linears(model, self.exclude_names))
         kept = surgery.unconvertible(model, self.exclude_names)
@@ -166,6 +152,9 @@ class QuantMethod(Method):
         for fqn, linear in found:
             model.set_submodule(fqn, self.layer(linear, self.config_for(fqn)))
         return model
+
+    def on_step(self, model: nn.Module, step: int) -> None:
+        """Called before each optimizer step: for schedules that live inside the model."""
 
 
 def num_groups(columns: int, size: int, kind: str = "columns") -> int:
@@ -191,10 +180,10 @@ def available(package: str = METHODS) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
 
 
-def find(name: str, package: str = METHODS) -> type[Method]:
+def find(name: str, package: str = METHODS) -> type[QuantMethod]:
     """The config class of a method: `wrinklefree.methods.<name>.Config`. Raises UserError for an unknown name."""
     names = available(package)
     if name not in names:
         raise UserError(f"unknown method {name!r}{did_you_mean(name, names)}; available: {', '.join(names)}")
-    config: type[Method] = importlib.import_module(f"{package}.{name}").Config
+    config: type[QuantMethod] = importlib.import_module(f"{package}.{name}").Config
     return config

@@ -46,13 +46,13 @@ def load(source: str, split: Split, count: int, num_heldout: int) -> list[Proble
     else:
         found = _deal(list(_read(Path(source))), split, num_heldout)
     if not found:
-        raise UserError(f"method.pairs.problems={source}: no problem for the {split} split")
+        raise UserError(f"thinking.pairs.problems={source}: no problem for the {split} split")
     return list(dict.fromkeys(found))[:count]
 
 
 def _read(path: Path) -> list[Problem]:
     if not path.is_file():
-        raise UserError(f"method.pairs.problems={path}: no such file; give {chains.NAME}, gsm8k or a JSONL file")
+        raise UserError(f"thinking.pairs.problems={path}: no such file; give {chains.NAME}, gsm8k or a JSONL file")
     problems: list[Problem] = []
 
     def keep(row: sources.Row, where: str) -> str:

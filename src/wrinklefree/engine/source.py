@@ -166,10 +166,7 @@ class FolderSource:
 
     def _method(self, values: Any) -> QuantMethod:
         name = values.get("name") if isinstance(values, dict) else None
-        config = self._stated(find(str(name)), values)
-        if not isinstance(config, QuantMethod):
-            raise UserError(f"{self.folder}: config.json, quantization_config: {name} packs no layers")
-        return config
+        return self._stated(find(str(name)), values)
 
 
 def opened(folder: Path) -> list[Any]:

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from wrinklefree.core.method import Method, QuantMethod, find
+from wrinklefree.core.method import QuantMethod, find
 from wrinklefree.packed.embedding import PackedEmbedding, TiedEmbedding
 from wrinklefree.packed.layer import LayerSpec, PackedLinear
 from wrinklefree.packed.products.fused import fuse
@@ -54,14 +54,12 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True  # codes are trained: a dense folder cannot be quantized while it is loaded
 
-    def method_class(self, name: str) -> type[Method]:
+    def method_class(self, name: str) -> type[QuantMethod]:
         """The config class of the method `name`; the copy in a packed folder overrides this with its only one."""
         return find(name)
 
     def method(self, values: dict[str, Any]) -> QuantMethod:
-        config = self.method_class(values["name"])(**values)
-        assert isinstance(config, QuantMethod)
-        return config
+        return self.method_class(values["name"])(**values)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         method = self.method(self.quantization_config.method)

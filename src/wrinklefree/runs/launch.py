@@ -15,7 +15,6 @@ import torch
 from wrinklefree.config.compose import load_config, read_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import QuantMethod
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.stage import train_stage
 from wrinklefree.training import checkpoint
@@ -37,8 +36,8 @@ def run_stage(overrides: list[str], *, force: bool = False, processes: int | Non
     Raises UserError for anything the user can mend.
     """
     config = load_config(overrides)
-    if config.method is not None and not isinstance(config.method, QuantMethod):
-        raise UserError(f"training={config.training.stage}: method {config.method.name} is trained by `wf trm`")
+    if config.thinking is not None:
+        raise UserError(f"training={config.training.stage}: a stage of LLM-TRM, which `wf trm` runs")
     if config.auto_prereq:
         for stage in prerequisites.missing(config):
             log.info("%s needs %s: running it first", config.training.stage, stage)

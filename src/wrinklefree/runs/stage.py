@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree.config.schema import Config
 from wrinklefree.core import surgery
 from wrinklefree.core.batch import Batch
-from wrinklefree.core.method import Batches, QuantMethod, quant_layers
+from wrinklefree.core.method import Batches, quant_layers
 from wrinklefree.distributed.sharding import Sharded
 from wrinklefree.distributed.world import World, leave_world
 from wrinklefree.evaluate.speed import decoding_speed
@@ -161,7 +161,7 @@ def finish(
     """Pack, prove, sample, plot and report."""
     if config.training.max_steps != 0:
         plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
-    if isinstance(config.method, QuantMethod) and config.training.pack:
+    if config.method is not None and config.training.pack:
         pack(config, original, student, tokenizer, heldout, results, out)
     results.save(out / "results.json")
     results.print()

@@ -1,79 +1,74 @@
-"""What compressors are made with: a frozen language model, its text, and the pass over it."""
+"""The set-up of a compressor: a frozen language model, its text, and the pass over it."""
 
-import logging
+import dataclasses
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.distributed.world import World
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.objectives.language_model import BodyAndHead
-from wrinklefree.runs import setup
+from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.thinking import gathering, loading
 from wrinklefree.thinking.gathering import Gathered
+from wrinklefree.thinking.network import LatentThinker, make_thinker
 from wrinklefree.thinking.reconstruction import MarkedStream, Reconstruction, mark
-from wrinklefree.training.plan import Plan, choose_length, make_plan, sequence_length
-
-log = logging.getLogger("wrinklefree")
 
 
 class Bench(NamedTuple):
-    """What every compressor of a run or a sweep is made with."""
+    """What a compressor is made with; the model of the run is the frozen language model."""
 
-    world: World
-    plan: Plan
+    run: Run
     decoder: BodyAndHead
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     watched: list[Batch]  # marked held-out batches, for evaluations during training
-    judged: list[Batch]  # and for what is reported
+    judged: list[Batch]  # marked held-out batches, for the reported figures
+
+    def sized(self, config: Config) -> "Bench":
+        """The bench of one compressor of a sweep, which has a config of its own."""
+        return self._replace(run=dataclasses.replace(self.run, config=config))
 
     @property
     def width(self) -> int:
-        """D, as the model's own config has it."""
-        width: int = self.model.get_input_embeddings().embedding_dim
+        """D, from the model's own config."""
+        width: int = self.run.model.get_input_embeddings().embedding_dim
         return width
 
     def autocast(self) -> AbstractContextManager[Any]:
-        dtype = self.plan.dtype
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
+        """The precision of the run."""
+        return self.run.plan.autocast(self.run.world.device)
 
-    def stream(self, config: Config) -> MarkedStream:
+    def stream(self) -> MarkedStream:
         """The training text from its beginning."""
-        return MarkedStream(setup.open_stream(config, self.tokenizer, self.world), self.tokenizer.eos_token_id)
+        return MarkedStream(self.run.stream(), self.run.tokenizer.eos_token_id)
 
-    def thinker(self, config: Config) -> LatentThinker:
-        """A new one. Raises UserError where D' is wider than the model."""
-        torch.manual_seed(config.seed)
-        made = loading.method_of(config).prepare(self.model)
-        assert isinstance(made, LatentThinker)
-        made.requires_grad_(False)
-        made.compressor.requires_grad_(True)
-        return made.to(self.world.device)
+    def thinker(self) -> LatentThinker:
+        """A new thinker, whose compressor alone is trained. Raises UserError if D' is wider than the model."""
+        torch.manual_seed(self.run.config.seed)
+        thinker = make_thinker(self.run.model, loading.settings_of(self.run.config))
+        thinker.requires_grad_(False)
+        thinker.compressor.requires_grad_(True)
+        return thinker.to(self.run.world.device)
 
-    def gather(self, config: Config) -> Gathered:
-        """The pass over the training text."""
-        method, length = loading.method_of(config), sequence_length(config)
+    def gather(self) -> Gathered:
+        """Run the pass over the training text."""
+        settings = loading.settings_of(self.run.config)
         with self.autocast():
-            return gathering.gather(
+            return gathering.gather_moments(
                 self.decoder,
-                self.stream(config),
-                self.world,
-                blocks=-(-method.moment_tokens // length),
-                batch_size=config.training.batch_size,
+                self.stream(),
+                self.run.world,
+                blocks=-(-settings.moment_tokens // self.run.plan.length),
+                batch_size=self.run.config.training.batch_size,
                 width=self.width,
-                weighted=method.objective == "fisher",
+                weighted=settings.objective == "fisher",
             )
 
 
 class Made(NamedTuple):
-    """A compressor that has been made."""
+    """A finished compressor; `final` is the folder of its thinker."""
 
     config: Config
     thinker: LatentThinker
@@ -81,24 +76,20 @@ class Made(NamedTuple):
     final: Path
 
 
-def open_bench(config: Config, world: World) -> Bench:
-    """Load what is compressed. Raises UserError for settings that have no effect here."""
+def open_bench(config: Config, force: bool = False) -> Bench:
+    """Load the language model and its text. Raises UserError for settings that have no effect on a compressor."""
     t = config.training
+    loading.refuse_sharding(config, "a compressor")
     unread = {
-        "distributed.strategy=fsdp": config.distributed.strategy == "fsdp",
         "training.gradient_checkpointing=true": t.gradient_checkpointing,
         "training.freeze_names": bool(t.freeze_names),
     }
     for setting, given in unread.items():
         if given:
             raise UserError(f"{setting}: has no effect on a compressor, whose language model is frozen: leave it out")
-    log.info("loading %s", config.model.pretrained)
-    model, tokenizer = loading.load_language_model(config)
-    choose_length(config, model)
-    plan = make_plan(config, model, world)
-    model.to(world.device)
+    run = open_run(config, force)
     watched, judged = (
-        [mark(batch, tokenizer.eos_token_id) for batch in setup.heldout(config, tokenizer, tokens)]
+        [mark(batch, run.tokenizer.eos_token_id) for batch in run.heldout(tokens)]
         for tokens in (t.eval_tokens, t.final_eval_tokens)
     )
-    return Bench(world, plan, BodyAndHead(model, t.compile), model, tokenizer, watched, judged)
+    return Bench(run, BodyAndHead(run.model, t.compile), watched, judged)

@@ -1,14 +1,14 @@
-"""`wf trm eval`: every way to think on the same held-out problems, greedily, with the controls that tell why it works.
+"""`wf trm eval`: every way to think on the same held-out problems, greedily, with controls that show why it works.
 
     words       the language model thinks aloud
-    nothing     <think></think>, and the answer
-    pause       constant soft tokens, trained as long as the adapter on the same data, as many as a thinker has at most
+    nothing     <think></think>, then the answer
+    pause       constant soft tokens, `max_thoughts` of them, trained on the same batches as the adapter
     shuffled    the soft tokens of another problem
-    latent      the thinker's own, after phase 2
-    grpo        the same after phase 3, where that has been run
-    oracle      the true hidden states of the written thought through the compressor and the adapter of latent
+    latent      the thinker's soft tokens, after phase 2
+    grpo        the thinker's soft tokens after phase 3, if that was run
+    oracle      the true hidden states of the written thought, through the compressor and the adapter of latent
 
-Latency is that of one problem at a time, from its tokens to the end of the answer. p is McNemar's, against nothing.
+Latency is measured on one problem at a time, from its tokens to the end of its answer. p is McNemar's, against nothing.
 """
 
 import json
@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from wrinklefree.config.schema import Config
-from wrinklefree.core.thinking import PairsConfig
+from wrinklefree.config.thinking import PairsConfig
 from wrinklefree.data import problems
 from wrinklefree.data.problems import Problem
 from wrinklefree.distributed.world import join_world
 from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.paired import mcnemar, quantile
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.folder import make_run_folder, resume_point
 from wrinklefree.thinking import loading, tags
+from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.pairs import Reader, Writer
 from wrinklefree.thinking.recursion import read
 from wrinklefree.thinking.speech import Prefix, Speaker
@@ -45,41 +45,40 @@ BATCH = 250
 TIMED = 50  # problems, one at a time
 WARM_UP = 3
 
-Middle = tuple[Tensor, Tensor]  # soft tokens [B, M, D], and which of them are there [B, M]
+SoftTokens = tuple[Tensor, Tensor]  # soft tokens [B, M, D], and the mask [B, M] of those that are there
 
 
 class Way(NamedTuple):
-    """A way to think: what stands between the tags; None is the model's own words."""
+    """A way to think: what makes the soft tokens between the tags. None lets the model think in words."""
 
     name: str
-    middle: Callable[[Prefix, Sequence[Problem]], Middle] | None
+    soft_tokens: Callable[[Prefix, Sequence[Problem]], SoftTokens] | None
 
 
 @dataclass
 class Row:
-    """What a way to think comes to."""
+    """The figures of a way to think."""
 
     name: str
     right: list[bool]
     tokens: float  # generated per problem, thought and answer
     seconds: list[float] = field(default_factory=list)  # of single problems
-    p_value: float = 1.0  # that it is no better than nothing, nor worse
+    p_value: float = 1.0  # of the hypothesis that it is neither better nor worse than nothing
 
     @property
     def accuracy(self) -> Accuracy:
         return Accuracy(sum(self.right), len(self.right))
 
     def latency(self, share: float) -> float | None:
-        """Seconds within which this share of the problems is answered; None where that was not measured."""
+        """The seconds within which this share of the problems is answered; None if they were not measured."""
         return quantile(self.seconds, share) if self.seconds else None
 
 
 def compare_ways(config: Config, force: bool) -> Path:
-    """Measure all ways, print the table, draw the plot. Raises UserError where no thinker has learned to speak."""
+    """Measure all ways, print the table, draw the plot. Raises UserError if no thinker has learned to speak."""
     out = Path(config.output_dir)
     resume_point(config, force)
-    method = loading.method_of(config)
-    settings = method.pairs
+    settings = loading.settings_of(config).pairs
     found = dict.fromkeys(
         problems.load(settings.problems, "heldout", config.training.eval_examples, settings.num_heldout)
     )
@@ -97,13 +96,13 @@ def compare_ways(config: Config, force: bool) -> Path:
     for row in rows:
         row.p_value = mcnemar(row.right, nothing.right)
     figures = {"readout": bench.read_out(thinkers["latent"]), "problems": len(asked)}
-    show(rows, figures)
-    save(rows, figures, out)
+    print_ways(rows, figures)
+    save_ways(rows, figures, out)
     return out
 
 
 def _thinkers(config: Config) -> dict[str, LatentThinker]:
-    """By the ways they think: `latent` after phase 2, `grpo` after phase 3."""
+    """The thinkers by name: `latent` after phase 2, and `grpo` after phase 3 if that was run."""
     found = {"latent": loading.inherit(config, Path(prerequisites.stage_model(config, "trm_injection")))}
     if prerequisites.is_done(prerequisites.stage_folder(config, "trm_grpo")):
         found["grpo"] = loading.inherit(config, prerequisites.stage_folder(config, "trm_grpo"))
@@ -111,7 +110,7 @@ def _thinkers(config: Config) -> dict[str, LatentThinker]:
 
 
 class WaysOfThinking:
-    """Problems, and a language model to answer them."""
+    """A language model and held-out problems, on which every way to think is measured."""
 
     def __init__(self, speaker: Speaker, asked: list[Problem], config: PairsConfig) -> None:
         self.speaker, self.asked, self.config = speaker, asked, config
@@ -119,6 +118,7 @@ class WaysOfThinking:
         self.longest = max(len(speaker.tokenizer(p.gold, add_special_tokens=False).input_ids) for p in asked) + 32
 
     def ways(self, thinkers: dict[str, LatentThinker]) -> list[Way]:
+        """Every way to think, in the order of the table."""
         latent = thinkers["latent"]
         found = [
             Way("words", None),
@@ -129,23 +129,23 @@ class WaysOfThinking:
         found += [Way(name, partial(self._latent, thinker)) for name, thinker in thinkers.items()]
         return [*found, Way("oracle", partial(self._oracle, latent))]
 
-    def _nothing(self, prefix: Prefix, asked: Sequence[Problem]) -> Middle:
+    def _nothing(self, prefix: Prefix, asked: Sequence[Problem]) -> SoftTokens:
         return prefix.states[:, :0], prefix.mask[:, :0]
 
-    def _pause(self, thinker: LatentThinker, prefix: Prefix, asked: Sequence[Problem]) -> Middle:
+    def _pause(self, thinker: LatentThinker, prefix: Prefix, asked: Sequence[Problem]) -> SoftTokens:
         soft = thinker.pause.detach().expand(len(prefix.mask), -1, -1)
         return soft, prefix.mask.new_ones(soft.shape[:2])
 
-    def _latent(self, thinker: LatentThinker, prefix: Prefix, asked: Sequence[Problem]) -> Middle:
-        thoughts, made = self.speaker.think(thinker, prefix)
-        return thinker.speak(thoughts).detach(), made
+    def _latent(self, thinker: LatentThinker, prefix: Prefix, asked: Sequence[Problem]) -> SoftTokens:
+        thoughts, soft_mask = self.speaker.think(thinker, prefix)
+        return thinker.speak(thoughts).detach(), soft_mask
 
-    def _shuffled(self, thinker: LatentThinker, prefix: Prefix, asked: Sequence[Problem]) -> Middle:
-        soft, made = self._latent(thinker, prefix, asked)
-        return soft.roll(1, 0), made.roll(1, 0)
+    def _shuffled(self, thinker: LatentThinker, prefix: Prefix, asked: Sequence[Problem]) -> SoftTokens:
+        soft_tokens, soft_mask = self._latent(thinker, prefix, asked)
+        return soft_tokens.roll(1, 0), soft_mask.roll(1, 0)
 
-    def _oracle(self, thinker: LatentThinker, prefix: Prefix, asked: Sequence[Problem]) -> Middle:
-        """The written thought read back, as `wf trm pairs` does."""
+    def _oracle(self, thinker: LatentThinker, prefix: Prefix, asked: Sequence[Problem]) -> SoftTokens:
+        """Write the thought and read it back, as `wf trm pairs` does."""
         records = Writer(self.speaker.model, self.speaker.tokenizer, self.config).write(
             "heldout", [(problem, 0) for problem in asked], seed=0
         )
@@ -155,12 +155,12 @@ class WaysOfThinking:
         )
         counts = torch.tensor([len(pair.thoughts) for pair in pairs])
         states = torch.nn.utils.rnn.pad_sequence([pair.thoughts for pair in pairs], batch_first=True)
-        made = torch.arange(states.shape[1]) < counts[:, None]
+        soft_mask = torch.arange(states.shape[1]) < counts[:, None]
         device = self.speaker.model.device
-        return thinker.speak(thinker.whiten(states.to(device))).detach(), made.to(device)
+        return thinker.speak(thinker.whiten(states.to(device))).detach(), soft_mask.to(device)
 
     def measure(self, way: Way) -> Row:
-        """Accuracy in batches, latency one by one."""
+        """Answer all problems in batches, and count the right answers and the tokens."""
         right: list[bool] = []
         tokens = 0
         for start in range(0, len(self.asked), BATCH):
@@ -172,9 +172,9 @@ class WaysOfThinking:
         return Row(way.name, right, tokens / len(right))
 
     def measure_times(self, ways: Sequence[Way], rows: Sequence[Row]) -> None:
-        """Fill in the latencies: every way in turn on one problem, then on the next, so that all see the same machine.
+        """Fill in the latencies. All ways take turns on each problem, so that a busy machine slows all of them.
 
-        The oracle is left out: it writes its thought first, which is not what it is about.
+        The oracle has none: it writes its thought first, so its latency would say nothing about soft tokens.
         """
         timed = [(way, row) for way, row in zip(ways, rows, strict=True) if way.name != "oracle"]
         for number, problem in enumerate(self.asked[: TIMED + WARM_UP]):
@@ -187,13 +187,13 @@ class WaysOfThinking:
     @torch.inference_mode()
     def _answers(self, way: Way, asked: Sequence[Problem]) -> list[list[int]]:
         prefix = self.speaker.prefill([self.prompts[problem.id] for problem in asked])
-        if way.middle is None:
+        if way.soft_tokens is None:
             room = self.config.max_new_tokens + self.longest
             return self.speaker.answer(prefix, *self._nothing(prefix, asked), room, closed=False)
-        return self.speaker.answer(prefix, *way.middle(prefix, asked), self.longest)
+        return self.speaker.answer(prefix, *way.soft_tokens(prefix, asked), self.longest)
 
     def _is_right(self, way: Way, said: list[int], problem: Problem) -> bool:
-        if way.middle is None:
+        if way.soft_tokens is None:
             close = self.speaker.tags.close
             said = said[said.index(close) + 1 :] if close in said else []
         text = self.speaker.tokenizer.decode(said, skip_special_tokens=True)
@@ -201,12 +201,13 @@ class WaysOfThinking:
 
     @torch.no_grad()
     def read_out(self, thinker: LatentThinker) -> float:
-        """How often the head reads the answer's first token in the last thought, injected nowhere."""
+        """The share of problems in whose last thought the head reads the answer's first token; nothing is injected."""
         right = 0
         for start in range(0, len(self.asked), BATCH):
             asked = self.asked[start : start + BATCH]
-            thoughts, made = self.speaker.think(thinker, self.speaker.prefill([self.prompts[p.id] for p in asked]))
-            last = thoughts[torch.arange(len(made), device=made.device), made.sum(1) - 1]
+            prefix = self.speaker.prefill([self.prompts[problem.id] for problem in asked])
+            thoughts, soft_mask = self.speaker.think(thinker, prefix)
+            last = thoughts[torch.arange(len(thoughts), device=thoughts.device), soft_mask.sum(1) - 1]
             read_ids = read(self.speaker.decoder, thinker, last).argmax(-1).tolist()
             gold = [self.speaker.tokenizer(p.gold, add_special_tokens=False).input_ids[:1] for p in asked]
             right += sum([said] == first for said, first in zip(read_ids, gold, strict=True))
@@ -214,13 +215,13 @@ class WaysOfThinking:
 
 
 def _blank(record: dict[str, Any]) -> dict[str, Any]:
-    """A record whose thought came to no end, with one in its place that stands for it."""
+    """A record whose thought or answer is empty, filled with a token, so that it can be read as any other."""
     thought = record["thought_ids"] or record["prompt_ids"][-1:]
     return {**record, "thought_ids": thought, "answer_ids": record["answer_ids"] or thought[-1:]}
 
 
-def show(rows: list[Row], figures: dict[str, float]) -> None:
-    """The table, 80 columns wide."""
+def print_ways(rows: list[Row], figures: dict[str, float]) -> None:
+    """Print the table, 80 columns wide."""
     words = next(row for row in rows if row.name == "words")
     nothing = next(row for row in rows if row.name == "nothing")
     gap = words.accuracy.value - nothing.accuracy.value
@@ -247,11 +248,11 @@ def show(rows: list[Row], figures: dict[str, float]) -> None:
     )
 
 
-def save(rows: list[Row], figures: dict[str, float], out: Path) -> None:
-    """`results.json` and `plots/thinking.png`."""
+def save_ways(rows: list[Row], figures: dict[str, float], out: Path) -> None:
+    """Write `results.json` and `plots/thinking.png`."""
     values = {row.name: summary(row) for row in rows}
     (out / "results.json").write_text(json.dumps({**figures, "ways": values}, indent=2) + "\n")
-    plot(rows, out / "plots" / "thinking.png")
+    plot_ways(rows, out / "plots" / "thinking.png")
     print(f"\nwrote {out}/: results.json, plots/thinking.png")
     print("next: wf generate THINKER --think latent --prompt TEXT, THINKER being the folder of a stage above")
 
@@ -269,8 +270,8 @@ def summary(row: Row) -> dict[str, Any]:
     }
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Accuracy with its interval, and latency, of every way."""
+def plot_ways(rows: list[Row], path: Path) -> None:
+    """Draw the accuracy of every way, with its interval, and its latency."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,10 @@
-"""Phase 1: a compressor of hidden states, in closed form, by training, or one after the other; and a sweep over D'.
+"""Phase 1: a compressor of hidden states, in closed form, by training, or by both; and a sweep over D'.
 
-One pass over text gives the second moments of the states (`thinking/gathering.py`), and these the best compressor of
-every size. Training can start there or from random weights; it is what objective kl needs, and what the seed does.
+One pass over text gives the second moments of the states (`thinking/gathering.py`), and the moments give the best
+compressor of every size. Training starts from this compressor or from random weights; the objective kl needs it.
 
-Stage 1b starts from a finished stage 1a: the moments of its own text, thoughts, are mixed with those of stage 1a and
-solved again; from random weights (method.init=orthogonal), the weights of stage 1a are trained on.
+Stage 1b starts from a finished stage 1a. It mixes the moments of its own text, which are thoughts, with those of stage
+1a, and solves again. With random weights (thinking.init=orthogonal) it trains those of stage 1a further.
 """
 
 import dataclasses
@@ -15,66 +15,60 @@ from torch import nn
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.distributed.world import gather, join_world, leave_world
-from wrinklefree.methods.trm import LatentThinker
+from wrinklefree.distributed.world import leave_world
 from wrinklefree.runs import prerequisites
-from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.runs.folder import resume_point
 from wrinklefree.thinking import gathering, loading, results
 from wrinklefree.thinking.bench import Bench, Made, open_bench
 from wrinklefree.thinking.gathering import Gathered
+from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.reconstruction import Figures, Reconstruction
-from wrinklefree.training.loop import fit
 
 log = logging.getLogger("wrinklefree")
 
 
-def run(config: Config, force: bool) -> Path:
-    """Make one compressor; its folder `final/`. Raises UserError for anything that the user can mend."""
-    world = join_world()
-    resume = resume_point(config, force) if world.is_main else None
-    resume = gather(resume, world)[0]
+def make_compressor(config: Config, force: bool) -> Path:
+    """Make one compressor, and return its folder `final/`. Raises UserError for anything that the user can mend."""
     start = prerequisites.starting_folder(config)
-    bench = open_bench(config, world)
-    thinker = bench.thinker(config)
+    bench = open_bench(config, force)
+    thinker = bench.thinker()
     earlier = None if start is None else _earlier(start, config, thinker)
-    found = bench.gather(config)
-    if world.is_main and resume is None:
-        make_run_folder(config)
+    found = bench.gather()
+    bench.run.begin()
     seen = int(found.moments.count)
     if earlier is not None:
-        found = earlier.mixed(found, loading.method_of(config).thought_share)
-    made = _make(bench, config, thinker, found, resume, anew=earlier is None)
-    if world.is_main:
+        found = earlier.mixed(found, loading.settings_of(config).thought_share)
+    made = _make(bench, thinker, found, anew=earlier is None)
+    if bench.run.is_main:
         results.report(bench, made, found, seen)
     leave_world()
     return made.final
 
 
-def sweep(config: Config, values: list[int], force: bool) -> Path:
-    """Make a compressor of each size in `values`, in folders d64/, d128/, ..., from one pass; the folder of them all.
+def sweep_compressors(config: Config, values: list[int], force: bool) -> Path:
+    """Make a compressor of each size in `values` from one pass, in folders d64/, d128/, ...; their common folder.
 
-    Sizes wider than the model's states are left out, and said. Raises UserError where none is left.
+    Sizes wider than the model's states are left out, with a line that says so. Raises UserError if none is left.
     """
     if config.training.start_from or config.training.resume_from is not None:
         raise UserError("a sweep starts from nothing: leave out training.start_from and training.resume_from")
-    world, out = join_world(), Path(config.output_dir)
-    bench = open_bench(config, world)
-    sizes = _fitting(values, bench.width)
-    configs = [config, *(_sized(config, size) for size in sizes)]
-    for one in configs if world.is_main else ():
-        resume_point(one, force)
-    found = bench.gather(config)
-    for one in configs if world.is_main else ():
-        make_run_folder(one)
-    made = [_make(bench, one, bench.thinker(one), found, None) for one in configs[1:]]
-    if world.is_main:
-        results.report_sweep(bench, config, made, found)
+    whole = open_bench(config, force)
+    sizes = _fitting(values, whole.width)
+    benches = [whole.sized(_sized(config, size)) for size in sizes]
+    for bench in benches if whole.run.is_main else ():
+        resume_point(bench.run.config, force)
+    found = whole.gather()
+    for bench in (whole, *benches):
+        bench.run.begin()
+    made = [_make(bench, bench.thinker(), found) for bench in benches]
+    if whole.run.is_main:
+        results.report_sweep(whole, made, found)
     leave_world()
-    return out
+    return whole.run.out
 
 
 def _fitting(values: list[int], width: int) -> list[int]:
-    """The sizes that are no wider than the states, in order."""
+    """The sizes that are no wider than the states, in order. Raises UserError if there is none."""
     for value in sorted(set(values)):
         if value > width:
             log.info("D'=%d left out: the model's hidden states have %d entries", value, width)
@@ -85,7 +79,7 @@ def _fitting(values: list[int], width: int) -> list[int]:
 
 
 def _sized(config: Config, size: int) -> Config:
-    """The same run for another D', with a folder and a W&B run of its own."""
+    """The config of one compressor of a sweep: its D', and a folder and a W&B run of its own."""
     training, wandb = config.training, config.training.logging.wandb
     logging_ = dataclasses.replace(
         training.logging, wandb=dataclasses.replace(wandb, name=f"{wandb.name or 'sweep'}_d{size}")
@@ -93,56 +87,43 @@ def _sized(config: Config, size: int) -> Config:
     return dataclasses.replace(
         config,
         output_dir=f"{config.output_dir}/d{size}",
-        method=dataclasses.replace(config.method, d_compressed=size),
+        thinking=dataclasses.replace(loading.settings_of(config), d_compressed=size),
         training=dataclasses.replace(training, logging=logging_),
     )
 
 
 def _earlier(path: Path, config: Config, thinker: LatentThinker) -> Gathered:
-    """What stage 1a gathered; its weights go into `thinker`. Raises UserError where the two do not fit."""
+    """What stage 1a gathered; its weights are copied into `thinker`. Raises UserError if the two do not fit."""
     before, its = loading.load_thinker(path)
     mine, other = thinker.config, before.config
-    for key, name in {"width": "hidden size", "d_compressed": "method.d_compressed"}.items():
+    for key, name in {"width": "hidden size", "d_compressed": "thinking.d_compressed"}.items():
         if vars(mine)[key] != vars(other)[key]:
             raise UserError(f"{path}: {name} {vars(other)[key]}, this run has {vars(mine)[key]}: they have to be equal")
-    wanted, given = loading.method_of(config).objective, loading.method_of(its).objective
+    wanted, given = loading.settings_of(config).objective, loading.settings_of(its).objective
     if (wanted == "fisher") != (given == "fisher"):
         raise UserError(
-            f"{path}: made with method.objective={given}, this run has {wanted}: run stage 1a with {wanted}"
+            f"{path}: made with thinking.objective={given}, this run has {wanted}: run stage 1a with {wanted}"
         )
     thinker.compressor.load_state_dict(before.compressor.state_dict())
-    folder = path if path.is_dir() else path.with_name(path.name.removesuffix(".pt"))
-    return gathering.read(folder / "final" if (folder / "final").is_dir() else folder)
+    return gathering.read_gathered(loading.thinker_folder(path))
 
 
-def _make(
-    bench: Bench, config: Config, thinker: LatentThinker, found: Gathered, resume: Path | None, anew: bool = True
-) -> Made:
-    """Set the weights from what was gathered, as `method.init` says; train them where there are steps; save."""
-    method, steps = loading.method_of(config), bench.plan.max_steps
-    if method.init == "pca":
-        found.solve(method.objective).put(thinker.compressor)
-        if method.objective == "kl" and not steps:
-            log.info("objective kl has no closed form: without training.max_steps this is the least squared error's")
+def _make(bench: Bench, thinker: LatentThinker, found: Gathered, anew: bool = True) -> Made:
+    """Set the weights as `thinking.init` says, train them if there are steps, and save everything."""
+    settings, steps = loading.settings_of(bench.run.config), bench.run.plan.max_steps
+    if settings.init == "pca":
+        found.solve(settings.objective).put(thinker.compressor)
+        if settings.objective == "kl" and not steps:
+            log.info("objective kl has no closed form: without training.max_steps this is PCA, the optimum of mse")
     elif anew and not steps:
-        log.warning("method.init=orthogonal without training.max_steps: the compressor stays random")
-    objective = Reconstruction(thinker.compressor, bench.decoder, method.objective, found.mean_metric)
+        log.warning("thinking.init=orthogonal without training.max_steps: the compressor stays random")
+    objective = Reconstruction(thinker.compressor, bench.decoder, settings.objective, found.mean_metric)
 
     def evaluate(model: nn.Module) -> Figures:
         figures = objective.measure(bench.watched, {"": thinker.compressor})[0][""]
         return {f"eval_{name}": value for name, value in figures.items()}
 
-    final = fit(
-        thinker,
-        objective,
-        bench.stream(config),
-        config,
-        bench.plan,
-        tokenizer=bench.tokenizer,
-        world=bench.world,
-        evaluate=evaluate,
-        resume=resume,
-    )
-    if bench.world.is_main:
+    final = bench.run.fit(thinker, objective, stream=bench.stream(), evaluate=evaluate)
+    if bench.run.is_main:
         found.save(final)
-    return Made(config, thinker, objective, final)
+    return Made(bench.run.config, thinker, objective, final)

@@ -1,4 +1,4 @@
-"""The picture of a sweep: how good a compressor is over its size."""
+"""The plot of a sweep: how good a compressor of each size is."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ CURVES = {"cosine_similarity": "cosine", "r2": "R², centred"}
 
 
 def plot_sweep(rows: list[Row], out: Path) -> None:
-    """Draw D' against cosine and R^2, and against KL, into `out`; PCA dashed where the compressors are others.
+    """Draw cosine and R^2, and below them the KL, over D' into `out`. A row is a compressor's `results.json`.
 
-    A row is a compressor's `results.json`.
+    PCA has dashed lines of its own if the compressors are something else.
     """
     import matplotlib
 

@@ -1,7 +1,7 @@
 """The pass over text that compressors are solved from: second moments of hidden states, for fisher the head's metric.
 
-Any number of processes read their rows of the same blocks and add up what they have seen. What a pass has found is kept
-beside the compressor, in `moments.safetensors`, so that stage 1b can mix it with the moments of thoughts:
+Each process reads its rows of the same blocks, and all of them add up their sums. The result is kept beside the
+compressor in `moments.safetensors`, so that stage 1b can mix it with the moments of thoughts:
 
     count  fp64 []         total  fp64 [D]        outer  fp64 [D, D]        metric  fp64 [D, D], for fisher alone
 """
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.moments import Fisher, Moments, tied_code, weighted_code
 from wrinklefree.distributed.world import World
-from wrinklefree.methods.trm import DimensionCompressor
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import CHUNK
+from wrinklefree.thinking.moments import Fisher, Moments, tied_code, weighted_code
+from wrinklefree.thinking.network import DimensionCompressor
 from wrinklefree.thinking.reconstruction import MarkedStream, real_states
 from wrinklefree.tracking.progress import Lines
 from wrinklefree.tracking.terminal import short_number
@@ -33,18 +33,18 @@ from wrinklefree.tracking.terminal import short_number
 log = logging.getLogger("wrinklefree")
 
 FILE = "moments.safetensors"
-SHARES = (0.9, 0.95, 0.99)  # of the energy, of which the log says in how many dimensions it is
+SHARES = (0.9, 0.95, 0.99)  # of the energy; the log says how many dimensions have that much
 
 
 class Code(NamedTuple):
-    """The best encoder and decoder of every size D' at once: the first D' rows of each, fp64 [D, D]."""
+    """The best encoder and decoder, fp64 [D, D]. Those of size D' are the first D' rows of each."""
 
     encoder: Tensor
     decoder: Tensor
 
     @torch.no_grad()
     def put(self, compressor: DimensionCompressor) -> DimensionCompressor:
-        """Set a compressor of any size; a tied one takes the encoder."""
+        """Set the weights of a compressor of any size; a tied one takes the encoder."""
         size = len(compressor.weight)
         compressor.weight.copy_(self.encoder[:size])
         if compressor.decoder is not None:
@@ -52,7 +52,7 @@ class Code(NamedTuple):
         return compressor
 
     def mse(self, moments: Moments, size: int) -> float:
-        """Of the states that the moments were taken from."""
+        """The mean squared error of size D' on the states that the moments were taken from."""
         second, encoder, decoder = moments.second, self.encoder[:size], self.decoder[:size]
         seen = encoder @ second
         error = second.trace() - 2 * (seen * decoder).sum() + ((seen @ encoder.T) * (decoder @ decoder.T)).sum()
@@ -61,34 +61,35 @@ class Code(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """Moments of states, and the sum of the Fisher matrices of the head in them."""
+    """Moments of states, and for fisher the sum over states of the head's Fisher matrix."""
 
     moments: Moments
     metric: Tensor | None = None
 
     @property
     def mean_metric(self) -> Tensor | None:
+        """The mean Fisher matrix, fp64 [D, D]."""
         return None if self.metric is None else self.metric / self.moments.count
 
     @cached_property
     def pca(self) -> Code:
-        """The least squared error."""
+        """The code of the least squared error."""
         axes = tied_code(self.moments, len(self.moments.total))
         return Code(axes, axes)
 
     @cached_property
     def fisher(self) -> Code:
-        """The least error in the head's metric."""
+        """The code of the least error in the head's metric."""
         metric = self.mean_metric
         assert metric is not None
         return Code(*weighted_code(self.moments, metric, len(metric)))
 
     def solve(self, objective: str) -> Code:
-        """The optimum of an objective; kl has no closed form, and begins with the squared error's."""
+        """The best code for an objective. The objective kl has no closed form: training begins with the PCA."""
         return self.fisher if objective == "fisher" else self.pca
 
     def mixed(self, other: "Gathered", share: float) -> "Gathered":
-        """As if a share of all states were the other's, whatever the number of each."""
+        """Both together, so weighted that the other has `share` of all states, whatever their numbers are."""
         a, b = (1 - share) / float(self.moments.count), share / float(other.moments.count)
         metric = None
         if self.metric is not None and other.metric is not None:
@@ -96,7 +97,7 @@ class Gathered:
         return Gathered(self.moments.scaled(a) + other.moments.scaled(b), metric)
 
     def save(self, folder: Path) -> None:
-        """Written aside, then renamed."""
+        """Write the file aside, then rename it."""
         m = self.moments
         tensors = {"count": m.count, "total": m.total, "outer": m.outer}
         aside = folder / f".{FILE}"
@@ -104,8 +105,8 @@ class Gathered:
         os.replace(aside, folder / FILE)
 
 
-def read(folder: Path) -> Gathered:
-    """What a pass left beside the compressor in `folder`. Raises UserError where it is missing or broken."""
+def read_gathered(folder: Path) -> Gathered:
+    """What a pass left beside the compressor in `folder`. Raises UserError if it is missing or broken."""
     file = folder / FILE
     if not file.is_file():
         raise UserError(f"{file}: missing, and stage 1b goes on from it: run stage 1a again")
@@ -117,7 +118,7 @@ def read(folder: Path) -> Gathered:
     return Gathered(moments, tensors.get("metric"))
 
 
-def gather(
+def gather_moments(
     decoder: BodyAndHead,
     stream: MarkedStream,
     world: World,
@@ -127,9 +128,9 @@ def gather(
     width: int,
     weighted: bool,
 ) -> Gathered:
-    """The moments of `blocks` blocks of the stream, one epoch of it at most; with `weighted` the head's metric too.
+    """The moments of `blocks` blocks of the stream, at most one epoch of it; with `weighted` the head's metric too.
 
-    Every process has to call it, and all get the sum.
+    Every process has to call it, and each gets the sum of all.
     """
     moments = Moments.zeros(width)
     fisher = Fisher(decoder.project(torch.zeros(1, width, device=world.device))[1]) if weighted else None
@@ -150,7 +151,7 @@ def gather(
     for part in (moments.count, moments.total, moments.outer, metric):
         if world.size > 1 and part is not None:
             dist.all_reduce(part)
-    tell(moments)
+    log_energy(moments)
     return Gathered(moments, metric)
 
 
@@ -164,8 +165,8 @@ def _add(moments: Moments, fisher: Fisher | None, decoder: BodyAndHead, batch: B
             fisher.add(decoder.project(part)[0])
 
 
-def tell(moments: Moments) -> None:
-    """Say in how many dimensions the energy is."""
+def log_energy(moments: Moments) -> None:
+    """Log how many dimensions have most of the energy."""
     values = torch.linalg.eigvalsh(moments.second).flip(0).clamp(min=0)
     needed = torch.searchsorted(values.cumsum(0) / values.sum(), torch.tensor(SHARES, dtype=torch.float64)) + 1
     shares = ", ".join(f"{s:.0%} in {min(int(n), len(values))}" for s, n in zip(SHARES, needed, strict=True))

@@ -1,19 +1,19 @@
-"""Hidden pairs on disk: what a model's compressed states were ahead of a thought, and what they became in it.
+"""Hidden pairs on disk: the compressed states of a prompt, and those of the thought that a model wrote after it.
 
-    manifest.json                        what made them, and how many there are
-    thoughts-RANK.jsonl                  every thought as text and tokens, kept or not; `text` is the whole of it
-    SPLIT-NNNNN.safetensors              the kept ones, in the order of the problems
+    manifest.json                        what made the pairs, and how many there are
+    thoughts-RANK.jsonl                  every thought as text and tokens, also those that are not kept
+    SPLIT-NNNNN.safetensors              the pairs that are kept, in the order of the problems
 
-A shard has, end to end for all of its pairs, with their lengths in `counts` [n, 5]:
+A shard has these tensors, all pairs end to end, and in `counts` [n, 4] the lengths L, T, A and S of each pair:
 
     prompt_ids     int32  [sum L]        the question, up to and with <think>
-    thought_ids    int32  [sum T]        what stands between the tags
-    answer_ids     int32  [sum A]        what follows </think>, with the end-of-sequence token
-    prompt_states  fp16   [sum L, D']    compressed last hidden states
-    thoughts       fp16   [sum S, D']    those at the end of each segment of the thought, the last one where the answer
-    tokens         int32  [sum S]        begins; and the token that each of them led to
+    thought_ids    int32  [sum T]        the tokens between the tags
+    answer_ids     int32  [sum A]        the tokens after </think>, with the end-of-sequence token
+    prompt_states  fp16   [sum L, D']    compressed last hidden states of the prompt
+    thoughts       fp16   [sum S, D']    compressed states at the end of each segment; the last one begins the answer
+    tokens         int32  [sum S]        the token that each of these states predicts
 
-Files are written aside and renamed, the manifest last: without it there are no pairs.
+Every file is written aside and renamed. The manifest is the last one: a folder without it has no pairs.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ from wrinklefree.data.sources import Split
 MANIFEST = "manifest.json"
 FORMAT = 1
 SPLITS: tuple[Split, ...] = ("train", "heldout")
-# Of a shard's tensors, the column of `counts` with their lengths.
+# For each tensor of a shard the column of `counts` that has its lengths.
 RAGGED = {"prompt_ids": 0, "thought_ids": 1, "answer_ids": 2, "prompt_states": 0, "thoughts": 3, "tokens": 3}
 
 
 class Pair(NamedTuple):
-    """One thought: ids [L], [T], [A], states [L, D'], thoughts [S, D'], tokens [S]."""
+    """One prompt and its thought: ids [L], [T], [A], states [L, D'], thoughts [S, D'], tokens [S]."""
 
     prompt_ids: Tensor
     thought_ids: Tensor
@@ -55,7 +55,7 @@ class Pair(NamedTuple):
 
 @dataclass(kw_only=True)
 class Manifest:
-    """What made the pairs. `counts` and `dropped` say how many there are and why others are not."""
+    """What made the pairs; how many there are (`counts`), and how many thoughts were dropped for which reason."""
 
     model: str
     model_fingerprint: str
@@ -70,18 +70,19 @@ class Manifest:
 
     @property
     def key(self) -> str:
-        """The same for pairs that were made alike."""
+        """A fingerprint of all that the pairs depend on: not the model's name, and not how many there are."""
         made = dataclasses.asdict(self)
         return fingerprint({name: made[name] for name in made if name not in ("counts", "dropped", "model")})
 
     def save(self, folder: Path) -> None:
+        """Write the manifest aside, then rename it."""
         aside = folder / f".{MANIFEST}.tmp"
         aside.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
         os.replace(aside, folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError where there are no pairs, or none that this version reads."""
+    """The manifest of a folder. Raises UserError if it has no pairs, or if this version cannot read them."""
     file = folder / MANIFEST
     if not file.is_file():
         raise UserError(f"{folder}: no hidden pairs ({MANIFEST} is missing): run `wf trm pairs` first, or to its end")
@@ -99,12 +100,12 @@ def shard_path(folder: Path, split: Split, number: int) -> Path:
 
 
 def write_shard(path: Path, pairs: Sequence[Pair], key: str) -> None:
-    """Write aside, then rename. Raises UserError for a state that fp16 does not hold."""
+    """Write the shard aside, then rename it. Raises UserError for a state that is beyond the range of fp16."""
     tensors = {name: torch.cat([pair._asdict()[name] for pair in pairs]) for name in RAGGED}
     for name, tensor in tensors.items():
         tensors[name] = tensor.half() if tensor.is_floating_point() else tensor.int()
         if not tensors[name].isfinite().all():
-            raise UserError(f"{path}: a compressed state beyond what fp16 holds; choose a larger method.d_compressed")
+            raise UserError(f"{path}: a compressed state is too large for fp16; choose a larger thinking.d_compressed")
     lengths = [[len(pair.prompt_ids), len(pair.thought_ids), len(pair.answer_ids), len(pair.tokens)] for pair in pairs]
     tensors["counts"] = torch.tensor(lengths, dtype=torch.int32)
     aside = path.with_name(f".{path.name}.tmp")
@@ -113,7 +114,7 @@ def write_shard(path: Path, pairs: Sequence[Pair], key: str) -> None:
 
 
 def read_shard(path: Path, key: str) -> list[Pair]:
-    """Raises UserError where the file is missing, broken, or was made otherwise than `key` says."""
+    """The pairs of a shard. Raises UserError if the file is missing or broken, or belongs to pairs of another key."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("key") != key:
@@ -129,7 +130,7 @@ def read_shard(path: Path, key: str) -> list[Pair]:
 
 
 def is_whole(path: Path, key: str) -> bool:
-    """Whether this shard was written for these pairs."""
+    """Whether the shard is there and belongs to the pairs of this key."""
     if not path.is_file():
         return False
     try:
@@ -143,7 +144,7 @@ class HiddenPairs:
     """The pairs of one split."""
 
     def __init__(self, folder: Path, split: Split) -> None:
-        """Raises UserError where they are missing or broken, or the split is empty."""
+        """Raises UserError if pairs are missing or broken, or if the split is empty."""
         self.manifest = read_manifest(folder)
         self.pairs: list[Pair] = []
         shards = sorted(folder.glob(f"{split}-*.safetensors"))
@@ -161,9 +162,9 @@ class HiddenPairs:
         return len(self.pairs)
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """Pairs `rows`, padded on the right; ids with 0, states with zeros, tokens with -100.
+        """The pairs `rows`, padded on the right: ids with 0, states with zeros, tokens with -100.
 
-        `labels` [B, S + 1] are the tokens of the thoughts after a column that nobody learns: how much a sample counts.
+        `labels` [B, S + 1] are `tokens` after a column of -100: the loop weighs a batch by the labels after the first.
         """
         chosen = [self.pairs[row] for row in rows]
         batch = {name: pad_sequence([p._asdict()[name] for p in chosen], batch_first=True) for name in Pair._fields}
@@ -183,8 +184,24 @@ class HiddenPairs:
             "answer_length": counts["answer_ids"],
         }
 
-    def batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
-        """The first `count` pairs, in order."""
+    def batches(self, batch_size: int, count: int | None = None, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """The first `count` pairs, in order, on `device`."""
         rows = range(min(count or len(self), len(self)))
         for start in range(0, len(rows), batch_size):
-            yield self.batch(rows[start : start + batch_size])
+            batch = self.batch(rows[start : start + batch_size])
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def rows_of(padded: Tensor, lengths: Tensor) -> list[Tensor]:
+    """The rows [length, ...] of a tensor [B, longest, ...] that is padded on the right."""
+    return [row[: int(n)] for row, n in zip(padded, lengths, strict=True)]
+
+
+def prompts_of(batch: Batch) -> list[Tensor]:
+    """The ids [L] of every prompt of a batch of pairs."""
+    return rows_of(batch["input_ids"], batch["prompt_length"])
+
+
+def answers_of(batch: Batch) -> list[Tensor]:
+    """The ids [A] of every answer of a batch of pairs."""
+    return rows_of(batch["answer_ids"], batch["answer_length"])

@@ -1,4 +1,4 @@
-"""Thinkers and language models from their folders, checked against one another."""
+"""Read thinkers and language models from their folders, and check that they belong together."""
 
 import dataclasses
 import json
@@ -8,52 +8,52 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.compose import read_config
 from wrinklefree.config.schema import Config
+from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
 from wrinklefree.data.tokenizer import tokenizer_fingerprint
-from wrinklefree.methods.trm import Config as Method
-from wrinklefree.methods.trm import LatentThinker, ThinkerConfig
 from wrinklefree.models.check import check_safetensors
 from wrinklefree.models.load import load_pretrained
 from wrinklefree.runs import prerequisites
 from wrinklefree.thinking.hidden_pairs import Manifest
+from wrinklefree.thinking.network import LatentThinker, ThinkerConfig
 from wrinklefree.training import checkpoint
 
-# What a later stage takes over from the one it starts from, where it is not set anew.
+# Settings that a stage takes over from the thinker that it starts from.
 INHERITED = ("d_compressed", "objective", "network")
 
 
-def method_of(config: Config) -> Method:
-    """Raises UserError for a config of another method."""
-    if not isinstance(config.method, Method):
-        raise UserError("method: `wf trm` trains with method=trm")
-    return config.method
+def settings_of(config: Config) -> ThinkingConfig:
+    """The section `thinking`. Raises UserError for a training that has none."""
+    if config.thinking is None:
+        raise UserError(f"training={config.training.stage}: not a stage of LLM-TRM; `wf train` runs it")
+    return config.thinking
 
 
 def is_thinker(path: Path) -> bool:
-    """Whether there is a thinker in a folder or run, and not a language model."""
-    file = _folder(path) / "config.json"
+    """Whether a folder, or a run's folder, has a thinker and not a language model."""
+    file = thinker_folder(path) / "config.json"
     return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == ThinkerConfig.model_type
 
 
-def _folder(path: Path) -> Path:
-    """`NAME.pt`, as the guide writes it, is the folder NAME; of a run, `final/`."""
+def thinker_folder(path: Path) -> Path:
+    """The folder with the weights: `final/` of a run; NAME for `NAME.pt`, which is how the guide writes it."""
     folder = path if path.is_dir() else path.with_name(path.name.removesuffix(".pt"))
     return folder / "final" if (folder / "final").is_dir() else folder
 
 
 def load_thinker(path: Path) -> tuple[LatentThinker, Config]:
-    """A thinker in eval mode, and the config it was made with.
+    """A thinker in eval mode, and the config that made it.
 
     Raises UserError for anything that is not a whole thinker.
     """
-    folder = _folder(path)
+    folder = thinker_folder(path)
     if not (folder / checkpoint.CONFIG).is_file():
         raise UserError(
             f"{path}: no thinker here ({checkpoint.CONFIG} is missing); `wf trm compressor` makes the first"
         )
     config = read_config(folder / checkpoint.CONFIG)
-    if not isinstance(config.method, Method):
+    if config.thinking is None:
         raise UserError(f"{path}: a model, not a thinker; give a folder that `wf trm` made")
     shape = ThinkerConfig.from_json_file(folder / "config.json")
     check_safetensors(folder / checkpoint.WEIGHTS)
@@ -63,19 +63,33 @@ def load_thinker(path: Path) -> tuple[LatentThinker, Config]:
 
 
 def inherit(config: Config, path: Path) -> LatentThinker:
-    """The thinker that this stage starts from; settings that it fixes are written into `config`.
+    """The thinker that this stage starts from. What it has fixed (INHERITED) is written into `config`.
 
-    Raises UserError where one is set to something else.
+    Raises UserError if `config` sets one of these to something else.
     """
     thinker, before = load_thinker(path)
-    mine, other, default = method_of(config), method_of(before), Method()
+    mine, other, default = settings_of(config), settings_of(before), ThinkingConfig()
     for name in INHERITED:
         given, trained = vars(mine)[name], vars(other)[name]
         if given not in (vars(default)[name], trained):
             shown = dataclasses.asdict(trained) if dataclasses.is_dataclass(trained) else trained  # type: ignore[arg-type]
-            raise UserError(f"method.{name}: {path} was made with {shown}; leave it out, or make that stage anew")
+            raise UserError(f"thinking.{name}: {path} was made with {shown}; leave it out, or make that stage anew")
         setattr(mine, name, trained)
     return thinker
+
+
+def starting_thinker(config: Config) -> Path:
+    """The folder of the thinker that a stage goes on from. Raises UserError if the config names none."""
+    start = prerequisites.starting_folder(config)
+    if start is None:
+        raise UserError("training.start_from: a value is required: the folder of the thinker to go on from")
+    return start
+
+
+def refuse_sharding(config: Config, what: str) -> None:
+    """Raises UserError for a sharded training: the language model is frozen, and what is trained is small."""
+    if config.distributed.strategy == "fsdp":
+        raise UserError(f"distributed.strategy=fsdp: has no effect on {what}, whose language model is frozen")
 
 
 def load_language_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -85,12 +99,12 @@ def load_language_model(config: Config) -> tuple[PreTrainedModel, PreTrainedToke
 
 
 def pairs_folder(config: Config) -> Path:
-    """Where this experiment's hidden pairs are."""
+    """The folder of this experiment's hidden pairs."""
     return prerequisites.stage_folder(config, "trm_pairs")
 
 
 def check_pairs(manifest: Manifest, folder: Path, thinker: LatentThinker, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError for pairs of another tokenizer or compressor."""
+    """Check that the pairs have this tokenizer and compressor. Raises UserError if not."""
     if manifest.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
         raise UserError(f"{folder}: made with another tokenizer than this model's; run `wf trm pairs` for this model")
     if manifest.compressor_fingerprint != compressor_fingerprint(thinker):
@@ -98,10 +112,11 @@ def check_pairs(manifest: Manifest, folder: Path, thinker: LatentThinker, tokeni
 
 
 def check_model(manifest: Manifest, folder: Path, model: PreTrainedModel) -> None:
-    """Raises UserError for pairs of another language model."""
+    """Check that the pairs have this language model. Raises UserError if not."""
     if manifest.model_fingerprint != model_fingerprint(model.state_dict()):
         raise UserError(f"{folder}: made with other weights than {manifest.model} has now; run `wf trm pairs --force`")
 
 
 def compressor_fingerprint(thinker: LatentThinker) -> str:
+    """A fingerprint of the compressor's weights."""
     return fingerprint(model_fingerprint(thinker.compressor.state_dict()))

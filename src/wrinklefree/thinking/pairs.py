@@ -1,9 +1,8 @@
-"""`wf trm pairs`: thoughts of a language model, written out first, then read back for their hidden states.
+"""Thoughts of a language model: written out first, then read back for their hidden states.
 
-First the model writes a thought and an answer for each problem, with ordinary cached generation. What it wrote is kept
-as tokens, so that a second, teacher-forced pass sees every position of it (states that are gathered while generating
-lack the last one). Both are resumable: a problem that was thought about is not thought about again, a shard that is
-whole is not written again.
+First the model writes a thought and an answer to each problem, with ordinary cached generation. The tokens are kept,
+and a second, teacher-forced pass has the state of every position. (States gathered while generating lack the last one.)
+Both passes can be interrupted: a problem with a thought is not given to the model again, and a whole shard is kept.
 """
 
 import json
@@ -18,16 +17,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from wrinklefree.config.thinking import PairsConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.thinking import PairsConfig
 from wrinklefree.data import problems
 from wrinklefree.data.problems import Problem
 from wrinklefree.data.sources import Split
 from wrinklefree.distributed.world import World, barrier
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking import hidden_pairs, tags
 from wrinklefree.thinking.hidden_pairs import Pair
+from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.tracking.progress import Lines
 
 log = logging.getLogger("wrinklefree")
@@ -38,16 +37,16 @@ UNCLOSED, WRONG, LONG, REPEATED = "no closing tag", "wrong answer", "thought too
 
 
 class Writer:
-    """One language model writing thoughts."""
+    """A language model that writes thoughts."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PairsConfig) -> None:
-        """Raises UserError where the model has no tags."""
+        """Raises UserError if the model has no tags."""
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.tags = tags.find(tokenizer)
+        self.tags = tags.find_tags(tokenizer)
 
     @torch.inference_mode()
     def write(self, split: Split, numbered: list[tuple[Problem, int]], seed: int) -> list[Record]:
-        """A record for each (problem, number of the sample)."""
+        """A record for each (problem, number of its sample)."""
         prompts = [tags.prompt(self.tokenizer, problem.question) for problem, _ in numbered]
         ids, mask = (t.to(self.model.device) for t in tags.padded(prompts, tags.pad_id(self.tokenizer), "left"))
         hot = self.config.temperature > 0
@@ -88,9 +87,9 @@ class Writer:
 
 
 def write_thoughts(writer: Writer, folder: Path, splits: dict[Split, list[Problem]], seed: int, world: World) -> None:
-    """Append what is missing to `thoughts-RANK.jsonl`, batch after batch."""
+    """Append the missing thoughts to `thoughts-RANK.jsonl`, batch after batch."""
     done = {(r["split"], r["id"], r["sample"]) for r in read_thoughts(folder)}
-    barrier(world)  # all have read what there is before anyone writes more
+    barrier(world)  # every process has read the thoughts before one writes more
     config = writer.config
     todo = [
         (split, problem, sample)
@@ -119,7 +118,7 @@ def write_thoughts(writer: Writer, folder: Path, splits: dict[Split, list[Proble
 
 
 def read_thoughts(folder: Path) -> list[Record]:
-    """All records; a line that a crash cut short is removed, so that the next one begins a line."""
+    """All records. A last line that a crash cut short is removed, so that the next record begins a line."""
     records: list[Record] = []
     for path in sorted(folder.glob("thoughts-*.jsonl")):
         text = path.read_text(encoding="utf-8")
@@ -137,7 +136,7 @@ def read_thoughts(folder: Path) -> list[Record]:
 def select(
     records: list[Record], config: PairsConfig, order: list[tuple[Split, str]]
 ) -> tuple[list[Record], Counter[str]]:
-    """The records to keep, in the order of the problems, and how many were dropped for what."""
+    """The records to keep, in the order of the problems, and how many were dropped for each reason."""
     place = {key: n for n, key in enumerate(order)}
     ordered = sorted(
         (r for r in records if (r["split"], r["id"]) in place), key=lambda r: (place[r["split"], r["id"]], r["sample"])
@@ -155,7 +154,7 @@ def select(
 
 
 def _why_not(record: Record, config: PairsConfig, seen: set[tuple[Any, ...]]) -> str | None:
-    """Why a record is not kept, or None."""
+    """The reason to drop a record, or None."""
     if not record["closed"] or not record["answer_ids"] or not record["thought_ids"]:
         return UNCLOSED
     if not record["correct"] and not config.keep_wrong:
@@ -170,7 +169,7 @@ def _why_not(record: Record, config: PairsConfig, seen: set[tuple[Any, ...]]) ->
 
 
 class Reader:
-    """One language model reading thoughts back, and the compressor that keeps its states."""
+    """A language model that reads thoughts back, and the compressor for its states."""
 
     def __init__(
         self,
@@ -180,11 +179,11 @@ class Reader:
         config: PairsConfig,
     ) -> None:
         self.decoder, self.tokenizer, self.thinker, self.config = BodyAndHead(model), tokenizer, thinker, config
-        self.tags, self.device = tags.find(tokenizer), model.device
+        self.tags, self.device = tags.find_tags(tokenizer), model.device
 
     @torch.no_grad()
     def read(self, records: list[Record]) -> list[Pair]:
-        """The pairs of some records, in one forward pass."""
+        """The pairs of these records, from one forward pass."""
         rows = [[*r["prompt_ids"], *r["thought_ids"], self.tags.close, *r["answer_ids"]] for r in records]
         ids, _ = tags.padded(rows, tags.pad_id(self.tokenizer))  # padding on the right: no token sees it
         states = self.decoder.states({"input_ids": ids.to(self.device)})
@@ -204,9 +203,9 @@ class Reader:
         )
 
     def places(self, record: Record) -> list[int]:
-        """Positions from which the last token of each segment is predicted; of the last one, the answer's first token.
+        """For each segment the position that predicts its last token; for the last one, the answer's first token.
 
-        At most `max_thoughts` of them, evenly over the thought.
+        There are at most `max_thoughts`, evenly over the thought.
         """
         prompt, thought = len(record["prompt_ids"]), record["thought_ids"]
         ends = [prompt + end - 1 for end in self._segment_ends(thought)]
@@ -216,7 +215,7 @@ class Reader:
         return ends if len(ends) <= most else [ends[(i + 1) * len(ends) // most - 1] for i in range(most)]
 
     def _segment_ends(self, thought: list[int]) -> list[int]:
-        """The last token of each segment; one segment at least."""
+        """The index of the last token of each segment; there is at least one."""
         if self.config.segments == "tokens":
             size = self.config.segment_tokens
             return [min(start + size, len(thought)) - 1 for start in range(0, len(thought), size)]
@@ -226,7 +225,7 @@ class Reader:
 
 
 def write_shards(reader: Reader, folder: Path, split: Split, kept: list[Record], key: str, world: World) -> None:
-    """Every shard of a split that is not there yet, those of this process."""
+    """Write the shards of a split that are missing, and that are this process's to write."""
     size, batch = reader.config.shard_size, reader.config.batch_size
     shards = [kept[i : i + size] for i in range(0, len(kept), size)]
     for number, records in islice(enumerate(shards), world.rank, None, world.size):

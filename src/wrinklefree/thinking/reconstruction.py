@@ -1,20 +1,23 @@
 """What a compressor is trained for, and how well hidden states survive it.
 
-States x [N, D] are a language model's last ones, after its final norm, of all real tokens and of no padding; x' is what
-comes back from D' numbers each.
+x [N, D] are the last hidden states of a language model, after its final norm. Every real token has one, padding has
+none. x' [N, D] is what comes back from D' numbers for each.
 
     mse                  mean over N and D of (x' - x)^2
     cosine_similarity    mean over N of cos(x, x')
-    relative_error       |x' - x| / |x|, over all N together (Frobenius)
-    variance_ratio       mean over D of var(x'_d) / var(x_d), every dimension alike
-    mean_only_cosine     what the mean of x as a constant answer reaches: a cosine is good by what it is above this
-    r2                   1 - sum |x' - x|^2 / sum |x - mean|^2: centred, so that the constant has 0
-    kl, top1_agreement   of the next word that the head reads in x' against that in x, nats
+    relative_error       |x' - x| / |x|, Frobenius norms over all N
+    variance_ratio       mean over D of var(x'_d) / var(x_d): every dimension counts the same
+    mean_only_cosine     the cosine_similarity of a constant answer, the mean of x: a good one is well above it
+    r2                   1 - sum |x' - x|^2 / sum |x - mean|^2: the constant answer has 0
+    kl, top1_agreement   between the next words that the head reads in x' and in x; nats, share
 
-All follow from sums over states, so they are exact however the states came in batches.
+All of them are made from sums over states. So they do not depend on how the states were cut into batches.
 
-Objectives: mse; kl, as above; fisher, 1/2 (x' - x)^T M (x' - x) with the mean Fisher matrix M of the head, which is the
-KL to second order (core/moments.py).
+Objectives:
+
+    mse       as above
+    kl        as above
+    fisher    1/2 (x' - x)^T M (x' - x), M the mean Fisher matrix of the head: the KL to second order (moments.py)
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,23 +28,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wrinklefree.core.batch import IGNORE, Batch
-from wrinklefree.core.moments import RIDGE
-from wrinklefree.methods.trm import DimensionCompressor
 from wrinklefree.objectives.base import Metrics
 from wrinklefree.objectives.language_model import BodyAndHead
-from wrinklefree.objectives.losses import TokenLosses, token_losses
+from wrinklefree.thinking.moments import RIDGE
+from wrinklefree.thinking.network import DimensionCompressor
+from wrinklefree.thinking.reading import compare_readings
 
 Sums = dict[str, Tensor]
 Figures = dict[str, float]
 
-LEAST_VARIANCE = 1e-8  # of a dimension, beside which its own counts; upstream's number
-TRAINED_METRICS = ("mse", "cosine_similarity", "relative_error", "variance_ratio")  # of every training batch
+LEAST_VARIANCE = 1e-8  # added to the variance that variance_ratio divides by; upstream's number
+TRAINED_METRICS = ("mse", "cosine_similarity", "relative_error", "variance_ratio")  # logged in training
 
 
 def mark(batch: Batch, pad: int) -> Batch:
-    """The batch with labels [B, L + 1]: position i counts where label i + 1 is not -100, as the trainer counts tokens.
+    """Give a batch labels [B, L + 1]. Position i counts if label i + 1 is not -100: so does the loop count tokens.
 
-    Padding is what stands at the end of a block, not learned, with the id `pad`.
+    A position is padding if it is not learned, has the id `pad`, and nothing but padding follows it.
     """
     ids = batch["input_ids"]
     filler = (batch["labels"] == IGNORE) & (ids == pad)
@@ -50,7 +53,7 @@ def mark(batch: Batch, pad: int) -> Batch:
 
 
 class MarkedStream(Iterator[Batch]):
-    """Training batches, marked; the position is the inner stream's."""
+    """A stream of training batches that marks each of them."""
 
     def __init__(self, stream: Any, pad: int) -> None:
         self.stream, self.pad = stream, pad
@@ -68,12 +71,12 @@ class MarkedStream(Iterator[Batch]):
 
 @torch.no_grad()
 def real_states(decoder: BodyAndHead, batch: Batch) -> Tensor:
-    """The states [N, D] that count of a marked batch."""
+    """The states [N, D] of the positions of a marked batch that count."""
     return decoder.states(batch)[batch["labels"][:, 1:] != IGNORE]
 
 
 def sums_of(states: Tensor, rebuilt: Tensor) -> Sums:
-    """What `metrics` needs of N states, in fp64; sums of parts add up."""
+    """The fp64 sums over N states that `metrics` is made from. Those of two parts can be added."""
     both = torch.stack([states.double(), rebuilt.double()])
     x, y = both
     return {
@@ -87,11 +90,12 @@ def sums_of(states: Tensor, rebuilt: Tensor) -> Sums:
 
 
 def added(a: Sums, b: Sums) -> Sums:
+    """The sums over the states of both."""
     return {name: value + b[name] for name, value in a.items()}
 
 
 def metrics(sums: Sums) -> Metrics:
-    """The figures named above, fp64; kl, top1_agreement and loss where they were summed."""
+    """The figures of the module's table, fp64; kl, top1_agreement and loss only if they were summed."""
     count, totals, squares = sums["count"], sums["totals"], sums["squares"]
     means = totals / count
     variances = squares / count - means.square()  # [2, D]
@@ -106,23 +110,13 @@ def metrics(sums: Sums) -> Metrics:
     return found | {name: sums[name] / count for name in ("kl", "top1_agreement", "loss") if name in sums}
 
 
-def reading(decoder: BodyAndHead, states: Tensor, rebuilt: Tensor) -> TokenLosses:
-    """The KL from what the head reads in states [N, D] to what it reads in rebuilt ones, differentiable in these."""
-    meant, head = decoder.project(states)
-    said = decoder.project(rebuilt)[0]
-    no_labels = torch.zeros(len(states), dtype=torch.long, device=states.device)
-    return token_losses(
-        said, head.to(said.dtype), no_labels, teacher=(meant, head.to(meant.dtype)), ce_weight=0.0, kl_weight=1.0
-    )
-
-
 class Reconstruction:
-    """Objective over marked batches."""
+    """The objective of a compressor, over marked batches."""
 
     def __init__(
         self, compressor: DimensionCompressor, decoder: BodyAndHead, objective: str, metric: Tensor | None = None
     ) -> None:
-        """`metric` [D, D] is M, for objective fisher."""
+        """`metric` [D, D] is M, which the objective fisher needs."""
         self.compressor, self.decoder, self.objective = compressor, decoder, objective
         if objective == "fisher":
             assert metric is not None
@@ -136,9 +130,9 @@ class Reconstruction:
         yield self.loss(states, rebuilt), {name: found[name] for name in TRAINED_METRICS}
 
     def loss(self, states: Tensor, rebuilt: Tensor) -> Tensor:
-        """A mean over states [N, D]."""
+        """The objective's mean over states [N, D]."""
         if self.objective == "kl":
-            return reading(self.decoder, states, rebuilt).loss
+            return compare_readings(self.decoder, states, rebuilt).loss
         difference = rebuilt - states.float()
         if self.objective == "mse":
             return difference.square().mean()
@@ -149,9 +143,9 @@ class Reconstruction:
     def measure(
         self, batches: Iterable[Batch], compressors: Mapping[str, DimensionCompressor]
     ) -> tuple[dict[str, Figures], int]:
-        """The figures of each compressor on marked batches, `loss` among them, and on how many states.
+        """The figures and the `loss` of each compressor on marked batches, and the number of states.
 
-        The language model reads each batch once.
+        The language model reads each batch once, for all compressors together.
         """
         sums: dict[str, Sums] = {}
         for held in batches:
@@ -165,6 +159,6 @@ class Reconstruction:
         return {name: {key: float(value) for key, value in of.items()} for name, of in found.items()}, count
 
     def _sums(self, states: Tensor, rebuilt: Tensor) -> Sums:
-        read = reading(self.decoder, states, rebuilt)
+        read = compare_readings(self.decoder, states, rebuilt)
         means = {"kl": read.kl, "top1_agreement": read.same_top1, "loss": self.loss(states, rebuilt)}
         return sums_of(states, rebuilt) | {name: value.double() * len(states) for name, value in means.items()}

@@ -1,4 +1,4 @@
-"""One answer to one question, after a thought in words, in latents, or none."""
+"""One answer to one question, after a thought in words, in latents, or after none."""
 
 import logging
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import join_world
 from wrinklefree.generate.open import open_model
-from wrinklefree.methods.trm import LatentThinker
 from wrinklefree.models.find import resolve_pretrained
 from wrinklefree.thinking import loading, tags
+from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.speech import Speaker
 
 log = logging.getLogger("wrinklefree")
@@ -20,29 +20,30 @@ Think = Literal["latent", "words", "none"]
 
 
 def reply(path: str, prompt: str, think: Think, max_new_tokens: int, temperature: float, seed: int) -> str:
-    """What the model of a thinker, or the model itself, answers; of a thought in words, the thought too.
+    """What a language model answers, or that of a thinker; with `think` words its thought is part of the answer.
 
-    Raises UserError where `think` is latent and `path` is no thinker that has learned to speak.
+    Raises UserError if `think` is latent and `path` is not a thinker that has learned to speak.
     """
     if think == "latent":
         thinker, speaker = open_thinker(Path(path))
     else:
         thinker, speaker = None, Speaker(*open_model(_language_model(path)))
     prefix = speaker.prefill([tags.prompt(speaker.tokenizer, prompt)])
-    middle, made = prefix.states[:, :0], prefix.mask[:, :0]
+    soft_tokens, soft_mask = prefix.states[:, :0], prefix.mask[:, :0]
     if thinker is not None:
-        thoughts, made = speaker.think(thinker, prefix)
-        middle = thinker.speak(thoughts).detach()
-        log.info("%d latent thoughts", made.sum())
+        thoughts, soft_mask = speaker.think(thinker, prefix)
+        soft_tokens = thinker.speak(thoughts).detach()
+        log.info("%d latent thoughts", soft_mask.sum())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        said = speaker.answer(prefix, middle, made, max_new_tokens, temperature=temperature, closed=think != "words")[0]
+        closed = think != "words"
+        (said,) = speaker.answer(prefix, soft_tokens, soft_mask, max_new_tokens, temperature=temperature, closed=closed)
     words = [i for i in said if i not in speaker.ends]
     return str(speaker.tokenizer.decode(words, skip_special_tokens=False)).strip()
 
 
 def open_thinker(path: Path) -> tuple[LatentThinker, Speaker]:
-    """A thinker and its language model. Raises UserError for one whose adapter was not trained yet."""
+    """A thinker and its language model. Raises UserError if the adapter was not trained yet."""
     thinker, config = loading.load_thinker(path)
     if config.training.stage not in ("trm_injection", "trm_grpo"):
         raise UserError(f"{path}: made by {config.training.stage}, it cannot speak yet: run `wf trm inject` first")
@@ -52,7 +53,7 @@ def open_thinker(path: Path) -> tuple[LatentThinker, Speaker]:
 
 
 def _language_model(path: str) -> str:
-    """The language model of a thinker's folder; any other path itself."""
+    """The path of a thinker's language model; any other path is returned as it is."""
     if not loading.is_thinker(Path(path)):
         return path
     return resolve_pretrained(loading.load_thinker(Path(path))[1].model.pretrained)

@@ -1,21 +1,20 @@
-"""What a compressor, or a sweep over several, comes to: measured on held-out text, printed, kept."""
+"""The figures of a compressor, or of a sweep: measured on held-out text, printed, kept."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from wrinklefree.config.schema import Config
-from wrinklefree.methods.trm import DimensionCompressor
 from wrinklefree.thinking import loading
 from wrinklefree.thinking.bench import Bench, Made
 from wrinklefree.thinking.curves import plot_sweep
 from wrinklefree.thinking.gathering import Code, Gathered
+from wrinklefree.thinking.network import DimensionCompressor
 from wrinklefree.thinking.reconstruction import Figures
 from wrinklefree.tracking.terminal import print_table
-from wrinklefree.training.plan import sequence_length
 
-PCA = "pca"  # the tied optimum of the squared error, which every run is measured against
-# Columns of the tables: the figure, what it is called, how it is written.
+PCA = "pca"  # the tied optimum of the squared error: every run is compared with it
+# The figures of the table, and what they are called in it.
 SHOWN = {
     "mse": "mse",
     "cosine_similarity": "cosine similarity",
@@ -29,7 +28,7 @@ SHOWN = {
 
 
 def _measure(bench: Bench, made: list[Made], found: Gathered) -> tuple[list[dict[str, Figures]], int]:
-    """The figures of every compressor and of PCA of its size, in one pass over held-out text; on how many states."""
+    """The figures of each compressor and of PCA of its size, from one pass over held-out text; the number of states."""
     compressors = {}
     for one in made:
         compressors[f"{len(one.thinker.compressor.weight)} {PCA}"] = _pca(found.pca, one.thinker.compressor)
@@ -44,47 +43,46 @@ def _measure(bench: Bench, made: list[Made], found: Gathered) -> tuple[list[dict
 
 
 def _pca(code: Code, like: DimensionCompressor) -> DimensionCompressor:
-    """The tied compressor of the same size."""
+    """The tied compressor of this code, as large as `like`."""
     compressed, width = like.weight.shape
     return code.put(DimensionCompressor(width, compressed)).to(like.weight.device)
 
 
 def _kind(config: Config) -> str:
-    """What a compressor is called beside PCA."""
-    method = loading.method_of(config)
+    """The name of a compressor in the table, beside that of PCA."""
+    settings = loading.settings_of(config)
     if config.training.max_steps:
         return "trained"
-    return "random" if method.init == "orthogonal" else "fisher" if method.objective == "fisher" else PCA
+    return "random" if settings.init == "orthogonal" else "fisher" if settings.objective == "fisher" else PCA
 
 
 def _facts(made: Made, found: Gathered, figures: dict[str, Figures]) -> dict[str, Any]:
-    """What `results.json` says of a compressor; the figures of itself on top, those of PCA beside them."""
-    method, shape = loading.method_of(made.config), made.thinker.config
+    """What `results.json` says of a compressor: its own figures at the top level, those of PCA under a key."""
+    settings, shape = loading.settings_of(made.config), made.thinker.config
     return {
         "hidden_size": shape.width,
         "d_compressed": shape.d_compressed,
         "compression_ratio": shape.width / shape.d_compressed,
         "parameters": sum(p.numel() for p in made.thinker.compressor.parameters()),
-        "init": method.init,
-        "objective": method.objective,
+        "init": settings.init,
+        "objective": settings.objective,
         **figures[_kind(made.config)],
         PCA: figures[PCA],
         "pca_mse_of_the_text_it_was_solved_from": found.pca.mse(found.moments, shape.d_compressed),
     }
 
 
-def _forward_tokens(bench: Bench, config: Config, gathered: int, measured: int, runs: int) -> dict[str, int]:
-    """How many tokens the language model read, and for what."""
-    t = config.training
-    per_step = t.batch_size * sequence_length(config) * t.gradient_accumulation_steps * bench.world.size
-    return {"moments": gathered, "training": runs * bench.plan.max_steps * per_step, "heldout": measured}
+def _forward_tokens(bench: Bench, gathered: int, measured: int, runs: int) -> dict[str, int]:
+    """How many tokens the language model read for what."""
+    plan = bench.run.plan
+    return {"moments": gathered, "training": runs * plan.max_steps * plan.tokens_per_step, "heldout": measured}
 
 
 def report(bench: Bench, made: Made, found: Gathered, seen: int) -> None:
-    """Measure, print and keep the figures of one compressor; `seen` states were gathered in this run."""
+    """Measure, print and keep the figures of one compressor, for which this run gathered `seen` states."""
     (figures,), measured = _measure(bench, [made], found)
     out, facts = Path(made.config.output_dir), _facts(made, found, figures)
-    used = _forward_tokens(bench, made.config, seen, measured, 1)
+    used = _forward_tokens(bench, seen, measured, 1)
     (out / "results.json").write_text(json.dumps({**facts, "forward_tokens": used}, indent=2) + "\n")
     title = f"D'={facts['d_compressed']} of {facts['hidden_size']}, held-out text"
     print_table(
@@ -94,14 +92,14 @@ def report(bench: Bench, made: Made, found: Gathered, seen: int) -> None:
     print(f"next: wf trm pairs model={made.config.model.name}")
 
 
-def report_sweep(bench: Bench, config: Config, made: list[Made], found: Gathered) -> None:
+def report_sweep(bench: Bench, made: list[Made], found: Gathered) -> None:
     """Measure, print, plot and keep the figures of all compressors."""
-    out = Path(config.output_dir)
+    config, out = bench.run.config, bench.run.out
     figures, measured = _measure(bench, made, found)
     rows = [_facts(one, found, of) for one, of in zip(made, figures, strict=True)]
     for one, row in zip(made, rows, strict=True):
         (Path(one.config.output_dir) / "results.json").write_text(json.dumps(row, indent=2) + "\n")
-    used = _forward_tokens(bench, config, int(found.moments.count), measured, len(made))
+    used = _forward_tokens(bench, int(found.moments.count), measured, len(made))
     (out / "sweep.json").write_text(json.dumps({"forward_tokens": used, "rows": rows}, indent=2) + "\n")
     plot_sweep(rows, out / "plots" / "sweep.png")
     print_table(
@@ -117,7 +115,7 @@ def report_sweep(bench: Bench, config: Config, made: list[Made], found: Gathered
     )
     folders = ", ".join(f"d{row['d_compressed']}/" for row in rows)
     print(f"\nwrote {out}/: {folders}, sweep.json, plots/sweep.png")
-    print(f"next: wf trm compressor model={config.model.name} method.d_compressed=THE_ONE_YOU_CHOOSE")
+    print(f"next: wf trm compressor model={config.model.name} thinking.d_compressed=THE_ONE_YOU_CHOOSE")
 
 
 def _number(value: float) -> str:

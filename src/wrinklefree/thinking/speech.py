@@ -1,9 +1,9 @@
-"""A frozen language model that answers after thoughts which were not written: soft tokens in between its tags.
+"""A frozen language model that answers after soft tokens between its tags, where it would have written a thought.
 
     prompt  <think>  s_1 ... s_k  </think>  answer
 
-The prompt is run once; its last hidden states are what the thinker thinks about, its keys and values are what the rest
-continues from. So an answer costs the prompt, the thinking, k + 1 positions in one pass, and its own tokens.
+The prompt is run once. The thinker thinks about its last hidden states, and the answer continues from its keys and
+values. So an answer costs the prompt, the thinking, k + 1 positions in one pass, and its own tokens.
 """
 
 import copy
@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree.methods.trm import LatentThinker
+from wrinklefree.data.problems import same_answer
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking import tags
+from wrinklefree.thinking.network import LatentThinker
+from wrinklefree.thinking.reading import read_logits
 
 
 class Prefix(NamedTuple):
-    """Prompts that have been run: last hidden states [B, L, D], mask [B, L], padded on the left, and their cache."""
+    """Prompts that were run, padded on the left: last hidden states [B, L, D], mask [B, L], keys and values."""
 
     states: Tensor
     mask: Tensor
@@ -30,12 +32,12 @@ class Prefix(NamedTuple):
 
 
 class Speaker:
-    """The language model around a thought."""
+    """A language model that reads prompts and answers after soft tokens."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UserError where the model has no tags, or a head that is not plain."""
+        """Raises UserError if the model has no tags, or if its logits are not simply the head's product."""
         self.model, self.tokenizer = model, tokenizer
-        self.tags, self.decoder = tags.find(tokenizer), BodyAndHead(model)
+        self.tags, self.decoder = tags.find_tags(tokenizer), BodyAndHead(model)
         self.ends = {tokenizer.eos_token_id}
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -53,36 +55,37 @@ class Speaker:
 
     @torch.no_grad()
     def think(self, thinker: LatentThinker, prefix: Prefix) -> tuple[Tensor, Tensor]:
-        """The thinker's thoughts about the prompts, and which were made: `LatentThinker.think`."""
+        """Thoughts about the prompts [B, S, D'], and the mask [B, S] of those that were made: `LatentThinker.think`."""
         return thinker.think(thinker.whiten(thinker.compressor.compress(prefix.states)), prefix.mask)
 
     @torch.no_grad()
     def answer(
         self,
         prefix: Prefix,
-        middle: Tensor,
-        made: Tensor,
+        soft_tokens: Tensor,
+        soft_mask: Tensor,
         max_new_tokens: int,
         *,
         copies: int = 1,
         temperature: float = 0.0,
         closed: bool = True,
     ) -> list[list[int]]:
-        """What the model says after each prompt, `middle` [B, M, D] where `made` [B, M], and `</think>`; with its end.
+        """The ids that the model says after each prompt and its soft tokens, with the end-of-sequence token.
 
-        Each sample is answered `copies` times in a row; temperature 0 takes the likeliest token. Without `closed` the
-        model goes on thinking in words by itself. The prefix can be used again.
+        `soft_tokens` [B, M, D] are there if `soft_mask` [B, M] is True; `</think>` follows them. Without `closed` it
+        does not, and the model goes on thinking in words. Each prompt is answered `copies` times in a row. Temperature
+        0 takes the likeliest token. The prefix can be used again.
         """
         if closed:
-            close = torch.full((len(middle), 1), self.tags.close, device=middle.device)
-            middle = torch.cat([middle, self.embed(close).to(middle.dtype)], dim=1)
-            made = F.pad(made, (0, 1), value=True)
-        mask = torch.cat([prefix.mask, made], dim=1)
+            close = torch.full((len(soft_tokens), 1), self.tags.close, device=soft_tokens.device)
+            soft_tokens = torch.cat([soft_tokens, self.embed(close).to(soft_tokens.dtype)], dim=1)
+            soft_mask = F.pad(soft_mask, (0, 1), value=True)
+        mask = torch.cat([prefix.mask, soft_mask], dim=1)
         cache = twin(prefix.cache)
-        if middle.shape[1]:
-            logits = self._forward(cache, mask, inputs_embeds=middle, number=middle.shape[1])
+        if soft_tokens.shape[1]:
+            logits = self._forward(cache, mask, inputs_embeds=soft_tokens, number=soft_tokens.shape[1])
         else:
-            logits = self._logits(prefix.states[:, -1])
+            logits = read_logits(self.decoder, prefix.states[:, -1])
         if copies > 1:
             cache.batch_repeat_interleave(copies)
             mask, logits = mask.repeat_interleave(copies, 0), logits.repeat_interleave(copies, 0)
@@ -109,29 +112,31 @@ class Speaker:
         out = self.model.base_model(
             attention_mask=mask.long(), position_ids=places, past_key_values=cache, use_cache=True, **inputs
         )
-        return self._logits(out.last_hidden_state[:, -1])
+        return read_logits(self.decoder, out.last_hidden_state[:, -1])
 
-    def _logits(self, states: Tensor) -> Tensor:
-        operand, head = self.decoder.project(states)
-        return F.linear(operand, head.to(operand.dtype)).float()
+    def states(self, prompts: Sequence[Tensor], thoughts: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
+        """The states [N, D] that predict the N tokens of all given answers, differentiable in the thoughts.
 
-    def states(self, prompts: Sequence[Tensor], middles: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
-        """The states [N, D] that predict the N tokens of all answers, teacher-forced; differentiable in the middles.
-
-        Ids [L], embeddings [M, D] and ids [A] per sample; `</think>` comes after each middle.
+        Each sample has the ids [L] of its prompt, the embeddings [M, D] of its thought, written or soft, and the ids
+        [A] of its answer; `</think>` follows the thought.
         """
         close = torch.tensor([self.tags.close], device=self.model.device)
         rows = [
-            torch.cat([self.embed(prompt), middle, self.embed(torch.cat([close, answer]))])
-            for prompt, middle, answer in zip(prompts, middles, answers, strict=True)
+            torch.cat([self.embed(prompt), thought, self.embed(torch.cat([close, answer]))])
+            for prompt, thought, answer in zip(prompts, thoughts, answers, strict=True)
         ]
         embedded = pad_sequence(rows, batch_first=True)  # on the right: no position sees it
         hidden = self.model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         parts = []
-        for i, (prompt, middle, answer) in enumerate(zip(prompts, middles, answers, strict=True)):
-            first = len(prompt) + len(middle)
+        for i, (prompt, thought, answer) in enumerate(zip(prompts, thoughts, answers, strict=True)):
+            first = len(prompt) + len(thought)
             parts.append(hidden[i, first : first + len(answer)])
         return torch.cat(parts)
+
+    def is_right(self, said: Sequence[int], gold: Sequence[int]) -> bool:
+        """Whether the ids of an answer state what the ids of the right one do."""
+        texts = (str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in (said, gold))
+        return same_answer(*texts)
 
 
 def _choose(logits: Tensor, temperature: float) -> Tensor:
@@ -141,12 +146,7 @@ def _choose(logits: Tensor, temperature: float) -> Tensor:
 
 
 def twin(cache: Cache) -> Cache:
-    """A cache of the same keys and values, which grows by itself: growing makes new tensors and leaves these alone."""
+    """A second cache with the same keys and values. Growing makes new tensors, so the first one is not changed."""
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
     return other
-
-
-def rows_of(padded: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Rows [length, ...] of a tensor [B, longest, ...] that is padded on the right."""
-    return [row[: int(n)] for row, n in zip(padded, lengths, strict=True)]

@@ -1,4 +1,4 @@
-"""How a prompt for a thought is written, and where the thought ends, as token ids."""
+"""Token ids of a prompt that asks for a thought, and of the tags around the thought."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,8 +19,8 @@ class Tags(NamedTuple):
     close: int
 
 
-def find(tokenizer: PreTrainedTokenizerBase) -> Tags:
-    """Raises UserError where the model does not have each of the two as one token."""
+def find_tags(tokenizer: PreTrainedTokenizerBase) -> Tags:
+    """The ids of the tags. Raises UserError if the tokenizer does not have each of them as one token."""
     ids = [tokenizer(tag, add_special_tokens=False).input_ids for tag in (OPEN, CLOSE)]
     if any(len(found) != 1 for found in ids) or tokenizer.unk_token_id in (ids[0][0], ids[1][0]):
         raise UserError(
@@ -41,7 +41,7 @@ def prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Token ids and mask, each [rows, longest]; True in the mask is a token."""
+    """Token ids and mask, each [rows, longest]; the mask is False for padding."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), pad)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -52,4 +52,5 @@ def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "right") -> tupl
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: that of the end of a sequence, if the tokenizer has none for padding."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -52,9 +52,7 @@ def method_of(bits: HeadBits, width: int) -> QuantMethod:
     settings: dict[str, Any] = {"name": "uniform", "bits": bits}
     if bits == 4 and width % GROUP == 0:
         settings |= {"granularity": "group", "group_size": GROUP}
-    method = find("uniform")(**settings)
-    assert isinstance(method, QuantMethod)
-    return method
+    return find("uniform")(**settings)
 
 
 @torch.no_grad()

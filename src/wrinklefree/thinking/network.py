@@ -1,61 +1,64 @@
 """LLM-TRM: a tiny recursive network thinks in a language model's compressed hidden states, instead of in words.
 
 Recursion: "Less is More" (arXiv 2510.04871). Soft tokens: Coconut (arXiv 2412.06769). D is the width of the language
-model, D' of its compressed states, H of the network, L the length of the prompt.
+model, D' that of its compressed states, H that of the network, L the length of the prompt.
 
-    compress    c = W x                       x' = W^T c              W [D', D]; PCA is its optimum (core/moments.py)
+    compress    c = W x                       x' = W^T c          W [D', D]; PCA is its optimum (thinking/moments.py)
     whiten      u = (c - mean) / deviation    on each of the D' axes
     block       h = rms(h + attention(h)),  h = rms(h + swiglu(h))    no causal mask, RoPE, norms after, no gains
-    f           num_layers blocks, one set of weights for everything below, on L + 1 places: the prompt and a slot
-    recursion   n times z = f(x + y + z), then y = f(y + z); done T times, all but the last without gradient
+    f           num_layers blocks on L + 1 places, the prompt and a slot; everything below has the same weights
+    recursion   n times z = f(x + y + z), then y = f(y + z); all of this T times, a gradient for the last alone
     read        thought = Wo y[slot] [D'], halt = wh . y[slot]        halt > 0 ends the thinking of a sample
     speak       s = Wa decompress(thought) + ba [D]                   a soft token between <think> and </think>
 
 Two ways to think (`mode`):
 
-trajectory  thought j is made of thought j - 1: the slot holds it and the embedding of j, and y begins there. Training
-            runs all j at once on the teacher's own thoughts (teacher forcing), later on its own (scheduled sampling).
-final       upstream's: y and z go on from round to round, each to reach the last thought (deep supervision).
+trajectory  thought j is made from thought j - 1, which stands in the slot of y beside the embedding of j. Training runs
+            all j at once, on the language model's thoughts (teacher forcing), later on the network's own (scheduled
+            sampling).
+final       the published way: y and z go on from round to round, and each round aims at the last thought (deep
+            supervision).
 """
 
 import copy
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import Batches, Method
-from wrinklefree.core.thinking import GRPOConfig, InjectionConfig, NetworkConfig, PairsConfig, Positive, Share
 
-THETA, EPS = 10_000.0, 1e-5  # base of the rotary angles; of the norms
+THETA, EPS = 10_000.0, 1e-5  # of the rotary angles, of the norms
 SHAPE = ("hidden_size", "num_layers", "num_heads", "dropout", "n_latent_steps", "n_deep_recursions")
 
 
 class DimensionCompressor(nn.Module):
-    """[..., D] -> [..., D'] -> [..., D], linear and without bias, in fp32 whatever autocast says.
+    """[..., D] -> [..., D'] -> [..., D], linear and without bias, in fp32 also under autocast.
 
-    The decoder is the encoder's transpose unless `tied` is false.
+    The decoder is the transpose of the encoder if `tied`, else a matrix of its own.
     """
 
     def __init__(self, width: int, compressed: int, tied: bool = True) -> None:
-        """Random orthonormal rows. Raises UserError where `compressed` is wider than what it compresses."""
+        """Begin with random orthonormal rows. Raises UserError if `compressed` is more than `width`."""
         super().__init__()
         if compressed > width:
-            raise UserError(f"method.d_compressed={compressed}: the model's hidden states have {width} entries")
+            raise UserError(f"thinking.d_compressed={compressed}: the model's hidden states have {width} entries")
         self.weight = nn.Parameter(torch.empty(compressed, width))
         nn.init.orthogonal_(self.weight)
         self.decoder = None if tied else nn.Parameter(self.weight.detach().clone())
 
     def compress(self, states: Tensor) -> Tensor:
+        """States [..., D] as codes [..., D']."""
         with torch.autocast(states.device.type, enabled=False):
             return F.linear(states.float(), self.weight)
 
     def decompress(self, codes: Tensor) -> Tensor:
+        """Codes [..., D'] as states [..., D]."""
         with torch.autocast(codes.device.type, enabled=False):
             return codes.float() @ (self.weight if self.decoder is None else self.decoder)
 
@@ -64,11 +67,12 @@ class DimensionCompressor(nn.Module):
 
 
 def rms(x: Tensor) -> Tensor:
+    """x over its root mean square, without a gain."""
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU over [B, P, H], normed after each."""
+    """Attention and SwiGLU over [B, P, H], each followed by a norm."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -80,7 +84,7 @@ class Block(nn.Module):
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, h: Tensor, context: "Context", slot_only: bool = False) -> Tensor:
-        """The same for all places, or for the last one alone: [B, 1, H]."""
+        """[B, P, H] for all places, or [B, 1, H] for the slot, which is the last one."""
         qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, P, -1]
         (q, k), v = rotate(qkv[:2], context.cos, context.sin), qkv[2]
         if slot_only:
@@ -92,13 +96,13 @@ class Block(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions for [..., B, heads, P, E]; `cos`, `sin` [B, 1, P, E], the first half of the sines negative."""
+    """Turn [..., B, heads, P, E] by its positions; `cos` and `sin` [B, 1, P, E], the first half of `sin` negative."""
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
 
 
 @dataclass
 class Context:
-    """A prompt as the network sees it: x [B, L + 1, H], zero in the slot; rotary positions; `seen` [B, 1, 1, L + 1]."""
+    """Prompts as the network sees them: x [B, L + 1, H], zero in the slot; rotary angles; a mask [B, 1, 1, L + 1]."""
 
     x: Tensor
     cos: Tensor
@@ -106,12 +110,12 @@ class Context:
     seen: Tensor
 
     def take(self, rows: Tensor) -> "Context":
-        """Samples `rows` [N], any of them any number of times."""
+        """The samples `rows` [N], each as often as it is named."""
         return Context(self.x[rows], self.cos[rows], self.sin[rows], self.seen[rows])
 
 
 class RecursiveNetwork(nn.Module):
-    """The network f, what surrounds it, and both ways to think."""
+    """The network f, its embeddings and heads, and both ways to think."""
 
     y0: Tensor
     z0: Tensor
@@ -133,8 +137,8 @@ class RecursiveNetwork(nn.Module):
             self.register_buffer(name, nn.init.trunc_normal_(torch.empty(width), std=1.0))
 
     def context(self, prompt: Tensor, mask: Tensor) -> Context:
-        """Of whitened states [B, L, D'], padded on either side; `mask` [B, L] is True where they are."""
-        counted = F.pad(mask.long(), (0, 1), value=1).cumsum(1)  # the slot comes next after the prompt
+        """The context of whitened states [B, L, D'], padded on either side; `mask` [B, L] is False for padding."""
+        counted = F.pad(mask.long(), (0, 1), value=1).cumsum(1)  # the slot is the position after the prompt
         x = F.pad(self.embed(prompt) * mask[..., None], (0, 0, 0, 1))
         half = self.config.hidden_size // self.config.num_heads // 2
         speeds = THETA ** (-torch.arange(half, device=mask.device) / half)
@@ -143,12 +147,13 @@ class RecursiveNetwork(nn.Module):
         return Context(x, cos, sin, F.pad(mask, (0, 1), value=True)[:, None, None])
 
     def f(self, h: Tensor, context: Context, slot_only: bool = False) -> Tensor:
+        """All blocks on [B, L + 1, H]; with `slot_only` the last one gives the slot alone, [B, 1, H]."""
         for place, block in enumerate(self.blocks, start=1):
             h = block(h, context, slot_only and place == len(self.blocks))
         return h
 
     def recurse(self, context: Context, y: Tensor, z: Tensor, slot_only: bool = False) -> tuple[Tensor, Tensor]:
-        """One deep recursion: y and z [B, L + 1, H], improved T times; of the last y perhaps the slot alone."""
+        """One deep recursion: improve y and z [B, L + 1, H] T times; with `slot_only` the y returned is the slot's."""
         for last in [False] * (self.config.n_deep_recursions - 1) + [True]:
             with torch.set_grad_enabled(last and torch.is_grad_enabled()):
                 for _ in range(self.config.n_latent_steps):
@@ -157,18 +162,18 @@ class RecursiveNetwork(nn.Module):
         return y, z
 
     def read(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The thought [B, D'] and the halting logit [B] in the slot."""
+        """The thought [B, D'] and the halting logit [B], read from the slot."""
         slot = y[:, -1]
         return self.head(slot), self.halt(slot).squeeze(-1)
 
     def step(self, context: Context, before: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        """Thought `number` [B] after thought `before` [B, D'], zero ahead of the first; mode trajectory."""
+        """Mode trajectory: thought `number` [B] after the thought `before` [B, D'], which is zero for the first."""
         place = self.slot(before) + self.number(number)
         y = F.pad(place[:, None], (0, 0, context.x.shape[1] - 1, 0))
         return self.read(self.recurse(context, y, self.z0.expand_as(context.x), slot_only=True)[0])
 
     def begin(self, context: Context) -> tuple[Tensor, Tensor]:
-        """y and z ahead of the first round; mode final."""
+        """Mode final: y and z before the first round."""
         return self.y0.expand_as(context.x), self.z0.expand_as(context.x)
 
 
@@ -201,7 +206,7 @@ class ThinkerConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 class LatentThinker(PreTrainedModel):  # type: ignore[misc]
-    """Compressor, whitening, network and adapter of one language model, and the pause tokens that are their control."""
+    """Compressor, whitening, network and adapter for one language model, and as their control the pause tokens."""
 
     config_class = ThinkerConfig
     mean: Tensor
@@ -213,12 +218,13 @@ class LatentThinker(PreTrainedModel):  # type: ignore[misc]
         self.register_buffer("mean", torch.zeros(config.d_compressed))
         self.register_buffer("deviation", torch.ones(config.d_compressed))
         self.network = RecursiveNetwork(config)
-        # The mean of the weights over the last steps (EMA), which is what thinks outside of training.
+        # The mean of the weights over the last steps (EMA). It is what thinks outside of training.
         self.average = copy.deepcopy(self.network).requires_grad_(False) if config.averaged else None
         self.adapter = nn.Linear(config.width, config.width)
         self.pause = nn.Parameter(0.02 * torch.randn(config.max_thoughts, config.width))
 
     def whiten(self, codes: Tensor) -> Tensor:
+        """Codes [..., D'] with mean 0 and deviation 1 on each axis."""
         return (codes.float() - self.mean) / self.deviation
 
     def states(self, thoughts: Tensor) -> Tensor:
@@ -237,21 +243,21 @@ class LatentThinker(PreTrainedModel):  # type: ignore[misc]
                 mean.lerp_(new, 1 - decay)
 
     def keep_average(self) -> None:
-        """Let the mean of the weights be the network from now on: what thinks is then what trains."""
+        """Replace the weights by their mean, and keep none from now on: what trains is then what thinks."""
         if self.average is not None:
             self.network.load_state_dict(self.average.state_dict())
             self.average, self.config.averaged = None, False
 
     def think(self, prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Thoughts [B, S, D'] of whitened prompts [B, L, D'], and which were made before each sample halted [B, S].
+        """Thoughts [B, S, D'] about whitened prompts [B, L, D'], and a mask [B, S]: False after a sample has halted.
 
-        Every sample has one at least; S is the most that any made, `max_thoughts` at most.
+        Every sample has at least one thought. S is the longest of them, and at most `max_thoughts`.
         """
         network = self.network if self.average is None else self.average
         context = network.context(prompt, mask)
         going = mask.new_ones(len(mask))
         before, (y, z) = prompt.new_zeros(len(mask), self.config.d_compressed), network.begin(context)
-        thoughts, made = [], []
+        thoughts, masks = [], []
         for number in range(self.config.max_thoughts):
             if self.config.mode == "trajectory":
                 before, halt = network.step(context, before, torch.full_like(going, number, dtype=torch.long))
@@ -259,41 +265,23 @@ class LatentThinker(PreTrainedModel):  # type: ignore[misc]
                 y, z = network.recurse(context, y, z)
                 before, halt = network.read(y)
             thoughts.append(before.float())
-            made.append(going)
+            masks.append(going)
             going = going & (halt <= 0)
             if not going.any():
                 break
-        return torch.stack(thoughts, 1), torch.stack(made, 1)
+        return torch.stack(thoughts, 1), torch.stack(masks, 1)
 
 
-@dataclass(kw_only=True)
-class Config(Method):
-    """All stages of one thinker; `training` says which of them a run is."""
-
-    name: Literal["trm"] = "trm"
-    d_compressed: Positive = 256
-    init: Literal["pca", "orthogonal"] = "pca"
-    objective: Literal["mse", "kl", "fisher"] = "mse"  # of the compressor
-    moment_tokens: Positive = 1_000_000  # of the pass that PCA looks at
-    thought_share: Share = 0.5  # stage 1b: of the moments, the rest are stage 1a's
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    pairs: PairsConfig = field(default_factory=PairsConfig)
-    injection: InjectionConfig = field(default_factory=InjectionConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
-
-    def thinker_config(self, width: int) -> ThinkerConfig:
-        """The shape of the thinker of a language model that is `width` wide."""
-        n = self.network
-        return ThinkerConfig(
-            width=width,
-            d_compressed=self.d_compressed,
-            tied=self.objective != "fisher",
-            max_thoughts=n.max_thoughts,
-            mode=n.mode,
-            averaged=n.ema_decay > 0,
-            **{name: vars(n)[name] for name in SHAPE},
-        )
-
-    def prepare(self, model: Any, batches: Batches = (), initialize: bool = True) -> nn.Module:
-        """A thinker for the language model, untrained: nothing in `model` itself changes."""
-        return LatentThinker(self.thinker_config(model.get_input_embeddings().embedding_dim))
+def make_thinker(model: PreTrainedModel, settings: ThinkingConfig) -> LatentThinker:
+    """An untrained thinker for a language model, in which nothing changes. Raises UserError if D' is wider than D."""
+    network = settings.network
+    shape = ThinkerConfig(
+        width=model.get_input_embeddings().embedding_dim,
+        d_compressed=settings.d_compressed,
+        tied=settings.objective != "fisher",
+        max_thoughts=network.max_thoughts,
+        mode=network.mode,
+        averaged=network.ema_decay > 0,
+        **{name: vars(network)[name] for name in SHAPE},
+    )
+    return LatentThinker(shape)

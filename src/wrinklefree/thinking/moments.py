@@ -1,10 +1,10 @@
-"""Second moments of hidden states in one streaming pass, and the optimal linear codes they contain.
+"""Second moments of hidden states from one pass over text, and the best linear codes for these states.
 
-    n, s = sum x, C = sum x x^T / n [D, D]                                   added up in fp64, over any number of parts
+    n, s = sum x [D], C = sum x x^T / n [D, D]      added up in fp64; the moments of several parts can be added
 
 The tied, bias-free autoencoder x' = W^T W x, W [D', D], has its least mean squared error where the rows of W are the
 first eigenvectors of C (Baldi and Hornik 1989; Kunin et al., arXiv 1901.08168): the error is then the sum of the other
-eigenvalues over D. So one eigendecomposition answers for every D' at once.
+eigenvalues over D. So one eigendecomposition has the best code of every D'.
 
 Weighted by a metric M, E (x - x')^T M (x - x'), the optimum has the first eigenvectors V of M^1/2 C M^1/2, the encoder
 V^T M^1/2 and the decoder M^-1/2 V. With M the mean Fisher matrix of the output head, E U^T (diag p - p p^T) U for the
@@ -45,11 +45,12 @@ class Moments:
         return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
 
     def scaled(self, factor: float) -> "Moments":
-        """As if every vector had been counted `factor` times."""
+        """The moments if every vector had been counted `factor` times."""
         return Moments(self.count * factor, self.total * factor, self.outer * factor)
 
     @property
     def mean(self) -> Tensor:
+        """The mean of the vectors, [D]."""
         return self.total / self.count
 
     @property
@@ -59,6 +60,7 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
+        """Centred, [D, D]."""
         return self.second - torch.outer(self.mean, self.mean)
 
 
@@ -76,13 +78,13 @@ def tied_code(moments: Moments, size: int) -> Tensor:
 
 
 def tied_error(moments: Moments, size: int) -> float:
-    """That error, a mean over the D entries."""
+    """The squared error of the tied code of this size, a mean over the D entries."""
     values = principal_axes(moments.second)[0]
     return float(values[size:].sum() / len(values))
 
 
 def weighted_code(moments: Moments, metric: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Encoder and decoder, each [size, D], with the least error in `metric` [D, D], which is made positive definite."""
+    """Encoder and decoder, each [size, D], of the least error in `metric` [D, D], to which a ridge is added."""
     values, axes = principal_axes(metric)
     values = values + RIDGE * values.mean()
     root = axes.T @ (values.sqrt()[:, None] * axes)
@@ -92,7 +94,7 @@ def weighted_code(moments: Moments, metric: Tensor, size: int) -> tuple[Tensor, 
 
 
 class Fisher:
-    """The sum of U^T (diag p - p p^T) U over states, for the head U [V, D]: what its probabilities are sensitive to."""
+    """The sum of U^T (diag p - p p^T) U over states, for a head U [V, D]: how its probabilities react to the states."""
 
     def __init__(self, head: Tensor) -> None:
         self.head = head.detach()

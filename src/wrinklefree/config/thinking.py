@@ -1,20 +1,11 @@
-"""Settings of the stages around a thinker (`methods/trm.py`): its thoughts, its speech, its reinforcement."""
+"""Settings of a thinker (LLM-TRM, `wf trm`): its compressor, network, thoughts, speech and reinforcement."""
 
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-
-
-@dataclass(kw_only=True)
-class Node:
-    """Base of the sections of a method's settings: unknown keys are errors."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+from wrinklefree.config.base import Fraction, Node, NonNegative, Positive
 
 
 @dataclass(kw_only=True)
@@ -25,14 +16,14 @@ class NetworkConfig(Node):
     hidden_size: Positive = 256
     num_layers: Positive = 2
     num_heads: Positive = 8
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
     n_latent_steps: Positive = 1  # n; upstream 6
     n_deep_recursions: Positive = 1  # T; upstream 3
     max_thoughts: Positive = 8  # N_sup of mode final
-    mse_weight: Weight = 0.1  # beside the KL of what the head reads in the thought
-    halt_weight: Weight = 0.3
-    noise: Weight = 0.1  # deviation of what is added to the thought before
-    sampled_from: Share = 0.5  # of the training, from which on thoughts follow the network's own; 1 is never
+    mse_weight: NonNegative = 0.1  # beside the KL of what the head reads in the thought
+    halt_weight: NonNegative = 0.3
+    noise: NonNegative = 0.1  # deviation of what is added to the thought before
+    sampled_from: Fraction = 0.5  # of the training, from which on thoughts follow the network's own; 1 is never
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the weights that are evaluated and kept; 0 is none
 
 
@@ -45,7 +36,7 @@ class PairsConfig(Node):
     num_heldout: Positive = 1000
     samples_per_problem: Positive = 1
     max_new_tokens: Positive = 512
-    temperature: Weight = 0.0
+    temperature: NonNegative = 0.0
     batch_size: Positive = 64
     max_thought_tokens: Positive = 2048
     keep_wrong: bool = False  # thoughts with a wrong answer too
@@ -60,7 +51,7 @@ class InjectionConfig(Node):
 
     init: Literal["least_squares", "random"] = "least_squares"
     fitted_pairs: Positive = 1024  # for init least_squares
-    kl_weight: Weight = 1.0  # to the model after its written thought; cross entropy has 1
+    kl_weight: NonNegative = 1.0  # to the model after its written thought; cross entropy has 1
 
 
 @dataclass(kw_only=True)
@@ -72,8 +63,24 @@ class GRPOConfig(Node):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_answer_tokens: Positive = 64
     advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    clip: tuple[Weight, Weight] = (0.2, 0.28)
-    kl_weight: Weight = 0.02  # k3, to the model that it began with
-    anchor_weight: Weight = 0.3  # of the cross entropy with the right answer
-    format_reward: Share = 0.0  # for an answer that ends within its tokens
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.28)
+    kl_weight: NonNegative = 0.02  # k3, to the model that it began with
+    anchor_weight: NonNegative = 0.3  # of the cross entropy with the right answer
+    format_reward: Fraction = 0.0  # for an answer that ends within its tokens
     updates: Positive = 1  # per group of answers
+
+
+@dataclass(kw_only=True)
+class ThinkingConfig(Node):
+    """All stages of one thinker; `training` says which of them a run is."""
+
+    name: Literal["trm"] = "trm"
+    d_compressed: Positive = 256  # D'
+    init: Literal["pca", "orthogonal"] = "pca"
+    objective: Literal["mse", "kl", "fisher"] = "mse"  # of the compressor
+    moment_tokens: Positive = 1_000_000  # of the pass that PCA looks at
+    thought_share: Fraction = 0.5  # stage 1b: of the moments, the rest are stage 1a's
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
