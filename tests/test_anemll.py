@@ -15,6 +15,7 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.methods.anemll import Config, LutLinear, batched, factored
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.numeric
 
 
 def weight(out: int = 96, width: int = 64, seed: int = 0) -> Tensor:

@@ -16,6 +16,8 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.core.ste import int8_per_token
 from wrinklefree.methods.bitdistill import Config, TernaryLinear, gains, norm_mode
 
+pytestmark = pytest.mark.numeric
+
 BATCHES = [{"input_ids": ids(8, 32)}]
 
 

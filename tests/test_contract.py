@@ -23,6 +23,8 @@ from wrinklefree.core.effective import EffectiveWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, QuantMethod, available, find, quant_layers
 
+pytestmark = pytest.mark.numeric
+
 WIDTH = 128
 
 

@@ -25,7 +25,7 @@ from wrinklefree.packed.product import matrix
 torch.set_num_threads(1)
 
 REASON = native.available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.numeric, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 ISAS = ["avx512-vnni", "avx-vnni", "avx2", "neon-dotprod", "generic"]
 LAYERS = 60  # random ones for each test
@@ -341,7 +341,7 @@ def test_int8_trained_layers_agree_with_the_trained_model_to_fp32_rounding() -> 
 
 
 def test_generate_with_prompts_of_different_lengths(folder: Path) -> None:
-    packed = read(folder)
+    packed = read(folder, dtype=torch.float32)  # in bf16 the likeliest two tokens are often equally likely
     prompt = ids(2, 6)
     mask = torch.ones_like(prompt)
     mask[1, :3] = 0

@@ -12,6 +12,8 @@ from wrinklefree.data.packing import encode, make_batch, pack
 from wrinklefree.losses import shifted, token_losses
 from wrinklefree.objectives import Decoder, compare
 
+pytestmark = pytest.mark.numeric
+
 N, D, V = 37, 8, 50  # N is no multiple of any chunk below
 
 WEIGHTS = {

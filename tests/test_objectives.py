@@ -14,6 +14,8 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.losses import attention_relation, hidden_alignment, same_document, token_losses
 from wrinklefree.objectives import LanguageModelling, Shares, hidden_share, layer_weights
 
+pytestmark = pytest.mark.numeric
+
 POSITIONS = torch.tensor([[*range(10), *range(6), 0, 0]])  # two documents and two tokens of padding
 
 
