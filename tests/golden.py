@@ -26,7 +26,15 @@ from typing import Any
 
 import torch
 
-CLOCKS = ("elapsed_sec", "tokens_per_sec", "seconds", "tokens_per_second", "speed", "p50", "p95")  # what no two runs share
+CLOCKS = (
+    "elapsed_sec",
+    "tokens_per_sec",
+    "seconds",
+    "tokens_per_second",
+    "speed",
+    "p50",
+    "p95",
+)  # what no two runs share
 LEFT_OUT = (".py", ".md", ".yaml", ".png", ".log")
 
 SMALL = [

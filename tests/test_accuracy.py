@@ -14,6 +14,8 @@ from wrinklefree.evaluate import accuracy
 from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
 from wrinklefree.objectives.language_model import BodyAndHead
 
+pytestmark = pytest.mark.numeric
+
 WORDS = (" w1", " w2", " w3")
 MIXED = (" w1", " w1 w5", " w7 w8 w9")  # of different lengths, one the beginning of another
 

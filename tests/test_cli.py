@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from wrinklefree.cli import app
-from wrinklefree.config.compose import load_config
+from wrinklefree.config.compose import CONFIGS, load_config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import available
 
 VERBS = [
     "anemll",
@@ -171,10 +174,20 @@ def test_our_own_defects_are_short_unless_debugging(monkeypatch) -> None:
     assert "Traceback" in wf("doctor")[2]
 
 
-def test_methods_names_every_training_config_of_fairy2() -> None:
+def test_methods_names_every_training_config_that_chooses_one() -> None:
     code, out, _ = wf("methods")
     assert code == 0
-    assert "fairy2_w1, fairy2_w2" in out
+    rows = {line.split()[0]: line for line in out.splitlines() if line[:1].isalpha()}
+    files = sorted((CONFIGS / "training").glob("*.yaml"))
+    defaults = {file.stem: yaml.safe_load(file.read_text()).get("defaults", []) for file in files}
+    chosen = [
+        (name, choice["override /method"])
+        for name, choices in defaults.items()
+        for choice in choices
+        if isinstance(choice, dict) and choice.get("override /method")
+    ]
+    assert {method for _, method in chosen} == set(available())
+    assert all(re.search(rf"\b{training}(,|\s*$)", rows[method]) for training, method in chosen)
 
 
 def test_doctor_reports_line_by_line(monkeypatch) -> None:

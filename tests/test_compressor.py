@@ -42,6 +42,8 @@ from wrinklefree.thinking.reconstruction import (
     sums_of,
 )
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "src" / "train" / "phase1_compressor.py"))
 PAD = VOCAB - 1

@@ -43,6 +43,8 @@ SAME = {
     "best": [*SHARDED, "training.keep_best=true"],
     "twice": [*SHARDED, "training.max_steps=3"],
 }
+# Of weights: a tenth of a step. Adam divides a gradient by its size, so one that is all rounding moves its weight too.
+NEAR = 1e-4
 ACTS = {"twice": "twice", "stopped": "interrupt", "overflowed": "overflow", "full": "fill"}
 
 
@@ -127,7 +129,7 @@ def test_two_processes_give_the_losses_of_one(folder: Path, name: str) -> None:
     mine, one = weights(folder / name), weights(twin(folder, name))
     assert mine.keys() == one.keys()
     for key, tensor in one.items():
-        assert torch.allclose(mine[key], tensor, atol=2e-5), key
+        assert torch.allclose(mine[key], tensor, atol=NEAR), key
 
 
 @pytest.mark.parametrize(("name", "relative"), [("bf16", 2e-3), ("relations", 1e-4)])
@@ -173,7 +175,7 @@ def test_a_sharded_checkpoint_is_a_hugging_face_folder_with_shards_without_pickl
     assert {"model.safetensors", "config.json", "tokenizer.json", "wrinklefree.yaml", "state/trainer.pt"} <= names
     assert len([name for name in names if name.startswith("state/shards/")]) == 2
     assert not [name for name in names if not name.endswith((".safetensors", ".json", ".yaml", "trainer.pt"))]
-    assert all(torch.allclose(value, one.state_dict()[name], atol=2e-5) for name, value in model.state_dict().items())
+    assert all(torch.allclose(value, one.state_dict()[name], atol=NEAR) for name, value in model.state_dict().items())
     state = checkpoint.load_state(path)  # with weights_only
     assert len(state["shards"]) == 2 * len(list(model.parameters()))
     assert all(tensor.ndim == 0 for _, tensor in tensors(state["optimizers"]))
@@ -192,7 +194,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(folder: Path) -> None:
         assert float(mine["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=1e-4)
     expected_weights = weights(folder / "fsdp")
     assert all(
-        torch.allclose(tensor, expected_weights[n], atol=2e-5) for n, tensor in weights(folder / "alone").items()
+        torch.allclose(tensor, expected_weights[n], atol=NEAR) for n, tensor in weights(folder / "alone").items()
     )
     state = checkpoint.load_state(folder / "alone" / "checkpoints" / "step_6")
     assert state["shards"] == []

@@ -18,6 +18,8 @@ from wrinklefree.core.ste import int8_per_token, round_fp16
 from wrinklefree.methods import fairy2
 from wrinklefree.methods.fairy2 import Config, Fairy2Linear
 
+pytestmark = pytest.mark.numeric
+
 GRANULARITIES = ["tensor", "row", "group", "rank1"]
 
 

@@ -10,6 +10,8 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.data.tokenizer import train_tokenizer
 from wrinklefree.generate.generate import complete, interactive, stream
 
+pytestmark = pytest.mark.numeric
+
 CONTEXT = 64
 
 

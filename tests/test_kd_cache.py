@@ -89,6 +89,7 @@ def case(num: int = 10, width: int = 8, vocab: int = 23) -> tuple[Tensor, Tensor
     return states, head, torch.randint(vocab, (num,), generator=draw), 3 * torch.randn(num, vocab, generator=draw)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("height", [0.0, 60.0])
 def test_the_whole_vocabulary_gives_the_full_kl(temperature: float, height: float) -> None:
@@ -112,6 +113,7 @@ def buckets(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([chosen, p.scatter(-1, ids, 0).sum(-1, keepdim=True)], -1)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("tau_squared", [True, False])
 @pytest.mark.parametrize("sure", [1, 6])
@@ -129,6 +131,7 @@ def test_the_loss_is_kl_over_the_likeliest_words_and_one_bucket(
     torch.testing.assert_close(ours.loss, kl.float())
 
 
+@pytest.mark.numeric
 def test_the_gradient_is_that_of_the_plain_reference() -> None:
     states, head, labels, other = case()
     teacher, student = known(other, 6), [t.clone().requires_grad_() for t in (states, head)]
@@ -201,6 +204,7 @@ def test_the_loss_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> 
 # What is in a cache
 
 
+@pytest.mark.numeric
 def test_a_cache_holds_what_the_teacher_says_of_each_next_token(folder: Path) -> None:
     cache = KDCache(folder / "cache")
     batch = cache.batch("train", range(5))
@@ -212,6 +216,7 @@ def test_a_cache_holds_what_the_teacher_says_of_each_next_token(folder: Path) ->
     assert batch["kd_rest"].dtype == torch.float32
 
 
+@pytest.mark.numeric
 def test_the_teacher_computes_in_the_precision_of_the_manifest(folder: Path, tmp_path: Path) -> None:
     assert read_manifest(folder / "cache").precision == "float32"
     assert make(folder, tmp_path / "cache", "training.precision=bf16").precision == "bfloat16"
@@ -232,6 +237,7 @@ def test_sequences_are_those_of_training_and_of_the_held_out_text(folder: Path) 
         assert torch.equal(next(cache.heldout(6, 10**6))[name], expected)
 
 
+@pytest.mark.numeric
 def test_random_words_are_distinct_and_spread_and_marked_where_they_hit(folder: Path) -> None:
     batch = KDCache(folder / "random").batch("train", range(40))
     logits = teacher_logits(batch)
@@ -247,6 +253,7 @@ def test_random_words_are_distinct_and_spread_and_marked_where_they_hit(folder: 
     torch.testing.assert_close(batch["kd_rest"], others, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.numeric
 def test_a_cache_of_the_whole_vocabulary_trains_as_the_teacher_does(folder: Path) -> None:
     batch = next(KDCache(folder / "full").heldout(4, 64))
     student, config = llama(intermediate_size=128), DistillationConfig(name="logits", weight=1.0, ce_weight=0.5)
@@ -255,6 +262,7 @@ def test_a_cache_of_the_whole_vocabulary_trains_as_the_teacher_does(folder: Path
     torch.testing.assert_close(cached, online, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.numeric
 def test_each_position_is_compared_with_its_own_answer(folder: Path) -> None:
     """One by one, with sequences that end early: no label, no share in the loss. Tails unlike one another."""
     batch = KDCache(folder / "random").batch("train", range(4))
@@ -752,6 +760,7 @@ def all_sequences(out: Path) -> tuple[Tensor, dict[str, Tensor]]:
     return batches[0]["input_ids"], {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("negatives", [0, 400])
 def test_upstreams_cache_can_be_imported(folder: Path, tmp_path: Path, negatives: int) -> None:
     shutil.copytree(folder / "toy", tmp_path / "toy")

@@ -13,6 +13,8 @@ from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.language_modelling import compare
 from wrinklefree.objectives.losses import shifted, token_losses
 
+pytestmark = pytest.mark.numeric
+
 N, D, V = 37, 8, 50  # N is no multiple of any chunk below
 
 WEIGHTS = {

@@ -16,6 +16,8 @@ from wrinklefree.objectives.language_modelling import LanguageModelling
 from wrinklefree.objectives.losses import attention_relation, hidden_alignment, same_document, token_losses
 from wrinklefree.objectives.terms import hidden_share, layer_weights
 
+pytestmark = pytest.mark.numeric
+
 POSITIONS = torch.tensor([[*range(10), *range(6), 0, 0]])  # two documents and two tokens of padding
 
 

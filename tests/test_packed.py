@@ -69,6 +69,7 @@ def assert_same_bits(a: PreTrainedModel, b: PreTrainedModel) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.numeric
 @torch.no_grad()
 def test_packed_equals_trained_bit_for_bit(pair: tuple[PreTrainedModel, Path]) -> None:
     trained, folder = pair
@@ -133,6 +134,7 @@ def test_moves_to_other_devices_still_work(pair: tuple[PreTrainedModel, Path]) -
     assert moved.weight.dtype == torch.uint8
 
 
+@pytest.mark.numeric
 def test_bf16_output_is_near_the_fp32_one(pair: tuple[PreTrainedModel, Path]) -> None:
     expected, got = read(pair[1])(ids()).logits, read(pair[1], dtype=torch.bfloat16)(ids()).logits
     assert got.dtype == torch.bfloat16
@@ -227,6 +229,7 @@ def test_layers_with_the_same_inputs_share_one_product(tmp_path: Path) -> None:
     assert torch.equal(twin(ids()).logits, model(ids()).logits)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("norm_mode", ["none", "subln", "per_linear"])
 @torch.no_grad()
 def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
@@ -269,6 +272,7 @@ def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
         assert torch.equal(twin(ids()).logits, model(ids()).logits)
 
 
+@pytest.mark.numeric
 @torch.no_grad()
 def test_known_norms_are_one_call_in_fp32_and_their_own_otherwise(pair: tuple[PreTrainedModel, Path]) -> None:
     if native.available() is not None:

@@ -37,7 +37,7 @@ from wrinklefree.runs import launch, prerequisites
 from wrinklefree.thinking import compare, hidden_pairs, loading, pairs, pairs_stage, stages, tags
 from wrinklefree.thinking.grpo import GRPO, group_advantages, policy_loss
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, Pair
-from wrinklefree.thinking.injection import fit_adapter
+from wrinklefree.thinking.injection import RIDGE, fit_adapter
 from wrinklefree.thinking.moments import Moments, tied_code
 from wrinklefree.thinking.network import LatentThinker, RecursiveNetwork, ThinkerConfig, make_thinker
 from wrinklefree.thinking.recursion import Recursion, prompt_of, read, read_out
@@ -45,16 +45,23 @@ from wrinklefree.thinking.reply import reply
 from wrinklefree.thinking.speech import Speaker
 from wrinklefree.training import checkpoint
 
+pytestmark = pytest.mark.numeric
+
 TOKENIZER = chains.tokenizer()
 TOKENS = {"segments": "tokens", "segment_tokens": 2}
 
 
 def thinking_model() -> LlamaForCausalLM:
-    """A small Llama that has learned the form of a thought, and little of its content."""
+    """A small Llama that has learned the form of a thought, and little of its content.
+
+    The rate falls to zero: at the end of a constant one, what it says first changes with every step, and so with every
+    processor's rounding. It may then say one word alone, of which the tests below would learn nothing.
+    """
     shape = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 256, "tie_word_embeddings": False}
     ends = {"bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id}
     model = llama(**shape, **ends).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=110)
     documents = encode(TOKENIZER, chains.examples("train")[:4000])
     blocks = pack_whole(documents, 128, TOKENIZER.eos_token_id)
     for step in range(110):
@@ -62,6 +69,7 @@ def thinking_model() -> LlamaForCausalLM:
         model(**batch, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     return model.eval()
 
@@ -656,13 +664,27 @@ def test_forced_states_are_those_of_a_plain_pass(speaker: Speaker, train: Hidden
 def test_the_adapter_begins_at_the_embeddings_of_what_states_predict(
     thinker: LatentThinker, speaker: Speaker, train: HiddenPairs
 ) -> None:
+    """The ridge regression to them, and nearer to them than any map is to the same embeddings in another order.
+
+    Some 420 thoughts: the 33 dimensions of the states explain a tenth of an order that has nothing to do with them.
+    """
     fit_adapter(thinker, speaker, train, len(train))
     batch = train.batch(range(len(train)))
     there = batch["tokens"] >= 0
-    spoken = thinker.speak(thinker.whiten(batch["thoughts"]))[there]
-    wanted = speaker.embed(batch["tokens"][there])
-    centred = (wanted - wanted.mean(0)).square().sum()
-    assert (spoken - wanted).square().sum() < 0.5 * centred
+    whitened = thinker.whiten(batch["thoughts"])
+    spoken, wanted = thinker.speak(whitened)[there], speaker.embed(batch["tokens"][there])
+    states = F.pad(thinker.states(whitened)[there].double(), (0, 1), value=1.0)
+    ridge = RIDGE * states.square().sum(0).mean()
+
+    def nearest(targets: Tensor, ridge: Tensor) -> Tensor:
+        rows = torch.cat([states, ridge.sqrt() * torch.eye(states.shape[1])])
+        sides = F.pad(targets.double(), (0, 0, 0, states.shape[1]))
+        return states @ torch.linalg.lstsq(rows, sides, driver="gelsd").solution
+
+    torch.testing.assert_close(spoken.double(), nearest(wanted, ridge), atol=1e-5, rtol=0)
+    shuffled = wanted[torch.randperm(len(wanted), generator=torch.Generator().manual_seed(0))]
+    errors = [(x - y).square().sum() for x, y in ((spoken, wanted), (nearest(shuffled, 0 * ridge), shuffled))]
+    assert errors[0] < 0.75 * errors[1]
 
 
 # Reinforcement.
@@ -830,25 +852,40 @@ def test_an_interrupted_stage_resumes_to_the_same_bits(trained: Path, tmp_path: 
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+BOTH = """
+import json, os, sys
+import torch.distributed as dist
+from wrinklefree.cli import app
+end, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+for words in json.loads(sys.argv[1]):
+    code = app(words, prog_name="wf", standalone_mode=False)
+    assert not code, code
+end()
+sys.stderr.flush()
+os._exit(0)  # as `wf` does it, and why
+"""  # two commands in one group of processes, for to start them takes longer than what they do
+
+
 def test_two_processes_make_the_pairs_of_one_and_train_alike(toy: Path, tmp_path: Path) -> None:
     """Each of two processes writes half of the thoughts, and sees half of every batch."""
     for name in ("lm", "toy_trm_compressor"):
         shutil.copytree(toy / name, tmp_path / name)
-    sizes = {"trm_pairs": (), "trm_recursion": ("training.batch_size=2",)}
-    for training, more in sizes.items():
-        words = [*overrides(tmp_path, training, *more)]
+    program, lines = tmp_path / "both.py", []
+    program.write_text(BOTH)
+    for training, more in (("trm_pairs", ()), ("trm_recursion", ("training.batch_size=2",))):
+        words = [*prerequisites.VERBS[training].split(), *overrides(tmp_path, training, *more)]
         words.remove(f"training={training}")
-        verb = prerequisites.VERBS[training].split()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run(
-            [*command, "-m", "wrinklefree.cli", *verb, *words], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        lines.append(words)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, program, json.dumps(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     made, expected = tmp_path / "toy_trm_pairs", toy / "toy_trm_pairs"
     assert len(list(made.glob("thoughts-*.jsonl"))) == 2
     for shard in sorted(expected.glob("*.safetensors")):
         one, two = load_file(shard), load_file(made / shard.name)
-        assert all(torch.equal(one[name], two[name]) for name in one)
+        for name, tensor in one.items():  # states in batches of other sizes, which may round otherwise
+            close = {"atol": 1e-2, "rtol": 1e-2} if tensor.is_floating_point() else {"atol": 0, "rtol": 0}
+            torch.testing.assert_close(two[name], tensor, **close)
     stages.train_network(resolved(tmp_path, "trm_recursion", f"output_dir={tmp_path / 'one'}"), False)
     for mine, one in zip(rows(tmp_path / "toy_trm_recursion"), rows(tmp_path / "one"), strict=True):
         assert float(mine["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=0.02)  # noise is each one's own

@@ -95,6 +95,7 @@ def test_resuming_gives_the_bits_of_an_unbroken_run(folder: Path, settings: list
     assert rows(folder / "run") == rows(folder / "whole")
 
 
+@pytest.mark.numeric
 def test_training_lowers_the_loss_and_changes_masters_and_scales(folder: Path) -> None:
     before = {name: tensor.clone() for name, tensor in run(resolved(folder, "training.max_steps=0")).named_parameters()}
     assert not (folder / "run" / "checkpoints").exists()
@@ -115,6 +116,7 @@ def test_the_log_has_a_row_per_step_and_evaluations_where_due(folder: Path) -> N
     assert all(float(row["lr"]) > 0 for row in logged)
 
 
+@pytest.mark.numeric
 def test_gradient_checkpointing_gives_the_same_losses_and_a_second_forward(folder: Path) -> None:
     calls: list[int] = []
 
@@ -139,6 +141,7 @@ def test_a_compiled_run_gives_nearly_the_same_losses(folder: Path) -> None:
         assert float(other["train_loss"]) == pytest.approx(float(plain["train_loss"]), rel=1e-3)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("distillation", ["none", "logits"])
 def test_accumulation_is_a_larger_batch(folder: Path, distillation: str) -> None:
     """Token for token: blocks have unlike numbers of labels, and a mean of means would differ by some 1e-3."""
@@ -156,7 +159,8 @@ def test_accumulation_is_a_larger_batch(folder: Path, distillation: str) -> None
     for whole, parts in zip(rows(folder / "run"), rows(folder / "parts"), strict=True):
         assert parts["tokens"] == whole["tokens"]
         for name in ("train_loss", "train_ce", "grad_norm"):
-            assert float(parts[name]) == pytest.approx(float(whole[name]), rel=2e-5), name
+            # Sums in another order may turn a code over, and one in 50,000 is seen in the fifth digit.
+            assert float(parts[name]) == pytest.approx(float(whole[name]), rel=1e-4), name
 
 
 def without_labels(when: Callable[[int], bool]) -> Callable[[PreTrainedModel, PreTrainedModel], Objective]:
