@@ -90,8 +90,12 @@ class QuantLinear(nn.Linear):
         return super().train(mode)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What is multiplied with the weight: `x` through the layer's norm, if any, and the method's quantizer."""
-        return self.config.activation(x if self.rms_norm is None else self.rms_norm(x))
+        """What is multiplied with the weight: `x`, normalized if the layer has a norm, then `rounded`."""
+        return self.rounded(x if self.rms_norm is None else self.rms_norm(x))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """`x` in int8 per token if the method says so, else `x` itself."""
+        return int8_per_token(x) if self.config.int8_inputs else x
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inputs(x)
@@ -143,12 +147,8 @@ class QuantMethod(Method):
 
     @property
     def int8_inputs(self) -> bool:
-        """Whether layers round their inputs to int8 per token, which native kernels do themselves."""
+        """Whether layers round their inputs to int8 per token. Training, packed layers and exports all ask here."""
         return False
-
-    def activation(self, x: Tensor) -> Tensor:
-        """What a layer multiplies its weight with; override to quantize activations in another way."""
-        return int8_per_token(x) if self.int8_inputs else x
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         """Swap every linear layer that `exclude_names` does not match; says what could not be converted.
@@ -178,6 +178,11 @@ def num_groups(columns: int, size: int, kind: str = "columns") -> int:
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """Every quantized layer by fqn."""
     return {fqn: module for fqn, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether any quantized layer of `model` rounds its inputs to int8."""
+    return any(layer.config.int8_inputs for layer in quant_layers(model).values())
 
 
 def refresh(model: nn.Module, dtype: torch.dtype) -> None:

@@ -104,9 +104,8 @@ class TernaryLinear(QuantLinear):
             quantized = torch.lerp(self.weight.detach(), quantized, self.weight_share)
         return straight_through(self.weight, quantized)
 
-    def inputs(self, x: Tensor) -> Tensor:
-        x = x if self.rms_norm is None else self.rms_norm(x)
-        quantized = self.config.activation(x)
+    def rounded(self, x: Tensor) -> Tensor:
+        quantized = super().rounded(x)
         if self.training and self.config.activation_warmup_steps:
             return torch.lerp(x, quantized, self.activation_share.to(x.dtype))
         return quantized
@@ -273,7 +272,7 @@ def _state_natively(model: nn.Module, config: Config) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     inside = any(layer.rms_norm is not None for layer in quant_layers(model).values())
-    plain = config.granularity == "tensor" and config.scale_mode == "absmean" and config.activation_bits == 8
+    plain = config.granularity == "tensor" and config.scale_mode == "absmean" and config.int8_inputs
     if plain and not (inside and config.norm_mode == "subln"):
         bitnet.state_online(model, inside, EPS)
     else:

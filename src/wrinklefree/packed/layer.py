@@ -31,6 +31,7 @@ from typing_extensions import Self
 from wrinklefree.core.codes import Codes, pack, packed_length, unpack
 from wrinklefree.core.method import QuantMethod, compute_dtype
 from wrinklefree.core.norm import RMSNorm
+from wrinklefree.core.ste import int8_per_token
 from wrinklefree.packed.products.choose import GpuProduct, Product, gpu_product, product, usable
 from wrinklefree.packed.products.compiled import CompiledProduct, compiled_product
 from wrinklefree.packed.products.native import Matrix
@@ -125,7 +126,8 @@ class PackedLinear(ByKernels):
 
     def inputs(self, x: Tensor) -> Tensor:
         """What is multiplied with the weight: `x` through the layer's norm, if any, and the method's quantizer."""
-        return self.config.activation(x if self.rms_norm is None else self.rms_norm(x))
+        x = x if self.rms_norm is None else self.rms_norm(x)
+        return int8_per_token(x) if self.config.int8_inputs else x
 
     def forward(self, x: Tensor) -> Tensor:
         if self.exact or (torch.is_grad_enabled() and x.requires_grad):
@@ -161,7 +163,7 @@ class PackedLinear(ByKernels):
     def _alone(self, x: Tensor, product: Product) -> Tensor:
         x = x if self.rms_norm is None else self.rms_norm(x)
         rounded_within = self.config.int8_inputs and product.rounds_inputs
-        return product(x if rounded_within else self.config.activation(x))
+        return product(int8_per_token(x) if self.config.int8_inputs and not rounded_within else x)
 
     def shared_matrix(self) -> Matrix | None:
         """Its matrix, where the kernels take its inputs as they come, so that they can be rounded for others too."""
