@@ -15,11 +15,12 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.utils import run_and_get_code
 
 from wrinklefree.core.method import QuantMethod
-from wrinklefree.core.units import entries
 from wrinklefree.methods.anemll import Config as Anemll
 from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Config as Fairy2
-from wrinklefree.methods.fairy2 import Dequantize, to_real
+from wrinklefree.methods.fairy2 import Dequantize
+from wrinklefree.methods.fairy2.decode import to_real
+from wrinklefree.methods.fairy2.entrywise import entries
 from wrinklefree.methods.uniform import Config as Uniform
 from wrinklefree.packed.layer import FEW, PackedLinear
 from wrinklefree.packed.products import compiled

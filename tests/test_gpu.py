@@ -11,7 +11,8 @@ from torch import nn
 from wrinklefree.core.codes import pack
 from wrinklefree.core.method import QuantMethod
 from wrinklefree.methods.anemll import Config as Anemll
-from wrinklefree.methods.fairy2 import Dequantize, to_real
+from wrinklefree.methods.fairy2 import Dequantize
+from wrinklefree.methods.fairy2.decode import to_real
 from wrinklefree.packed.layer import FEW, PackedLinear
 from wrinklefree.packed.products import triton
 from wrinklefree.packed.products.choose import GpuProduct

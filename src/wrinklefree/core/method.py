@@ -20,8 +20,8 @@ from wrinklefree.core.codes import Codes
 from wrinklefree.core.effective import EffectiveWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Form
-from wrinklefree.core.norm import RMSNorm
-from wrinklefree.core.ste import int8_per_token, straight_through
+from wrinklefree.core.inputs import RMSNorm, int8_per_token
+from wrinklefree.core.ste import straight_through
 from wrinklefree.core.text import did_you_mean
 
 log = logging.getLogger("wrinklefree")

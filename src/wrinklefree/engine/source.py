@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.inputs import RMSNorm
 from wrinklefree.core.method import QuantMethod, find
-from wrinklefree.core.norm import RMSNorm
 from wrinklefree.packed.embedding import TiedEmbedding
 from wrinklefree.packed.layer import LayerSpec, PackedLinear
 from wrinklefree.packed.quantizer import FORMAT

@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from wrinklefree.core.codes import Codes, pack, packed_length, unpack
+from wrinklefree.core.inputs import RMSNorm, int8_per_token
 from wrinklefree.core.method import QuantMethod, compute_dtype
-from wrinklefree.core.norm import RMSNorm
-from wrinklefree.core.ste import int8_per_token
 from wrinklefree.packed.products.choose import GpuProduct, Product, gpu_product, product, usable
 from wrinklefree.packed.products.compiled import CompiledProduct, compiled_product
 from wrinklefree.packed.products.native import Matrix

@@ -43,10 +43,11 @@ from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Table
+from wrinklefree.core.inputs import RMSNorm, normalized
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_groups, quant_layers
-from wrinklefree.core.norm import RMSNorm, normalized
 from wrinklefree.core.ste import round_fp16, straight_through
 from wrinklefree.families import bitnet
+from wrinklefree.methods.bitdistill.decode import decode, int8_inputs
 
 log = logging.getLogger("wrinklefree")
 
@@ -89,10 +90,7 @@ class TernaryLinear(QuantLinear):
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
-        # A scale for each row first: the gradient's sum then does not depend on the number of threads.
-        scales = codes.tensors["scales"].float().expand(codes.shape[0], -1)
-        blocks = (codes.index.float() - 1).unflatten(1, (scales.shape[1], -1))
-        return (blocks * scales.unsqueeze(-1)).flatten(1)
+        return decode(codes)
 
     @staticmethod
     def form(codes: Codes) -> Table:
@@ -184,7 +182,7 @@ class Config(QuantMethod):
 
     @property
     def int8_inputs(self) -> bool:
-        return self.activation_bits is not None
+        return int8_inputs(vars(self))
 
     def on_step(self, model: nn.Module, step: int) -> None:
         """Set both warm-ups for optimizer step `step` (from 0)."""

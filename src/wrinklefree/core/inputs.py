@@ -1,4 +1,4 @@
-"""Root mean square normalization, as a part of a quantized layer."""
+"""What a quantized layer does to its inputs: it may normalize them, and round them to int8."""
 
 from typing import Any
 
@@ -52,3 +52,26 @@ class _Normed(torch.autograd.Function):
         towards_gain = inverse.flatten() @ products
         along = (products @ gain).view_as(inverse) * inverse**3 / x.shape[-1]
         return (grad * gain).mul_(inverse).addcmul_(x, along, value=-1).to(x.dtype), towards_gain, None
+
+
+def int8_per_token(x: Tensor) -> Tensor:
+    """Symmetric 8-bit fake quantization with one scale per token: [..., features] -> the same shape and dtype.
+
+    q = clamp(round(s x), -128, 127) with s = 127 / max|x|, returned as q / s. The order of operations is that of
+    transformers' BitNet layers, so both round alike. Arithmetic in fp32, identity gradient.
+    """
+    rounded: Tensor = _Int8.apply(x)
+    return rounded
+
+
+class _Int8(torch.autograd.Function):
+    """The gradient passes through the rounding unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scale = 127 / x.float().abs().amax(dim=-1, keepdim=True).clamp_min(1e-5)
+        return ((x.float() * scale).round().clamp(-128, 127) / scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
