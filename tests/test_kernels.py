@@ -19,9 +19,11 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Fairy2Linear
-from wrinklefree.packed.layer import PackedLinear, exactly, packed_layers, set_exact
+from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.pack import pack_layer, packed_layers
 from wrinklefree.packed.products import native
-from wrinklefree.packed.products.choose import matrix
+from wrinklefree.packed.products.choose import exactly, set_exact
+from wrinklefree.packed.products.native import NativeProduct, matrix
 
 torch.set_num_threads(1)
 
@@ -309,14 +311,15 @@ def read(folder: Path, **options: object) -> PreTrainedModel:
 
 
 def kernels_in(model: PreTrainedModel) -> set[str]:
-    return {layer.product.matrix.kernel for layer in packed_layers(model).values() if layer.product is not None}
+    products = (layer.product for layer in packed_layers(model).values())
+    return {product.matrix.kernel for product in products if isinstance(product, NativeProduct)}
 
 
 @torch.no_grad()
 def test_kernels_serve_every_shipped_method_and_stay_near_the_exact_model(folder: Path) -> None:
     packed = read(folder, dtype=torch.float32)
     fast = packed(ids()).logits
-    assert all(layer.product is not None for layer in packed_layers(packed).values())
+    assert all(isinstance(layer.product, NativeProduct) for layer in packed_layers(packed).values())
     assert all(layer.dense is None for layer in packed_layers(packed).values())
     with exactly(packed):
         exact = packed(ids()).logits
@@ -328,10 +331,10 @@ def test_kernels_serve_every_shipped_method_and_stay_near_the_exact_model(folder
 def test_int8_trained_layers_agree_with_the_trained_model_to_fp32_rounding() -> None:
     trained = BitDistill(name="bitdistill", norm_mode="none").prepare(llama())
     for layer in quant_layers(trained).values():
-        packed = PackedLinear.from_codes(layer.config, layer.encode(), layer.bias)
+        packed = pack_layer(PackedLinear, layer.config, layer.encode(), layer.bias)
         x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1e-6)
-        assert packed.product is not None
+        assert isinstance(packed.product, NativeProduct)
 
 
 def test_generate_with_prompts_of_different_lengths(folder: Path) -> None:

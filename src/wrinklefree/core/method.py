@@ -20,7 +20,8 @@ from wrinklefree.core.codes import Codes
 from wrinklefree.core.effective import EffectiveWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Form
-from wrinklefree.core.inputs import RMSNorm, int8_per_token
+from wrinklefree.core.inputs import compute_dtype, int8_per_token
+from wrinklefree.core.norm import RMSNorm
 from wrinklefree.core.ste import straight_through
 from wrinklefree.core.text import did_you_mean
 
@@ -102,12 +103,6 @@ class QuantLinear(nn.Linear):
         return F.linear(x, self.effective_weight(compute_dtype(x)), self.bias)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast, if on, or else `x` itself will be multiplied."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 @dataclass(kw_only=True)
 class Method:
     """Base of every method's config: a dataclass whose unknown keys are errors."""
@@ -140,6 +135,10 @@ class QuantMethod(Method):
     layer: ClassVar[type[QuantLinear]]
 
     exclude_names: list[str] = field(default_factory=lambda: ["embed_tokens", "lm_head"])
+
+    def decode(self, codes: Codes) -> Tensor:
+        """The weight of the method's codes: what packed layers ask for."""
+        return self.layer.decode(codes)
 
     def config_for(self, fqn: str) -> Self:
         """The config of the layer `fqn`; override for mixed precision."""

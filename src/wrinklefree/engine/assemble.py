@@ -12,7 +12,7 @@ from wrinklefree.engine.binding import Floats, Layer, Linear, Model
 from wrinklefree.engine.source import Source
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products import native
-from wrinklefree.packed.products.choose import matrix
+from wrinklefree.packed.products.choose import method_layer
 
 Mode = Literal["int8", "exact"]
 
@@ -91,7 +91,7 @@ def _linear(
         assert gain is None, "one norm for the inputs of a layer"
         gain, eps = _floats(layer.rms_norm.weight), layer.rms_norm.variance_epsilon
     try:
-        return Linear(_matrix(layer, exact), gain, eps, layer.config.int8_inputs)
+        return Linear(_matrix(layer, exact), gain, eps, layer.method.int8_inputs)
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         # Codes and scales of shapes that a method would not have made; torch and the library name the mismatch.
         reason = " ".join(str(error).split())[:200]
@@ -101,13 +101,13 @@ def _linear(
 def _matrix(layer: PackedLinear, exact: bool) -> native.Matrix:
     """The layer without its norm. Where no form has its very shape, it is decoded: to fp32 if exact, else to bytes."""
     codes = layer.codes()
-    form = layer.config.layer.form(codes)
+    form = method_layer(layer).form(codes)
     folded = isinstance(form, Integers) and codes.bits < 8
     padded = isinstance(form, Complex) and bool(codes.shape[0] % 2 or codes.shape[1] % 2)
     if form is not None and not padded and not (exact and folded):
-        return matrix(form, layer.bias)
-    weight = layer.config.layer.decode(codes)
-    return native.Matrix.dense(weight, layer.bias, exact=True) if exact else matrix(rounded(weight), layer.bias)
+        return native.matrix(form, layer.bias)
+    weight = layer.method.decode(codes)
+    return native.Matrix.dense(weight, layer.bias, exact=True) if exact else native.matrix(rounded(weight), layer.bias)
 
 
 def _is_bf16(tensor: Tensor) -> bool:

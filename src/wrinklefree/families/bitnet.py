@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import BitNetConfig, BitNetForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from wrinklefree.core.inputs import RMSNorm
+from wrinklefree.core.norm import RMSNorm
 
 # A layer whose input BitNet normalizes, and the name of that norm beside it.
 NORMS = {"o_proj": "attn_sub_norm", "down_proj": "ffn_sub_norm"}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import compute_dtype
+from wrinklefree.core.inputs import compute_dtype
 from wrinklefree.objectives.base import Batch
 
 

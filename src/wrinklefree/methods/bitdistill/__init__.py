@@ -43,8 +43,8 @@ from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Table
-from wrinklefree.core.inputs import RMSNorm, normalized
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_groups, quant_layers
+from wrinklefree.core.norm import RMSNorm, normalized
 from wrinklefree.core.ste import round_fp16, straight_through
 from wrinklefree.families import bitnet
 from wrinklefree.methods.bitdistill.decode import decode, int8_inputs

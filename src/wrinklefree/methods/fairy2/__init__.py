@@ -33,7 +33,7 @@ from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Complex
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_groups, quant_layers
 from wrinklefree.core.ste import round_fp16
-from wrinklefree.methods.fairy2.decode import decode, dequantized, int8_inputs, outer, to_real, units
+from wrinklefree.methods.fairy2.decode import dequantized, finished, int8_inputs, outer, to_real, units
 from wrinklefree.methods.fairy2.entrywise import entries
 from wrinklefree.methods.fairy2.fitting import blocks, fit, nearest_codes, padded, residual_codes, to_widely_linear
 from wrinklefree.methods.fairy2.grid import snapped
@@ -57,11 +57,6 @@ class Dequantize(torch.autograd.Function):
             for t in range(index.shape[1])
         ]
         return None, torch.stack([torch.stack(pair, dim=1) for pair in grads], dim=1)
-
-
-def _real(index: Tensor, scales: Tensor) -> Tensor:
-    """The real matrix [2n, 2m] of codes and scales."""
-    return to_real(Dequantize.apply(index, scales))
 
 
 class Fairy2Linear(QuantLinear):
@@ -93,7 +88,10 @@ class Fairy2Linear(QuantLinear):
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
-        return decode(codes, entries if torch.compiler.is_compiling() else _real)
+        scales = codes.tensors["scales"].float()
+        if torch.compiler.is_compiling():
+            return finished(codes, entries(codes.index, scales))
+        return finished(codes, to_real(Dequantize.apply(codes.index, scales)))
 
     @staticmethod
     def snap(codes: Codes) -> Codes:

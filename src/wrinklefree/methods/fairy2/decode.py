@@ -3,7 +3,7 @@
 Symbols and shapes are those of the method: codes [2 (U, W), T, n, m], scales [2, T, 2 (re, im), R, G], Z [2, 2, n, m].
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,17 +47,15 @@ def outer(rows: Tensor, columns: Tensor) -> Tensor:
     return rows.repeat(2).unsqueeze(1) * columns.repeat(2)
 
 
-def real(index: Tensor, scales: Tensor) -> Tensor:
-    """The real matrix [2n, 2m] of codes and scales."""
-    return to_real(dequantized(index, scales))
+def decode(codes: Codes) -> Tensor:
+    """The fp32 weight [out, in]."""
+    return finished(codes, to_real(dequantized(codes.index, codes.tensors["scales"].float())))
 
 
-def decode(codes: Codes, real: Callable[[Tensor, Tensor], Tensor] = real) -> Tensor:
-    """The fp32 weight [out, in]. Training and the compiler give `real` in a form of their own, with the same bits."""
-    tensors = {name: tensor.float() for name, tensor in codes.tensors.items()}
-    weight = real(codes.index, tensors["scales"])
-    if "rows" in tensors:
-        weight = weight * outer(tensors["rows"], tensors["columns"])
+def finished(codes: Codes, weight: Tensor) -> Tensor:
+    """The real matrix of codes and scales, with the factors of its rows and columns, and without padding."""
+    if "rows" in codes.tensors:
+        weight = weight * outer(codes.tensors["rows"].float(), codes.tensors["columns"].float())
     return weight[: codes.shape[0], : codes.shape[1]]
 
 
