@@ -117,7 +117,7 @@ def llama_config(shape: Shape, **more: Any) -> LlamaConfig:
     )
 
 
-def random_model(shape: Shape, kind: str, seed: int = 0) -> LlamaForCausalLM:
+def random_model(shape: Shape, kind: str, seed: int = 0, fused: bool = True) -> LlamaForCausalLM:
     """A model of transformers with packed layers and a packed head, which is the embedding too."""
     generator = torch.Generator().manual_seed(seed)
     config = llama_config(shape, tie_word_embeddings=False)
@@ -135,7 +135,8 @@ def random_model(shape: Shape, kind: str, seed: int = 0) -> LlamaForCausalLM:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.ones(parameter.shape), requires_grad=False))
-    fuse(model)
+    if fused:
+        fuse(model)
     return model.eval()
 
 
