@@ -192,9 +192,8 @@ def fused(threads: int, count: int) -> Figures:
     """`generate` with fused MLPs and norms (packed/products/fused.py) over the same model without."""
     shape, figures = shapes.SHAPES["smollm2_135m"], Figures()
     for kind in ("ternary", "w1"):
-        models = {
-            name: shapes.random_model(shapes.SHAPES["smollm2_135m"], kind, fused=name == "fused") for name in FUSED
-        }
+        made = {"plain": False, "fused": True}
+        models = {name: shapes.random_model(shape, kind, fused=value) for name, value in made.items()}
         speeds = rounds({name: generating(model, threads) for name, model in models.items()}, count)
         figures |= {f"{name}_{kind}_{threads}t": value for name, value in medians(speeds).items()}
         figures[f"fused_{kind}_{threads}t"] = over(speeds, "fused", "plain")

@@ -165,12 +165,17 @@ def _relative(source: str) -> str:
 
 def _statements(targets: list[tuple[str, str, str]]) -> list[str]:
     """Relative imports of (module, name, alias): each module that is meant itself, then names of one."""
-    modules = [f"from . import {_flat(module)} as {local}" for module, name, local in targets if not name]
+    modules = [statement for module, name, local in targets if not name for statement in _whole(_flat(module), local)]
     named = [target for target in targets if target[1]]
     if not named:
         return modules
     names = (name + (f" as {local}" if local != name else "") for _, name, local in named)
     return [*modules, f"from .{_flat(named[0][0])} import {', '.join(names)}"]
+
+
+def _whole(file: str, local: str) -> list[str]:
+    """An import of a whole file. transformers copies the files that it finds in lines like the first."""
+    return [f"from .{file} import __name__ as _{file}", f"from . import {file} as {local}"]
 
 
 def _flat(module: str) -> str:
