@@ -65,7 +65,7 @@ class {model}(transformers.{model}):
 
 def files(methods: Iterable[QuantMethod], model: str) -> dict[str, str]:
     """The loader's files, name to text, for a model class of transformers such as `LlamaForCausalLM`."""
-    parts = {method.name: _part(type(method).__module__) for method in methods}
+    parts = {method.name: part_of(type(method).__module__) for method in methods}
     modules = [module for module in _closure([QUANTIZER, *parts.values()]) if module != QUANTIZER]
     texts = {f"{_flat(m)}.py": f"# Copy of {m}\n{_relative(_source(m))}" for m in modules}
     if any(_checker_imports(_source(m)) for m in modules):
@@ -79,7 +79,7 @@ def files(methods: Iterable[QuantMethod], model: str) -> dict[str, str]:
     return {f"{ENTRY}.py": entry, **texts}
 
 
-def _part(module: str) -> str:
+def part_of(module: str) -> str:
     """The module that reads a method's codes: its part `decode`, or all of it."""
     return f"{module}.decode" if _is_module(f"{module}.decode") else module
 
