@@ -12,6 +12,7 @@ hf      `generate` of an ordinary transformers model whose layers are packed
 bf16    the same model dense in bf16 in torch: speed and memory
 small   the loop in SmolLM2-135M's shape
 lut     2-bit tables of rank 1 against ternary
+fused   `generate` with MLPs and norms fused against without, in SmolLM2-135M's shape (not by default)
 serve   eight streams of `wf serve` against one
 """
 
@@ -187,6 +188,18 @@ def tables(threads: int, count: int) -> Figures:
     return {f"lut2_rank1_time_over_ternary_{threads}t": over(speeds, "ternary", "lut2_rank1"), **medians(speeds)}
 
 
+def fused(threads: int, count: int) -> Figures:
+    """`generate` with fused MLPs and norms (packed/products/fused.py) over the same model without."""
+    shape, figures = shapes.SHAPES["smollm2_135m"], Figures()
+    for kind in ("ternary", "w1"):
+        made = {"plain": False, "fused": True}
+        models = {name: shapes.random_model(shape, kind, fused=value) for name, value in made.items()}
+        speeds = rounds({name: generating(model, threads) for name, model in models.items()}, count)
+        figures |= {f"{name}_{kind}_{threads}t": value for name, value in medians(speeds).items()}
+        figures[f"fused_{kind}_{threads}t"] = over(speeds, "fused", "plain")
+    return figures
+
+
 def parts(args: argparse.Namespace) -> Figures:
     chosen, count = args.parts.split(","), 2 if args.quick else args.rounds
     figures: Figures = {}
@@ -201,6 +214,8 @@ def parts(args: argparse.Namespace) -> Figures:
         figures |= against_bf16(1, count)
     if "lut" in chosen:
         figures |= tables(1, count)
+    if "fused" in chosen:
+        figures |= fused(1, count)
     if "serve" in chosen:
         from benchmarks import serving
 

@@ -29,7 +29,9 @@ from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Config as Fairy2
 from wrinklefree.methods.uniform import Config as Uniform
 from wrinklefree.packed.layer import PackedLinear
-from wrinklefree.packed.products.choose import gpu_product
+from wrinklefree.packed.pack import pack_layer
+from wrinklefree.packed.products import compiled, triton
+from wrinklefree.packed.products.choose import method_layer
 
 COLD = 400e6  # bytes of weights in one burst, several times the last cache
 MOST = 64  # matrices in one burst
@@ -83,13 +85,13 @@ KINDS: dict[str, tuple[QuantMethod, Callable[[int, int], Codes]]] = {
 
 def by_triton(layer: PackedLinear) -> Call | None:
     codes = layer.codes()
-    product = gpu_product(layer.config.layer.form(codes), codes, layer.weight.device)
-    return None if product is None else lambda x: product(layer.weight, x)
+    product = triton.product(method_layer(layer).form(codes), codes, layer.weight.device)
+    return None if product is None else lambda x: product.few(layer.weight, x)
 
 
 def by_compiler(layer: PackedLinear) -> Call:
-    product = layer.compiled(layer.codes())
-    return lambda x: product(layer.weight, x)
+    product = compiled.product(layer, method_layer(layer), layer.codes())
+    return lambda x: product.few(layer.weight, x)
 
 
 def copies(nbytes: int) -> int:
@@ -101,7 +103,7 @@ def cases(n: int, k: int, x: Tensor) -> list[Case]:
     dense = [torch.randn(n, k, device=x.device, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
     found = [Case("bf16", "torch", 2 * n * k, [lambda x, w=w: F.linear(x, w) for w in dense], x)]
     for kind, (method, make) in KINDS.items():
-        first = PackedLinear.from_codes(method, make(n, k), None).to(x.device)
+        first = pack_layer(PackedLinear, method, make(n, k)).to(x.device)
         nbytes = sum(buffer.nbytes for buffer in first.buffers())
         layers = [first, *(copy.deepcopy(first) for _ in range(copies(nbytes) - 1))]
         ways = {"triton": [by_triton(layer) for layer in layers], "compiled": [by_compiler(layer) for layer in layers]}
@@ -115,7 +117,7 @@ def cases(n: int, k: int, x: Tensor) -> list[Case]:
 
 def check(name: str, call: Call, layer: PackedLinear, x: Tensor) -> None:
     """Raises SystemExit where the product is not the decoded weight's."""
-    y, expected = call(x), x.double() @ layer.config.layer.decode(layer.codes()).double().T
+    y, expected = call(x), x.double() @ layer.method.decode(layer.codes()).double().T
     if y is None:
         raise SystemExit(f"{name}: could not be compiled; see above")
     error = ((y.double() - expected).abs().max() / expected.abs().max()).item()

@@ -20,11 +20,10 @@ from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import find
 from wrinklefree.engine.binding import Layer, Linear, Model
 from wrinklefree.engine.engine import Engine, Sampling
-from wrinklefree.packed.embedding import TiedEmbedding
-from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.layer import PackedLinear, TiedEmbedding
+from wrinklefree.packed.pack import pack_layer
 from wrinklefree.packed.products import native
 from wrinklefree.packed.products.fused import fuse
-from wrinklefree.packed.products.shared import share_inputs
 
 KINDS = ("ternary", "w1", "w2", "lut2_rank1", "uniform4", "int8", "bf16")
 METHODS = {"ternary": "bitdistill", "w1": "fairy2", "w2": "fairy2", "lut2_rank1": "anemll"}  # of `random_model`
@@ -118,7 +117,7 @@ def llama_config(shape: Shape, **more: Any) -> LlamaConfig:
     )
 
 
-def random_model(shape: Shape, kind: str, seed: int = 0) -> LlamaForCausalLM:
+def random_model(shape: Shape, kind: str, seed: int = 0, fused: bool = True) -> LlamaForCausalLM:
     """A model of transformers with packed layers and a packed head, which is the embedding too."""
     generator = torch.Generator().manual_seed(seed)
     config = llama_config(shape, tie_word_embeddings=False)
@@ -129,15 +128,15 @@ def random_model(shape: Shape, kind: str, seed: int = 0) -> LlamaForCausalLM:
     for fqn, linear in linears.items():
         n, k = linear.out_features, linear.in_features
         codes = head_codes(n, k, generator) if fqn == "lm_head" else random_codes(kind, n, k, generator)
-        packed = PackedLinear.from_codes(rounded if fqn == "lm_head" else method, codes, None)
+        packed = pack_layer(PackedLinear, rounded if fqn == "lm_head" else method, codes)
         model.set_submodule(fqn, packed)
     model.set_submodule("model.embed_tokens", TiedEmbedding(model.lm_head))
     model.model.rotary_emb = LlamaRotaryEmbedding(config)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.ones(parameter.shape), requires_grad=False))
-    share_inputs(model, PackedLinear)
-    fuse(model)
+    if fused:
+        fuse(model)
     return model.eval()
 
 

@@ -9,10 +9,9 @@ import torch
 from tiny import batches, ids, llama
 from torch import Tensor, nn
 
-from wrinklefree.core import lowrank
-from wrinklefree.core.lowrank import Factors
 from wrinklefree.core.method import quant_layers
-from wrinklefree.methods.anemll import Config, LutLinear, batched, factored
+from wrinklefree.methods.anemll import Config, LutLinear, batched, factored, lowrank
+from wrinklefree.methods.anemll.lowrank import Factors
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.numeric

@@ -22,8 +22,8 @@ import qat_lora
 from qat_lora import files
 from wrinklefree.cli import app
 from wrinklefree.config.compose import load_config, read_config
+from wrinklefree.core.codes import look_up
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.lowrank import look_up
 from wrinklefree.core.method import quant_layers
 from wrinklefree.export.formats import anemll
 from wrinklefree.methods.anemll import Config

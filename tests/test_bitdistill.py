@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitNetForCausalLM, LlamaForCausalLM
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.inputs import int8_per_token
 from wrinklefree.core.method import quant_layers
-from wrinklefree.core.ste import int8_per_token
 from wrinklefree.families.bitnet import from_llama
 from wrinklefree.methods.bitdistill import Config, TernaryLinear, gains, norm_mode
 

@@ -15,14 +15,17 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.utils import run_and_get_code
 
 from wrinklefree.core.method import QuantMethod
-from wrinklefree.core.units import entries
 from wrinklefree.methods.anemll import Config as Anemll
 from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Config as Fairy2
-from wrinklefree.methods.fairy2 import Dequantize, to_real
+from wrinklefree.methods.fairy2 import Dequantize
+from wrinklefree.methods.fairy2.decode import to_real
+from wrinklefree.methods.fairy2.entrywise import entries
 from wrinklefree.methods.uniform import Config as Uniform
-from wrinklefree.packed.layer import FEW, PackedLinear
+from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.pack import pack_layer
 from wrinklefree.packed.products import compiled
+from wrinklefree.packed.products.coded import FEW
 
 torch.set_num_threads(1)
 
@@ -56,7 +59,14 @@ METHODS: dict[str, QuantMethod] = {
 def packed(method: QuantMethod, out: int = 40, width: int = 64, bias: bool = True) -> PackedLinear:
     torch.manual_seed(out)
     layer = method.layer(nn.Linear(width, out, bias=bias), method)
-    return PackedLinear.from_codes(method, layer.encode(), layer.bias)
+    return pack_layer(PackedLinear, method, layer.encode(), layer.bias)
+
+
+def on_gpu(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)` as on a GPU that no program of ours runs on."""
+    if layer.product is None:
+        layer.product = compiled.product(layer, layer.method.layer, layer.codes())
+    return layer(x)
 
 
 @torch.no_grad()
@@ -66,10 +76,10 @@ def test_a_product_is_the_decoded_weights_and_writes_no_weight(name: str, device
     """Also of widths that a method pads."""
     out, width = (41, 64) if "group" in name or name == "three bits" else (41, 77)
     layer = packed(METHODS[name], out, width).to(device)
-    weight, product = layer.config.layer.decode(layer.codes()), layer.compiled(layer.codes())
+    weight, product = layer.method.decode(layer.codes()), compiled.product(layer, layer.method.layer, layer.codes())
     for shape in ((1, width), (1, 3, width)):
         x = torch.randn(shape, device=device)
-        found, sources = run_and_get_code(product, layer.weight, x)
+        found, sources = run_and_get_code(product.few, layer.weight, x)
         torch.testing.assert_close(found, nn.functional.linear(x, weight), rtol=1e-4, atol=1e-5)
         sizes = re.findall(r"= empty_strided_\w+\(\(([^)]*)\)", "".join(sources))
         assert sizes
@@ -126,9 +136,9 @@ def test_every_shape_has_a_function_that_all_its_layers_share(interpreted: list[
         for method in (METHODS["ternary"], METHODS["four ranks"]):
             for out, width in shapes:
                 layer = packed(method, out, width)
-                product = layer.compiled(layer.codes())
+                product = compiled.product(layer, layer.method.layer, layer.codes())
                 for tokens in range(1, FEW + 1):
-                    found = product(layer.weight, torch.ones(tokens, width))
+                    found = product.few(layer.weight, torch.ones(tokens, width))
                     assert found is not None
                     assert found.shape == (tokens, out)
     assert len(interpreted) == 2 * len(shapes) * 4  # 1, 2, 4 and 8 tokens
@@ -138,14 +148,14 @@ def test_every_shape_has_a_function_that_all_its_layers_share(interpreted: list[
 def test_a_layer_keeps_no_weight_in_any_mode(interpreted: list[int]) -> None:
     layer = packed(METHODS["four ranks"])
     x = torch.randn(1, 2, 64)
-    expected = nn.functional.linear(x, layer.config.layer.decode(layer.codes()), layer.bias)
-    torch.testing.assert_close(layer._on_gpu(x), expected)
+    expected = nn.functional.linear(x, layer.method.decode(layer.codes()), layer.bias)
+    torch.testing.assert_close(on_gpu(layer, x), expected)
     with torch.inference_mode():
-        torch.testing.assert_close(layer._on_gpu(x + 0), expected)
+        torch.testing.assert_close(on_gpu(layer, x + 0), expected)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer._on_gpu(x), expected.bfloat16())
+        assert torch.equal(on_gpu(layer, x), expected.bfloat16())
     with torch.enable_grad():
-        torch.testing.assert_close(layer._on_gpu(x), expected)
+        torch.testing.assert_close(on_gpu(layer, x), expected)
     assert layer.dense is None
     assert len(interpreted) == 1
 
@@ -158,12 +168,12 @@ def test_within_a_compiled_model_and_in_copies(interpreted: list[int]) -> None:
             self.layer = packed(METHODS["four ranks"])
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer._on_gpu(x + 1) * 2
+            return on_gpu(self.layer, x + 1) * 2
 
     model, x = Model(), torch.randn(1, 64)
     expected = model(x)
     twin = copy.deepcopy(model)
-    assert twin.layer.gpu_product is None
+    assert twin.layer.product is None
     assert torch.equal(twin(x), expected)
     assert torch.equal(torch.compile(model, dynamic=False, fullgraph=False)(x), expected)
     model.layer.load_state_dict(model.layer.state_dict() | {"a": 2 * model.layer.a})
@@ -183,8 +193,8 @@ def test_where_nothing_compiles_the_decoded_weight_multiplies_and_says_so_once(
     x = torch.randn(1, 64)
     with caplog.at_level(logging.WARNING, logger="wrinklefree"):
         for layer in (packed(METHODS["four ranks"]), packed(METHODS["four ranks"]), packed(METHODS["three bits"])):
-            expected = nn.functional.linear(x, layer.config.layer.decode(layer.codes()), layer.bias)
-            assert torch.equal(layer._on_gpu(x), expected)
+            expected = nn.functional.linear(x, layer.method.decode(layer.codes()), layer.bias)
+            assert torch.equal(on_gpu(layer, x), expected)
             assert layer.dense is not None
     assert len(calls) == 2  # one for each method, none for the second layer
     (record,) = caplog.records
@@ -196,15 +206,15 @@ def test_where_nothing_compiles_the_decoded_weight_multiplies_and_says_so_once(
 def test_a_function_that_torch_has_compiled_too_often_is_given_up(interpreted: list[int]) -> None:
     layer = packed(METHODS["four ranks"])
     with torch._dynamo.config.patch(recompile_limit=1):
-        assert torch.equal(layer._on_gpu(torch.zeros(1, 64))[0], layer.bias)
+        assert torch.equal(on_gpu(layer, torch.zeros(1, 64))[0], layer.bias)
         assert layer.dense is None
-        assert torch.equal(layer._on_gpu(torch.zeros(2, 64))[1], layer.bias)
+        assert torch.equal(on_gpu(layer, torch.zeros(2, 64))[1], layer.bias)
         assert layer.dense is not None
 
 
 @torch.no_grad()
 def test_autocast_does_not_reach_into_decode() -> None:
     layer = packed(METHODS["four ranks"])
-    exact = layer.config.layer.decode(layer.codes())
+    exact = layer.method.decode(layer.codes())
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.effective_weight(torch.float32), exact)

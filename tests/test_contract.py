@@ -5,6 +5,7 @@ A method's settings are its defaults and, one at a time, every other value of it
 
 import copy
 import dataclasses
+import importlib
 import logging
 import pickle
 import pkgutil
@@ -22,6 +23,7 @@ from wrinklefree.core.codes import Codes, pack, unpack
 from wrinklefree.core.effective import EffectiveWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, QuantMethod, available, find, quant_layers
+from wrinklefree.export.bundle import part_of
 
 pytestmark = pytest.mark.numeric
 
@@ -207,6 +209,17 @@ def test_decode_of_encode_is_the_effective_weight(model: Net) -> None:
         assert decoded.dtype == torch.float32
         assert torch.equal(layer.effective_weight(torch.float32), decoded)
         assert not torch.equal(decoded, layer.weight)
+
+
+def test_the_part_that_packed_folders_carry_answers_as_the_method(method: QuantMethod, model: Net) -> None:
+    """If the method has such a part: `decode.py` in its folder."""
+    name = part_of(type(method).__module__)
+    if not name.endswith(".decode"):
+        return
+    part = importlib.import_module(name)
+    assert part.int8_inputs(dataclasses.asdict(method)) == method.int8_inputs
+    for layer in quant_layers(model).values():
+        assert torch.equal(part.decode(layer.encode()), layer.decode(layer.encode()))
 
 
 def test_forward_is_a_linear_with_the_effective_weight(model: Net) -> None:

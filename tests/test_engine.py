@@ -36,8 +36,8 @@ from wrinklefree.generate import generate
 from wrinklefree.generate.open import open_engine
 from wrinklefree.generate.text import TextStream
 from wrinklefree.models.load import load_model
-from wrinklefree.packed.layer import set_exact
 from wrinklefree.packed.products import native
+from wrinklefree.packed.products.choose import set_exact
 
 pytestmark = [
     pytest.mark.numeric,

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from fairy2.models import convert_to_fairy2
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.inputs import int8_per_token
 from wrinklefree.core.method import quant_layers
-from wrinklefree.core.ste import int8_per_token, round_fp16
+from wrinklefree.core.ste import round_fp16
 from wrinklefree.methods import fairy2
-from wrinklefree.methods.fairy2 import Config, Fairy2Linear
+from wrinklefree.methods.fairy2 import Config, Fairy2Linear, fitting
+from wrinklefree.methods.fairy2.decode import to_real, units
 
 pytestmark = pytest.mark.numeric
 
@@ -49,7 +51,7 @@ def points(scales: Tensor) -> Tensor:
 
 def test_the_widely_linear_form_is_the_matrix() -> None:
     R, x = torch.randn(10, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    U, W = as_complex(fairy2.to_widely_linear(R))
+    U, W = as_complex(fitting.to_widely_linear(R))
     z = torch.complex(x[:3], x[3:])
     y = U @ z + W @ z.conj()
     assert torch.allclose(torch.cat([y.real, y.imag]), R @ x, atol=1e-12, rtol=0)
@@ -57,14 +59,14 @@ def test_the_widely_linear_form_is_the_matrix() -> None:
 
 def test_the_map_loses_nothing_either_way() -> None:
     R, Z = torch.randn(10, 6, dtype=torch.float64), torch.randn(2, 2, 5, 3, dtype=torch.float64)
-    assert torch.allclose(fairy2.to_real(fairy2.to_widely_linear(R)), R, atol=1e-15, rtol=0)
-    assert torch.allclose(fairy2.to_widely_linear(fairy2.to_real(Z)), Z, atol=1e-15, rtol=0)
+    assert torch.allclose(to_real(fitting.to_widely_linear(R)), R, atol=1e-15, rtol=0)
+    assert torch.allclose(fitting.to_widely_linear(to_real(Z)), Z, atol=1e-15, rtol=0)
 
 
 def test_errors_of_both_parts_add_up_to_the_matrix_error() -> None:
     """|R|^2 = 2 (|U|^2 + |W|^2), so U and W may be quantized apart."""
     R = torch.randn(10, 6, dtype=torch.float64)
-    assert R.square().sum().item() == pytest.approx(2 * fairy2.to_widely_linear(R).square().sum().item(), rel=1e-12)
+    assert R.square().sum().item() == pytest.approx(2 * fitting.to_widely_linear(R).square().sum().item(), rel=1e-12)
 
 
 def test_nearest_unit_is_the_nearest_root_and_ties_go_to_the_imaginary_axis() -> None:
@@ -74,8 +76,8 @@ def test_nearest_unit_is_the_nearest_root_and_ties_go_to_the_imaginary_axis() ->
     re, im = z.unbind(1)
     order = torch.tensor([1, 3, 0, 2])  # +i, -i, +1, -1: the first of equally near ones
     expected = order[torch.stack([re, im, -re, -im])[order].argmax(0)]
-    assert torch.equal(fairy2.nearest_unit(Z)[0].flatten().long(), expected)
-    assert torch.equal(fairy2.nearest_unit(Z)[1], fairy2.nearest_unit(Z)[0])
+    assert torch.equal(fitting.nearest_unit(Z)[0].flatten().long(), expected)
+    assert torch.equal(fitting.nearest_unit(Z)[1], fitting.nearest_unit(Z)[0])
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
@@ -86,7 +88,7 @@ def test_nearest_codes_are_the_nearest_of_all_points(num_stages: int, grid: tupl
     scales = torch.rand(2, num_stages, 2, *grid, dtype=torch.float64) + 0.05
     scales = scales.sort(dim=1, descending=not swapped).values
     Z = torch.randn(2, 2, n, m, dtype=torch.float64)
-    index = fairy2.nearest_codes(Z, scales)
+    index = fitting.nearest_codes(Z, scales)
     assert index.shape == (2, num_stages, n, m)
     wide = scales.expand(-1, -1, -1, n, grid[1]).repeat_interleave(m // grid[1], dim=-1)
     for part, row, column in itertools.product(range(2), range(n), range(m)):
@@ -101,12 +103,12 @@ def test_nearest_codes_are_the_nearest_of_all_points(num_stages: int, grid: tupl
 def test_ties_are_broken_alike_by_both_quantizers() -> None:
     z = torch.cartesian_prod(torch.arange(-4.0, 5.0), torch.arange(-4.0, 5.0))
     Z = z.T.reshape(1, 2, 9, 9).repeat(2, 1, 1, 1)
-    assert torch.equal(fairy2.nearest_codes(Z, torch.ones(2, 1, 2, 1, 1))[:, 0], fairy2.nearest_unit(Z))
+    assert torch.equal(fitting.nearest_codes(Z, torch.ones(2, 1, 2, 1, 1))[:, 0], fitting.nearest_unit(Z))
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
 def test_mirrored_candidates_stand_for_all_points(num_stages: int) -> None:
-    found = fairy2.candidates(num_stages)
+    found = fitting.candidates(num_stages)
     mirrored = {
         tuple((axis, sign * (flip_im if axis else flip_re)) for axis, sign in zip(axes, signs, strict=True))
         for axes, signs in found
@@ -120,10 +122,10 @@ def test_with_one_scale_a_stage_it_is_residual_signs_after_a_hadamard_transform(
     R = torch.randn(64, 48, dtype=torch.float64)
     (a, b), (c, d) = (half.chunk(2, dim=1) for half in R.chunk(2, dim=0))
     h = torch.stack([a + b - c + d, a - b + c + d, a - b - c - d, a + b + c - d]).view(2, 2, 32, 24) / 2
-    rest, Z = h, fairy2.to_widely_linear(R)
+    rest, Z = h, fitting.to_widely_linear(R)
     for _ in range(3):
         rest = rest - rest.sign() * rest.abs().mean((1, 2, 3), keepdim=True)
-        axes = torch.stack(fairy2.units(fairy2.nearest_unit(Z)), dim=1).double()
+        axes = torch.stack(units(fitting.nearest_unit(Z)), dim=1).double()
         Z = Z - axes * (Z * axes).sum(1, keepdim=True).mean((2, 3), keepdim=True)
     h1, h2, h3, h4 = (h - rest).flatten(0, 1)
     signs = torch.cat(
@@ -132,7 +134,7 @@ def test_with_one_scale_a_stage_it_is_residual_signs_after_a_hadamard_transform(
             torch.cat([-h1 + h2 - h3 + h4, h1 + h2 - h3 - h4], dim=1),
         ]
     )
-    assert (signs / 2 - (R - fairy2.to_real(Z))).abs().max() < 1e-12
+    assert (signs / 2 - (R - to_real(Z))).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(("num_stages", "error"), [(1, 0.603), (2, 0.361), (3, 0.242)])
@@ -166,7 +168,7 @@ def test_fitted_scales_solve_least_squares(grid: tuple[int, int], num_stages: in
     """The gradient of |Z - Q|^2 with respect to every scale vanishes."""
     Z = torch.randn(2, 2, 8, 32)
     index = torch.randint(0, 4, (2, num_stages, 8, 32), dtype=torch.uint8)
-    scales = fairy2.fit_scales(Z, index, torch.zeros(2, num_stages, 2, *grid)).requires_grad_()
+    scales = fitting.fit_scales(Z, index, torch.zeros(2, num_stages, 2, *grid)).requires_grad_()
     assert scales.shape == (2, num_stages, 2, *grid)
     (gradient,) = torch.autograd.grad((Z - plain_decode(index, scales)).square().sum(), scales)
     assert gradient.abs().max() < 1e-3
@@ -176,7 +178,7 @@ def test_fitted_scales_solve_least_squares(grid: tuple[int, int], num_stages: in
 def test_scales_are_found_where_all_stages_have_the_same_codes() -> None:
     """Equal columns in the normal equations: a constant weight has them."""
     index = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    scales = fairy2.fit_scales(torch.ones(2, 2, 4, 4), index, torch.zeros(2, 3, 2, 1, 1))
+    scales = fitting.fit_scales(torch.ones(2, 2, 4, 4), index, torch.zeros(2, 3, 2, 1, 1))
     assert scales[:, :, 0].sum(1).flatten().tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
@@ -208,7 +210,7 @@ def test_trained_scales_get_the_gradient_of_the_formula(granularity: str) -> Non
     found = {name: p.grad for name, p in layer.named_parameters() if name.startswith("log_")}
     leaves = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters() if n.startswith("log_")}
     exact = {name: round_fp16(p.exp()) for name, p in leaves.items()}
-    weight = fairy2.to_real(plain_decode(layer.encode().index, exact["log_scales"]))
+    weight = to_real(plain_decode(layer.encode().index, exact["log_scales"]))
     if granularity == "rank1":
         weight = weight * torch.outer(exact["log_rows"].repeat(2), exact["log_columns"].repeat(2))
     (weight * upstream).sum().backward()
@@ -229,7 +231,7 @@ def test_paper_preset_is_tensor_and_mean() -> None:
 
 def test_paper_scales_are_the_mean_modulus_along_each_axis() -> None:
     layer = Fairy2Linear(nn.Linear(32, 32), Config(preset="paper", num_stages=2))
-    codes, rest = layer.encode(), fairy2.to_widely_linear(layer.weight.detach())
+    codes, rest = layer.encode(), fitting.to_widely_linear(layer.weight.detach())
     for stage in range(2):
         k = codes.index[:, stage]
         for part, axis in itertools.product(range(2), range(2)):

@@ -13,10 +13,13 @@ from torch import nn
 from wrinklefree.core.codes import pack
 from wrinklefree.core.forms import Complex, Table
 from wrinklefree.core.method import QuantMethod
-from wrinklefree.methods.fairy2 import Dequantize, to_real
-from wrinklefree.packed.layer import FEW, PackedLinear
+from wrinklefree.methods.fairy2 import Dequantize
+from wrinklefree.methods.fairy2.decode import to_real
+from wrinklefree.packed.layer import PackedLinear, by_decoded_weight
+from wrinklefree.packed.pack import pack_layer
 from wrinklefree.packed.products import triton
-from wrinklefree.packed.products.choose import GpuProduct
+from wrinklefree.packed.products.choose import on_gpu
+from wrinklefree.packed.products.coded import FEW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -62,16 +65,17 @@ def test_fairy_is_the_decoded_weight(stages: int, n: int, m: int, rows: int, gro
 def test_a_packed_layer_multiplies_few_tokens_by_its_codes_and_many_by_its_weight(method: QuantMethod) -> None:
     """And keeps no decoded weight, not of a method whose codes no program knows either, where that can be compiled."""
     torch.manual_seed(0)
-    layer = PackedLinear.from_codes(method, method.layer(nn.Linear(96, 40), method).encode(), torch.randn(40))
+    layer = pack_layer(PackedLinear, method, method.layer(nn.Linear(96, 40), method).encode(), torch.randn(40))
     layer(torch.randn(2, 96))  # by the kernels of the CPU, where there are any; then it moves, and has to begin anew
     layer.to(DEVICE)
+    layer.product = on_gpu(layer)
     for shape in ((1, 1, 96), (FEW, 96), (3, FEW, 96)):
         x = torch.randn(shape, device=DEVICE)
         expected = nn.functional.linear(layer.inputs(x), method.layer.decode(layer.codes()), layer.bias)
-        torch.testing.assert_close(layer._on_gpu(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     layer.bias = None
-    assert layer._on_gpu(torch.randn(1, 96, device=DEVICE, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert (layer.dense is None) == (layer.gpu_product is not None)  # kept only where nothing else multiplies
+    assert layer(torch.randn(1, 96, device=DEVICE, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert (layer.dense is None) == (layer.product is not by_decoded_weight)  # kept only if nothing else multiplies
     form = method.layer.form(layer.codes())
-    known = isinstance(form, Complex) or (isinstance(form, Table) and form.rank == 1)  # more are no rows and columns
-    assert isinstance(layer.gpu_product, GpuProduct) == known
+    known = isinstance(form, Complex) or (isinstance(form, Table) and form.rank == 1)
+    assert isinstance(layer.product, triton.TritonProduct) == known

@@ -18,8 +18,10 @@ from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import find, quant_layers
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.export.proof.certify import same_codes
-from wrinklefree.packed.layer import LayerSpec, PackedLinear, exactly, packed_layers, set_exact
+from wrinklefree.packed.layer import LayerSpec, PackedLinear
+from wrinklefree.packed.pack import pack_layer, packed_layers
 from wrinklefree.packed.products import native
+from wrinklefree.packed.products.choose import exactly, set_exact
 from wrinklefree.packed.products.fused import FusedMLP, FusedNorm
 from wrinklefree.packed.quantizer import FORMAT, WrinkleFreeConfig
 
@@ -144,7 +146,7 @@ def test_bf16_output_is_near_the_fp32_one(pair: tuple[PreTrainedModel, Path]) ->
 def test_decodes_once_and_again_after_new_codes() -> None:
     codes = Codes(torch.tensor([[0, 1, 2, 1, 0]], dtype=torch.uint8), 2, {"scales": torch.tensor([[0.5]])}, (1, 5))
     codes.tensors["table"] = torch.tensor([-1.0, 0.0, 1.0, 0.0])
-    layer = PackedLinear.from_codes(toy(), codes, None)
+    layer = pack_layer(PackedLinear, toy(), codes)
     x = torch.eye(5)
     assert layer(x).flatten().tolist() == [-0.5, 0.0, 0.5, 0.0, -0.5]
     first = layer.dense
@@ -156,7 +158,7 @@ def test_decodes_once_and_again_after_new_codes() -> None:
 
 def test_first_use_under_inference_mode_does_not_spoil_gradients() -> None:
     trained = toy().prepare(llama())
-    layer = PackedLinear.from_codes(toy(), quant_layers(trained)["model.layers.0.mlp.up_proj"].encode(), None)
+    layer = pack_layer(PackedLinear, toy(), quant_layers(trained)["model.layers.0.mlp.up_proj"].encode())
     x = torch.ones(2, 64, requires_grad=True)
     with torch.inference_mode():
         layer(torch.ones(2, 64))
@@ -174,7 +176,7 @@ def test_autocast_multiplies_in_its_dtype(pair: tuple[PreTrainedModel, Path]) ->
 def test_a_scale_that_fp16_cannot_hold_is_refused() -> None:
     codes = Codes(torch.zeros(1, 4, dtype=torch.uint8), 2, {"scales": torch.tensor([0.1])}, (1, 4))
     with pytest.raises(ValueError, match="scales: not representable in fp16"):
-        PackedLinear.from_codes(toy(), codes, None)
+        pack_layer(PackedLinear, toy(), codes)
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(1, 2), (2, 3), (4, 5), (8, 9)])
@@ -198,35 +200,6 @@ IMPORT_ORDERS = {
 def test_import_registers_the_plug_in_in_any_order(order: str) -> None:
     check = "assert a.AUTO_QUANTIZER_MAPPING['wrinklefree'] and a.AUTO_QUANTIZATION_CONFIG_MAPPING['wrinklefree']"
     subprocess.run([sys.executable, "-c", f"import sys; {IMPORT_ORDERS[order]}; {check}"], check=True, timeout=60)
-
-
-@torch.no_grad()
-def test_layers_with_the_same_inputs_share_one_product(tmp_path: Path) -> None:
-    """Bit for bit what each gives alone; never for other inputs, or for inputs that were changed; nothing is kept."""
-    if native.available() is not None:
-        pytest.skip("no native library")
-    method = find("bitdistill")(name="bitdistill", norm_mode="none")
-    export_packed(method.prepare(llama()), tokenizer(), method, tmp_path / "p", card="", force=False, batches=batches())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=torch.float32).eval()
-    layers = packed_layers(model)
-    q, k, v = (layers[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv")
-    assert q.shared is k.shared is v.shared is not layers["model.layers.1.self_attn.q_proj"].shared
-    x = torch.randn(3, 2, 64)
-    alone = [layer._alone(x, layer._build()) for layer in (q, k, v)]
-    assert all(torch.equal(layer(x), y) for layer, y in zip((q, k, v), alone, strict=True))
-    assert q.shared._x is None
-    q(x)
-    x *= 2
-    assert torch.equal(k(x), k._alone(x, k._build()))
-    other = torch.randn(1, 64)
-    assert torch.equal(v(other), v._alone(other, v._build()))
-    assert torch.equal(q(x), q._alone(x, q._build()))
-    with torch.inference_mode():
-        y = torch.randn(2, 64)
-        assert torch.equal(k(y), k._alone(y, k._build()))
-    twin = copy.deepcopy(model)
-    assert packed_layers(twin)["model.layers.0.self_attn.q_proj"].shared is not q.shared
-    assert torch.equal(twin(ids()).logits, model(ids()).logits)
 
 
 @pytest.mark.numeric

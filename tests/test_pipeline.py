@@ -16,7 +16,8 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.export.proof.certify import same_codes
 from wrinklefree.export.rounded.scales import snapped
 from wrinklefree.models.load import load_model
-from wrinklefree.packed.layer import exactly, packed_layers
+from wrinklefree.packed.pack import packed_layers
+from wrinklefree.packed.products.choose import exactly
 from wrinklefree.runs.setup import open_run
 from wrinklefree.runs.stage import prepare_student, prompts
 from wrinklefree.training import checkpoint

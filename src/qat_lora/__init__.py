@@ -18,10 +18,10 @@ from qat_lora.files import layers_in, put, read_state
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config as RunConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.lowrank import Factors
 from wrinklefree.core.method import quant_layers
 from wrinklefree.core.ste import round_fp16 as ste_fp16
 from wrinklefree.methods.anemll import Config, LutLinear
+from wrinklefree.methods.anemll.lowrank import Factors
 from wrinklefree.objectives.cached_kd import CachedKD
 from wrinklefree.runs import setup
 

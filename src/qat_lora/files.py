@@ -26,10 +26,10 @@ from wrinklefree.config.schema import Config as RunConfig
 from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.lowrank import Factors, guarded, nearest
 from wrinklefree.core.method import quant_layers
 from wrinklefree.export.formats.anemll import write_state
 from wrinklefree.methods.anemll import Config, LutLinear
+from wrinklefree.methods.anemll.lowrank import Factors, guarded, nearest
 from wrinklefree.models.find import model_folder
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.training import checkpoint

@@ -35,5 +35,6 @@ class Config(QuantMethod):
     int8: bool = False
     levels: Annotated[int, Field(ge=1, le=1)] = 1
 
-    def activation(self, x: Tensor) -> Tensor:
-        return ste.int8_per_token(x) if self.int8 else x
+    @property
+    def int8_inputs(self) -> bool:
+        return self.int8

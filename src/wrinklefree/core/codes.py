@@ -55,3 +55,8 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     lanes = (packed.unsqueeze(-1) >> shift) & (2**bits - 1)
     return lanes.flatten(-2)[..., :length]
+
+
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] for a uint8 index of any shape, differentiable in the table."""
+    return table.index_select(0, index.flatten().int()).view(index.shape)

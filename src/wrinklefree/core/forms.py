@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from wrinklefree.core.lowrank import look_up
+from wrinklefree.core.codes import look_up
 
 MAX_RANK = 8  # pairs of row and col
 MAX_PRODUCTS = 8  # integer products for a weight of codes, above which a weight of bytes is read sooner

@@ -20,8 +20,9 @@ from wrinklefree.core.codes import Codes
 from wrinklefree.core.effective import EffectiveWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Form
+from wrinklefree.core.inputs import compute_dtype, int8_per_token
 from wrinklefree.core.norm import RMSNorm
-from wrinklefree.core.ste import int8_per_token, straight_through
+from wrinklefree.core.ste import straight_through
 from wrinklefree.core.text import did_you_mean
 
 log = logging.getLogger("wrinklefree")
@@ -90,18 +91,16 @@ class QuantLinear(nn.Linear):
         return super().train(mode)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What is multiplied with the weight: `x` through the layer's norm, if any, and the method's quantizer."""
-        return self.config.activation(x if self.rms_norm is None else self.rms_norm(x))
+        """What is multiplied with the weight: `x`, normalized if the layer has a norm, then `rounded`."""
+        return self.rounded(x if self.rms_norm is None else self.rms_norm(x))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """`x` in int8 per token if the method says so, else `x` itself."""
+        return int8_per_token(x) if self.config.int8_inputs else x
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inputs(x)
         return F.linear(x, self.effective_weight(compute_dtype(x)), self.bias)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast, if on, or else `x` itself will be multiplied."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @dataclass(kw_only=True)
@@ -120,18 +119,18 @@ class QuantMethod:
         """Bits per weight by their usual name, such as 1.58; None for a method that has no such number."""
         return None
 
+    def decode(self, codes: Codes) -> Tensor:
+        """The weight of the method's codes: what packed layers ask for."""
+        return self.layer.decode(codes)
+
     def config_for(self, fqn: str) -> Self:
         """The config of the layer `fqn`; override for mixed precision."""
         return self
 
     @property
     def int8_inputs(self) -> bool:
-        """Whether layers round their inputs to int8 per token, which native kernels do themselves."""
+        """Whether layers round their inputs to int8 per token. Training, packed layers and exports all ask here."""
         return False
-
-    def activation(self, x: Tensor) -> Tensor:
-        """What a layer multiplies its weight with; override to quantize activations in another way."""
-        return int8_per_token(x) if self.int8_inputs else x
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         """Swap every linear layer that `exclude_names` does not match, and say what could not be converted.
@@ -167,6 +166,11 @@ def num_groups(columns: int, size: int, kind: str = "columns") -> int:
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """Every quantized layer by fqn."""
     return {fqn: module for fqn, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether any quantized layer of `model` rounds its inputs to int8."""
+    return any(layer.config.int8_inputs for layer in quant_layers(model).values())
 
 
 def refresh(model: nn.Module, dtype: torch.dtype) -> None:

@@ -33,15 +33,3 @@ def round_fp16(x: Tensor) -> Tensor:
     limit = torch.finfo(torch.float16).max
     rounded = x.detach().clamp(-limit, limit).to(torch.float16).to(x.dtype)
     return straight_through(x, rounded)
-
-
-def int8_per_token(x: Tensor) -> Tensor:
-    """Symmetric 8-bit fake quantization with one scale per token: [..., features] -> the same shape and dtype.
-
-    q = clamp(round(s x), -128, 127) with s = 127 / max|x|, returned as q / s: the order of operations is that of
-    transformers' BitNet layers, so that both round alike. Arithmetic in fp32, identity gradient.
-    """
-    x32 = x.detach().float()
-    scale = 127 / x32.abs().amax(dim=-1, keepdim=True).clamp_min(1e-5)
-    quantized = (x32 * scale).round().clamp(-128, 127) / scale
-    return straight_through(x, quantized.to(x.dtype))

@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Complex, Integers, rounded
-from wrinklefree.core.ste import int8_per_token
 from wrinklefree.engine import family
 from wrinklefree.engine.binding import Floats, Layer, Linear, Model
 from wrinklefree.engine.source import Source
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products import native
-from wrinklefree.packed.products.choose import matrix
+from wrinklefree.packed.products.choose import method_layer
 
 Mode = Literal["int8", "exact"]
 
@@ -92,34 +91,23 @@ def _linear(
         assert gain is None, "one norm for the inputs of a layer"
         gain, eps = _floats(layer.rms_norm.weight), layer.rms_norm.variance_epsilon
     try:
-        return Linear(_matrix(layer, exact), gain, eps, _rounds(fqn, layer))
+        return Linear(_matrix(layer, exact), gain, eps, layer.method.int8_inputs)
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         # Codes and scales of shapes that a method would not have made; torch and the library name the mismatch.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{fqn}: its codes do not fit its method ({reason}): export it again") from error
 
 
-def _rounds(fqn: str, layer: PackedLinear) -> bool:
-    """Whether the layer's method rounds its inputs to 8 bits. Raises UserError where it does anything else to them."""
-    probe = torch.linspace(-1.0, 0.7, 50).unsqueeze(0)
-    inputs = layer.config.activation(probe)
-    if torch.equal(inputs, probe):
-        return False
-    if not torch.equal(inputs, int8_per_token(probe)):
-        raise UserError(f"{fqn}: method {layer.config.name} changes its inputs in a way that the native loop cannot")
-    return True
-
-
 def _matrix(layer: PackedLinear, exact: bool) -> native.Matrix:
     """The layer without its norm. Where no form has its very shape, it is decoded: to fp32 if exact, else to bytes."""
     codes = layer.codes()
-    form = layer.config.layer.form(codes)
+    form = method_layer(layer).form(codes)
     folded = isinstance(form, Integers) and codes.bits < 8
     padded = isinstance(form, Complex) and bool(codes.shape[0] % 2 or codes.shape[1] % 2)
     if form is not None and not padded and not (exact and folded):
-        return matrix(form, layer.bias)
-    weight = layer.config.layer.decode(codes)
-    return native.Matrix.dense(weight, layer.bias, exact=True) if exact else matrix(rounded(weight), layer.bias)
+        return native.matrix(form, layer.bias)
+    weight = layer.method.decode(codes)
+    return native.Matrix.dense(weight, layer.bias, exact=True) if exact else native.matrix(rounded(weight), layer.bias)
 
 
 def _is_bf16(tensor: Tensor) -> bool:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.inputs import PlainRMSNorm
 from wrinklefree.core.method import QuantMethod, find
-from wrinklefree.core.norm import RMSNorm
-from wrinklefree.packed.embedding import TiedEmbedding
-from wrinklefree.packed.layer import LayerSpec, PackedLinear
+from wrinklefree.packed.layer import LayerSpec, PackedLinear, TiedEmbedding
 from wrinklefree.packed.quantizer import FORMAT
 
 WIDTHS = (1, 2, 3, 4, 8)  # bits of a code
@@ -152,7 +151,7 @@ class FolderSource:
         if spec.bias:
             layer.bias = _frozen(self.tensor(f"{fqn}.bias", shape[:1]))
         if spec.norm_eps is not None:
-            layer.rms_norm = RMSNorm(self.tensor(f"{fqn}.rms_norm.weight", shape[1:]), spec.norm_eps)
+            layer.rms_norm = PlainRMSNorm(self.tensor(f"{fqn}.rms_norm.weight", shape[1:]), spec.norm_eps)
         return layer
 
     def _stated(self, cls: type[T], values: Any) -> T:

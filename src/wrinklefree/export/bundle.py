@@ -2,6 +2,14 @@
 
 `trust_remote_code=True` takes flat Python files with relative imports. They are copies of this package's own modules,
 made here, with nothing changed but the imports: `core/codes.py` becomes `wf_core_codes.py`. One source of truth.
+
+| file | copy of |
+|---|---|
+| `modeling_wrinklefree.py` | `packed/quantizer.py`, with the folder's methods and its model class below |
+| `wf_packed_layer.py`, `wf_core_codes.py`, `wf_core_inputs.py` | the layer, its codes, what it does to inputs |
+| `wf_methods_<name>_decode.py` | the part of the method that reads; one more for a packed head of another method |
+
+A method without a part `decode` is copied whole, with everything that it imports.
 """
 
 import ast
@@ -27,54 +35,69 @@ def Field(**limits):
     return None
 '''
 
-LOADER = '''\
-"""Reads this folder without the wrinklefree package: from_pretrained(folder, trust_remote_code=True).
+LOADER = """\
+# from_pretrained(folder, trust_remote_code=True) reads this folder with this file. Written by `wf export`.
+{quantizer}
 
-Written by `wf export`; the wf_*.py files are copies of the package's modules.
-"""
+# What follows is this folder's own.
+from types import SimpleNamespace
 
 import transformers
-
-# transformers copies the files that it finds in lines like these.
 {imports}
-from .{quantizer} import WrinkleFreeQuantizer, registered
-{methods}
 
-METHODS = {{{names}}}
+METHODS = {{
+{methods}
+}}
 
 
 class Quantizer(WrinkleFreeQuantizer):
-    """Knows the methods of this folder."""
-
-    def method_class(self, name):
-        return METHODS[name]
+    def method_of(self, settings, fqn):
+        return METHODS[settings["name"]](settings, fqn)
 
 
 class {model}(transformers.{model}):
-    """The same model, read with the quantizer of this folder."""
-
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         with registered(Quantizer):
             return super().from_pretrained(*args, **kwargs)
-'''
+"""
 
 
 def files(methods: Iterable[QuantMethod], model: str) -> dict[str, str]:
     """The loader's files, name to text, for a model class of transformers such as `LlamaForCausalLM`."""
-    found = {method.name: type(method).__module__ for method in methods}
-    modules = _closure([QUANTIZER, *found.values()])
+    parts = {method.name: part_of(type(method).__module__) for method in methods}
+    modules = [module for module in _closure([QUANTIZER, *parts.values()]) if module != QUANTIZER]
     texts = {f"{_flat(m)}.py": f"# Copy of {m}\n{_relative(_source(m))}" for m in modules}
-    imports = "\n".join(f"from .{_flat(m)} import __name__ as _{_flat(m)}" for m in [*modules, CHECKER])
-    classes = {name: f"{name.title().replace('_', '')}Config" for name in found}
+    if any(_checker_imports(_source(m)) for m in modules):
+        texts[f"{_flat(CHECKER)}.py"] = CHECKER_STUB
     entry = LOADER.format(
-        imports=imports,
-        quantizer=_flat(QUANTIZER),
-        methods="\n".join(f"from .{_flat(found[name])} import Config as {cls}" for name, cls in classes.items()),
-        names=", ".join(f'"{name}": {cls}' for name, cls in classes.items()),
+        quantizer=_relative(_source(QUANTIZER)),
+        imports="\n".join(_import(name, part) for name, part in parts.items()),
+        methods="\n".join(f'    "{name}": {_maker(name, part)},' for name, part in parts.items()),
         model=model,
     )
-    return {f"{ENTRY}.py": entry, f"{_flat(CHECKER)}.py": CHECKER_STUB, **texts}
+    return {f"{ENTRY}.py": entry, **texts}
+
+
+def part_of(module: str) -> str:
+    """The module that reads a method's codes: its part `decode`, or all of it."""
+    return f"{module}.decode" if _is_module(f"{module}.decode") else module
+
+
+def _import(name: str, part: str) -> str:
+    if part.endswith(".decode"):
+        return f"from .{_flat(part)} import decode as decode_{name}, int8_inputs as int8_inputs_{name}"
+    return f"from .{_flat(part)} import Config as Config_{name}"
+
+
+def _maker(name: str, part: str) -> str:
+    """The function that makes a layer's method of its settings."""
+    if part.endswith(".decode"):
+        return (
+            f'lambda settings, fqn: SimpleNamespace(name="{name}", decode=decode_{name}, '
+            f"int8_inputs=int8_inputs_{name}(settings))"
+        )
+    return f"lambda settings, fqn: Config_{name}(**settings).config_for(fqn)"
 
 
 def _closure(modules: list[str]) -> list[str]:
@@ -132,16 +155,27 @@ def _relative(source: str) -> str:
     lines = source.splitlines()
     for node in _own_imports(source) + _checker_imports(source):
         indent = " " * node.col_offset
-        statements = [indent + _statement(*target) for target in _targets(node)]
         assert node.end_lineno is not None
-        lines[node.lineno - 1 : node.end_lineno] = ["\n".join(statements)] + [""] * (node.end_lineno - node.lineno)
+        lines[node.lineno - 1 : node.end_lineno] = [
+            "\n".join(indent + statement for statement in _statements(_targets(node))),
+            *[""] * (node.end_lineno - node.lineno),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def _statement(module: str, name: str, local: str) -> str:
-    if not name:
-        return f"from . import {_flat(module)} as {local}"
-    return f"from .{_flat(module)} import {name}" + (f" as {local}" if local != name else "")
+def _statements(targets: list[tuple[str, str, str]]) -> list[str]:
+    """Relative imports of (module, name, alias): each module that is meant itself, then names of one."""
+    modules = [statement for module, name, local in targets if not name for statement in _whole(_flat(module), local)]
+    named = [target for target in targets if target[1]]
+    if not named:
+        return modules
+    names = (name + (f" as {local}" if local != name else "") for _, name, local in named)
+    return [*modules, f"from .{_flat(named[0][0])} import {', '.join(names)}"]
+
+
+def _whole(file: str, local: str) -> list[str]:
+    """An import of a whole file. transformers copies the files that it finds in lines like the first."""
+    return [f"from .{file} import __name__ as _{file}", f"from . import {file} as {local}"]
 
 
 def _flat(module: str) -> str:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import compute_dtype
+from wrinklefree.core.inputs import compute_dtype
 
 
 class BodyAndHead:

@@ -1,5 +1,5 @@
 """Rank 2: packed layers inside transformers; importing this package registers the plug-in."""
 
-from wrinklefree.packed.quantizer import register
+from wrinklefree.packed.plugin import register
 
 register()

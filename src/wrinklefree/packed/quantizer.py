@@ -1,8 +1,7 @@
-"""The plug-in by which transformers reads and writes packed folders: `quant_method: wrinklefree`.
+"""How transformers reads packed folders, `quant_method: wrinklefree`. Each of them has a copy of this file.
 
 Before weights are loaded, every layer that `quantization_config.layers` names is replaced by an empty `PackedLinear`;
-transformers then fills its buffers like any other tensor. Importing this module registers nothing: the package does it
-in `packed/__init__.py`, the copy inside a packed folder only around its own `from_pretrained`.
+transformers then fills its buffers like any other tensor. Importing this file registers nothing.
 """
 
 from collections.abc import Iterator
@@ -15,11 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from wrinklefree.core.method import QuantMethod, find
-from wrinklefree.packed.embedding import PackedEmbedding, TiedEmbedding
-from wrinklefree.packed.layer import LayerSpec, PackedLinear
-from wrinklefree.packed.products.fused import fuse
-from wrinklefree.packed.products.shared import share_inputs
+from wrinklefree.packed.layer import LayerSpec, Method, PackedEmbedding, PackedLinear, TiedEmbedding
 
 QUANT_METHOD = "wrinklefree"
 FORMAT = 3  # the newest that is read; a reader refuses newer ones
@@ -53,28 +48,22 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts packed layers into a model that is about to be loaded."""
 
     requires_calibration = True  # codes are trained: a dense folder cannot be quantized while it is loaded
+    is_trainable = False
 
-    def method_class(self, name: str) -> type[QuantMethod]:
-        """The config class of the method `name`; the copy in a packed folder overrides this with its only one."""
-        return find(name)
-
-    def method(self, values: dict[str, Any]) -> QuantMethod:
-        return self.method_class(values["name"])(**values)
+    def method_of(self, settings: dict[str, Any], fqn: str) -> Method:
+        """The method of the layer `fqn`. The package looks it up by its name, a folder knows its own."""
+        raise NotImplementedError
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        method = self.method(self.quantization_config.method)
         for fqn, values in self.quantization_config.layers.items():
-            spec = LayerSpec(**values)
-            own = method if spec.method is None else self.method(spec.method)
-            replaced = model.get_submodule(fqn)
+            spec, replaced = LayerSpec(**values), model.get_submodule(fqn)
+            method = self.method_of(spec.method or self.quantization_config.method, fqn)
             with torch.device("meta"):
                 if isinstance(replaced, nn.Embedding):
-                    layer: PackedLinear = PackedEmbedding(own.config_for(fqn), spec, replaced.weight.dtype)
+                    layer: PackedLinear = PackedEmbedding(method, spec, replaced.weight.dtype)
                 else:
-                    layer = PackedLinear(own.config_for(fqn), spec)
+                    layer = PackedLinear(method, spec)
             model.set_submodule(fqn, layer, strict=True)
-        share_inputs(model, PackedLinear)
-        fuse(model)
         for fqn, head in self.quantization_config.tied.items():
             tied = TiedEmbedding(model.get_submodule(head), model.get_submodule(fqn).weight.dtype)
             model.set_submodule(fqn, tied, strict=True)
@@ -82,16 +71,6 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-
-def register() -> None:
-    """Make transformers know the format for the rest of the process."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = WrinkleFreeConfig
-    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = WrinkleFreeQuantizer
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitNetForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import quant_layers
+from wrinklefree.core.method import rounds_inputs
 from wrinklefree.export.proof.agreement import compare, judge
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import refuse_norms, unquantized_state
@@ -87,14 +87,12 @@ def scheme(model: PreTrainedModel, layers: dict[str, Ternary]) -> dict[str, Any]
         raise UserError(
             "--format compressed-tensors: layers differ in the granularity of their scales: use --format hf"
         )
-    x = torch.linspace(-1, 1, 64)
-    rounds = any(not torch.equal(layer.config.activation(x), x) for layer in quant_layers(model).values())
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
     group = {
         "targets": ["Linear"],
         "format": "pack-quantized",
         "weights": json.loads(kinds.pop()),
-        "input_activations": inputs if rounds else None,
+        "input_activations": inputs if rounds_inputs(model) else None,
     }
     return {
         "quant_method": "compressed-tensors",

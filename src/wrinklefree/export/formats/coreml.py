@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import quant_layers
+from wrinklefree.core.method import quant_layers, rounds_inputs
 from wrinklefree.export.proof.agreement import Agreement, compare, judge
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.lut import Palette, palettes
@@ -69,7 +68,7 @@ def write(
     if found > expected:
         raise CertificateError(f"{package.name}: {found} bytes of weights instead of {expected}: some are stored twice")
     exact, rounded = (agreement(model, functions, batches, fp16) for fp16 in (False, True))
-    judge(exact, KL_ACTIVATIONS if _quantizes_inputs(model) else KL_CONSTANTS, "--format coreml")
+    judge(exact, KL_ACTIVATIONS if rounds_inputs(model) else KL_CONSTANTS, "--format coreml")
     baked = [layer.rank > factored_rank for layer in layers.values()].count(True)
     folded = [layer.rank == 1 <= factored_rank for layer in layers.values()].count(True)
     return [
@@ -234,8 +233,3 @@ def agreement(
     rows = (row.unsqueeze(0)[:, :TOKENS] for batch in batches for row in batch["input_ids"])
     texts = [{"input_ids": row} for row in islice(rows, SEQUENCES)]
     return compare(model, cast(PreTrainedModel, Decoder(functions, rounded)), texts)
-
-
-def _quantizes_inputs(model: PreTrainedModel) -> bool:
-    x = torch.linspace(-1, 1, 64)
-    return any(not torch.equal(layer.config.activation(x), x) for layer in quant_layers(model).values())

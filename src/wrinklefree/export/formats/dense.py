@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree.core.method import quant_layers
+from wrinklefree.core.method import rounds_inputs
 from wrinklefree.export.proof.agreement import compare, judge
 from wrinklefree.export.views.dense import dense_model, refuse_norms
 
@@ -30,10 +30,5 @@ def write(
     tokenizer.save_pretrained(folder)
     back: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device)
     agreement = compare(model, back, batches)
-    rounds = any(_quantizes_inputs(layer.config) for layer in quant_layers(model).values())
-    judge(agreement, KL_ACTIVATIONS if rounds else KL_WEIGHTS, "--format dense")
+    judge(agreement, KL_ACTIVATIONS if rounds_inputs(model) else KL_WEIGHTS, "--format dense")
     return agreement.rows()
-
-
-def _quantizes_inputs(config: object) -> bool:
-    return vars(config).get("activation_bits") is not None

@@ -24,7 +24,9 @@ from wrinklefree.export.proof.agreement import Agreement, compare
 from wrinklefree.export.proof.certify import Certificate, CertificateError, certify, trained_layers
 from wrinklefree.export.rounded.head import Head, HeadBits
 from wrinklefree.export.rounded.rounding import Rounding
-from wrinklefree.packed.layer import PackedLinear, exactly, packed_layers
+from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.pack import pack_layer, packed_layers
+from wrinklefree.packed.products.choose import exactly
 from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WrinkleFreeConfig
 
 DenseDtype = Literal["bfloat16", "float16", "float32"]
@@ -199,7 +201,7 @@ def _pack_layer(fqn: str, layer: QuantLinear, method: QuantMethod, dtype: torch.
     bias = None if layer.bias is None else layer.bias.to(dtype)
     try:
         eps = None if layer.rms_norm is None else layer.rms_norm.variance_epsilon
-        return PackedLinear.from_codes(method.config_for(fqn), layer.encode(), bias, eps)
+        return pack_layer(PackedLinear, method.config_for(fqn), layer.encode(), bias, eps)
     except ValueError as error:
         raise UserError(f"{fqn}.{error}") from error
 

@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, quant_layers
-from wrinklefree.packed.layer import PackedLinear, exactly, packed_layers
+from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.pack import packed_layers
+from wrinklefree.packed.products.choose import exactly
 
 LOGITS = 1e-4  # of the largest absolute logit
 KL = 1e-3  # nats per token

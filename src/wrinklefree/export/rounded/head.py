@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, QuantMethod, find
-from wrinklefree.packed.embedding import PackedEmbedding, TiedEmbedding
-from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.layer import PackedEmbedding, PackedLinear, TiedEmbedding
+from wrinklefree.packed.pack import pack_layer
 
 HeadBits = Literal[8, 4]
 
@@ -38,7 +38,7 @@ class Head:
         """Replace embedding and head by packed ones."""
         for fqn, codes in self.codes.items():
             kind = PackedEmbedding if isinstance(packed.get_submodule(fqn), nn.Embedding) else PackedLinear
-            layer = kind.from_codes(self.method, codes, None)
+            layer = pack_layer(kind, self.method, codes)
             layer.spec = dataclasses.replace(layer.spec, method=dataclasses.asdict(self.method))
             packed.set_submodule(fqn, layer)
         for fqn, head in self.tied.items():

@@ -1,113 +1,101 @@
-"""A packed layer's product: by native kernels on a CPU, from their own copy of the codes in the method's form; on a GPU
-from the codes as they lie in the layer's buffer.
+"""Which product multiplies a packed layer.
+
+| device | product |
+|---|---|
+| CPU | the native kernels, from their own copy of the codes |
+| GPU | a Triton program, or else what torch.compile makes of `decode`; both read the codes in the layer's buffer |
+| others | the decoded weight, in the model's dtype |
+
+The kernels round inputs to int8 per token. A method that did not in training gets logits that differ by about a
+percent. The decoded weight multiplies everywhere if a gradient is wanted, if no kernel knows the codes, and after
+`set_exact`.
 """
 
 import importlib
 import importlib.util
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
-from wrinklefree.core.codes import Codes
-from wrinklefree.core.forms import Complex, Form, Integers, Table
-from wrinklefree.packed.products.native import Matrix, available, matmul
+from wrinklefree.core.method import QuantLinear, QuantMethod
+from wrinklefree.packed.layer import PackedLinear, Product, by_decoded_weight
+from wrinklefree.packed.pack import packed_layers
+from wrinklefree.packed.products import compiled, native
+from wrinklefree.packed.products.fused import Fused
 
 log = logging.getLogger("wrinklefree")
 
 
-@dataclass(frozen=True)
-class Product:
-    """y = V x for one layer, activations rounded to int8 per token."""
-
-    matrix: Matrix
-    shape: tuple[int, int]  # of the layer; the matrix may be padded
-    rounds_inputs: bool  # the rounding is that of x itself, not of x times a factor of each column
-
-    @property
-    def padded(self) -> bool:
-        return self.matrix.shape != self.shape
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., in] on the CPU -> fp32 [..., out]."""
-        if not self.padded:
-            return matmul([self.matrix], x)[0]
-        y = matmul([self.matrix], F.pad(x, (0, self.matrix.shape[1] - self.shape[1])))[0]
-        return y[..., : self.shape[0]]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def choose(layer: PackedLinear) -> Product:
+    """The product for the device that the layer is on."""
+    if layer.weight.is_cpu:
+        return on_cpu(layer)
+    return on_gpu(layer) if layer.weight.is_cuda else by_decoded_weight
 
 
-def product(form: Form, codes: Codes) -> Product:
-    """The kernels' copy of a layer that has `form`."""
-    rounds_inputs = isinstance(form, Integers) or form.col is None
-    return Product(matrix(form), codes.shape, rounds_inputs)
+def on_cpu(layer: PackedLinear) -> Product:
+    if not usable():
+        return by_decoded_weight
+    codes = layer.codes()
+    form = method_layer(layer).form(codes)
+    return by_decoded_weight if form is None else native.product(form, codes.shape)
 
 
-def matrix(form: Form, bias: Tensor | None = None) -> Matrix:
-    """`form` in the kernels' memory; widths are the form's, which may be padded."""
-    if isinstance(form, Integers):
-        return Matrix.int8(form.weight, form.row, bias)
-    if isinstance(form, Complex):
-        return Matrix.complex(form.index, form.scales, row=form.row, col=form.col, bias=bias)
-    assert isinstance(form, Table)
-    return Matrix.table(form.index, form.table, form.scales, row=form.row, col=form.col, bias=bias)
+def on_gpu(layer: PackedLinear) -> Product:
+    codes, programs = layer.codes(), gpu_programs()
+    form = method_layer(layer).form(codes)
+    found: Product | None = None if programs is None else programs.product(form, codes, layer.weight.device)
+    return found or compiled.product(layer, method_layer(layer), codes)
+
+
+def method_layer(layer: PackedLinear) -> type[QuantLinear]:
+    """The method's layer, which knows the form of its codes."""
+    assert isinstance(layer.method, QuantMethod)
+    return layer.method.layer
 
 
 @cache
 def usable() -> bool:
-    """Whether there are kernels; says so once where there are none."""
-    reason = available()
+    """Whether there are kernels. Says so once if there are none."""
+    reason = native.available()
     if reason is not None:
         log.warning("packed layers multiply with decoded weights, many times slower: %s", reason)
     return reason is None
 
 
-@dataclass(frozen=True)
-class GpuProduct:
-    """y = V x for few tokens on a GPU; all but the codes, in fp32 on the device."""
-
-    programs: ModuleType  # packed/gpu.py
-    bits: int
-    table: Tensor | None  # None: the codes are complex ones
-    scales: Tensor
-    row: Tensor | None
-    col: Tensor | None
-
-    def __call__(self, weight: Tensor, x: Tensor) -> Tensor:
-        """The layer's packed `weight` and x [..., in] -> fp32 [..., out]."""
-        z = x.float().flatten(0, -2)
-        z = z.contiguous() if self.col is None else z * self.col
-        if self.table is None:
-            y: Tensor = self.programs.fairy_product(weight, self.scales, z)
-        else:
-            y = self.programs.table_product(weight, self.bits, self.table, self.scales, z)
-        return (y if self.row is None else y * self.row).unflatten(0, x.shape[:-1])
-
-
 @cache
 def gpu_programs() -> ModuleType | None:
-    """The Triton programs; None without Triton, and in a folder's own loader, which does not bring them."""
-    there = all(importlib.util.find_spec(name) is not None for name in ("triton", "wrinklefree"))
+    """The Triton programs; None without Triton."""
+    there = importlib.util.find_spec("triton") is not None
     return importlib.import_module("wrinklefree.packed.products.triton") if there else None
 
 
-def gpu_product(form: Form | None, codes: Codes, device: torch.device) -> GpuProduct | None:
-    """None where the packed codes are not the form's own, or padded, or lie across bytes; or of several ranks."""
-    programs = gpu_programs()
-    if programs is None or codes.bits == 3 or not isinstance(form, (Table, Complex)) or form.index is not codes.index:
-        return None
-    if isinstance(form, Table) and form.rank > 1:
-        return None
-    whole = form.index.shape[-2:] if isinstance(form, Table) else [2 * size for size in form.index.shape[-2:]]
-    if list(whole) != list(codes.shape):
-        return None
-    table = form.table if isinstance(form, Table) else None
+def set_exact(model: nn.Module, exact: bool = True) -> None:
+    """Let packed layers multiply with the decoded weight, inputs unrounded; or (False, the default) choose anew."""
+    for module in model.modules():
+        if isinstance(module, (PackedLinear, Fused)):
+            module.exact = exact
+    for layer in packed_layers(model).values():
+        layer.product = None
 
-    def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device, torch.float32)
 
-    scales = form.scales.to(device, torch.float32)
-    return GpuProduct(programs, codes.bits, moved(table), scales, moved(form.row), moved(form.col))
+@contextmanager
+def exactly(model: nn.Module) -> Iterator[None]:
+    """`set_exact` for a while. Afterwards every layer has the product again that it had."""
+    flags = [(module, module.exact) for module in model.modules() if isinstance(module, (PackedLinear, Fused))]
+    products = [(layer, layer.product) for layer in packed_layers(model).values()]
+    set_exact(model)
+    try:
+        yield
+    finally:
+        for module, exact in flags:
+            module.exact = exact
+        for layer, product in products:
+            layer.product = product

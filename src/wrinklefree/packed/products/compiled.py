@@ -1,6 +1,6 @@
 """Products of few tokens with packed codes, made by torch.compile from the method's `decode`.
 
-For codes that no program of our own reads (packed/product.py). Unpacking, decoding and the sum over columns become one
+For codes that no program of our own reads (products/triton.py). Unpacking, decoding and the sum over columns become one
 loop over the packed bytes; a weight is worked out where it is used, once for all tokens, and none is kept or written to
 memory. Sums are in fp32. It needs what torch.compile does: Triton on a GPU, a C++ compiler on a CPU.
 """
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from wrinklefree.core.codes import Codes, unpack
 from wrinklefree.core.method import QuantLinear
+from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.products.coded import FewTokens
 
 log = logging.getLogger("wrinklefree")
 
@@ -45,14 +47,14 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class CompiledProduct:
+class CompiledProduct(FewTokens):
     """y = V x for few tokens; scales and tables are the layer's own buffers."""
 
     layout: Layout
     tensors: dict[str, Tensor] = field(repr=False)
 
-    def __call__(self, weight: Tensor, x: Tensor) -> Tensor | None:
-        """The layer's packed `weight` and x [..., in] -> fp32 [..., out]; None where it cannot be compiled."""
+    def few(self, weight: Tensor, x: Tensor) -> Tensor | None:
+        """None if it cannot be compiled."""
         # The modes that a caller is in would each be compiled for, and autocast would round what is decoded.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             tokens = x.clone().float() if x.is_inference() else x.float()
@@ -65,10 +67,11 @@ def _filled(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, (1 << (len(x) - 1).bit_length()) - len(x))).contiguous()
 
 
-def compiled_product(layer: type[QuantLinear], codes: Codes, tensors: dict[str, Tensor]) -> CompiledProduct:
-    """The product of a layer with `codes`, whose buffers `tensors` are."""
+def product(layer: PackedLinear, kind: type[QuantLinear], codes: Codes) -> CompiledProduct:
+    """The product of a layer with `codes`, which `kind` decodes."""
+    tensors = {name: layer.get_buffer(name) for name in layer.spec.tensors}
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
-    layout = Layout(layer, codes.bits, codes.shape, codes.index.shape[-1], shapes, codes.index.device)
+    layout = Layout(kind, codes.bits, codes.shape, codes.index.shape[-1], shapes, codes.index.device)
     return CompiledProduct(layout, tensors)
 
 

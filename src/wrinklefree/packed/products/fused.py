@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrinklefree.core.method import compute_dtype
-from wrinklefree.packed.layer import ByKernels, PackedLinear
-from wrinklefree.packed.products.native import Matrix, available, matmul, norm
+from wrinklefree.core.inputs import compute_dtype
+from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.products.native import Matrix, NativeProduct, available, matmul, norm
 
 FAMILY = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "BitNet")
 MLPS = tuple(f"{name}MLP" for name in FAMILY)
@@ -28,8 +28,10 @@ def _plain(x: Tensor) -> bool:
     return x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) and not torch.compiler.is_compiling()
 
 
-class Fused(ByKernels):
+class Fused(nn.Module):
     """Goes before a module's own class, in a class made for it: copies and pickles make theirs anew."""
+
+    exact = False  # whether the module has to do what its own class does
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, type(self).__bases__, vars(self)
@@ -74,10 +76,10 @@ class FusedMLP(Fused):
         """Of gate, up and down; None where the layers have to be called one by one."""
         matrices = []
         for layer in (self.gate_proj, self.up_proj, self.down_proj):
-            matrix = layer.shared_matrix() if _bare(layer) else None
-            if matrix is None:
+            product = layer.chosen() if _bare(layer) else None
+            if not isinstance(product, NativeProduct) or not product.takes_inputs_of(layer):
                 return None
-            matrices.append(matrix)
+            matrices.append(product.matrix)
         return matrices
 
 

@@ -1,4 +1,4 @@
-"""The door to the native library (`native/wf.h`): packed matrices and their products with fp32 activations.
+"""The door to the native library (`native/wf.h`): matrices, their products, a packed layer's product.
 
 The library lies in `lib/` beside this file where it could be built; `available()` tells why where it is not. Tensors
 passed in are on the CPU; they are made contiguous and copied by the library. Errors are ValueErrors of one line.
@@ -8,12 +8,19 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from wrinklefree.core.forms import Complex, Form, Integers, Table
+from wrinklefree.core.inputs import compute_dtype, int8_per_token
+from wrinklefree.packed.layer import PackedLinear
+from wrinklefree.packed.products.coded import with_bias
 
 ABI = 3
 NAMES = {"win32": "wf.dll", "darwin": "libwf.dylib"}
@@ -253,3 +260,55 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if batch and load().wf_norm(x.data_ptr(), weight.data_ptr(), eps, batch, k, y.data_ptr()):
         raise ValueError(_error(load()))
     return y
+
+
+def matrix(form: Form, bias: Tensor | None = None) -> Matrix:
+    """`form` in the kernels' memory; widths are the form's, which may be padded."""
+    if isinstance(form, Integers):
+        return Matrix.int8(form.weight, form.row, bias)
+    if isinstance(form, Complex):
+        return Matrix.complex(form.index, form.scales, row=form.row, col=form.col, bias=bias)
+    assert isinstance(form, Table)
+    return Matrix.table(form.index, form.table, form.scales, row=form.row, col=form.col, bias=bias)
+
+
+@dataclass(frozen=True)
+class NativeProduct:
+    """A layer's product by the kernels, from their own copy of its codes. They round inputs to int8 per token."""
+
+    matrix: Matrix
+    shape: tuple[int, int]  # of the layer; the matrix may be padded
+    rounds_inputs: bool  # the kernels round x itself, not x times a factor of each column
+
+    def __call__(self, layer: PackedLinear, x: Tensor) -> Tensor:
+        return self._uncompiled(layer, x) if torch.compiler.is_compiling() else self._multiply(layer, x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _uncompiled(self, layer: PackedLinear, x: Tensor) -> Tensor:
+        return self._multiply(layer, x)
+
+    def _multiply(self, layer: PackedLinear, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._multiply(layer, x)
+        dtype = compute_dtype(x)
+        x = x if layer.rms_norm is None else layer.rms_norm(x)
+        x = int8_per_token(x) if layer.method.int8_inputs and not self.rounds_inputs else x
+        if not self.padded:
+            return with_bias(layer, matmul([self.matrix], x)[0], dtype)
+        y = matmul([self.matrix], F.pad(x, (0, self.matrix.shape[1] - self.shape[1])))[0]
+        return with_bias(layer, y[..., : self.shape[0]], dtype)
+
+    @property
+    def padded(self) -> bool:
+        return self.matrix.shape != self.shape
+
+    def takes_inputs_of(self, layer: PackedLinear) -> bool:
+        """Whether the matrix can be given the layer's inputs just as they come."""
+        rounds_as_trained = self.rounds_inputs or not layer.method.int8_inputs
+        return rounds_as_trained and layer.rms_norm is None and not self.padded
+
+
+def product(form: Form, shape: tuple[int, int]) -> NativeProduct:
+    """The product of a layer of this shape [out, in], whose codes have `form`."""
+    return NativeProduct(matrix(form), shape, isinstance(form, Integers) or form.col is None)

@@ -13,10 +13,16 @@ CPU, slowly, which is how the tests check them.
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from wrinklefree.core.codes import Codes
+from wrinklefree.core.forms import Complex, Form, Table
+from wrinklefree.packed.products.coded import FewTokens
 
 ROWS, BYTES = 16, 64  # of a program's tile
 
@@ -152,3 +158,41 @@ def fairy_product(weight: Tensor, scales: Tensor, x: Tensor) -> Tensor:
         TILE_BYTES=BYTES,
     )
     return y
+
+
+@dataclass(frozen=True)
+class TritonProduct(FewTokens):
+    """A layer's product by these programs; all but the codes in fp32 on the device."""
+
+    bits: int
+    table: Tensor | None  # None: the codes are complex ones
+    scales: Tensor
+    row: Tensor | None
+    col: Tensor | None
+
+    def few(self, weight: Tensor, x: Tensor) -> Tensor:
+        z = x.float().flatten(0, -2)
+        z = z.contiguous() if self.col is None else z * self.col
+        if self.table is None:
+            y = fairy_product(weight, self.scales, z)
+        else:
+            y = table_product(weight, self.bits, self.table, self.scales, z)
+        return (y if self.row is None else y * self.row).unflatten(0, x.shape[:-1])
+
+
+def product(form: Form | None, codes: Codes, device: torch.device) -> TritonProduct | None:
+    """None if the packed codes are not the form's own, are padded, lie across bytes, or have several ranks."""
+    if codes.bits == 3 or not isinstance(form, (Table, Complex)) or form.index is not codes.index:
+        return None
+    if isinstance(form, Table) and form.rank > 1:
+        return None
+    whole = form.index.shape[-2:] if isinstance(form, Table) else [2 * size for size in form.index.shape[-2:]]
+    if list(whole) != list(codes.shape):
+        return None
+    table = form.table if isinstance(form, Table) else None
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device, torch.float32)
+
+    scales = form.scales.to(device, torch.float32)
+    return TritonProduct(codes.bits, moved(table), scales, moved(form.row), moved(form.col))

@@ -47,6 +47,7 @@ from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_group
 from wrinklefree.core.norm import RMSNorm, normalized
 from wrinklefree.core.ste import round_fp16, straight_through
 from wrinklefree.families import bitnet
+from wrinklefree.methods.bitdistill.decode import decode, int8_inputs
 
 log = logging.getLogger("wrinklefree")
 
@@ -89,10 +90,7 @@ class TernaryLinear(QuantLinear):
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
-        # A scale for each row first: the gradient's sum then does not depend on the number of threads.
-        scales = codes.tensors["scales"].float().expand(codes.shape[0], -1)
-        blocks = (codes.index.float() - 1).unflatten(1, (scales.shape[1], -1))
-        return (blocks * scales.unsqueeze(-1)).flatten(1)
+        return decode(codes)
 
     @staticmethod
     def form(codes: Codes) -> Table:
@@ -104,9 +102,8 @@ class TernaryLinear(QuantLinear):
             quantized = torch.lerp(self.weight.detach(), quantized, self.weight_share)
         return straight_through(self.weight, quantized)
 
-    def inputs(self, x: Tensor) -> Tensor:
-        x = x if self.rms_norm is None else self.rms_norm(x)
-        quantized = self.config.activation(x)
+    def rounded(self, x: Tensor) -> Tensor:
+        quantized = super().rounded(x)
         if self.training and self.config.activation_warmup_steps:
             return torch.lerp(x, quantized, self.activation_share.to(x.dtype))
         return quantized
@@ -185,7 +182,7 @@ class Config(QuantMethod):
 
     @property
     def int8_inputs(self) -> bool:
-        return self.activation_bits is not None
+        return int8_inputs(vars(self))
 
     def on_step(self, model: nn.Module, step: int) -> None:
         """Set both warm-ups for optimizer step `step` (from 0)."""
@@ -273,7 +270,7 @@ def _state_natively(model: nn.Module, config: Config) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     inside = any(layer.rms_norm is not None for layer in quant_layers(model).values())
-    plain = config.granularity == "tensor" and config.scale_mode == "absmean" and config.activation_bits == 8
+    plain = config.granularity == "tensor" and config.scale_mode == "absmean" and config.int8_inputs
     if plain and not (inside and config.norm_mode == "subln"):
         bitnet.state_online(model, inside, EPS)
     else:

@@ -20,6 +20,7 @@ from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Form, Integers, Table
 from wrinklefree.core.method import QuantLinear, QuantMethod, num_groups
 from wrinklefree.core.ste import round_fp16
+from wrinklefree.methods.uniform.decode import decode, int8_inputs
 
 SHRINKS = [1 - step / 32 for step in range(14)]
 SMALLEST = 2.0**-24  # the least positive fp16 number
@@ -63,9 +64,7 @@ class UniformLinear(QuantLinear):
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
-        scales = codes.tensors["scales"].float()
-        blocks = (codes.index.float() - 2 ** (codes.bits - 1)).unflatten(1, (scales.shape[1], -1))
-        return (blocks * scales.unsqueeze(-1)).flatten(1)
+        return decode(codes)
 
     @staticmethod
     def form(codes: Codes) -> Form | None:
@@ -100,4 +99,4 @@ class Config(QuantMethod):
 
     @property
     def int8_inputs(self) -> bool:
-        return self.activation_bits is not None
+        return int8_inputs(vars(self))

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wrinklefree.core.codes import look_up
+
 RIDGE = 1e-6  # of the mean diagonal: keeps directions that nothing determines where they are small
 SMALLEST = 1e-8  # below this a scale is taken for this, with its sign, before it divides
 CLIPS = (1.0, 0.86, 0.72, 0.6)  # shares of the group maximum to start from; the nearest wins
@@ -45,21 +47,6 @@ def guarded(scales: Tensor) -> Tensor:
 def nearest(values: Tensor, table: Tensor) -> Tensor:
     """Index of the entry of an ascending table nearest to each value: uint8, the shape of `values`."""
     return torch.bucketize(values, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
-
-
-def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """table[index] for a uint8 index of any shape, differentiable in the table."""
-    return table.index_select(0, index.flatten().int()).view(index.shape)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """A B [out, in]; to a compiler a sum over ranks, which it can work out where an entry is used."""
-    if not torch.compiler.is_compiling():
-        return a @ b
-    scales = a[:, :1] * b[:1]
-    for k in range(1, len(b)):
-        scales = scales + a[:, k : k + 1] * b[k]
-    return scales
 
 
 def group_svd(weight: Tensor, group_size: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:

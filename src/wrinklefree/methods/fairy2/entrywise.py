@@ -1,20 +1,9 @@
-"""Codes k for the four units i^k, and the real weight that scaled sums of them stand for (methods/fairy2.py)."""
+"""The real weight of Fairy2i's codes, one formula for each entry: what a compiler can put where an entry is used."""
 
 import torch
 from torch import Tensor
 
-
-def spread(scales: Tensor, n: int, m: int) -> Tensor:
-    """Scales [..., R, G] in a shape that broadcasts with [..., n, m]."""
-    groups = scales.shape[-1]
-    return scales if groups == 1 else scales.repeat_interleave(m // groups, dim=-1)
-
-
-def units(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes k -> Re(i^k), Im(i^k), as fp32."""
-    sign = 1.0 - (index & 2).float()
-    imaginary = (index & 1).float()
-    return sign * (1 - imaginary), sign * imaginary
+from wrinklefree.methods.fairy2.decode import spread, units
 
 
 def entries(index: Tensor, scales: Tensor) -> Tensor:

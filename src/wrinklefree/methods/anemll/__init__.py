@@ -20,7 +20,7 @@ without it, rank by rank, as the Neural Engine does:
 
 `ste_fp16` trains through `factored` with every intermediate result rounded to fp16, in fp32 arithmetic that no autocast
 reaches. Initialization (`init`): `svd` of the group maxima (upstream's), or `als` from there on, weighted by the mean
-square of the inputs where there are batches to see it on (core/lowrank.py).
+square of the inputs where there are batches to see it on (lowrank.py).
 
 A prepared model takes other settings: v1 <-> v2 keeps the effective weight; more ranks begin at zero; other bits are
 fitted to the effective weight (`requantize: refit`) or reduced by k-means over the table (`kmeans`, upstream's).
@@ -37,12 +37,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from wrinklefree.core import lowrank, surgery
-from wrinklefree.core.codes import Codes
+from wrinklefree.core import surgery
+from wrinklefree.core.codes import Codes, look_up
 from wrinklefree.core.forms import Form, low_rank
-from wrinklefree.core.lowrank import Factors, guarded, look_up, nearest
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
 from wrinklefree.core.ste import round_fp16
+from wrinklefree.methods.anemll import lowrank
+from wrinklefree.methods.anemll.decode import decode
+from wrinklefree.methods.anemll.lowrank import Factors, guarded, nearest
 
 NORM_EPS = 1e-6  # of the length of a direction
 
@@ -90,8 +92,7 @@ class LutLinear(QuantLinear):
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
-        scales = lowrank.product(codes.tensors["a"].float(), codes.tensors["b"].float())
-        return look_up(codes.tensors["lut"].float(), codes.index) * scales
+        return decode(codes)
 
     @staticmethod
     def form(codes: Codes) -> Form:

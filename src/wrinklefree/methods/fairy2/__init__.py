@@ -1,0 +1,152 @@
+"""Fairy2i: complex weights in {+1, -1, +i, -i}, refined by residual stages. Paper: arXiv 2512.02901.
+
+A real matrix R = [[A, B], [C, D]] of shape [2n, 2m] acts on x + i y (x, y the halves of its input) as U z + W conj(z):
+
+    U = ((A + D) + i (C - B)) / 2        W = ((A - D) + i (C + B)) / 2             both complex [n, m]
+    A = Re U + Re W    B = Im W - Im U   C = Im U + Im W    D = Re U - Re W        and back, without loss
+
+Each entry z of U and W becomes a sum of T terms, one of the four units in each, scaled per axis:
+
+    q = r_j c_k sum_t  s_re,t Re(i^k_t) + i s_im,t Im(i^k_t)          2 bits a term, so T bits per real weight
+
+with scales s per tensor, row or group of columns, and for `scale_granularity: rank1` one factor per complex row j and
+column k beside the tensor's. `preset: paper` is the paper's setting: tensor scales, each stage the phase's nearest unit
+of what the stages before left over (real axis iff |Re| > |Im|, strictly), s the mean modulus along its axis. Otherwise
+all T codes of an entry are chosen together, as the nearest of the 4^T points, and the scales fitted by alternating
+least squares (ALS) before training, then left (`als`) or trained (`learned`). LOG.md has what each is worth.
+
+Symbols: T stages, p in {U, W}, axis in {re, im}. Z [2 (p), 2 (axis), n, m]; codes uint8 [2 (p), T, n, m], entry k
+stands for i^k; scales [2 (p), T, 2 (axis), R, G], R 1 or n, G 1 or m / group_size; rows [n], columns [m]. An odd width
+is padded with a zero row or column, sliced off again.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from wrinklefree.core.codes import Codes
+from wrinklefree.core.forms import Complex
+from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_groups, quant_layers
+from wrinklefree.core.ste import round_fp16
+from wrinklefree.methods.fairy2.decode import dequantized, finished, int8_inputs, outer, to_real, units
+from wrinklefree.methods.fairy2.entrywise import entries
+from wrinklefree.methods.fairy2.fitting import blocks, fit, nearest_codes, padded, residual_codes, to_widely_linear
+from wrinklefree.methods.fairy2.grid import snapped
+
+log = logging.getLogger("wrinklefree")
+
+
+class Dequantize(torch.autograd.Function):
+    """Codes and scales -> Z [2, 2, n, m]; the backward pass works the units out again instead of keeping them."""
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(index, scales)
+        return dequantized(index, scales)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        index, scales = ctx.saved_tensors
+        grads = [
+            [(blocks(unit * grad[:, axis], scales)).sum(dim=(-3, -1)) for axis, unit in enumerate(units(index[:, t]))]
+            for t in range(index.shape[1])
+        ]
+        return None, torch.stack([torch.stack(pair, dim=1) for pair in grads], dim=1)
+
+
+class Fairy2Linear(QuantLinear):
+    """`nn.Linear` with Fairy2i weights. Scales that do not follow the weight are kept, and trained, as logarithms.
+
+    A logarithm takes relative steps, whatever a layer's magnitude, and keeps a scale positive.
+    """
+
+    config: "Config"
+
+    def setup(self) -> None:
+        if self.config.scale_mode == "mean":
+            return
+        trained, weight = self.config.scale_mode == "learned", padded(self.weight.detach())
+        grid = self.config.grid(weight.shape[0] // 2, weight.shape[1] // 2)
+        for name, tensor in fit(weight, self.config.num_stages, grid, self.config.scale_granularity == "rank1").items():
+            self.register_parameter(f"log_{name}", nn.Parameter(tensor.log(), requires_grad=trained))
+
+    def encode(self) -> Codes:
+        weight, shape = padded(self.weight.detach()), (self.out_features, self.in_features)
+        if self.config.scale_mode == "mean":
+            index, scales = residual_codes(to_widely_linear(weight), self.config.num_stages)
+            return Codes(index, 2, {"scales": scales}, shape)
+        logs = {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("log_")}
+        tensors = {name.removeprefix("log_"): round_fp16(p.exp()) for name, p in logs.items()}
+        if "rows" in tensors:
+            weight = weight / outer(tensors["rows"], tensors["columns"]).detach()
+        return Codes(nearest_codes(to_widely_linear(weight), tensors["scales"].detach()), 2, tensors, shape)
+
+    @staticmethod
+    def decode(codes: Codes) -> Tensor:
+        scales = codes.tensors["scales"].float()
+        if torch.compiler.is_compiling():
+            return finished(codes, entries(codes.index, scales))
+        return finished(codes, to_real(Dequantize.apply(codes.index, scales)))
+
+    @staticmethod
+    def snap(codes: Codes) -> Codes:
+        return replace(codes, tensors=codes.tensors | {"scales": snapped(codes.tensors["scales"])})
+
+    @staticmethod
+    def form(codes: Codes) -> Complex:
+        factors = [codes.tensors[name].repeat(2) if name in codes.tensors else None for name in ("rows", "columns")]
+        return Complex(codes.index, codes.tensors["scales"], *factors)
+
+
+@dataclass(kw_only=True)
+class Config(QuantMethod):
+    """Fairy2i. `preset: paper` is `tensor` and `mean`, whatever else is set."""
+
+    layer: ClassVar[type[QuantLinear]] = Fairy2Linear
+
+    name: Literal["fairy2"] = "fairy2"
+    num_stages: Annotated[int, Field(ge=1, le=4)] = 2
+    scale_granularity: Literal["tensor", "row", "group", "rank1"] = "rank1"
+    scale_mode: Literal["mean", "als", "learned"] = "learned"
+    group_size: Annotated[int, Field(gt=0)] = 64  # complex columns, for scale_granularity group
+    activation_bits: Literal[8] | None = None  # None leaves activations in floating point
+    preset: Literal["paper"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset == "paper":
+            self.scale_granularity, self.scale_mode = "tensor", "mean"
+        if self.scale_mode == "mean" and self.scale_granularity != "tensor":
+            raise ValueError("scale_mode=mean is the paper's and knows scale_granularity=tensor only")
+
+    @property
+    def weight_bits(self) -> float:
+        return float(self.num_stages)
+
+    def grid(self, n: int, m: int) -> tuple[int, int]:
+        """(R, G), the scales of an n x m complex matrix. Raises UserError where groups do not fill its rows."""
+        rows = n if self.scale_granularity in ("row", "group") else 1
+        grouped = self.scale_granularity == "group"
+        return rows, num_groups(m, self.group_size, "complex columns") if grouped else 1
+
+    @property
+    def int8_inputs(self) -> bool:
+        return int8_inputs(vars(self))
+
+    def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
+        model = super().prepare(model)
+        odd = [fqn for fqn, layer in quant_layers(model).items() if layer.in_features % 2 or layer.out_features % 2]
+        if odd:
+            log.info("odd width, padded inside: %s", ", ".join(odd))
+        return model
+
+
+def convert_to_fairy2(
+    model: nn.Module, num_stages: int = 2, exclude_names: Iterable[str] = ("embed_tokens", "lm_head")
+) -> nn.Module:
+    """Swap the linear layers of `model`, in place, for Fairy2i ones; `exclude_names` as in the config."""
+    return Config(num_stages=num_stages, exclude_names=list(exclude_names)).prepare(model)

@@ -1,0 +1,128 @@
+"""Choosing Fairy2i codes and scales for a weight: residual stages, or the nearest of 4^T points and least squares.
+
+The formulas, symbols and shapes are those at the head of this folder's `__init__.py`.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from wrinklefree.core.ste import round_fp16
+from wrinklefree.methods.fairy2.decode import outer, spread, units
+
+ALS_ITERATIONS, BALANCE_ITERATIONS, TINY = 6, 5, 1e-8
+
+
+def to_widely_linear(R: Tensor) -> Tensor:
+    """Real [2n, 2m] -> Z [2 (U, W), 2 (re, im), n, m]."""
+    (A, B), (C, D) = (half.chunk(2, dim=1) for half in R.chunk(2, dim=0))
+    return torch.stack([A + D, C - B, A - D, C + B]).unflatten(0, (2, 2)) / 2
+
+
+def padded(weight: Tensor) -> Tensor:
+    """[out, in] with a zero row or column where a width is odd."""
+    return pad(weight, (0, weight.shape[1] % 2, 0, weight.shape[0] % 2))
+
+
+def nearest_unit(Z: Tensor) -> Tensor:
+    """Z [2, 2, n, m] -> the code of the unit nearest in phase; ties |re| = |im| go to the imaginary axis."""
+    re, im = Z.unbind(1)
+    imaginary = re.abs() <= im.abs()
+    negative = (imaginary & (im < 0)) | (~imaginary & (re < 0))
+    return imaginary.to(torch.uint8) | (negative.to(torch.uint8) << 1)
+
+
+def residual_codes(Z: Tensor, num_stages: int) -> tuple[Tensor, Tensor]:
+    """The paper's quantizer: (codes [2, T, n, m], scales [2, T, 2, 1, 1]), stage by stage."""
+    codes, scales = [], []
+    for _ in range(num_stages):
+        k = nearest_unit(Z)
+        axes = torch.stack(units(k), dim=1)
+        used = axes.abs().sum(dim=(2, 3), keepdim=True).clamp_min(1)
+        s = round_fp16(((Z * axes).sum(dim=(2, 3), keepdim=True) / used).clamp_min(TINY))
+        Z = Z - axes * s
+        codes.append(k)
+        scales.append(s)
+    return torch.stack(codes, dim=1), torch.stack(scales, dim=1)
+
+
+def candidates(num_stages: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(axis, sign) of every stage, for one of each four points that mirror each other in the axes."""
+    found = []
+    for axes in itertools.product((1, 0), repeat=num_stages):
+        for signs in itertools.product((1, -1), repeat=num_stages):
+            first = dict(reversed(list(zip(axes, signs, strict=True))))
+            if all(sign == 1 for sign in first.values()):
+                found.append((axes, signs))
+    return found
+
+
+def nearest_codes(Z: Tensor, scales: Tensor) -> Tensor:
+    """The codes [2, T, n, m] of the point nearest to Z among all 4^T that `scales` span.
+
+    By symmetry |re|, |im| decide, and signs follow. Maximizes x.q - |q|^2 / 2; a tie goes to the imaginary axis.
+    Choices are made by masks, because `torch.where` on random conditions is 50 times slower on a CPU.
+    """
+    x, y = Z.abs().unbind(1)
+    scales = spread(scales, *Z.shape[-2:])
+    best = torch.full_like(x, -torch.inf)
+    codes = [torch.zeros_like(x, dtype=torch.uint8) for _ in range(scales.shape[1])]
+    for axes, signs in candidates(scales.shape[1]):
+        terms = [scales[:, t, axis] * sign for t, (axis, sign) in enumerate(zip(axes, signs, strict=True))]
+        point = [sum((s for s, axis in zip(terms, axes, strict=True) if axis == a), 0 * terms[0]) for a in (0, 1)]
+        p, q = point[0].abs(), point[1].abs()
+        score = (x * p).addcmul_(y, q).sub_((p.square() + q.square()) / 2)
+        better = (score > best).to(torch.uint8).neg_()  # 0 or 255
+        best = torch.maximum(best, score)
+        for code, axis, sign in zip(codes, axes, signs, strict=True):
+            flipped = (point[axis] < 0) ^ (sign < 0)
+            code ^= (code ^ (axis | flipped.to(torch.uint8) << 1)) & better
+    negative_re, negative_im = ((Z < 0).to(torch.uint8) << 1).unbind(1)
+    return torch.stack([k ^ negative_re ^ ((negative_re ^ negative_im) & (k & 1).neg()) for k in codes], dim=1)
+
+
+def blocks(x: Tensor, like: Tensor) -> Tensor:
+    """[..., n, m] -> [..., R, n / R, G, m / G] for scales [..., R, G]."""
+    return x.unflatten(-1, (like.shape[-1], -1)).unflatten(-3, (like.shape[-2], -1))
+
+
+def fit_scales(Z: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """The least-squares scales [2, T, 2, R, G] for given codes: T x T normal equations per part, axis, row, group."""
+    axes = torch.stack(units(index), dim=2)  # [2, T, 2, n, m]
+    gram = torch.einsum("ptarigj,psarigj->pargts", blocks(axes, like), blocks(axes, like))
+    moment = torch.einsum("ptarigj,parigj->pargt", blocks(axes, like), blocks(Z, like))
+    entries = Z.shape[-2] * Z.shape[-1] / (like.shape[-2] * like.shape[-1])
+    # Two stages may have the same codes throughout: equal rows, without a unique solution.
+    ridge = 1e-6 * entries * torch.eye(index.shape[1], device=Z.device)
+    scales = torch.linalg.solve(gram.double() + ridge, moment.double())
+    return scales.to(Z.dtype).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def balance(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors [n], [m] of complex rows and columns, without which all have a root mean square of 1 (Sinkhorn)."""
+    energy = weight.square().unflatten(1, (2, -1)).mean(1).unflatten(0, (2, -1)).mean(0) + TINY**2
+    rows, columns = energy.mean(1).sqrt(), torch.ones_like(energy[0])
+    for _ in range(BALANCE_ITERATIONS):
+        columns = (energy / rows.square().unsqueeze(1)).mean(0).sqrt()
+        rows = (energy / columns.square()).mean(1).sqrt()
+    return rows, columns
+
+
+def fit(weight: Tensor, num_stages: int, grid: tuple[int, int], rank1: bool) -> dict[str, Tensor]:
+    """`scales` [2, T, 2, R, G] with (R, G) = `grid`, and for rank1 `rows` [n], `columns` [m]; both widths are even.
+
+    Scales by alternating least squares: nearest codes for fixed scales, best scales for fixed codes.
+    """
+    factors = {}
+    if rank1:
+        factors = dict(zip(("rows", "columns"), balance(weight), strict=True))
+        weight = weight / outer(factors["rows"], factors["columns"])
+    Z = to_widely_linear(weight)
+    index, scales = residual_codes(Z, num_stages)
+    like = scales.expand(-1, -1, -1, *grid)
+    for _ in range(ALS_ITERATIONS):
+        scales = fit_scales(Z, index, like).abs().clamp_min(TINY)
+        index = nearest_codes(Z, scales)
+    return {"scales": fit_scales(Z, index, like).abs().clamp_min(TINY), **factors}

@@ -1,0 +1,20 @@
+"""Reading uniform integers: W = s (q - 2^(b-1)), s one scale per row or group of columns."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from wrinklefree.core.codes import Codes
+
+
+def decode(codes: Codes) -> Tensor:
+    """The fp32 weight [out, in]; scales [out, 1] or [out, groups]."""
+    scales = codes.tensors["scales"].float()
+    blocks = (codes.index.float() - 2 ** (codes.bits - 1)).unflatten(1, (scales.shape[1], -1))
+    return (blocks * scales.unsqueeze(-1)).flatten(1)
+
+
+def int8_inputs(settings: Mapping[str, Any]) -> bool:
+    """Whether layers with these settings round their inputs to int8 per token."""
+    return settings["activation_bits"] is not None

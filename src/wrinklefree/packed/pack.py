@@ -1,0 +1,42 @@
+"""Codes into packed layers, and the packed layers of a model."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wrinklefree.core.codes import Codes, pack
+from wrinklefree.core.method import QuantMethod
+from wrinklefree.packed.layer import LayerSpec, PackedEmbedding, PackedLinear
+
+Kind = TypeVar("Kind", PackedLinear, PackedEmbedding)
+
+
+def pack_layer(
+    kind: type[Kind], method: QuantMethod, codes: Codes, bias: Tensor | None = None, norm_eps: float | None = None
+) -> Kind:
+    """A layer with these codes. The gain of a norm is left on the meta device for its own tensor to take its place.
+
+    Raises ValueError for a scale that is not exactly an fp16 number: it would change in the file.
+    """
+    tensors = {name: list(tensor.shape) for name, tensor in codes.tensors.items()}
+    spec = LayerSpec(list(codes.shape), codes.bits, list(codes.index.shape), tensors, bias is not None, norm_eps)
+    with torch.device("meta"):
+        layer = kind(method, spec)
+    layer.weight = pack(codes.index, codes.bits)
+    for name, tensor in codes.tensors.items():
+        setattr(layer, name, _exact_fp16(name, tensor))
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def _exact_fp16(name: str, tensor: Tensor) -> Tensor:
+    half = tensor.detach().to(torch.float16)
+    if not torch.equal(half.to(tensor.dtype), tensor.detach()):
+        raise ValueError(f"{name}: not representable in fp16, so the packed layer would differ from the trained one")
+    return half
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """Every packed layer by fqn."""
+    return {fqn: module for fqn, module in model.named_modules() if isinstance(module, PackedLinear)}
