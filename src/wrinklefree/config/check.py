@@ -10,11 +10,19 @@ from pydantic import TypeAdapter, ValidationError
 from wrinklefree.config.schema import Config, QuantizationConfig
 from wrinklefree.core import method as methods
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.find import SCHEDULES, names, unknown
 
 
-def check_config(values: Mapping[str, Any]) -> Config:
-    """Check plain values against the schema. Raises UserError with one line per mistake."""
-    problems: list[str] = []
+# Settings that name a file of one of the kinds.
+NAMED = {"training.scheduler.name": SCHEDULES}
+
+
+def check_config(values: Mapping[str, Any], find_names: bool = True) -> Config:
+    """Check plain values against the schema. Raises UserError with one line per mistake.
+
+    Without `find_names`, the names of a run that was trained elsewhere, where they were found, are believed.
+    """
+    problems = list(_unknown_names(values)) if find_names else []
     config: Config = _check(Config, dict(values) | {"method": None}, "", problems)
     method = values.get("method")
     if method is not None:
@@ -26,6 +34,17 @@ def check_config(values: Mapping[str, Any]) -> Config:
     if problems:
         raise UserError("\n".join(problems))
     return config
+
+
+def _unknown_names(values: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each setting that names something that is not there; the schema speaks of what is no text."""
+    for path, kind in NAMED.items():
+        name: Any = values
+        for key in path.split("."):
+            name = name.get(key) if isinstance(name, Mapping) else None
+        known = names(kind)
+        if isinstance(name, str) and name not in known:
+            yield f"{path}={name}: {unknown(kind, name, known)}"
 
 
 def _cached_kd(config: Config) -> Iterator[str]:

@@ -180,4 +180,4 @@ def config_yaml(config: Config) -> str:
 
 def read_config(path: Path) -> Config:
     """Read a `wrinklefree.yaml`. Raises UserError where it is not one of ours."""
-    return check_config(read_yaml(path))
+    return check_config(read_yaml(path), find_names=False)

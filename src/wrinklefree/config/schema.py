@@ -98,7 +98,7 @@ class OptimizerConfig(Node):
 class SchedulerConfig(Node):
     """Learning rate over real optimizer steps."""
 
-    name: Literal["wsd", "cosine", "linear"] = "wsd"
+    name: str = "wsd"  # a file of training/schedules/, or of schedules/ where you stand
     warmup_ratio: Fraction = 0.05
     decay_ratio: Fraction = 0.15  # wsd only
     min_lr_ratio: Fraction = 0.0

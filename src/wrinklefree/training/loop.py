@@ -28,9 +28,10 @@ from wrinklefree.distributed.sharding import Whole
 from wrinklefree.distributed.world import World, any_of, barrier, sum_over_processes
 from wrinklefree.objectives.base import Batch, Metrics, Objective
 from wrinklefree.tracking.run_log import Silent, Tracker
-from wrinklefree.training import checkpoint, optim, schedule, storage
+from wrinklefree.training import checkpoint, optim, storage
 from wrinklefree.training.diagnose import explain_nonfinite
 from wrinklefree.training.plan import Plan
+from wrinklefree.training.schedule import rates
 from wrinklefree.training.state import Stream, TrainingState
 
 log = logging.getLogger("wrinklefree")
@@ -67,7 +68,7 @@ def fit(
         run.load_state(resume)
     if t.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    losses = _losses(run)
+    losses, rate = _losses(run), rates(t.scheduler, plan.max_steps)
     model.train()
     first = run.step
     row: dict[str, float] = {}
@@ -89,7 +90,7 @@ def fit(
             if stop:
                 raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
             on_step(model, run.step)
-            row = _step(run, losses)
+            row = _step(run, losses, rate(run.step))
             tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
     model.eval()
     return _finish(run, tokenizer)
@@ -121,10 +122,9 @@ def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
             yield result
 
 
-def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]]) -> dict[str, float]:
-    """One optimizer step; returns its row of the log."""
+def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: float) -> dict[str, float]:
+    """One optimizer step at `factor` x the peak learning rates; returns its row of the log."""
     t, started = run.config.training, time.perf_counter()
-    factor = _rate(run)
     optim.set_rate(run.optimizers, factor)
     if t.compile:
         refresh(run.model, run.plan.dtype)
@@ -173,13 +173,6 @@ def _means(sums: Metrics, world: World) -> tuple[dict[str, float], float]:
     totals = sum_over_processes(sums, world)
     count = max(1.0, totals.pop("count"))
     return {name: value / count for name, value in totals.items()}, count
-
-
-def _rate(run: TrainingState) -> float:
-    s = run.config.training.scheduler
-    return schedule.rate(
-        s.name, run.step, run.plan.max_steps, warmup=s.warmup_ratio, decay=s.decay_ratio, floor=s.min_lr_ratio
-    )
 
 
 def _evaluate(run: TrainingState, evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
