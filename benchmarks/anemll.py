@@ -163,7 +163,7 @@ def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]
             started = time.process_time()
             batch = next(stream)
             with torch.autocast("cpu", plan.dtype, enabled=plan.dtype != torch.float32):
-                loss, _ = next(objective(student, batch))
+                loss, _ = next(objective(batch))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             for optimizer in optimizers:

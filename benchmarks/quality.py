@@ -32,7 +32,7 @@ from wrinklefree.core.method import QuantMethod, quant_layers
 from wrinklefree.distributed.world import World, join_world
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.objectives.base import Batch
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.runs import report, setup
 from wrinklefree.runs.stage import prepare_student, train_stage
 from wrinklefree.training import optim
@@ -187,7 +187,7 @@ def story_run(
         student = prepare_student(config, teacher, data[:4])
         choose_length(config, student)
         plan = make_plan(config, student, world)
-        objective = LanguageModelling(student, teacher, config.distillation)
+        objective = LanguageModelling(student, config.distillation, teacher)
         extra = {"tokenizer": tokenizer, "world": world, "evaluate": lambda model: {"eval_loss": math.nan}}
         fit(student, objective, Fixed(data), config, plan, **extra)
         layers = quant_layers(student).values()
@@ -223,13 +223,13 @@ def stepper(name: str) -> Any:
     choose_length(config, model)
     plan = make_plan(config, model, World(0, 1, torch.device("cpu")))
     stream = setup.open_stream(config, tokenizer, World(0, 1, torch.device("cpu")))
-    objective = LanguageModelling(model, None, config.distillation)
+    objective = LanguageModelling(model, config.distillation)
     o = dataclasses.asdict(config.training.optimizer) | {"lr": plan.lr}
     optimizers = optim.build(model, **o)
 
     def step() -> None:
         with torch.autocast("cpu", plan.dtype, enabled=plan.dtype != torch.float32):
-            loss, _ = next(objective(model, next(stream)))
+            loss, _ = next(objective(next(stream)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
         for optimizer in optimizers:

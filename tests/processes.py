@@ -31,7 +31,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
 from wrinklefree.distributed.world import World, barrier, join_world, leave_world
 from wrinklefree.objectives.base import Batch, Metrics, Objective
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 
 
 def act_for(kind: str | None, world: World) -> Callable[[nn.Module, int], None]:
@@ -53,13 +53,13 @@ def act_for(kind: str | None, world: World) -> Callable[[nn.Module, int], None]:
 
 def twice(student: PreTrainedModel, teacher: PreTrainedModel) -> Objective:
     """An objective of two losses a batch, of which each is a step of the accumulation."""
-    inner = LanguageModelling(student, None, DistillationConfig(name="none"))
 
-    def objective(model: nn.Module, batch: Batch) -> Iterator[tuple[torch.Tensor, Metrics]]:
-        yield from inner(model, batch)
-        yield from inner(model, {**batch, "labels": batch["labels"].clamp(max=90)})
+    class Twice(LanguageModelling):
+        def __call__(self, batch: Batch) -> Iterator[tuple[torch.Tensor, Metrics]]:
+            yield from super().__call__(batch)
+            yield from super().__call__({**batch, "labels": batch["labels"].clamp(max=90)})
 
-    return objective
+    return Twice(student, DistillationConfig(name="none"))
 
 
 def facts(model: PreTrainedModel) -> dict[str, Any]:

@@ -38,8 +38,8 @@ from wrinklefree.data.kd_cache.read import KDCache, KDStream
 from wrinklefree.data.kd_cache.write import append, begin, finish
 from wrinklefree.data.open import heldout_batches, training_stream
 from wrinklefree.data.tokenizer import train_tokenizer
-from wrinklefree.objectives.cached_kd import CachedKD
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
+from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.objectives.losses import CHUNK, NEVER, CachedTeacher, cached_losses, token_losses
 from wrinklefree.runs import setup
 from wrinklefree.training import checkpoint
@@ -255,8 +255,8 @@ def test_random_words_are_distinct_and_spread_and_marked_where_they_hit(folder: 
 def test_a_cache_of_the_whole_vocabulary_trains_as_the_teacher_does(folder: Path) -> None:
     batch = next(KDCache(folder / "full").heldout(4, 64))
     student, config = llama(intermediate_size=128), DistillationConfig(name="logits", weight=1.0, ce_weight=0.5)
-    cached, _ = next(CachedKD(student, config)(student, batch))
-    online, _ = next(LanguageModelling(student, llama(), config)(student, batch))
+    cached, _ = next(CachedKD(student, config)(batch))
+    online, _ = next(LanguageModelling(student, config, llama())(batch))
     torch.testing.assert_close(cached, online, atol=2e-3, rtol=2e-3)
 
 
@@ -675,7 +675,7 @@ def test_held_out_loss_is_the_objective_on_held_out_sequences(folder: Path) -> N
     objective = CachedKD(student, config.distillation)
     batch = next(cache.heldout(4, config.training.eval_tokens))
     assert len(batch["input_ids"]) == 4
-    assert values["eval_loss"] == pytest.approx(next(objective(student, batch))[0].item(), rel=1e-5)
+    assert values["eval_loss"] == pytest.approx(next(objective(batch))[0].item(), rel=1e-5)
     assert values["eval_kl"] < values["eval_loss"]
 
 
@@ -775,7 +775,7 @@ def test_upstreams_cache_can_be_imported(folder: Path, tmp_path: Path, negatives
         ids = found["kd_ids"].masked_fill(~used, -1)
         assert all(len(row[row >= 0].unique()) == (row >= 0).sum() for row in ids.flatten(0, 1)[:50])
     student, config = llama(intermediate_size=128), DistillationConfig(name="logits", weight=1.0)
-    loss, _ = next(CachedKD(student, config)(student, found))
+    loss, _ = next(CachedKD(student, config)(found))
     assert loss.isfinite()
 
 

@@ -23,7 +23,7 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.core.ste import round_fp16 as ste_fp16
 from wrinklefree.distributed.world import join_world
 from wrinklefree.methods.anemll import Config, LutLinear
-from wrinklefree.objectives.cached_kd import CachedKD
+from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs import setup
 from wrinklefree.runs.folder import resume_point
 from wrinklefree.training.loop import fit

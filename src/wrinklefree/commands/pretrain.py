@@ -22,7 +22,7 @@ from wrinklefree.distributed import sharding
 from wrinklefree.distributed.world import World, gather, join_world, leave_world
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.models.load import load_model
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.runs import launch, setup
 from wrinklefree.runs.folder import make_run_folder, resume_point
 from wrinklefree.training.loop import fit
@@ -72,7 +72,7 @@ def train(config: Config, force: bool) -> None:
     model = build(config.model.architecture, tokenizer)
     choose_length(config, model)
     plan = make_plan(config, model, world)
-    objective = LanguageModelling(model, None, config.distillation, config.training.compile)
+    objective = LanguageModelling(model, config.distillation, compiled=config.training.compile)
     if world.is_main and resume is None:
         make_run_folder(config)
     placement.place(model)

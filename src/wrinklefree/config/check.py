@@ -10,11 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 from wrinklefree.config.schema import Config, QuantizationConfig
 from wrinklefree.core import method as methods
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.find import SCHEDULES, names, unknown
-
+from wrinklefree.core.find import OBJECTIVES, SCHEDULES, find_named, names, unknown
 
 # Settings that name a file of one of the kinds.
-NAMED = {"training.scheduler.name": SCHEDULES}
+NAMED = {"training.objective": OBJECTIVES, "training.scheduler.name": SCHEDULES}
 
 
 def check_config(values: Mapping[str, Any], find_names: bool = True) -> Config:
@@ -27,8 +26,8 @@ def check_config(values: Mapping[str, Any], find_names: bool = True) -> Config:
     method = values.get("method")
     if method is not None:
         checked = _check(methods.find(method["name"]), method, "method.", problems)
-    if not problems:
-        problems += _cached_kd(config)
+    if not problems and find_names:
+        problems += find_named(OBJECTIVES, config.training.objective).problems(config)
     if not problems:
         config.method = None if method is None else _quantization(checked, config.model.quantization, problems)
     if problems:
@@ -45,27 +44,6 @@ def _unknown_names(values: Mapping[str, Any]) -> Iterator[str]:
         known = names(kind)
         if isinstance(name, str) and name not in known:
             yield f"{path}={name}: {unknown(kind, name, known)}"
-
-
-def _cached_kd(config: Config) -> Iterator[str]:
-    """What does not go together with `training.objective`."""
-    d, hard = (
-        config.distillation,
-        {"hard_top1": config.distillation.hard_top1, "hard_full": config.distillation.hard_full},
-    )
-    if config.training.objective != "cached_kd":
-        for key, value in {"cache": d.cache, **hard}.items():
-            if value:
-                yield f"distillation.{key}={value}: has no effect without training.objective=cached_kd"
-        return
-    if d.cache is None:
-        yield "distillation.cache: training.objective=cached_kd needs a folder that `wf cache` wrote"
-    if not d.weight and not any(hard.values()):
-        yield "distillation.weight=0: training.objective=cached_kd has nothing to learn from the cache; try 1"
-    running = {"teacher": d.teacher, "attention.weight": d.attention.weight, "hidden.enabled": d.hidden.enabled}
-    for key, value in running.items():
-        if value:
-            yield f"distillation.{key}={value}: needs a running teacher, and training.objective=cached_kd has none"
 
 
 def _quantization(method: Any, given: QuantizationConfig, problems: list[str]) -> Any:

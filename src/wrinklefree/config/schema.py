@@ -124,7 +124,7 @@ class TrainingConfig(Node):
     """One stage of training."""
 
     stage: str
-    objective: Literal["language_modelling", "cached_kd"] = "language_modelling"  # cached_kd: distillation.cache
+    objective: str = "language_modelling"  # a file of objectives/kinds/, or of objectives/ where you stand
     start_from: list[str] = field(default_factory=list)  # earlier stages or folders; the first that is there
     total_tokens: Positive | Auto = "auto"
     max_steps: Natural | None = None  # wins over total_tokens; 0 prepares and saves

@@ -21,7 +21,7 @@ from wrinklefree.data.open import (
 from wrinklefree.distributed.world import World
 from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
 from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
-from wrinklefree.objectives.cached_kd import CachedKD
+from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.training.plan import Plan, sequence_length
 
 

@@ -27,9 +27,7 @@ from wrinklefree.export.card import card
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.generate.generate import complete
 from wrinklefree.models.load import load_model, load_pretrained
-from wrinklefree.objectives.cached_kd import CachedKD
-from wrinklefree.objectives.language_model import check_vocabulary
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.language_model import LanguageObjective, check_vocabulary, find_objective
 from wrinklefree.runs import prerequisites, setup
 from wrinklefree.runs.folder import make_run_folder, resume_point
 from wrinklefree.runs.report import Results
@@ -102,7 +100,6 @@ def train_stage(config: Config, force: bool) -> None:
         judge("one_shot", student, reference)
 
     def on_step(model: nn.Module, step: int) -> None:
-        objective.on_step(step, plan.max_steps)
         if config.method is not None:
             config.method.on_step(model, step)
 
@@ -150,8 +147,8 @@ def calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 
 def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel | None:
-    """The model to distil from: none, also where a cache has its answers, the original, or `distillation.teacher`."""
-    if config.distillation.name == "none" or config.training.objective == "cached_kd":
+    """The model to distil from, if the objective needs one: the original, or `distillation.teacher`."""
+    if not find_objective(config.training.objective).needs_teacher(config.distillation):
         return None
     if config.distillation.teacher is None:
         return original
@@ -160,13 +157,10 @@ def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel
     return teacher.to(original.device).requires_grad_(False)
 
 
-def choose_objective(
-    config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None
-) -> LanguageModelling | CachedKD:
+def choose_objective(config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None) -> LanguageObjective:
     """What `training.objective` names."""
-    if config.training.objective == "cached_kd":
-        return CachedKD(student, config.distillation, config.training.compile)
-    return LanguageModelling(student, teacher, config.distillation, config.training.compile)
+    objective = find_objective(config.training.objective)
+    return objective(student, config.distillation, teacher, config.training.compile)
 
 
 def finish(

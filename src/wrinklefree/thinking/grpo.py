@@ -22,7 +22,7 @@ from torch import Tensor
 from wrinklefree.core.thinking import GRPOConfig
 from wrinklefree.data.problems import same_answer
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.base import Batch, Metrics, Objective
 from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.injection import soft_tokens
 from wrinklefree.thinking.speech import Speaker, rows_of
@@ -40,7 +40,7 @@ class Rollout(NamedTuple):
     kept: Tensor  # share of the prompts
 
 
-class GRPO:
+class GRPO(Objective):
     """Objective over batches of `HiddenPairs`, whose answers are the right ones."""
 
     def __init__(self, model: LatentThinker, speaker: Speaker, config: GRPOConfig) -> None:
@@ -49,10 +49,7 @@ class GRPO:
             block.dropout = 0.0  # type: ignore[assignment]  # a policy is one function
         self.reference = copy.deepcopy(model).requires_grad_(False).eval()
 
-    def on_step(self, step: int, max_steps: int) -> None:
-        """No term follows a schedule."""
-
-    def __call__(self, model: object, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
         rollout = self.roll_out(batch)
         measured = {"reward": rollout.reward, "kept": rollout.kept}
         old = self.log_probs(self.thinker, batch, rollout)[0].detach() if rollout.answers else None

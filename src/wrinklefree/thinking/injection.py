@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wrinklefree.core.thinking import InjectionConfig
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.base import Batch, Metrics, Objective
 from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.hidden_pairs import HiddenPairs
 from wrinklefree.thinking.recursion import prompt_of
@@ -21,16 +21,13 @@ from wrinklefree.thinking.speech import Speaker, rows_of
 RIDGE = 1e-3  # of the mean square of the states
 
 
-class Injection:
+class Injection(Objective):
     """Objective for `adapter` and `pause`; batches are of `HiddenPairs`."""
 
     def __init__(self, model: LatentThinker, speaker: Speaker, config: InjectionConfig) -> None:
         self.thinker, self.speaker, self.config = model, speaker, config
 
-    def on_step(self, step: int, max_steps: int) -> None:
-        """No term follows a schedule."""
-
-    def __call__(self, model: object, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
         prompts = rows_of(batch["input_ids"], batch["prompt_length"])
         answers = rows_of(batch["answer_ids"], batch["answer_length"])
         targets = torch.cat(answers)

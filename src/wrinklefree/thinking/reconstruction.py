@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from wrinklefree.core.moments import RIDGE
 from wrinklefree.data.open import IGNORE
 from wrinklefree.methods.trm import DimensionCompressor
-from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.base import Batch, Metrics, Objective
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import TokenLosses, token_losses
 
@@ -116,7 +116,7 @@ def reading(decoder: BodyAndHead, states: Tensor, rebuilt: Tensor) -> TokenLosse
     )
 
 
-class Reconstruction:
+class Reconstruction(Objective):
     """Objective over marked batches."""
 
     def __init__(
@@ -129,7 +129,7 @@ class Reconstruction:
             ridge = RIDGE * metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype)
             self.metric = (metric + ridge).float().to(compressor.weight.device)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
         states = real_states(self.decoder, batch)
         rebuilt = self.compressor(states)
         found = metrics(sums_of(states, rebuilt.detach()))

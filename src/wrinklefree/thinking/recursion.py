@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wrinklefree.core.thinking import NetworkConfig
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.base import Batch, Metrics, Objective
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.hidden_pairs import HiddenPairs
@@ -28,7 +28,7 @@ def prompt_of(thinker: LatentThinker, batch: Batch) -> tuple[Tensor, Tensor]:
     return states, places < batch["prompt_length"][:, None]
 
 
-class Recursion:
+class Recursion(Objective):
     """Objective of both modes; batches are of `HiddenPairs`."""
 
     def __init__(self, model: LatentThinker, decoder: BodyAndHead, config: NetworkConfig) -> None:
@@ -40,7 +40,7 @@ class Recursion:
         self.sampling = step >= self.config.sampled_from * max_steps
         self.thinker.update_average(min(self.config.ema_decay, (1 + step) / (AVERAGE_WARMUP + step)))
 
-    def __call__(self, model: object, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
         if self.config.mode == "trajectory":
             yield self.trajectory(batch)
         else:

@@ -9,12 +9,12 @@ grpo        what leads to right answers is reinforced                           
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
@@ -27,7 +27,7 @@ from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.data.stdlib import Split
 from wrinklefree.distributed.world import World, barrier, gather, join_world, leave_world
 from wrinklefree.methods.trm import LatentThinker
-from wrinklefree.objectives.base import Batch, Metrics
+from wrinklefree.objectives.base import Batch, Objective
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.folder import make_run_folder, resume_point
@@ -50,14 +50,6 @@ HELDOUT_BATCH = 250
 NO_START = "training.start_from: a value is required: the folder of the thinker to go on from"
 
 Figures = dict[str, float]
-
-
-class StageObjective(Protocol):
-    """An objective with a schedule."""
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]: ...
-
-    def on_step(self, step: int, max_steps: int) -> None: ...
 
 
 class StageSetup(NamedTuple):
@@ -266,7 +258,7 @@ def whiten(thinker: LatentThinker, train: HiddenPairs) -> None:
     thinker.deviation.copy_(deviation.clamp(min=1e-3 * deviation.max()))
 
 
-def _train(setting: StageSetup, objective: StageObjective, evaluate: Callable[[nn.Module], Figures]) -> Path:
+def _train(setting: StageSetup, objective: Objective, evaluate: Callable[[nn.Module], Figures]) -> Path:
     config, plan = setting.config, setting.plan
     stream = ShuffledStream(
         len(setting.train),
@@ -287,7 +279,6 @@ def _train(setting: StageSetup, objective: StageObjective, evaluate: Callable[[n
         world=setting.world,
         evaluate=evaluate,
         resume=setting.resume,
-        on_step=lambda model, step: objective.on_step(step, plan.max_steps),
     )
 
 

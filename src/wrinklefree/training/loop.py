@@ -89,6 +89,7 @@ def fit(
                 break
             if stop:
                 raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
+            objective.on_step(run.step, plan.max_steps)
             on_step(model, run.step)
             row = _step(run, losses, rate(run.step))
             tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
@@ -113,7 +114,7 @@ def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
     """An endless stream of (loss, metrics), however many a batch yields."""
     for batch in run.stream:
         run.last_batch = {name: tensor.to(run.world.device) for name, tensor in batch.items()}
-        results = run.objective(run.model, run.last_batch)
+        results = run.objective(run.last_batch)
         while True:
             with run.autocast():  # not around the yield: backward runs outside of autocast
                 result = run.placement.inside(partial(next, results, None))
