@@ -5,6 +5,7 @@ its kind asks for, so that a folder `methods/` of another project does no harm. 
 """
 
 import ast
+import functools
 import importlib
 import pkgutil
 import sys
@@ -119,6 +120,12 @@ def _defined(path: Path) -> set[str]:
 
 
 def _parse(path: Path) -> ast.Module:
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _parsed(path: Path, changed: int) -> ast.Module:
+    """The syntax tree of a file, once for each time it is changed."""
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
