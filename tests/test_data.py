@@ -15,6 +15,7 @@ from wrinklefree.config.compose import CONFIGS
 from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import packing, sources
+from wrinklefree.data.chat import Reading
 from wrinklefree.data.open import (
     IGNORE,
     BatchStream,
@@ -293,7 +294,7 @@ def test_a_book_in_one_file_is_shuffled_and_held_out_in_parts(
 ) -> None:
     book = tmp_path / "book.rst"  # a file named outright is text, whatever its suffix
     book.write_text("".join(WORDS))
-    render = _render(tokenizer, "text")
+    render = _render("plain", Reading(tokenizer))
     parts = list(sources.read(book, render, piece=100))
     assert "".join(parts) == "".join(WORDS)
     assert len(parts) > 20

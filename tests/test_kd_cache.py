@@ -24,6 +24,7 @@ from wrinklefree.commands import cache as command
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import DataConfig, DistillationConfig
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.find import DATA_FORMATS, find_named
 from wrinklefree.data import chat, sources
 from wrinklefree.data.kd_cache import read, write
 from wrinklefree.data.kd_cache.manifest import (
@@ -895,6 +896,10 @@ def said(role: str, text: str) -> str:
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
+def document(format: str, row: dict[str, Any], thinking: chat.Thinking = False, mask_prompt: bool = False) -> Any:
+    return find_named(DATA_FORMATS, format)(row, chat.Reading(chatty(), "text", thinking, mask_prompt), "row 1")
+
+
 @pytest.mark.parametrize(
     ("format", "row", "expected"),
     [
@@ -907,12 +912,12 @@ def said(role: str, text: str) -> str:
     ],
 )
 def test_rows_become_conversations(format: str, row: dict[str, Any], expected: str) -> None:
-    assert chat.render(chatty(), format, False, False, row, "row 1") == expected
+    assert document(format, row, False, False) == expected
 
 
 def test_thinking_is_written_left_out_or_bare() -> None:
     row = {"messages": ROLES}
-    texts = [chat.render(chatty(), "sharegpt", kind, False, row, "row 1") for kind in (True, False, None)]
+    texts = [document("sharegpt", row, kind, False) for kind in (True, False, None)]
     thought = ROLES[1]["content"]
     assert texts == [
         said("user", "Q") + said("assistant", thought),
@@ -922,12 +927,12 @@ def test_thinking_is_written_left_out_or_bare() -> None:
 
 
 def test_a_masked_prompt_is_all_but_the_last_answer() -> None:
-    found = chat.render(chatty(), "alpaca_chat", False, True, ALPACA, "row 1")
+    found = document("alpaca_chat", ALPACA, False, True)
     assert found == sources.Example(said("user", "Add.\n\n1 2") + "<|im_start|>assistant\n", "3<|im_end|>\n")
 
 
 def test_an_answer_without_a_question_has_no_prompt() -> None:
-    found = chat.render(chatty(), "sharegpt", False, True, {"messages": ROLES[1:]}, "row 1")
+    found = document("sharegpt", {"messages": ROLES[1:]}, False, True)
     assert found == sources.Example("", said("assistant", "A"))
 
 
@@ -952,7 +957,7 @@ def test_lines_that_are_no_json_are_named(tmp_path: Path, line: str, name: str) 
 )
 def test_a_row_of_another_format_is_named(format: str, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        chat.render(chatty(), format, False, False, row, "row 1")
+        document(format, row, False, False)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 from wrinklefree.config.schema import Config, QuantizationConfig
 from wrinklefree.core import method as methods
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.find import OBJECTIVES, SCHEDULES, find_named, names, unknown
+from wrinklefree.core.find import DATA_FORMATS, OBJECTIVES, SCHEDULES, find_named, names, unknown
 
 # Settings that name a file of one of the kinds.
-NAMED = {"training.objective": OBJECTIVES, "training.scheduler.name": SCHEDULES}
+NAMED = {"training.objective": OBJECTIVES, "training.scheduler.name": SCHEDULES, "data.format": DATA_FORMATS}
 
 
 def check_config(values: Mapping[str, Any], find_names: bool = True) -> Config:

@@ -73,7 +73,7 @@ class DataConfig(Node):
     subset: str | None = None
     split: str = "train"
     text_column: str = "text"
-    format: Literal["plain", "alpaca_chat", "openhermes", "sharegpt", "dolly"] = "plain"  # of a row
+    format: str = "plain"  # of a row: a file of data/formats/, or of data_formats/ where you stand
     enable_thinking: Literal[False, True, "both", "none", "all"] = False  # conversations with or without thoughts
     mask_prompt: bool = False  # learn the last answer of a conversation alone
     heldout_path: str | None = None  # local: a file; without it, every 20th document is held out
@@ -181,7 +181,7 @@ class HiddenConfig(Node):
 class DistillationConfig(Node):
     """The loss: `ce_weight` x cross entropy + `weight` x KL to the teacher at `temperature`, and what is below."""
 
-    name: Literal["none", "logits", "layerwise", "classification", "summarization"]
+    name: str  # the preset: a file of configs/distillation/, the package's or where you stand
     weight: NonNegative = 0.0
     ce_weight: NonNegative = 1.0
     temperature: PositiveFloat = 1.0

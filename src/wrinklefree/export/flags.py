@@ -3,6 +3,8 @@
 FLAG      what `--format` calls it; left out, the file's name with dashes
 OPTIONS   keyword arguments of its `write`: {name: {"help": ..., "choices": [...] or "min": ...}}
 NEXT      what to do with a written folder `{target}`
+
+A format whose `write` takes more of the run defines `from_run(config, target)`, which gives it as keyword arguments.
 """
 
 from pathlib import Path
