@@ -449,7 +449,7 @@ def config(overrides: Overrides = None) -> None:
 
 @app.command()
 def methods() -> None:
-    """List the quantization methods and their training configs.
+    """List what is found by its name: methods, objectives, schedules, formats.
 
     \b
     Example:

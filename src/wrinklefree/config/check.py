@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,22 +11,23 @@ from wrinklefree.config.schema import Config, QuantizationConfig
 from wrinklefree.core import method as methods
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import DATA_FORMATS, OBJECTIVES, SCHEDULES, find_named, names, unknown
+from wrinklefree.core.text import did_you_mean
 
-# Settings that name a file of one of the kinds.
-NAMED = {"training.objective": OBJECTIVES, "training.scheduler.name": SCHEDULES, "data.format": DATA_FORMATS}
+NAMED = (OBJECTIVES, SCHEDULES, DATA_FORMATS)  # kinds that a setting of the schema names
 
 
-def check_config(values: Mapping[str, Any], find_names: bool = True) -> Config:
+def check_config(values: Mapping[str, Any], presets: Collection[str] | None = None) -> Config:
     """Check plain values against the schema. Raises UserError with one line per mistake.
 
-    Without `find_names`, the names of a run that was trained elsewhere, where they were found, are believed.
+    `presets` are the known names of `distillation`. Without them no name is looked up: the names of a run that was
+    trained elsewhere, where they were found, are believed.
     """
-    problems = list(_unknown_names(values)) if find_names else []
+    problems = [] if presets is None else list(_unknown_names(values, presets))
     config: Config = _check(Config, dict(values) | {"method": None}, "", problems)
     method = values.get("method")
     if method is not None:
         checked = _check(methods.find(method["name"]), method, "method.", problems)
-    if not problems and find_names:
+    if not problems and presets is not None:
         problems += find_named(OBJECTIVES, config.training.objective).problems(config)
     if not problems:
         config.method = None if method is None else _quantization(checked, config.model.quantization, problems)
@@ -35,15 +36,22 @@ def check_config(values: Mapping[str, Any], find_names: bool = True) -> Config:
     return config
 
 
-def _unknown_names(values: Mapping[str, Any]) -> Iterator[str]:
+def _unknown_names(values: Mapping[str, Any], presets: Collection[str]) -> Iterator[str]:
     """One line for each setting that names something that is not there; the schema speaks of what is no text."""
-    for path, kind in NAMED.items():
-        name: Any = values
-        for key in path.split("."):
-            name = name.get(key) if isinstance(name, Mapping) else None
-        known = names(kind)
+    for kind in NAMED:
+        name, known = _value(values, kind.setting), names(kind)
         if isinstance(name, str) and name not in known:
-            yield f"{path}={name}: {unknown(kind, name, known)}"
+            yield f"{kind.setting}={name}: {unknown(kind, name, known)}"
+    name = _value(values, "distillation.name")
+    if isinstance(name, str) and name not in {*presets, "???"}:
+        yield f"distillation.name={name}: no such preset{did_you_mean(name, presets)}; available: {', '.join(presets)}"
+
+
+def _value(values: Mapping[str, Any], path: str) -> Any:
+    found: Any = values
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
 
 
 def _quantization(method: Any, given: QuantizationConfig, problems: list[str]) -> Any:

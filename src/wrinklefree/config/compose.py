@@ -72,7 +72,7 @@ def _names_a_model(value: str) -> bool:
 def load_config(overrides: list[str], config_name: str = "config") -> Config:
     """Compose the YAML with `a.b=c` overrides and check it. Raises UserError naming every mistake, one line each."""
     values = compose_values(overrides, config_name)
-    return check_config(values)
+    return check_config(values, options("distillation"))
 
 
 def compose_values(overrides: list[str], config_name: str = "config") -> dict[str, Any]:
@@ -192,4 +192,4 @@ def config_yaml(config: Config) -> str:
 
 def read_config(path: Path) -> Config:
     """Read a `wrinklefree.yaml`. Raises UserError where it is not one of ours."""
-    return check_config(read_yaml(path), find_names=False)
+    return check_config(read_yaml(path))

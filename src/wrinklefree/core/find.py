@@ -28,13 +28,14 @@ class Kind:
     package: str
     folder: str  # where the user stands
     member: str  # what a file of this kind defines
+    setting: str  # what chooses one
 
 
-METHODS = Kind("method", "wrinklefree.methods", "methods", "Config")
-OBJECTIVES = Kind("objective", "wrinklefree.objectives.kinds", "objectives", "Objective")
-SCHEDULES = Kind("schedule", "wrinklefree.training.schedules", "schedules", "rate")
-EXPORT_FORMATS = Kind("export format", "wrinklefree.export.formats", "export_formats", "write")
-DATA_FORMATS = Kind("data format", "wrinklefree.data.formats", "data_formats", "document")
+METHODS = Kind("method", "wrinklefree.methods", "methods", "Config", "method")
+OBJECTIVES = Kind("objective", "wrinklefree.objectives.kinds", "objectives", "Objective", "training.objective")
+SCHEDULES = Kind("schedule", "wrinklefree.training.schedules", "schedules", "rate", "training.scheduler.name")
+EXPORT_FORMATS = Kind("export format", "wrinklefree.export.formats", "export_formats", "write", "--format")
+DATA_FORMATS = Kind("data format", "wrinklefree.data.formats", "data_formats", "document", "data.format")
 KINDS = (METHODS, OBJECTIVES, SCHEDULES, EXPORT_FORMATS, DATA_FORMATS)
 
 
@@ -85,8 +86,9 @@ def _users(kind: Kind) -> dict[str, Path]:
 
 
 def summary(path: Path) -> str:
-    """The first line of a file's docstring."""
-    return (ast.get_docstring(_parse(path)) or "").partition("\n")[0]
+    """The first sentence of a file's docstring."""
+    words = " ".join((ast.get_docstring(_parse(path)) or "").partition("\n\n")[0].split())
+    return words.partition(". ")[0].rstrip(".")
 
 
 def constant(path: Path, name: str, default: Any) -> Any:
