@@ -422,7 +422,7 @@ def with_format_options(command: Callable[..., None]) -> Callable[..., None]:
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[
-                (Literal[tuple(words[name])] if words[name] else int) | None,  # type: ignore[valid-type]
+                (Literal[tuple(words[name])] if words[name] else int) | None,
                 typer.Option(help=spec["help"], min=spec.get("min")),
             ],
         )
