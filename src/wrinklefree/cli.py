@@ -449,7 +449,7 @@ def config(overrides: Overrides = None) -> None:
 
 @app.command()
 def methods() -> None:
-    """List what is found by its name: methods, objectives, schedules, formats.
+    """List methods, objectives, schedules and formats.
 
     \b
     Example:
