@@ -158,7 +158,7 @@ def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]
             started = time.process_time()
             batch = next(stream)
             with plan.autocast(student.device):
-                loss, _ = next(objective(student, batch))
+                loss, _ = next(objective(batch))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             for optimizer in optimizers:

@@ -31,7 +31,7 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import QuantMethod, quant_layers
 from wrinklefree.models.load import load_model
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.runs import report
 from wrinklefree.runs.setup import open_run
 from wrinklefree.runs.stage import prepare_student, train_stage
@@ -182,7 +182,7 @@ def story_run(
         config.method = method or config.method
         run = open_run(config, load=lambda _: (teacher, tokenizer))
         student = prepare_student(config, teacher, data[:4])
-        objective = LanguageModelling(student, teacher, config.distillation)
+        objective = LanguageModelling(student, config.distillation, teacher)
         run.fit(student, objective, stream=Fixed(data), evaluate=lambda model: {"eval_loss": math.nan})
         layers = quant_layers(student).values()
         bits = sum(layer.encode().num_bits() for layer in layers) / sum(layer.weight.numel() for layer in layers)
@@ -214,13 +214,13 @@ def stepper(name: str) -> Any:
     config = load_config(["model=tiny", f"training={name}", "distillation=none"])
     run = open_run(config, force=True)
     model, stream = prepare_student(config, run.model).train(), run.stream()
-    objective = LanguageModelling(model, None, config.distillation)
+    objective = LanguageModelling(model, config.distillation)
     o = dataclasses.asdict(config.training.optimizer) | {"lr": run.plan.lr}
     optimizers = optim.build(model, **o)
 
     def step() -> None:
         with run.plan.autocast(model.device):
-            loss, _ = next(objective(model, next(stream)))
+            loss, _ = next(objective(next(stream)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
         for optimizer in optimizers:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from toyrun import nothing, resolved, run
+from toyrun import resolved, run
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import DistillationConfig
@@ -32,7 +32,8 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
 from wrinklefree.distributed.world import World, barrier, join_world, leave_world
 from wrinklefree.objectives.base import Metrics, Objective
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
+from wrinklefree.training.loop import do_nothing
 
 
 def act_for(kind: str | None, world: World) -> Callable[[nn.Module, int], None]:
@@ -49,18 +50,18 @@ def act_for(kind: str | None, world: World) -> Callable[[nn.Module, int], None]:
         elif kind == "fill":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-    return nothing if kind in (None, "twice") else act
+    return do_nothing if kind in (None, "twice") else act
 
 
 def twice(student: PreTrainedModel, teacher: PreTrainedModel) -> Objective:
     """An objective of two losses a batch, of which each is a step of the accumulation."""
-    inner = LanguageModelling(student, None, DistillationConfig(name="none"))
 
-    def objective(model: nn.Module, batch: Batch) -> Iterator[tuple[torch.Tensor, Metrics]]:
-        yield from inner(model, batch)
-        yield from inner(model, {**batch, "labels": batch["labels"].clamp(max=90)})
+    class Twice(LanguageModelling):
+        def __call__(self, batch: Batch) -> Iterator[tuple[torch.Tensor, Metrics]]:
+            yield from super().__call__(batch)
+            yield from super().__call__({**batch, "labels": batch["labels"].clamp(max=90)})
 
-    return objective
+    return Twice(student, DistillationConfig(name="none"))
 
 
 def facts(model: PreTrainedModel) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def test_padding_does_not_count(decoder: BodyAndHead) -> None:
         assert int((batch["labels"][:, 1:] != IGNORE).sum()) == 6  # as the trainer counts them
         torch.manual_seed(0)
         objective = Reconstruction(DimensionCompressor(WIDTH, SIZE), decoder, "mse")
-        ((loss, values),) = objective(llama(), batch)
+        ((loss, values),) = objective(batch)
         assert set(values) == set(TRAINED_METRICS)
         figures = objective.measure([batch], {"": objective.compressor})[0][""]
         found.append({"train": loss.item(), **{name: float(value) for name, value in values.items()}, **figures})

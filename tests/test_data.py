@@ -16,6 +16,7 @@ from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.batch import IGNORE
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import packing, sources
+from wrinklefree.data.chat import Reading
 from wrinklefree.data.open import _refuse_unread, _render, file_batches, heldout_batches, training_stream
 from wrinklefree.data.packing import BatchStream
 from wrinklefree.data.tokenizer import train_tokenizer
@@ -287,7 +288,7 @@ def test_a_book_in_one_file_is_shuffled_and_held_out_in_parts(
 ) -> None:
     book = tmp_path / "book.rst"  # a file named outright is text, whatever its suffix
     book.write_text("".join(WORDS))
-    render = _render(tokenizer, "text")
+    render = _render("plain", Reading(tokenizer))
     parts = list(sources.read(book, render, piece=100))
     assert "".join(parts) == "".join(WORDS)
     assert len(parts) > 20

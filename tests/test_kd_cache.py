@@ -25,6 +25,7 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import DataConfig, DistillationConfig
 from wrinklefree.core import files
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.find import DATA_FORMATS, find_named
 from wrinklefree.core.fingerprint import model_fingerprint
 from wrinklefree.data import chat, sources
 from wrinklefree.data.kd_cache import read, write
@@ -33,8 +34,8 @@ from wrinklefree.data.kd_cache.read import KDCache, KDStream
 from wrinklefree.data.kd_cache.write import append, begin, finish
 from wrinklefree.data.open import heldout_batches, training_stream
 from wrinklefree.data.tokenizer import tokenizer_fingerprint, train_tokenizer
-from wrinklefree.objectives.cached_kd import CachedKD
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
+from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.objectives.losses import CHUNK, NEVER, CachedTeacher, cached_losses, token_losses
 from wrinklefree.runs import setup
 from wrinklefree.training import checkpoint
@@ -257,8 +258,8 @@ def test_random_words_are_distinct_and_spread_and_marked_where_they_hit(folder: 
 def test_a_cache_of_the_whole_vocabulary_trains_as_the_teacher_does(folder: Path) -> None:
     batch = next(KDCache(folder / "full").heldout(4, 64))
     student, config = llama(intermediate_size=128), DistillationConfig(name="logits", weight=1.0, ce_weight=0.5)
-    cached, _ = next(CachedKD(student, config)(student, batch))
-    online, _ = next(LanguageModelling(student, llama(), config)(student, batch))
+    cached, _ = next(CachedKD(student, config)(batch))
+    online, _ = next(LanguageModelling(student, config, llama())(batch))
     torch.testing.assert_close(cached, online, atol=2e-3, rtol=2e-3)
 
 
@@ -679,7 +680,7 @@ def test_held_out_loss_is_the_objective_on_held_out_sequences(folder: Path) -> N
     objective = CachedKD(student, config.distillation)
     batch = next(cache.heldout(4, config.training.eval_tokens))
     assert len(batch["input_ids"]) == 4
-    assert values["eval_loss"] == pytest.approx(next(objective(student, batch))[0].item(), rel=1e-5)
+    assert values["eval_loss"] == pytest.approx(next(objective(batch))[0].item(), rel=1e-5)
     assert values["eval_kl"] < values["eval_loss"]
 
 
@@ -780,7 +781,7 @@ def test_upstreams_cache_can_be_imported(folder: Path, tmp_path: Path, negatives
         ids = found["kd_ids"].masked_fill(~used, -1)
         assert all(len(row[row >= 0].unique()) == (row >= 0).sum() for row in ids.flatten(0, 1)[:50])
     student, config = llama(intermediate_size=128), DistillationConfig(name="logits", weight=1.0)
-    loss, _ = next(CachedKD(student, config)(student, found))
+    loss, _ = next(CachedKD(student, config)(found))
     assert loss.isfinite()
 
 
@@ -900,6 +901,10 @@ def said(role: str, text: str) -> str:
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
+def document(format: str, row: dict[str, Any], thinking: chat.Thinking = False, mask_prompt: bool = False) -> Any:
+    return find_named(DATA_FORMATS, format)(row, chat.Reading(chatty(), "text", thinking, mask_prompt), "row 1")
+
+
 @pytest.mark.parametrize(
     ("format", "row", "expected"),
     [
@@ -912,12 +917,12 @@ def said(role: str, text: str) -> str:
     ],
 )
 def test_rows_become_conversations(format: str, row: dict[str, Any], expected: str) -> None:
-    assert chat.render(chatty(), format, False, False, row, "row 1") == expected
+    assert document(format, row, False, False) == expected
 
 
 def test_thinking_is_written_left_out_or_bare() -> None:
     row = {"messages": ROLES}
-    texts = [chat.render(chatty(), "sharegpt", kind, False, row, "row 1") for kind in (True, False, None)]
+    texts = [document("sharegpt", row, kind, False) for kind in (True, False, None)]
     thought = ROLES[1]["content"]
     assert texts == [
         said("user", "Q") + said("assistant", thought),
@@ -927,12 +932,12 @@ def test_thinking_is_written_left_out_or_bare() -> None:
 
 
 def test_a_masked_prompt_is_all_but_the_last_answer() -> None:
-    found = chat.render(chatty(), "alpaca_chat", False, True, ALPACA, "row 1")
+    found = document("alpaca_chat", ALPACA, False, True)
     assert found == sources.Example(said("user", "Add.\n\n1 2") + "<|im_start|>assistant\n", "3<|im_end|>\n")
 
 
 def test_an_answer_without_a_question_has_no_prompt() -> None:
-    found = chat.render(chatty(), "sharegpt", False, True, {"messages": ROLES[1:]}, "row 1")
+    found = document("sharegpt", {"messages": ROLES[1:]}, False, True)
     assert found == sources.Example("", said("assistant", "A"))
 
 
@@ -957,7 +962,7 @@ def test_lines_that_are_no_json_are_named(tmp_path: Path, line: str, name: str) 
 )
 def test_a_row_of_another_format_is_named(format: str, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        chat.render(chatty(), format, False, False, row, "row 1")
+        document(format, row, False, False)
 
 
 @pytest.fixture

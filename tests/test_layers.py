@@ -95,7 +95,10 @@ def sibling(name: str, folder: str) -> str:
     return name.removeprefix(f"{folder}.").partition(".")[0]
 
 
-@pytest.mark.parametrize("folder", ["methods", "commands", "export.formats", "objectives.kinds", "data.formats"])
+FOUND_BY_NAME = ["methods", "commands", "export.formats", "objectives.kinds", "data.formats", "training.schedules"]
+
+
+@pytest.mark.parametrize("folder", FOUND_BY_NAME)
 def test_siblings_do_not_import_each_other(folder: str) -> None:
     """What is found by its name is one file, or one folder: none of them knows another."""
     inside = {name for name in FILES if name.startswith(f"{folder}.")}

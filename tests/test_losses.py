@@ -9,8 +9,8 @@ from torch import Tensor
 from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.data.packing import encode, make_batch, pack
 from wrinklefree.objectives import losses
+from wrinklefree.objectives.kinds.language_modelling import compare
 from wrinklefree.objectives.language_model import BodyAndHead
-from wrinklefree.objectives.language_modelling import compare
 from wrinklefree.objectives.losses import shifted, token_losses
 
 pytestmark = pytest.mark.numeric

@@ -12,7 +12,7 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import AttentionConfig, DistillationConfig, HiddenConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.objectives.base import Shares
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.objectives.losses import attention_relation, hidden_alignment, same_document, token_losses
 from wrinklefree.objectives.terms import hidden_share, layer_weights
 
@@ -90,9 +90,9 @@ def test_kd_does_not_depend_on_padding_or_length() -> None:
     config = DistillationConfig(
         name="classification", weight=10.0, temperature=5.0, attention=AttentionConfig(weight=1e3)
     )
-    objective = LanguageModelling(student, teacher, config)
+    objective = LanguageModelling(student, config, teacher)
     padded = {name: tensor[:, :16] for name, tensor in batch().items()}
-    losses = [next(objective(student, given))[0] for given in (batch(), padded)]
+    losses = [next(objective(given))[0] for given in (batch(), padded)]
     torch.testing.assert_close(losses[0], losses[1])
 
 
@@ -110,10 +110,10 @@ def test_the_whole_loss_is_the_sum_of_its_terms() -> None:
         for projection in ("q_proj", "k_proj", "v_proj"):
             module = model.model.layers[0].self_attn.get_submodule(projection)
             module.register_forward_hook(lambda m, i, o, name=name: seen[name].append(o.detach()))
-    objective = LanguageModelling(student, teacher, config)
+    objective = LanguageModelling(student, config, teacher)
     for outputs in seen.values():
         outputs.clear()
-    loss, metrics = next(objective(student, batch()))
+    loss, metrics = next(objective(batch()))
     mask = same_document(POSITIONS)
     pairs = zip(seen["student"], seen["teacher"], strict=True)
     relation = torch.stack([attention_relation(s, t, mask, 4, 1.0) for s, t in pairs]).sum()
@@ -126,10 +126,10 @@ def test_the_whole_loss_is_the_sum_of_its_terms() -> None:
 @pytest.mark.parametrize("tau_squared", [True, False])
 def test_the_shares_of_the_loss_add_up_to_it(tau_squared: bool) -> None:
     config = DistillationConfig(name="logits", weight=3.0, ce_weight=0.5, temperature=5.0, tau_squared=tau_squared)
-    objective = LanguageModelling(llama(), llama(intermediate_size=160), config)
+    objective = LanguageModelling(llama(), config, llama(intermediate_size=160))
     added: list[dict[str, Tensor]] = []
     objective.shares.add = added.append  # type: ignore[method-assign]
-    loss, _ = next(objective(llama(), batch()))
+    loss, _ = next(objective(batch()))
     torch.testing.assert_close(sum(added[0].values()), loss.detach())
 
 
@@ -137,29 +137,29 @@ def test_models_of_other_depth_width_and_heads_can_teach() -> None:
     student = llama(num_key_value_heads=2)
     teacher = llama(hidden_size=128, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=4)
     config = DistillationConfig(name="classification", attention=AttentionConfig(weight=1.0, layer=0))
-    objective = LanguageModelling(student, teacher, config)
+    objective = LanguageModelling(student, config, teacher)
     assert objective.attention is not None
     assert (
         objective.attention.teacher.modules[0] is teacher.model.layers[1].self_attn.q_proj
     )  # half way, as in the student
-    assert next(objective(student, batch()))[0].isfinite()
+    assert next(objective(batch()))[0].isfinite()
 
 
 def test_hidden_states_take_their_share() -> None:
     student, teacher = llama(), llama(intermediate_size=160)
     hidden = HiddenConfig(enabled=True, schedule="linear", initial_weight=0.8, final_weight=0.2)
     objective = LanguageModelling(
-        student, teacher, DistillationConfig(name="layerwise", weight=0.5, ce_weight=0.5, hidden=hidden)
+        student, DistillationConfig(name="layerwise", weight=0.5, ce_weight=0.5, hidden=hidden), teacher
     )
     objective.on_step(5, 10)
-    loss, metrics = next(objective(student, batch()))
+    loss, metrics = next(objective(batch()))
     rest = 0.5 * metrics["ce"] + 0.5 * metrics["kl"]
     torch.testing.assert_close(loss, 0.5 * (2 - 2 * metrics["cosine"]) + 0.5 * rest)
 
 
 def test_a_copy_is_perfectly_aligned() -> None:
     config = DistillationConfig(name="layerwise", weight=1.0, ce_weight=0.0, hidden=HiddenConfig(enabled=True))
-    loss, metrics = next(LanguageModelling(llama(), llama(), config)(llama(), batch()))
+    loss, metrics = next(LanguageModelling(llama(), config, llama())(batch()))
     assert loss.item() == pytest.approx(0, abs=1e-5)
     assert metrics["cosine"].item() == pytest.approx(1, abs=1e-5)
 
@@ -199,13 +199,13 @@ REFUSED = {
 def test_what_cannot_be_compared_is_refused(case: str) -> None:
     attention, teacher, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
-        LanguageModelling(llama(), teacher(), DistillationConfig(name="classification", attention=attention))
+        LanguageModelling(llama(), DistillationConfig(name="classification", attention=attention), teacher())
 
 
 def test_hidden_states_need_equal_shapes() -> None:
     config = DistillationConfig(name="layerwise", hidden=HiddenConfig(enabled=True))
     with pytest.raises(UserError, match="the teacher has 1 layers of 64, the model 2 of 64"):
-        LanguageModelling(llama(), qwen(), config)
+        LanguageModelling(llama(), config, qwen())
 
 
 def test_a_term_that_is_next_to_nothing_is_named_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,14 +2,16 @@
 
 import pytest
 
-from wrinklefree.config.schema import ModelConfig
+from wrinklefree.config.schema import ModelConfig, SchedulerConfig
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.find import SCHEDULES, names
 from wrinklefree.training.plan import Resolved, choose_lr, choose_steps, choose_tokens
-from wrinklefree.training.schedule import SCHEDULES, rate
+from wrinklefree.training.schedule import rates as rates_of
 
 
 def rates(name: str, max_steps: int, warmup: float = 0.05, decay: float = 0.15, floor: float = 0.0) -> list[float]:
-    return [rate(name, step, max_steps, warmup=warmup, decay=decay, floor=floor) for step in range(max_steps)]
+    settings = SchedulerConfig(name=name, warmup_ratio=warmup, decay_ratio=decay, min_lr_ratio=floor)
+    return [rates_of(settings, max_steps)(step) for step in range(max_steps)]
 
 
 @pytest.mark.parametrize("max_steps", [100, 1000, 10_000])
@@ -23,14 +25,14 @@ def test_wsd_is_5_80_15_by_real_steps(max_steps: int) -> None:
     assert values[middle] == pytest.approx(0.5, abs=10 / max_steps)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", names(SCHEDULES))
 @pytest.mark.parametrize("max_steps", [1, 2, 10, 997])
 def test_no_step_is_wasted(name: str, max_steps: int) -> None:
     """Every rate is above 0 and at most 1."""
     assert all(0 < value <= 1 for value in rates(name, max_steps))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", names(SCHEDULES))
 def test_the_floor_is_where_it_ends(name: str) -> None:
     values = rates(name, 1000, floor=0.1)
     assert values[-1] == pytest.approx(0.1, abs=0.004)

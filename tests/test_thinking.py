@@ -538,7 +538,7 @@ def test_teacher_forcing_is_one_step_at_a_time(
     """All thoughts at once have the loss of each by itself, after the true one before it."""
     objective = Recursion(thinker, speaker.decoder, NetworkConfig(noise=0.0, mse_weight=1.0, halt_weight=0.0))
     batch = train.batch(range(5))
-    loss, metrics = next(objective(thinker, batch))
+    loss, metrics = next(objective(batch))
     targets, net = thinker.whiten(batch["thoughts"]), thinker.network
     errors, kls = [], []
     for i, n in enumerate(batch["num_thoughts"].tolist()):
@@ -581,7 +581,7 @@ def test_deep_supervision_is_a_step_a_round(speaker: Speaker, train: HiddenPairs
     model = LatentThinker(ThinkerConfig(**shape))
     objective = Recursion(model, speaker.decoder, NetworkConfig(mode="final", max_thoughts=3))
     values = []
-    for loss, _ in objective(model, train.batch(range(4))):
+    for loss, _ in objective(train.batch(range(4))):
         loss.backward()  # would fail where it reached into the round before
         values.append(loss.item())
     assert len(values) == 3
@@ -781,7 +781,7 @@ def test_groups_without_spread_are_dropped(
     assert set(rollout.samples) == {1}
     assert (rollout.reward.item(), rollout.kept.item()) == (5 / 8, 0.5)
     monkeypatch.setattr(objective, "_reward", lambda said, right: 1.0)
-    loss, metrics = next(objective(thinker, train.batch([0, 1])))
+    loss, metrics = next(objective(train.batch([0, 1])))
     assert loss.item() == pytest.approx(0.5 * metrics["anchor"].item())
 
 

@@ -27,7 +27,7 @@ from wrinklefree.distributed.sharding import Whole
 from wrinklefree.distributed.world import any_of, gather, sum_over_processes
 from wrinklefree.models.load import load_model
 from wrinklefree.objectives.base import Metrics, Objective
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.runs.folder import make_run_folder, resume_point
 from wrinklefree.training import checkpoint
 
@@ -167,15 +167,15 @@ def without_labels(when: Callable[[int], bool]) -> Callable[[PreTrainedModel, Pr
     """Cross entropy that finds no label in the batches `when` says, by their number from 0."""
 
     def make(student: PreTrainedModel, teacher: PreTrainedModel) -> Objective:
-        inner = LanguageModelling(student, None, DistillationConfig(name="none"))
         numbers = itertools.count()
 
-        def objective(model: nn.Module, batch: Batch) -> Iterator[tuple[torch.Tensor, Metrics]]:
-            if when(next(numbers)):
-                batch["labels"] = torch.full_like(batch["labels"], -100)
-            return inner(model, batch)
+        class Unlabelled(LanguageModelling):
+            def __call__(self, batch: Batch) -> Iterator[tuple[torch.Tensor, Metrics]]:
+                if when(next(numbers)):
+                    batch["labels"] = torch.full_like(batch["labels"], -100)
+                return super().__call__(batch)
 
-        return objective
+        return Unlabelled(student, DistillationConfig(name="none"))
 
     return make
 

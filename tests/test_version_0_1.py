@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from wrinklefree.config.compose import load_config
 from wrinklefree.data.kd_cache.read import KDCache
 from wrinklefree.models.load import load_model
-from wrinklefree.packed.layer import exactly
+from wrinklefree.packed.products.choose import exactly
 from wrinklefree.thinking import loading
 
 FOLDER = Path(__file__).parent / "fixtures" / "version_0_1"

@@ -52,14 +52,10 @@ def resolved(folder: Path, *more: str) -> Config:
     return load_config(overrides(folder, *more))
 
 
-def nothing(model: nn.Module, step: int) -> None:
-    """An `on_step` that does nothing."""
-
-
 def run(
     config: Config,
     *,
-    on_step: Callable[[nn.Module, int], None] = nothing,
+    on_step: Callable[[nn.Module, int], None] | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     objective: Callable[[PreTrainedModel, PreTrainedModel], Objective] | None = None,
     world: World = CPU,

@@ -22,7 +22,7 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.core.ste import round_fp16 as ste_fp16
 from wrinklefree.methods.anemll import Config, LutLinear
 from wrinklefree.methods.anemll.lowrank import Factors
-from wrinklefree.objectives.cached_kd import CachedKD
+from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs import setup
 
 __all__ = [

@@ -1,6 +1,8 @@
 """The command tree of `wf`. Nothing heavy is imported until a verb runs: `wf --help` must feel instant."""
 
+import functools
 import importlib
+import inspect
 import os
 import sys
 import traceback
@@ -12,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.export.flags import formats, options
 
 HELP = """Take a pretrained causal language model to 1-2 bits per weight, and get a small file back that runs.
 
@@ -385,26 +388,12 @@ def serve(
     call("serve", path, host=host, port=port, **limits, **more)
 
 
-@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or checkpoint folder.")],
-    format: Annotated[
-        str, typer.Option("--format", help="hf (packed), dense, bitnet, gguf, compressed-tensors, coreml or anemll.")
-    ] = "hf",
-    gguf_type: Annotated[
-        Literal["tq2_0", "tq1_0"] | None,
-        typer.Option(help="GGUF: ternary layers at 2.06 (tq2_0, the default) or 1.69 bits a weight."),
-    ] = None,
-    factored_rank: Annotated[
-        int | None,
-        typer.Option(min=0, help="Core ML: layers with more scale products than this (default 8) become fp16 weights."),
-    ] = None,
-    head_bits: Annotated[
-        Literal["8", "4"] | None,
-        typer.Option(help="hf: embedding and head as integers; default the run's export.head_bits, or bf16."),
-    ] = None,
+    format: Annotated[str, typer.Option("--format", help=f"{', '.join(formats())}; hf is the packed folder.")] = "hf",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default RUN/packed.")] = None,
     force: Force = False,
+    **settings: str | int | None,
 ) -> None:
     """Write a trained run in a format that others run, and prove it.
 
@@ -413,8 +402,38 @@ def export(
       wf export outputs/fairy2_tiny_w2 --format hf --out tiny-w2
       wf export outputs/bitdistill_tiny_stage2_pretrain --format gguf
     """
-    bits = None if head_bits is None else int(head_bits)
-    call("export", run, format, out, force, gguf_type=gguf_type, factored_rank=factored_rank, head_bits=bits)
+    call("export", run, format, out, force, **settings)
+
+
+def with_format_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with one more option for each that an export format states."""
+    stated = {name: spec for name, (_, spec) in options().items()}
+    words = {name: {str(choice): choice for choice in spec.get("choices", [])} for name, spec in stated.items()}
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        command(**{name: words.get(name, {}).get(value, value) for name, value in values.items()})
+
+    signature = inspect.signature(command)
+    kept = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                (Literal[tuple(words[name])] if words[name] else int) | None,
+                typer.Option(help=spec["help"], min=spec.get("min")),
+            ],
+        )
+        for name, spec in stated.items()
+    ]
+    wrapped.__signature__ = signature.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in [*kept, *more]}
+    return wrapped
+
+
+app.command()(with_format_options(export))
 
 
 @app.command()
@@ -430,7 +449,7 @@ def config(overrides: Overrides = None) -> None:
 
 @app.command()
 def methods() -> None:
-    """List the quantization methods and their training configs.
+    """List methods, objectives, schedules and formats.
 
     \b
     Example:

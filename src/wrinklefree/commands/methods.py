@@ -1,26 +1,39 @@
-"""`wf methods`: what there is to quantize with, read from the files themselves."""
+"""`wf methods`: everything that is found by its name, read from the files themselves."""
 
-import importlib
 import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
 
-from wrinklefree.config.compose import CONFIGS
-from wrinklefree.core import method
-from wrinklefree.tracking.terminal import print_table
+from wrinklefree.config.compose import option_files
+from wrinklefree.core.find import EXPORT_FORMATS, KINDS, METHODS, Kind, files, summary
+from wrinklefree.export.flags import formats
+
+WIDTH = 80
 
 
 def run() -> None:
-    """Print every method's name, the first line of its documentation, and the training configs that use it."""
-    names = method.available()
-    print_table(["method", "what it does", "training="], [[n, _summary(n), ", ".join(_trainings(n))] for n in names])
+    """Print each kind's names with the first sentence of their files, and the training configs that use a method."""
+    print("\n\n".join("\n".join(section(kind)) for kind in KINDS))
 
 
-def _summary(name: str) -> str:
-    doc = importlib.import_module(f"{method.METHODS}.{name}").__doc__ or ""
-    return doc.strip().partition("\n")[0]
+def section(kind: Kind) -> Iterator[str]:
+    """The lines of one kind."""
+    yield f"{kind.word}s, by {kind.setting}; your own in {kind.folder}/"
+    found = formats() if kind is EXPORT_FORMATS else dict(sorted(files(kind).items()))
+    wide = max(len(name) for name in found) + 4
+    for name, path in found.items():
+        yield from _beside(f"  {name}", summary(path).removeprefix(f"`--format {name}`: "), wide)
+        if kind is METHODS and (chosen := trainings(name)):
+            yield from _beside("", f"training={', '.join(chosen)}", wide)
 
 
-def _trainings(name: str) -> list[str]:
+def _beside(label: str, text: str, wide: int) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=label.ljust(wide), subsequent_indent=" " * wide)
+
+
+def trainings(name: str) -> list[str]:
     """Training configs that choose this method in their defaults list."""
     chooses = re.compile(rf"override /method:\s*{re.escape(name)}\s*$", re.MULTILINE)
-    files = sorted((CONFIGS / "training").glob("*.yaml"))
-    return [file.stem for file in files if chooses.search(file.read_text(encoding="utf-8"))]
+    found: list[Path] = [path for path in option_files("training") if chooses.search(path.read_text(encoding="utf-8"))]
+    return [path.stem for path in found]

@@ -20,7 +20,7 @@ from wrinklefree.data.tokenizer import train_tokenizer
 from wrinklefree.distributed.world import leave_world
 from wrinklefree.evaluate.perplexity import Quality, measure
 from wrinklefree.models.load import Loaded, load_model
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.runs import launch
 from wrinklefree.runs.setup import Run, open_run, open_stream
 
@@ -60,7 +60,7 @@ def run(overrides: list[str], *, force: bool = False, processes: int | None = No
 def train(config: Config, force: bool) -> None:
     """Pretrain in this process, which is the only one or one of those that torchrun has started."""
     run = open_run(config, force, load=build_model)
-    objective = LanguageModelling(run.model, None, config.distillation, config.training.compile)
+    objective = LanguageModelling(run.model, config.distillation, compiled=config.training.compile)
     run.begin()
     run.placement.place(run.model)
     final = run.fit(run.model, objective, stream=Curriculum(run) if config.data.tests else None)

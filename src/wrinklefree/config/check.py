@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from pydantic import TypeAdapter, ValidationError
@@ -10,17 +10,27 @@ from pydantic import TypeAdapter, ValidationError
 from wrinklefree.config.schema import Config, QuantizationConfig
 from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.find import DATA_FORMATS, OBJECTIVES, SCHEDULES, find_named, names, unknown
 from wrinklefree.core.method import find
+from wrinklefree.core.text import did_you_mean
+
+NAMED = (OBJECTIVES, SCHEDULES, DATA_FORMATS)  # kinds that a setting of the schema names
 
 
-def check_config(values: Mapping[str, Any]) -> Config:
-    """Check plain values against the schema. Raises UserError with one line per mistake."""
-    problems = list(_without_section(values))
+def check_config(values: Mapping[str, Any], presets: Collection[str] | None = None) -> Config:
+    """Check plain values against the schema. Raises UserError with one line per mistake.
+
+    `presets` are the known names of `distillation`. Without them no name is looked up: the names of a run that was
+    trained elsewhere, where they were found, are believed.
+    """
+    problems = [*_without_section(values), *([] if presets is None else _unknown_names(values, presets))]
     config: Config = _check(Config, dict(values) | {"method": None}, "", problems)
     section = values.get("method")
     method = _check(find(section["name"]), section, "method.", problems) if _is_chosen(section) else None
     if not problems:
-        problems += [*_cached_kd(config), *_thinker(config, method)]
+        problems += _thinker(config, method)
+    if not problems and presets is not None:
+        problems += find_named(OBJECTIVES, config.training.objective).problems(config)
     if not problems:
         config.method = None if method is None else _quantization(method, config.model.quantization, problems)
     if problems:
@@ -67,25 +77,22 @@ def _thinker(config: Config, method: Any) -> Iterator[str]:
             yield f"model.quantization.{key}={bits}: has no effect on a thinker; name a quantized model by model=FOLDER"
 
 
-def _cached_kd(config: Config) -> Iterator[str]:
-    """What does not go together with `training.objective`."""
-    d, hard = (
-        config.distillation,
-        {"hard_top1": config.distillation.hard_top1, "hard_full": config.distillation.hard_full},
-    )
-    if config.training.objective != "cached_kd":
-        for key, value in {"cache": d.cache, **hard}.items():
-            if value:
-                yield f"distillation.{key}={value}: has no effect without training.objective=cached_kd"
-        return
-    if d.cache is None:
-        yield "distillation.cache: training.objective=cached_kd needs a folder that `wf cache` wrote"
-    if not d.weight and not any(hard.values()):
-        yield "distillation.weight=0: training.objective=cached_kd has nothing to learn from the cache; try 1"
-    running = {"teacher": d.teacher, "attention.weight": d.attention.weight, "hidden.enabled": d.hidden.enabled}
-    for key, value in running.items():
-        if value:
-            yield f"distillation.{key}={value}: needs a running teacher, and training.objective=cached_kd has none"
+def _unknown_names(values: Mapping[str, Any], presets: Collection[str]) -> Iterator[str]:
+    """One line for each setting that names something that is not there; the schema speaks of what is no text."""
+    for kind in NAMED:
+        name, known = _value(values, kind.setting), names(kind)
+        if isinstance(name, str) and name not in known:
+            yield f"{kind.setting}={name}: {unknown(kind, name, known)}"
+    name = _value(values, "distillation.name")
+    if isinstance(name, str) and name not in {*presets, "???"}:
+        yield f"distillation.name={name}: no such preset{did_you_mean(name, presets)}; available: {', '.join(presets)}"
+
+
+def _value(values: Mapping[str, Any], path: str) -> Any:
+    found: Any = values
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
 
 
 def _quantization(method: Any, given: QuantizationConfig, problems: list[str]) -> Any:

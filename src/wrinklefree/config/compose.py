@@ -39,10 +39,19 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def options(group: str) -> list[str]:
-    """The choices of a group: its YAML files, or every method found."""
+    """The choices of a group: its YAML files, the package's and the user's, or every method found."""
     if group == "method":
         return methods.available()
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    return sorted(path.stem for path in option_files(group))
+
+
+def option_files(group: str) -> list[Path]:
+    """The YAML files of a group. Raises UserError if the user's `configs/` has one of a name that the package has."""
+    own, users = (sorted((root / group).glob("*.yaml")) for root in (CONFIGS, Path.cwd() / "configs"))
+    for path in users:
+        if path.name in [mine.name for mine in own]:
+            raise UserError(f"{path}: the package has a {group}={path.stem} already; rename the file")
+    return own + users
 
 
 def resolve_model(override: str) -> list[str]:
@@ -63,7 +72,7 @@ def _names_a_model(value: str) -> bool:
 def load_config(overrides: list[str], config_name: str = "config") -> Config:
     """Compose the YAML with `a.b=c` overrides and check it. Raises UserError naming every mistake, one line each."""
     values = compose_values(overrides, config_name)
-    return check_config(values)
+    return check_config(values, options("distillation"))
 
 
 def compose_values(overrides: list[str], config_name: str = "config") -> dict[str, Any]:
@@ -86,6 +95,9 @@ def compose_values(overrides: list[str], config_name: str = "config") -> dict[st
     }
     plain = {f.name: f.default for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING}
     store.store("schema", {**plain, **{name: defaults(cls) for name, cls in sections.items()}})
+    for folder in CONFIGS.iterdir():
+        if folder.is_dir():
+            option_files(folder.name)  # refuses a file that would be overlooked
     for name in methods.available():
         store.store(name, defaults(methods.find(name)), group="method")
     store.store("trm", defaults(ThinkingConfig), group="thinking")

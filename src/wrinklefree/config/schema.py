@@ -57,7 +57,7 @@ class DataConfig(Node):
     subset: str | None = None
     split: str = "train"
     text_column: str = "text"
-    format: Literal["plain", "alpaca_chat", "openhermes", "sharegpt", "dolly"] = "plain"  # of a row
+    format: str = "plain"  # of a row: a file of data/formats/, or of data_formats/ where you stand
     enable_thinking: Literal[False, True, "both", "none", "all"] = False  # conversations with or without thoughts
     mask_prompt: bool = False  # learn the last answer of a conversation alone
     heldout_path: str | None = None  # local: a file; without it, every 20th document is held out
@@ -82,7 +82,7 @@ class OptimizerConfig(Node):
 class SchedulerConfig(Node):
     """Learning rate over real optimizer steps."""
 
-    name: Literal["wsd", "cosine", "linear"] = "wsd"
+    name: str = "wsd"  # a file of training/schedules/, or of schedules/ where you stand
     warmup_ratio: Fraction = 0.05
     decay_ratio: Fraction = 0.15  # wsd only
     min_lr_ratio: Fraction = 0.0
@@ -108,7 +108,7 @@ class TrainingConfig(Node):
     """One stage of training."""
 
     stage: str
-    objective: Literal["language_modelling", "cached_kd"] = "language_modelling"  # cached_kd: distillation.cache
+    objective: str = "language_modelling"  # a file of objectives/kinds/, or of objectives/ where you stand
     start_from: list[str] = field(default_factory=list)  # earlier stages or folders; the first that is there
     total_tokens: Positive | Auto = "auto"
     max_steps: Natural | None = None  # wins over total_tokens; 0 prepares and saves
@@ -165,7 +165,7 @@ class HiddenConfig(Node):
 class DistillationConfig(Node):
     """The loss: `ce_weight` x cross entropy + `weight` x KL to the teacher at `temperature`, and what is below."""
 
-    name: Literal["none", "logits", "layerwise", "classification", "summarization"]
+    name: str  # the preset: a file of configs/distillation/, the package's or where you stand
     weight: NonNegative = 0.0
     ce_weight: NonNegative = 1.0
     temperature: PositiveFloat = 1.0

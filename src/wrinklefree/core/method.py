@@ -3,9 +3,7 @@
 A file `methods/<name>.py` with a class `Config` is the whole registration: `find("<name>")` imports it.
 """
 
-import importlib
 import logging
-import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,16 +17,14 @@ from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.effective import EffectiveWeight
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.find import METHODS, find_named, names
 from wrinklefree.core.forms import Form
 from wrinklefree.core.inputs import compute_dtype, int8_per_token
 from wrinklefree.core.norm import RMSNorm
 from wrinklefree.core.ste import straight_through
-from wrinklefree.core.text import did_you_mean
 
 log = logging.getLogger("wrinklefree")
 
-
-METHODS = "wrinklefree.methods"
 
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -179,15 +175,12 @@ def refresh(model: nn.Module, dtype: torch.dtype) -> None:
         layer.effective_weight(dtype)
 
 
-def available(package: str = METHODS) -> list[str]:
-    """Names of all methods: the files of the folder."""
-    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
+def available() -> list[str]:
+    """Names of all methods."""
+    return names(METHODS)
 
 
-def find(name: str, package: str = METHODS) -> type[QuantMethod]:
-    """The config class of a method: `wrinklefree.methods.<name>.Config`. Raises UserError for an unknown name."""
-    names = available(package)
-    if name not in names:
-        raise UserError(f"unknown method {name!r}{did_you_mean(name, names)}; available: {', '.join(names)}")
-    config: type[QuantMethod] = importlib.import_module(f"{package}.{name}").Config
+def find(name: str) -> type[QuantMethod]:
+    """The config class of a method: `Config` of its file. Raises UserError for an unknown name."""
+    config: type[QuantMethod] = find_named(METHODS, name)
     return config

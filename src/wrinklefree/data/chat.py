@@ -1,17 +1,11 @@
-"""Conversations: rows of the usual instruction datasets as messages, and messages as text by the chat template.
-
-    alpaca_chat   instruction, input (may be empty or missing), output
-    openhermes    conversations: [{from, value}]
-    sharegpt      conversations, messages or dialog: [{from | role, value | content}]
-    dolly         instruction, context (may be empty or missing), response
+"""Conversations: messages as text by the chat template, for the data formats that have messages.
 
 Thinking, for models that write a thought before they answer (Qwen3): `true` is what the template writes, `false` that
 without <think>...</think>, `none` the bare contents without a template, `both` and `all` one document of each kind.
 """
 
 import re
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,14 +28,18 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, format: str, thinking: Thinking, mask_prompt: bool, row: Row, where: str
-) -> Document:
-    """A row as text; with `mask_prompt` the last answer alone is learned. A row without an answer comes back empty.
+class Reading(NamedTuple):
+    """How the rows of a data set become documents."""
 
-    Raises UserError naming `where` for a row that is not of its format.
-    """
-    messages = FORMATS[format](row, where)
+    tokenizer: PreTrainedTokenizerBase
+    column: str = "text"
+    thinking: Thinking = False
+    mask_prompt: bool = False
+
+
+def conversation(messages: list[Message], reading: Reading, where: str) -> Document:
+    """Messages as text; with `mask_prompt` the last answer alone is learned. Without an answer the text is empty."""
+    tokenizer, _, thinking, mask_prompt = reading
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         return ""
     text = write(tokenizer, messages, thinking, where)
@@ -77,28 +75,18 @@ def write(
     return str(text) if thinking else THOUGHT.sub("", str(text))
 
 
-def _alpaca(row: Row, where: str) -> list[Message]:
-    return _turns(_text(row, "instruction", where), _optional(row, "input"), _text(row, "output", where), "\n\n")
-
-
-def _dolly(row: Row, where: str) -> list[Message]:
-    context = _optional(row, "context")
-    return _turns(_text(row, "instruction", where), context, _text(row, "response", where), "\n\nContext:\n")
-
-
-def _turns(instruction: str, more: str, answer: str, between: str) -> list[Message]:
+def turns(instruction: str, more: str, answer: str, between: str) -> list[Message]:
+    """A question, with what belongs to it after `between`, and its answer."""
     question = instruction + between + more if more.strip() else instruction
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _conversation(columns: tuple[str, ...]) -> Callable[[Row, str], list[Message]]:
-    def read(row: Row, where: str) -> list[Message]:
-        turns = next((row[column] for column in columns if row.get(column)), None)
-        if not isinstance(turns, list):
-            raise UserError(f"{where}: no list in {' or '.join(columns)}; there are {', '.join(map(str, row))}")
-        return [_message(turn, where) for turn in turns]
-
-    return read
+def listed(row: Row, columns: tuple[str, ...], where: str) -> list[Message]:
+    """The messages in the first of `columns` that has any."""
+    given = next((row[column] for column in columns if row.get(column)), None)
+    if not isinstance(given, list):
+        raise UserError(f"{where}: no list in {' or '.join(columns)}; there are {', '.join(map(str, row))}")
+    return [_message(turn, where) for turn in given]
 
 
 def _message(turn: Any, where: str) -> Message:
@@ -110,20 +98,14 @@ def _message(turn: Any, where: str) -> Message:
     return {"role": ROLES[role], "content": content}
 
 
-def _text(row: Row, column: str, where: str) -> str:
+def text(row: Row, column: str, where: str) -> str:
+    """A column that has to be text."""
     if not isinstance(row.get(column), str):
         raise UserError(f"{where}: no text in {column!r}; there are {', '.join(map(str, row))}: another data.format?")
     return str(row[column])
 
 
-def _optional(row: Row, column: str) -> str:
+def optional(row: Row, column: str) -> str:
+    """A column that may be missing or empty."""
     value = row.get(column)
     return value if isinstance(value, str) else ""
-
-
-FORMATS: dict[str, Callable[[Row, str], list[Message]]] = {
-    "alpaca_chat": _alpaca,
-    "openhermes": _conversation(("conversations",)),
-    "sharegpt": _conversation(("conversations", "messages", "dialog")),
-    "dolly": _dolly,
-}

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.find import DATA_FORMATS, find_module, find_named
 from wrinklefree.data import chat, sources, stdlib, stdlib_kind, tasks
 from wrinklefree.data.packing import BatchStream, encode, make_batch, pack, pack_whole, spread
 from wrinklefree.data.sources import Document, Example, Source, Split
@@ -108,7 +109,7 @@ def file_batches(
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    rows = sources.read(path, _render(tokenizer, text_column), piece=-1)
+    rows = sources.read(path, _render("plain", chat.Reading(tokenizer, text_column)), piece=-1)
     texts = [text for text in rows if not sources.is_blank(text)]
     if not texts:
         raise UserError(f"{path}: no text to evaluate on")
@@ -144,10 +145,10 @@ class _Rows(NamedTuple):
 
 def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> _Rows:
     if config.source != "downstream":
-        render = _render(tokenizer, config.text_column)
+        reading = chat.Reading(tokenizer, config.text_column, thinking, config.mask_prompt)
+        render = _render(config.format, reading)
         name = f"data.path={config.path}"
         if config.format != "plain":
-            render = partial(chat.render, tokenizer, config.format, thinking, config.mask_prompt)
             name += f" data.format={config.format} data.enable_thinking={config.enable_thinking}"
         instead = "data=stdlib, or data=local data.path=FILE_OR_FOLDER"
         return _Rows(
@@ -250,32 +251,22 @@ def _refuse_unread(config: DataConfig) -> None:
         value = vars(config)[key]
         if config.source not in readers and value != vars(defaults)[key]:
             raise UserError(f"data.{key}={value} has no effect with data.source={config.source}: leave it out")
-    for key in ("enable_thinking", "mask_prompt"):
-        if config.format == "plain" and vars(config)[key]:
-            raise UserError(f"data.{key}={vars(config)[key]} has no effect with data.format=plain: leave it out")
-    if config.format != "plain" and config.text_column != "text":
-        raise UserError(f"data.text_column={config.text_column} has no effect with data.format={config.format}")
+    for key in ("enable_thinking", "mask_prompt", "text_column"):
+        value = vars(config)[key]
+        if value != vars(defaults)[key] and key not in _read_by_format(config.format):
+            raise UserError(f"data.{key}={value} has no effect with data.format={config.format}: leave it out")
     if _is_builtin(config) and config.path is not None:
         raise UserError(f"data.path={config.path} has no effect with task={config.task}: leave it out")
     if config.source == "downstream" and config.heldout_path is not None and config.path is None:
         raise UserError(f"data.heldout_path={config.heldout_path} has no effect without data.path: leave it out")
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, column: str) -> sources.Render:
-    return partial(sources.row_text, column=column, chat=partial(_chat, tokenizer))
+def _read_by_format(name: str) -> tuple[str, ...]:
+    """The settings that a data format states it reads."""
+    reads: tuple[str, ...] = vars(find_module(DATA_FORMATS, name)).get("READS", ())
+    return reads
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, row: sources.Row, where: str) -> str:
-    """A row's `messages`, a list of {role, content}, as text by the tokenizer's chat template."""
-    from jinja2 import TemplateError
-
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{where}: messages, but tokenizer {tokenizer.name_or_path!r} has no chat template to write them"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-    except (TemplateError, TypeError) as error:
-        raise UserError(
-            f"{where}: messages must be a list of {{role, content}}; the chat template says: {error}"
-        ) from error
+def _render(format: str, reading: chat.Reading) -> sources.Render:
+    document = find_named(DATA_FORMATS, format)
+    return lambda row, where: document(row, reading, where)

@@ -15,8 +15,8 @@ from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core.batch import Batch, labelled
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.sharding import whole_layers
+from wrinklefree.objectives.kinds.language_modelling import compare
 from wrinklefree.objectives.language_model import BodyAndHead
-from wrinklefree.objectives.language_modelling import compare
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What an objective is, and how large a share of the loss each of its terms has."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from wrinklefree.config.schema import Config, DistillationConfig
 from wrinklefree.core.batch import Batch
 
 log = logging.getLogger("wrinklefree")
@@ -12,7 +13,33 @@ log = logging.getLogger("wrinklefree")
 
 Metrics = dict[str, Tensor]
 
-Objective = Callable[[nn.Module, Batch], Iterator[tuple[Tensor, Metrics]]]
+
+class Objective:
+    """Base of what a batch is trained for."""
+
+    @classmethod
+    def needs_teacher(cls, config: DistillationConfig) -> bool:
+        """Whether a teacher has to run beside the student."""
+        return False
+
+    @classmethod
+    def problems(cls, config: Config) -> Iterator[str]:
+        """One line for each setting that does not go together with this objective; by default, what none but a KD
+        cache's reader reads."""
+        d = config.distillation
+        for key, value in {"cache": d.cache, "hard_top1": d.hard_top1, "hard_full": d.hard_full}.items():
+            if value:
+                yield f"distillation.{key}={value}: has no effect without training.objective=cached_kd"
+
+    def on_step(self, step: int, max_steps: int) -> None:
+        """Set what follows a schedule, before optimizer step `step` (from 0) of `max_steps`."""
+
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+        """Yield a loss, which is a mean over the batch's labelled tokens, and any number of named metrics.
+
+        Each yield is one backward pass. Deep supervision and policy gradients yield more than once per batch.
+        """
+        raise TypeError(f"{type(self).__name__} must define __call__()")
 
 
 class Shares:

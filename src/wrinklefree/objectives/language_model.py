@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.find import OBJECTIVES, find_named
 from wrinklefree.core.inputs import compute_dtype
+from wrinklefree.objectives.base import Objective, Shares
 
 
 class BodyAndHead:
@@ -55,3 +58,27 @@ def check_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None
             f"distillation.teacher: vocabulary of {other} tokens, the model's has {mine}: "
             f"distillation needs the same tokenizer"
         )
+
+
+class LanguageObjective(Objective):
+    """Base of what `training.objective` names: it has a student, perhaps a teacher, and the distillation section."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        config: DistillationConfig,
+        teacher: PreTrainedModel | None = None,
+        compiled: bool = False,
+    ) -> None:
+        """Raises UserError for a teacher that does not fit the student."""
+        self.student = BodyAndHead(student, compiled)
+        self.teacher = None if teacher is None else BodyAndHead(teacher, compiled)
+        self.config, self.shares = config, Shares()
+        if teacher is not None:
+            check_vocabulary(student, teacher)
+
+
+def find_objective(name: str) -> type[LanguageObjective]:
+    """The class of an objective. Raises UserError for an unknown name."""
+    found: type[LanguageObjective] = find_named(OBJECTIVES, name)
+    return found

@@ -1,8 +1,8 @@
 """Losses: over the vocabulary in chunks of tokens, between hidden states, between relations inside of attention.
 
 The logits of 2,048 tokens over 150,000 words take 1.2 GB in fp32, several times over in a plain loss. Here they exist
-for one chunk at a time: `HeadLoss` works out a chunk's loss and its gradients towards the hidden states and the head in
-one go, then forgets the logits.
+for one chunk at a time: `head_loss` works out a chunk's loss and its gradients towards the hidden states and the head,
+then forgets the logits.
 
 With logits z of the student, y of the teacher, labels t, temperature T, over the N tokens that have a label:
     CE = -1/N sum log softmax(z)[t]            KL = T^2/N sum_v softmax(y/T) (log softmax(y/T) - log softmax(z/T))
@@ -35,7 +35,8 @@ CHUNK = 1024  # tokens; at 150k words 0.6 GB of fp32 logits
 
 NEVER = -1e4  # the logit of a word of no weight, at any temperature; finite, so that 0 x it is 0
 
-ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+# Of the logits of a chunk and its rows: a sum of losses, and sums of any named metrics.
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,19 @@ def token_losses(
     `teacher` is the teacher's (states [N, D'], head [V, D']). Without any, all are 0.
     """
 
-    def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         ce = F.cross_entropy(logits, targets[part], reduction="sum")
         if teacher is None:
-            return ce_weight * ce, torch.stack([ce.detach(), ce.new_zeros(()), ce.new_zeros(())])
+            zero = ce.new_zeros(())
+            return ce_weight * ce, {"ce": ce, "kl": zero, "same_top1": zero}
         with torch.no_grad():
             other = F.linear(teacher[0][part], teacher[1]).float()
         kl = kl_divergence(logits, other, temperature) * (temperature**2 if tau_squared else 1)
         agree = (logits.argmax(-1) == other.argmax(-1)).sum()
-        return ce_weight * ce + kl_weight * kl, torch.stack([ce.detach(), kl.detach(), agree.to(ce.dtype)])
+        return ce_weight * ce + kl_weight * kl, {"ce": ce, "kl": kl, "same_top1": agree.to(ce.dtype)}
 
-    loss, sums = HeadLoss.apply(states, head, chunk_loss, torch.is_grad_enabled())
-    count = max(1, len(targets))
-    ce, kl, agree = sums / count
-    return TokenLosses(loss / count, ce, kl, agree)
+    loss, metrics = head_loss(states, head, chunk_loss)
+    return TokenLosses(loss, **metrics)
 
 
 def kl_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -131,7 +131,7 @@ def cached_losses(
     """The loss of states [N, D] under a head [V, D], labels [N] and a cached teacher."""
     full_share = len(targets) / teacher.last.sum().clamp_min(1)  # makes a mean over N one over sequences
 
-    def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         known = teacher.logits[part]
         own = Support.apply(logits, teacher.ids[part])  # [n, S + 1]
         own = own.masked_fill(F.pad(known <= NEVER, (0, 1)), NEVER)
@@ -145,12 +145,10 @@ def cached_losses(
         loss = kl_weight * kl + hard
         if ce_weight:  # or else nothing of it goes backward
             loss = loss + ce_weight * ce
-        return loss, torch.stack([ce, kl, hard]).detach()
+        return loss, {"ce": ce, "kl": kl, "hard": hard}
 
-    loss, sums = HeadLoss.apply(states, head, chunk_loss, torch.is_grad_enabled())
-    count = max(1, len(targets))
-    ce, kl, hard = sums / count
-    return CachedLosses(loss / count, ce, kl, hard)
+    loss, metrics = head_loss(states, head, chunk_loss)
+    return CachedLosses(loss, **metrics)
 
 
 def same_document(positions: Tensor) -> Tensor:
@@ -206,21 +204,34 @@ class Support(torch.autograd.Function):
         return (weights * (grad[:, -1:] / total)).scatter_add_(-1, ids, grad[:, :-1]), None
 
 
+def head_loss(states: Tensor, head: Tensor, chunk_loss: ChunkLoss) -> tuple[Tensor, dict[str, Tensor]]:
+    """Means over rows [N, D] of the loss of `states @ head.T` and of its metrics, which are detached."""
+    sums: dict[str, Tensor] = {}
+    total = HeadLoss.apply(states, head, chunk_loss, torch.is_grad_enabled(), sums)
+    count = max(1, len(states))
+    return total / count, {name: value / count for name, value in sums.items()}
+
+
 class HeadLoss(torch.autograd.Function):
     """Sum of `chunk_loss(states @ head.T, rows)` over chunks of rows, keeping one chunk of logits at a time."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, head: Tensor, chunk_loss: ChunkLoss, trains: bool) -> tuple[Tensor, Tensor]:
-        total, sums = states.new_zeros((), dtype=torch.float32), states.new_zeros(3, dtype=torch.float32)
+    def forward(
+        ctx: Any, states: Tensor, head: Tensor, chunk_loss: ChunkLoss, trains: bool, sums: dict[str, Tensor]
+    ) -> Tensor:
+        """Add each chunk's metrics to `sums`; without rows, those of an empty chunk."""
+        total = states.new_zeros((), dtype=torch.float32)
         grad_states = torch.empty_like(states) if trains else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if trains else None
         weight = head.detach().to(states.dtype)
-        for start in range(0, len(states), CHUNK):
+        for start in range(0, max(1, len(states)), CHUNK):
             part = slice(start, start + CHUNK)
             with torch.set_grad_enabled(trains):
                 logits = F.linear(states[part].detach(), weight).float().requires_grad_(trains)
-                loss, values = chunk_loss(logits, part)
-            total, sums = total + loss.detach(), sums + values
+                loss, metrics = chunk_loss(logits, part)
+            total = total + loss.detach()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0) + value.detach()
             if grad_states is not None and grad_head is not None:
                 (grad_logits,) = torch.autograd.grad(loss, logits)
                 grad_logits = grad_logits.to(weight.dtype)
@@ -228,10 +239,10 @@ class HeadLoss(torch.autograd.Function):
                 grad_head += grad_logits.T @ states[part]
         ctx.head_dtype = head.dtype
         ctx.save_for_backward(grad_states, grad_head)
-        ctx.mark_non_differentiable(sums)
-        return total, sums
+        return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, grad_sums: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_states, grad_head = ctx.saved_tensors
-        return grad_states * grad_total.to(grad_states.dtype), (grad_head * grad_total).to(ctx.head_dtype), None, None
+        scaled = grad_states * grad_total.to(grad_states.dtype)
+        return scaled, (grad_head * grad_total).to(ctx.head_dtype), None, None, None

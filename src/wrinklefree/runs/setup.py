@@ -30,9 +30,9 @@ from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
 from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
 from wrinklefree.models.load import Loaded, load_pretrained
 from wrinklefree.objectives.base import Objective
-from wrinklefree.objectives.cached_kd import CachedKD
+from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs.folder import make_run_folder, resume_point
-from wrinklefree.training.loop import Evaluate, fit
+from wrinklefree.training.loop import Evaluate, OnStep, do_nothing, fit
 from wrinklefree.training.plan import Plan, choose_length, make_plan
 from wrinklefree.training.state import Stream
 
@@ -83,9 +83,14 @@ class Run:
         teacher: PreTrainedModel | None = None,
         stream: Stream | None = None,
         evaluate: Evaluate | None = None,
-        on_step: Callable[[nn.Module, int], None] = lambda model, step: None,
+        on_step: OnStep | None = None,
     ) -> Path:
-        """Train `model`, which has been placed with its teacher, and return the folder `final/`."""
+        """Train `model`, which has been placed with its teacher, and return the folder `final/`.
+
+        Before each step `on_step` is called, or without it the method's.
+        """
+        if on_step is None and self.config.method is not None:
+            on_step = self.config.method.on_step
         return fit(
             model,
             objective,
@@ -99,7 +104,7 @@ class Run:
             evaluate=evaluate or evaluator(self.config, self.tokenizer),
             placement=self.placement.only(model, teacher),
             resume=self.resume,
-            on_step=on_step,
+            on_step=on_step or do_nothing,
         )
 
     def quality(

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
@@ -25,9 +24,7 @@ from wrinklefree.export.card import card
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.generate.generate import complete
 from wrinklefree.models.load import load_model, load_pretrained
-from wrinklefree.objectives.cached_kd import CachedKD
-from wrinklefree.objectives.language_model import check_vocabulary
-from wrinklefree.objectives.language_modelling import LanguageModelling
+from wrinklefree.objectives.language_model import LanguageObjective, check_vocabulary, find_objective
 from wrinklefree.runs import prerequisites, setup
 from wrinklefree.runs.report import Results
 from wrinklefree.runs.setup import Run, open_run
@@ -72,13 +69,7 @@ def train_stage(config: Config, force: bool) -> None:
     measured.judge("full_precision", reference)
     if config.method is not None or start is not None:
         measured.judge("one_shot", student)
-
-    def on_step(model: nn.Module, step: int) -> None:
-        objective.on_step(step, run.plan.max_steps)
-        if config.method is not None:
-            config.method.on_step(model, step)
-
-    run.fit(student, objective, teacher=teacher, stream=stream, on_step=on_step)
+    run.fit(student, objective, teacher=teacher, stream=stream)
     measured.judge("trained", student)
     if run.is_main:
         if isinstance(run.placement, Sharded):  # what follows looks at whole models
@@ -130,8 +121,8 @@ def calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 
 def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel | None:
-    """The model to distil from: none, also where a cache has its answers, the original, or `distillation.teacher`."""
-    if config.distillation.name == "none" or config.training.objective == "cached_kd":
+    """The model to distil from, if the objective needs one: the original, or `distillation.teacher`."""
+    if not find_objective(config.training.objective).needs_teacher(config.distillation):
         return None
     if config.distillation.teacher is None:
         return original
@@ -140,13 +131,10 @@ def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel
     return teacher.to(original.device).requires_grad_(False)
 
 
-def choose_objective(
-    config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None
-) -> LanguageModelling | CachedKD:
+def choose_objective(config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None) -> LanguageObjective:
     """What `training.objective` names."""
-    if config.training.objective == "cached_kd":
-        return CachedKD(student, config.distillation, config.training.compile)
-    return LanguageModelling(student, teacher, config.distillation, config.training.compile)
+    objective = find_objective(config.training.objective)
+    return objective(student, config.distillation, teacher, config.training.compile)
 
 
 def finish(

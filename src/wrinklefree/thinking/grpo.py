@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wrinklefree.config.thinking import GRPOConfig
 from wrinklefree.core.batch import Batch
-from wrinklefree.objectives.base import Metrics
+from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.hidden_pairs import answers_of, prompts_of
 from wrinklefree.thinking.injection import speak_thoughts
@@ -41,7 +41,7 @@ class Rollout(NamedTuple):
     kept: Tensor  # the share of the prompts that is
 
 
-class GRPO:
+class GRPO(Objective):
     """The objective of reinforcement, over batches of `HiddenPairs`: their answers are the right ones."""
 
     def __init__(self, model: LatentThinker, speaker: Speaker, config: GRPOConfig) -> None:
@@ -50,10 +50,7 @@ class GRPO:
             block.dropout = 0.0  # type: ignore[assignment]  # old and new log-probabilities are of one function
         self.reference = copy.deepcopy(model).requires_grad_(False).eval()
 
-    def on_step(self, step: int, max_steps: int) -> None:
-        """No term follows a schedule."""
-
-    def __call__(self, model: object, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
         rollout = self.roll_out(batch)
         measured = {"reward": rollout.reward, "kept": rollout.kept}
         old = self.log_probs(self.thinker, batch, rollout)[0].detach() if rollout.answers else None

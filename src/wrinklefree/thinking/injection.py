@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wrinklefree.config.thinking import InjectionConfig
 from wrinklefree.core.batch import Batch
-from wrinklefree.objectives.base import Metrics
+from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, answers_of, prompts_of, rows_of
 from wrinklefree.thinking.network import LatentThinker
@@ -21,16 +21,13 @@ from wrinklefree.thinking.speech import Speaker
 RIDGE = 1e-3  # of the mean square of the states
 
 
-class Injection:
+class Injection(Objective):
     """The objective of `adapter` and `pause`, over batches of `HiddenPairs`."""
 
     def __init__(self, model: LatentThinker, speaker: Speaker, config: InjectionConfig) -> None:
         self.thinker, self.speaker, self.config = model, speaker, config
 
-    def on_step(self, step: int, max_steps: int) -> None:
-        """No term follows a schedule."""
-
-    def __call__(self, model: object, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
         prompts, answers = prompts_of(batch), answers_of(batch)
         targets = torch.cat(answers)
         with torch.no_grad():

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from wrinklefree.core.batch import IGNORE, Batch
-from wrinklefree.objectives.base import Metrics
+from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking.moments import RIDGE
 from wrinklefree.thinking.network import DimensionCompressor
@@ -110,7 +110,7 @@ def metrics(sums: Sums) -> Metrics:
     return found | {name: sums[name] / count for name in ("kl", "top1_agreement", "loss") if name in sums}
 
 
-class Reconstruction:
+class Reconstruction(Objective):
     """The objective of a compressor, over marked batches."""
 
     def __init__(
@@ -123,7 +123,7 @@ class Reconstruction:
             ridge = RIDGE * metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype)
             self.metric = (metric + ridge).float().to(compressor.weight.device)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
         states = real_states(self.decoder, batch)
         rebuilt = self.compressor(states)
         found = metrics(sums_of(states, rebuilt.detach()))

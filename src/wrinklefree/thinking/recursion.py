@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wrinklefree.config.thinking import NetworkConfig
 from wrinklefree.core.batch import Batch
-from wrinklefree.objectives.base import Metrics
+from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking.hidden_pairs import HiddenPairs
 from wrinklefree.thinking.network import LatentThinker
@@ -32,7 +32,7 @@ def prompt_of(thinker: LatentThinker, batch: Batch) -> tuple[Tensor, Tensor]:
     return states, places < batch["prompt_length"][:, None]
 
 
-class Recursion:
+class Recursion(Objective):
     """The objective of the network, in either mode, over batches of `HiddenPairs`."""
 
     def __init__(self, model: LatentThinker, decoder: BodyAndHead, config: NetworkConfig) -> None:
@@ -44,7 +44,7 @@ class Recursion:
         self.sampling = step >= self.config.sampled_from * max_steps
         self.thinker.update_average(min(self.config.ema_decay, (1 + step) / (AVERAGE_WARMUP + step)))
 
-    def __call__(self, model: object, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
         if self.config.mode == "trajectory":
             yield self.trajectory(batch)
         else:

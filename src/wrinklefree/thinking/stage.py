@@ -1,12 +1,12 @@
 """What the stages that train on hidden pairs share: the set-up, the loop, the judging of answers, the report."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import Config
@@ -16,7 +16,7 @@ from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.distributed.world import leave_world
-from wrinklefree.objectives.base import Metrics
+from wrinklefree.objectives.base import Objective
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.thinking import hidden_pairs, loading
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, answers_of, prompts_of
@@ -30,14 +30,6 @@ WHITENED_PAIRS = 2048  # that the mean and deviation of compressed states are ta
 HELDOUT_BATCH = 250
 
 Figures = dict[str, float]
-
-
-class StageObjective(Protocol):
-    """An objective with a schedule."""
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]: ...
-
-    def on_step(self, step: int, max_steps: int) -> None: ...
 
 
 class StageSetup(NamedTuple):
@@ -92,7 +84,7 @@ def whiten(thinker: LatentThinker, train: HiddenPairs) -> None:
     thinker.deviation.copy_(deviation.clamp(min=1e-3 * deviation.max()))
 
 
-def train_stage(setup: StageSetup, objective: StageObjective, evaluate: Callable[[nn.Module], Figures]) -> Path:
+def train_stage(setup: StageSetup, objective: Objective, evaluate: Callable[[nn.Module], Figures]) -> Path:
     """Train on the hidden pairs; the folder of the thinker that is kept."""
     run, config = setup.run, setup.run.config
     stream = ShuffledStream(
@@ -104,11 +96,7 @@ def train_stage(setup: StageSetup, objective: StageObjective, evaluate: Callable
         rank=run.world.rank,
         world_size=run.world.size,
     )
-
-    def on_step(model: nn.Module, step: int) -> None:
-        objective.on_step(step, run.plan.max_steps)
-
-    return run.fit(setup.thinker, objective, stream=stream, evaluate=evaluate, on_step=on_step)
+    return run.fit(setup.thinker, objective, stream=stream, evaluate=evaluate)
 
 
 def spoken_accuracy(setup: StageSetup, speaker: Speaker) -> Callable[[nn.Module], Figures]:

@@ -26,7 +26,7 @@ def _first_nonfinite(run: TrainingState) -> str:
         if not _finite(parameter, run.world):
             return f"weight {name} is not finite"
     with _first_bad_output(run.model) as bad, run.autocast():
-        run.placement.with_whole_parameters(lambda: [None for _ in run.objective(run.model, run.last_batch)])
+        run.placement.with_whole_parameters(lambda: [None for _ in run.objective(run.last_batch)])
     found = [name for names in gather(bad[:1], run.world) for name in names]
     if found:
         return f"layer {found[0]} gives values that are not finite"

@@ -29,15 +29,21 @@ from wrinklefree.distributed.sharding import Whole
 from wrinklefree.distributed.world import World, any_of, barrier, sum_over_processes
 from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.tracking.run_log import Silent, Tracker
-from wrinklefree.training import checkpoint, optim, schedule, storage
+from wrinklefree.training import checkpoint, optim, storage
 from wrinklefree.training.diagnose import explain_nonfinite
 from wrinklefree.training.plan import Plan
+from wrinklefree.training.schedule import rates
 from wrinklefree.training.state import Stream, TrainingState
 
 log = logging.getLogger("wrinklefree")
 
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
+OnStep = Callable[[nn.Module, int], None]  # the model and the number of the step that comes, from 0
+
+
+def do_nothing(model: nn.Module, step: int) -> None:
+    """The `on_step` of a training without schedules inside its model."""
 
 
 def fit(
@@ -54,7 +60,7 @@ def fit(
     evaluate: Evaluate,
     placement: Whole | None = None,
     resume: Path | None = None,
-    on_step: Callable[[nn.Module, int], None] = lambda model, step: None,
+    on_step: OnStep = do_nothing,
 ) -> Path:
     """Train to `plan.max_steps` in the run folder `out`; return `out/final`, with `keep_best` the best model.
 
@@ -75,7 +81,7 @@ def fit(
         run.load_state(resume)
     if t.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    losses = _losses(run)
+    losses, rate = _losses(run), rates(t.scheduler, plan.max_steps)
     model.train()
     first = run.step
     row: dict[str, float] = {}
@@ -96,8 +102,9 @@ def fit(
                 break
             if stop:
                 raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
+            objective.on_step(run.step, plan.max_steps)
             on_step(model, run.step)
-            row = _step(run, losses)
+            row = _step(run, losses, rate(run.step))
             tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
     model.eval()
     return _finish(run)
@@ -119,7 +126,7 @@ def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
     """An endless stream of (loss, metrics), however many a batch yields."""
     for batch in run.stream:
         run.last_batch = {name: tensor.to(run.world.device) for name, tensor in batch.items()}
-        results = run.objective(run.model, run.last_batch)
+        results = run.objective(run.last_batch)
         while True:
             with run.autocast():  # not around the yield: backward runs outside of autocast
                 result = run.placement.with_whole_parameters(partial(next, results, None))
@@ -128,10 +135,9 @@ def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
             yield result
 
 
-def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]]) -> dict[str, float]:
-    """One optimizer step; returns its row of the log."""
+def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: float) -> dict[str, float]:
+    """One optimizer step at `factor` x the peak learning rates; returns its row of the log."""
     t, started = run.training, time.perf_counter()
-    factor = _rate(run)
     optim.set_rate(run.optimizers, factor)
     if t.compile:
         refresh(run.model, run.plan.dtype)
@@ -175,13 +181,6 @@ def _means(sums: Metrics, world: World) -> tuple[dict[str, float], float]:
     totals = sum_over_processes(sums, world)
     count = max(1.0, totals.pop("count"))
     return {name: value / count for name, value in totals.items()}, count
-
-
-def _rate(run: TrainingState) -> float:
-    s = run.training.scheduler
-    return schedule.rate(
-        s.name, run.step, run.plan.max_steps, warmup=s.warmup_ratio, decay=s.decay_ratio, floor=s.min_lr_ratio
-    )
 
 
 def _evaluate(run: TrainingState, evaluate: Evaluate) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""One export format each, found by its name."""
+"""Export formats, found by name: each file defines `write` and states the rest about itself (`export/flags.py`)."""

@@ -25,6 +25,8 @@ from wrinklefree.export.views.dense import refuse_norms, unquantized_state
 from wrinklefree.export.views.lut import Palette, palettes
 from wrinklefree.tracking.terminal import short_size
 
+NEXT = "ANEMLL's converter, with {target}/model_state_dict.pt"
+
 FILE = "model_state_dict.pt"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -20,6 +20,8 @@ from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import unquantized_state
 from wrinklefree.export.views.ternary import Ternary, one_scale, ternary_layers
 
+NEXT = "AutoModelForCausalLM.from_pretrained('{target}')"
+
 KL = 1e-3  # nats; int8 rounding may go the other way at a single token
 
 

@@ -23,6 +23,8 @@ from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import refuse_norms, unquantized_state
 from wrinklefree.export.views.ternary import Ternary, ternary_layers
 
+NEXT = "vllm serve {target}"
+
 KL = 0.02  # nats; see above
 
 

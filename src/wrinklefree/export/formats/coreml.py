@@ -34,6 +34,14 @@ from wrinklefree.tracking.terminal import short_size
 if TYPE_CHECKING:
     from wrinklefree.export.coreml.program import Sizes
 
+NEXT = "on macOS 15, coremltools.models.MLModel('{target}/model.mlpackage', function_name='prefill')"
+OPTIONS = {
+    "factored_rank": {
+        "min": 0,
+        "help": "Core ML: layers with more scale products than this (default 8) become fp16 weights.",
+    }
+}
+
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "BitNetForCausalLM")
 ROTARY = ("default", "linear", "llama3", "yarn")  # tables that do not depend on the length of the text
 

@@ -15,6 +15,8 @@ from wrinklefree.core.method import rounds_inputs
 from wrinklefree.export.proof.agreement import compare, judge
 from wrinklefree.export.views.dense import dense_model, refuse_norms
 
+NEXT = "wf eval {target}"
+
 KL_WEIGHTS, KL_ACTIVATIONS = 1e-6, 0.05  # nats: the same computation; without the trained rounding of activations
 
 

@@ -27,6 +27,14 @@ from wrinklefree.export.views.dense import refuse_norms, unquantized_state
 from wrinklefree.export.views.ternary import Ternary, ternary_layers
 from wrinklefree.tracking.terminal import short_size
 
+NEXT = "llama-cli -m {target}/model.gguf -p 'def '"
+OPTIONS = {
+    "gguf_type": {
+        "choices": ["tq2_0", "tq1_0"],
+        "help": "GGUF: ternary layers at 2.06 (tq2_0, the default) or 1.69 bits a weight.",
+    }
+}
+
 GgufType = Literal["tq2_0", "tq1_0"]
 
 ARCHITECTURES = {

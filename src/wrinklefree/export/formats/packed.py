@@ -1,4 +1,4 @@
-"""Writes the packed folder that transformers reads; docs/formats.md describes it.
+"""`--format hf`: the packed folder that transformers reads; docs/formats.md describes it.
 
 The folder is written under a temporary name, read back, proved equal to the trained model and only then renamed, so a
 folder that stands there is whole and certified.
@@ -16,10 +16,12 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
 from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
 from wrinklefree.export import bundle
+from wrinklefree.export.card import card
 from wrinklefree.export.proof.agreement import Agreement, compare
 from wrinklefree.export.proof.certify import Certificate, CertificateError, certify, trained_layers
 from wrinklefree.export.rounded.head import Head, HeadBits
@@ -28,6 +30,16 @@ from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.pack import pack_layer, packed_layers
 from wrinklefree.packed.products.choose import exactly
 from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WrinkleFreeConfig
+from wrinklefree.tracking.terminal import short_size
+
+FLAG = "hf"
+NEXT = "wf generate {target} --prompt 'def '"
+OPTIONS = {
+    "head_bits": {
+        "choices": [8, 4],
+        "help": "hf: embedding and head as integers; default the run's export.head_bits, or bf16.",
+    }
+}
 
 DenseDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -65,6 +77,21 @@ class PackedReport:
     def bits_per_weight(self) -> float:
         """Over the whole model: file size by parameters."""
         return 8 * self.file_bytes / self.num_parameters
+
+    def rows(self) -> list[list[str]]:
+        """The report as lines of a table."""
+        proof, cost = self.certificate, self.rounding
+        rounding = [] if cost is None else [["KL of what packing rounded, nats", f"{cost.kl_mean:.1e}"]]
+        return [
+            ["weights file", short_size(self.file_bytes)],
+            ["quantized layers", short_size(self.linear_bytes)],
+            ["bits per quantized weight", f"{self.bits_per_quantized_weight:.3f}"],
+            ["bits per weight, whole model", f"{self.bits_per_weight:.3f}"],
+            ["layers with identical codes", f"{proof.layers} of {proof.layers}"],
+            ["KL(trained, packed), nats", f"{proof.kl_mean:.1e}"],
+            ["same most likely token", f"{proof.same_top1:.2%}"],
+            *rounding,
+        ]
 
     def markdown(self) -> str:
         """A table for the model card."""
@@ -105,23 +132,66 @@ def export_packed(
     """
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; choose another folder or give --force to replace it")
+    with written_aside(out) as aside:
+        return _write_proved(
+            model,
+            tokenizer,
+            aside,
+            list(batches),
+            method=method,
+            card=card,
+            name=out.name,
+            dense_dtype=dense_dtype,
+            head_bits=head_bits,
+            snap_scales=snap_scales,
+        )
+
+
+def from_run(config: Config, target: Path) -> dict[str, Any]:
+    """What `write` takes of a run, written to the folder `target` in the end."""
+    of_run = {"head_bits": config.export.head_bits, "snap_scales": config.export.snap_scales}
+    return {"method": config.method, "card": card(config), "name": target.name, **of_run}
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    batches: Iterable[Mapping[str, Tensor]],
+    **of_run: Any,
+) -> list[list[str]]:
+    """Write the packed folder with its card, certified; lines of a table."""
+    return _write_proved(model, tokenizer, folder, list(batches), dense_dtype="bfloat16", **of_run).rows()
+
+
+def _write_proved(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    batches: list[Mapping[str, Tensor]],
+    *,
+    method: QuantMethod,
+    card: str,
+    name: str,
+    dense_dtype: DenseDtype,
+    head_bits: HeadBits | None,
+    snap_scales: bool,
+) -> PackedReport:
     _check_architecture(model)
     rounding = Rounding.of(model, head_bits, snap_scales)
     with rounding.applied(model):
         packed = pack_model(model, method, dense_dtype, rounding.head)
-    batches = list(batches)
-    with written_aside(out) as aside:
-        _write(packed, tokenizer, [method, *([rounding.head.method] if rounding.head else [])], aside)
-        back = _read_back(aside, model.device)
-        with rounding.applied(model):
-            certificate = certify(model, back, batches)
-        with exactly(back):
-            cost = compare(model, back, batches) if rounding.words else None
-        report = _report(packed, aside, certificate, cost)
-        parts = [card, USAGE.format(name=out.name), f"## Size\n\n{report.markdown()}\n"]
-        parts.append(f"## Certificate\n\n{certificate.markdown()}\n")
-        parts += [] if cost is None else [described(rounding.words, cost)]
-        (aside / "README.md").write_text("\n".join(parts), encoding="utf-8")
+    _write(packed, tokenizer, [method, *([rounding.head.method] if rounding.head else [])], folder)
+    back = _read_back(folder, model.device)
+    with rounding.applied(model):
+        certificate = certify(model, back, batches)
+    with exactly(back):
+        cost = compare(model, back, batches) if rounding.words else None
+    report = _report(packed, folder, certificate, cost)
+    parts = [card, USAGE.format(name=name), f"## Size\n\n{report.markdown()}\n"]
+    parts.append(f"## Certificate\n\n{certificate.markdown()}\n")
+    parts += [] if cost is None else [described(rounding.words, cost)]
+    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
     return report
 
 

@@ -2,26 +2,32 @@
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from wrinklefree.config.schema import DistillationConfig
+from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch, labelled
-from wrinklefree.objectives.base import Metrics, Shares
-from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.base import Metrics
+from wrinklefree.objectives.language_model import LanguageObjective
 from wrinklefree.objectives.losses import CachedLosses, CachedTeacher, cached_losses, shifted
 
 
-class CachedKD:
+class Objective(LanguageObjective):
     """KL to the teacher whose answers come with the batches (`data.kd_cache`), cross entropy, and hard terms."""
 
-    def __init__(self, student: PreTrainedModel, config: DistillationConfig, compiled: bool = False) -> None:
-        self.student, self.config, self.shares = BodyAndHead(student, compiled), config, Shares()
+    @classmethod
+    def problems(cls, config: Config) -> Iterator[str]:
+        """Settings that need a running teacher, and a cache that is missing or not learned from."""
+        d = config.distillation
+        if d.cache is None:
+            yield "distillation.cache: training.objective=cached_kd needs a folder that `wf cache` wrote"
+        if not (d.weight or d.hard_top1 or d.hard_full):
+            yield "distillation.weight=0: training.objective=cached_kd has nothing to learn from the cache; try 1"
+        running = {"teacher": d.teacher, "attention.weight": d.attention.weight, "hidden.enabled": d.hidden.enabled}
+        for key, value in running.items():
+            if value:
+                yield f"distillation.{key}={value}: needs a running teacher, and training.objective=cached_kd has none"
 
-    def on_step(self, step: int, max_steps: int) -> None:
-        """No term follows a schedule."""
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
         c = self.config
         result = self.compare(batch)
         hard = {"hard": result.hard} if c.hard_top1 or c.hard_full else {}

@@ -1,42 +1,34 @@
-"""Objectives: what a batch is trained for. An objective yields one or more (loss, metrics) per batch.
-
-Yielding more than once lets deep supervision and policy gradients share the one training loop.
-"""
+"""Cross entropy of the next token, KL to a running teacher, attention relations, hidden states."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.objectives.base import Metrics, Shares
-from wrinklefree.objectives.language_model import BodyAndHead, check_vocabulary
+from wrinklefree.objectives.base import Metrics
+from wrinklefree.objectives.language_model import BodyAndHead, LanguageObjective
 from wrinklefree.objectives.losses import TokenLosses, shifted, token_losses
 from wrinklefree.objectives.terms import AttentionRelations, HiddenStates, hidden_share
 
 
-class LanguageModelling:
+class Objective(LanguageObjective):
     """Cross entropy, KL to a teacher, and what `config` adds: attention relations, hidden states."""
 
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
         config: DistillationConfig,
+        teacher: PreTrainedModel | None = None,
         compiled: bool = False,
     ) -> None:
         """Raises UserError for a teacher that does not fit the student, and settings that need one without it."""
-        self.student = BodyAndHead(student, compiled)
-        self.teacher = None if teacher is None else BodyAndHead(teacher, compiled)
-        self.config = config
-        self.shares = Shares()
+        super().__init__(student, config, teacher, compiled)
         self.hidden_share = config.hidden.initial_weight
-        if teacher is not None:
-            check_vocabulary(student, teacher)
         self.attention = self.hidden = None
         if config.attention.weight:
             self.attention = AttentionRelations(
@@ -45,11 +37,16 @@ class LanguageModelling:
         if config.hidden.enabled:
             self.hidden = HiddenStates(student, _needed(teacher, "hidden.enabled", compiled), config.hidden)
 
+    @classmethod
+    def needs_teacher(cls, config: DistillationConfig) -> bool:
+        """Every distillation preset but `none` has a teacher."""
+        return config.name != "none"
+
     def on_step(self, step: int, max_steps: int) -> None:
-        """Set what follows a schedule, for optimizer step `step` (from 0) of `max_steps`."""
+        """Set the hidden states' share of the loss, which follows a schedule."""
         self.hidden_share = hidden_share(self.config.hidden, step, max_steps)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
         parts = [part for part in (self.attention, self.hidden) if part is not None]
         with ExitStack() as stack:
             for part in parts:

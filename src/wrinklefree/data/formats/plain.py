@@ -1,0 +1,32 @@
+"""The column `data.text_column`, or else `messages` by the tokenizer's chat template as they are."""
+
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.data.chat import Reading
+from wrinklefree.data.sources import Document, Row, row_text
+
+READS = ("text_column",)
+
+
+def document(row: Row, reading: Reading, where: str) -> Document:
+    """The row's text. Raises UserError naming the columns there are if it has none."""
+    return row_text(row, where, column=reading.column, chat=partial(_chat, reading.tokenizer))
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> str:
+    """A row's `messages`, a list of {role, content}, as text by the tokenizer's chat template."""
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{where}: messages, but tokenizer {tokenizer.name_or_path!r} has no chat template to write them"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+    except (TemplateError, TypeError) as error:
+        raise UserError(
+            f"{where}: messages must be a list of {{role, content}}; the chat template says: {error}"
+        ) from error

@@ -1,0 +1,11 @@
+"""Column conversations, messages or dialog, a list of {from | role, value | content}."""
+
+from wrinklefree.data.chat import Reading, conversation, listed
+from wrinklefree.data.sources import Document, Row
+
+READS = ("enable_thinking", "mask_prompt")
+
+
+def document(row: Row, reading: Reading, where: str) -> Document:
+    """The row as text. Raises UserError naming `where` for a row of another format."""
+    return conversation(listed(row, ("conversations", "messages", "dialog"), where), reading, where)

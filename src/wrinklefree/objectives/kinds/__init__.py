@@ -1,0 +1,1 @@
+"""Objectives, found by name: each file defines `Objective`, a `LanguageObjective` for `training.objective=NAME`."""

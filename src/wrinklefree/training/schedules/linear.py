@@ -1,0 +1,9 @@
+"""Fall linearly from the warm-up to the end."""
+
+from wrinklefree.config.schema import SchedulerConfig
+
+
+def rate(progress: float, settings: SchedulerConfig) -> float:
+    """The share of the peak learning rate at `progress` in [0, 1]."""
+    floor, warmup = settings.min_lr_ratio, settings.warmup_ratio
+    return floor + (1 - floor) * (1 - progress) / (1 - warmup)
