@@ -1,7 +1,7 @@
 """`--format coreml`: a model package for Core ML (iOS 18, macOS 15) that keeps codes and tables as they were trained.
 
     folder/model.mlpackage     functions `prefill` (64 ids at a time) and `decode` (one), with the same weights and
-                               states for keys and values: see mil.py for the program
+                               states for keys and values: see export/coreml/program.py
     folder/tokenizer files     as transformers writes them
 
 Quantized layers stay codes and a table, their scales a product before and after the convolution. With more than
@@ -131,16 +131,15 @@ def save(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", 
     """Write a package whose functions share their weights."""
     import coremltools as ct
 
-    from wrinklefree.export.coreml import program
+    from wrinklefree.export.coreml.program import build_program
 
     both = ct.utils.MultiFunctionDescriptor()
     parts = {"prefill": min(PREFILL, sizes.context), "decode": 1}
     with _no_progress_bars():
         for name, length in parts.items():
             part = package.with_name(f"{name}.mlpackage")
-            program = program.program(model, layers, sizes, length, factored)
             ct.convert(
-                program,
+                build_program(model, layers, sizes, length, factored),
                 minimum_deployment_target=ct.target.iOS18,
                 compute_precision=ct.precision.FLOAT32,  # that is: leave it as it was built, fp16
                 skip_model_load=True,
