@@ -178,9 +178,8 @@ def test_methods_names_every_training_config_that_chooses_one() -> None:
     code, out, _ = wf("methods")
     assert code == 0
     shown = re.split(r"^  (\w+) ", out.partition("\n\n")[0], flags=re.MULTILINE)  # name, text, name, text, ...
-    trainings = {
-        name: re.findall(r"\w+", text.partition("training=")[2]) for name, text in zip(shown[1::2], shown[2::2])
-    }
+    listed = dict(zip(shown[1::2], shown[2::2], strict=True))
+    trainings = {name: re.findall(r"\w+", text.partition("training=")[2]) for name, text in listed.items()}
     files = sorted((CONFIGS / "training").glob("*.yaml"))
     defaults = {file.stem: yaml.safe_load(file.read_text()).get("defaults", []) for file in files}
     chosen: dict[str, list[str]] = {name: [] for name in available()}
