@@ -116,7 +116,7 @@ class QuantMethod:
         return None
 
     def decode(self, codes: Codes) -> Tensor:
-        """Turn codes into the fp32 weight [out, in]. Packed layers, which have no `layer`, call this."""
+        """Turn codes into the fp32 weight [out, in]. Packed layers know only the config, so they call this."""
         return self.layer.decode(codes)
 
     def config_for(self, fqn: str) -> Self:
