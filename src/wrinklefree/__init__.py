@@ -13,9 +13,9 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# The hook below imports _PLUGIN right after _TABLE, which every model class of transformers imports. `wf --help` imports
-# this package, and importing torch and transformers takes seconds, so an eager import would slow every command down. A
-# second, light package for the command line would leave `python -m wrinklefree.cli` slow, and whether the plug-in is
+# The hook below imports _PLUGIN right after _TABLE, which every model class of transformers imports. An eager import
+# would slow every command down: `wf --help` imports this package, and importing torch and transformers takes seconds.
+# A second, light package for the command line would leave `python -m wrinklefree.cli` slow, and whether the plug-in is
 # there would depend on how Python was started.
 _TABLE = "transformers.quantizers.auto"
 _PLUGIN = "wrinklefree.packed"
