@@ -7,10 +7,10 @@ from collections.abc import Iterable
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` with the known word closest to `word`, or "" if none is close.
 
-    For a dotted path of a setting, a known path with the same last part wins over all others.
+    If one of the two is a dotted path of a setting, a known word with the same last part wins over all others.
     """
     words, last = list(known), word.rpartition(".")[2]
-    elsewhere = [path for path in words if "." in word and path.rpartition(".")[2] == last]
+    elsewhere = [path for path in words if "." in word + path and path.rpartition(".")[2] == last]
     close: list[str] = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0)
     close = close or difflib.get_close_matches(word, words, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
