@@ -41,7 +41,7 @@ class ModelConfig(Node):
     pretrained: str
     trust_remote_code: bool = False
     auto_tokens: Positive | None = None  # the value of training.total_tokens=auto; null goes by parameter count
-    auto_tokens_slow: Positive | None = None  # on a CPU without bf16, where a step takes about four times as long
+    auto_tokens_slow: Positive | None = None  # used on a CPU without bf16: a step takes about four times as long
     architecture: ArchitectureConfig | None = None
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
 
@@ -52,7 +52,7 @@ class DataConfig(Node):
 
     source: Literal["stdlib", "local", "hub", "downstream"]
     task: str | None = None  # downstream: sst2, mnli, qnli, cnn_dailymail, stdlib_kind or mod7_chains
-    tests: bool = False  # stdlib: with the library's own tests, where this Python ships them
+    tests: bool = False  # stdlib: with the library's own tests, if this Python has them
     path: str | None = None  # local: file or folder; hub: dataset id
     subset: str | None = None
     split: str = "train"

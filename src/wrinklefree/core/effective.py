@@ -29,7 +29,7 @@ class EffectiveWeight:
 
     def __init__(self) -> None:
         # A sharded layer is whole only during its own forward and backward pass, so its weight must not be kept. The
-        # code that shards a layer sets this to False: then every forward pass quantizes anew, inside its own graph.
+        # code that shards a layer sets this to False: then every forward pass quantizes again, inside its own graph.
         self.cached = True
         self.key: Key | None = None
         self.graph: Tensor | None = None  # fp32, depends on the parameters

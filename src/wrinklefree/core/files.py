@@ -64,7 +64,7 @@ def full_disk_said(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _disk_full(error):
             raise
-        raise UserError(f"disk full while writing {path}: free some space; what was there before is whole") from error
+        raise UserError(f"disk full while writing {path}: free some space; earlier files are unharmed") from error
 
 
 def aside_of(path: Path) -> Path:

@@ -167,7 +167,7 @@ def choose_placement(chosen: DistributedConfig, compiled: bool, world: World) ->
         log.info("one process: nothing to shard, the whole model is on %s", world.device)
         return Whole(world)
     if compiled:
-        raise UserError("training.compile=true: not with sharded parameters; leave it out, or distributed=single_gpu")
+        raise UserError("training.compile=true: does not work with fsdp; leave it out, or set distributed=single_gpu")
     return Sharded(chosen, world)
 
 

@@ -103,7 +103,7 @@ class FolderSource:
         self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  # not a dict
         quantization = self._typed(Quantization, self.config.to_dict().get("quantization_config") or {})
         if quantization.format > FORMAT:
-            raise UserError(f"{folder}: packed in format {quantization.format}, this reads up to {FORMAT}: upgrade it")
+            raise UserError(f"{folder}: packed in format {quantization.format}, newer than {FORMAT}: upgrade")
         self._specs, self._values, self._tied = quantization.layers, quantization.method, quantization.tied or {}
 
     def has(self, name: str) -> bool:

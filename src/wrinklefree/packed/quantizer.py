@@ -36,7 +36,7 @@ class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # trans
     ) -> None:
         """Raises ValueError if a newer version wrote the folder."""
         if format > FORMAT:
-            raise ValueError(f"packed folder of format {format}, this wrinklefree reads up to {FORMAT}: upgrade it")
+            raise ValueError(f"packed folder of format {format}, newer than {FORMAT}: upgrade wrinklefree")
         self.quant_method = quant_method
         self.format = format
         self.method = method

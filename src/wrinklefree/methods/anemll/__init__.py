@@ -222,7 +222,7 @@ class Config(QuantMethod):
         if self.view == "v2" and self.train == "weights":
             raise ValueError("train=weights needs view=v1: codes are frozen in v2")
         if (self.ste_fp16 or self.forward != "weight") and self.view == "v1" and self.train != "scales":
-            raise ValueError("ste_fp16 and forward train scales alone: view=v2, or train=scales")
+            raise ValueError("ste_fp16 and forward train only scales, which needs view=v2 or train=scales")
         if self.g_only and self.view == "v1":
             raise ValueError("g_only needs view=v2: v1 has no magnitudes of its own")
 
@@ -266,8 +266,8 @@ def converted(layer: LutLinear, config: Config) -> LutLinear:
     |---|---|
     | view | the effective weight stays |
     | more ranks | they begin at zero, so the effective weight stays |
-    | other bits, fewer ranks: `refit` | table, factors and codes are fitted anew |
-    | other bits, fewer ranks: `kmeans` | the table is clustered, the first ranks stay, codes are chosen anew |
+    | other bits, fewer ranks: `refit` | new table, factors and codes are fitted |
+    | other bits, fewer ranks: `kmeans` | the table is clustered, the first ranks stay, new codes are chosen |
     """
     old = layer.config
     codes = layer.encode()

@@ -279,4 +279,4 @@ def _state_natively(model: nn.Module, config: Config) -> None:
     if plain and not (inside and config.norm_mode == "subln"):
         bitnet.state_online(model, inside, EPS)
     else:
-        log.info("checkpoints of this model need wrinklefree: transformers alone would not quantize, or lose its norms")
+        log.info("checkpoints need wrinklefree: plain transformers would lose the norms, or not quantize the model")

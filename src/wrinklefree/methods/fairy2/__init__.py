@@ -125,7 +125,7 @@ class Config(QuantMethod):
         if self.preset == "paper":
             self.scale_granularity, self.scale_mode = "tensor", "mean"
         if self.scale_mode == "mean" and self.scale_granularity != "tensor":
-            raise ValueError("scale_mode=mean is the paper's and knows scale_granularity=tensor only")
+            raise ValueError("scale_mode=mean, the paper's, allows scale_granularity=tensor only")
 
     @property
     def weight_bits(self) -> float:

@@ -58,7 +58,7 @@ def path() -> Path:
 def load() -> ctypes.CDLL:
     """Load the library and declare its functions. Raises OSError with the reason if it cannot be used."""
     if not path().is_file():
-        raise OSError(f"{path()}: not built; install wrinklefree where a C++ compiler is, or a wheel that holds it")
+        raise OSError(f"{path()}: not built; install a C++ compiler and wrinklefree again, or a wheel with the library")
     library = ctypes.CDLL(str(path()))
     if library.wf_abi() != ABI:  # check first: another version may lack the functions below
         raise OSError(f"{path()}: version {library.wf_abi()}, this wrinklefree needs {ABI}: build it again")
