@@ -20,6 +20,6 @@ Auto = Literal["auto"]
 
 @dataclass(kw_only=True)
 class Node:
-    """Base class of every section of the settings. Unknown keys are errors."""
+    """Base class for the sections of the settings. Unknown keys are errors."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

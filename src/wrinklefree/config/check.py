@@ -126,7 +126,7 @@ def _check(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
 
 
 def _describe(cls: type, prefix: str, error: Any) -> str:
-    """One of pydantic's errors as `path.of.the.key: what is wrong`."""
+    """Turn an error from pydantic into one line: `path.to.key: what is wrong`."""
     where = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained", "literal"))]
     where = [part for part in where if part not in ("int", "float", "str")]
     path = prefix + ".".join(where)
@@ -151,7 +151,7 @@ def key_paths(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union annotation, such as (int, None) of `int | None`."""
+    """The members of a union annotation: (int, NoneType) for `int | None`."""
     from typing import get_args
 
     return get_args(annotation)

@@ -115,7 +115,7 @@ def compose_values(overrides: list[str], config_name: str = "config") -> dict[st
 
 
 def _store_schema() -> None:
-    """Give Hydra the defaults of every section, and every method as an option of the group `method`."""
+    """Tell Hydra every section with its defaults, and every method as an option in the group `method`."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()

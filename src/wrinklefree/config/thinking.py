@@ -72,7 +72,7 @@ class GRPOConfig(Node):
 
 @dataclass(kw_only=True)
 class ThinkingConfig(Node):
-    """The settings of all stages of one thinker. The setting `training` chooses the stage of a run."""
+    """Settings for all stages of a thinker. The setting `training` chooses which stage a run is."""
 
     name: Literal["trm"] = "trm"
     d_compressed: Positive = 256  # D', the width of a compressed state

@@ -31,7 +31,7 @@ class Table:
 
     @property
     def rank(self) -> int:
-        """The number of pairs of row and col."""
+        """How many pairs of row and col there are."""
         return 1 if self.col is None or self.col.ndim == 1 else len(self.col)
 
 

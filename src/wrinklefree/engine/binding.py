@@ -177,7 +177,7 @@ class Decoder:
             raise ValueError(_error(self._lib))
 
     def length(self, slot: int) -> int:
-        """The number of tokens in the cache of `slot`."""
+        """How many tokens the cache of `slot` holds."""
         return int(self._lib.wf_decoder_length(self._handle, slot))
 
     def truncate(self, slot: int, length: int) -> None:

@@ -291,7 +291,7 @@ def default_threads() -> int:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest common beginning of two sequences."""
+    """How many tokens two sequences have in common at their beginning."""
     for i, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return i

@@ -174,7 +174,7 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def input_squares(
     model: nn.Module, sites: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The mean square of each input channel of each site over `batches`, relative to the mean over channels: [in].
+    """For each site, the mean square of its inputs per channel over `batches`, relative to the mean channel: [in].
 
     Values are clamped to 0.01 .. 100, so that no channel is ignored. Without batches the result is empty.
     """

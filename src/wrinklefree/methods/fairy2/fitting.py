@@ -27,7 +27,7 @@ def padded(weight: Tensor) -> Tensor:
 
 
 def nearest_unit(Z: Tensor) -> Tensor:
-    """The code of the unit nearest in phase to each entry of Z [2, 2, n, m]: uint8 [2, n, m].
+    """For each entry of Z [2, 2, n, m], the code k whose unit i^k is nearest in phase: uint8 [2, n, m].
 
     If |re| = |im|, the imaginary axis is taken, as in the paper.
     """

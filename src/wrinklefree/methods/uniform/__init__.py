@@ -2,10 +2,10 @@
 
     W ~ s (q - 2^(b-1))        q = clip(round(W / s), -m, m) + 2^(b-1)        m = 2^(b-1) - 1
 
-| `scale_mode` | s of a group |
-|---|---|
-| `absmax` | max|W| / m |
-| `search` | of `SHRINKS` times max|W| / m, the one with the least squared error |
+`scale_mode` chooses the scale of a group:
+
+- `absmax`: s = max|W| / m.
+- `search`: try s = max|W| / m times each of `SHRINKS`, and take the one with the least squared error.
 
 Packed folders store embeddings and heads in this format. It is also the round-to-nearest baseline for other methods.
 
