@@ -114,7 +114,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled._function.cache_clear()
-    compiled._say.cache_clear()
+    compiled._warn_once.cache_clear()
     monkeypatch.setattr(compiled, "_refused", set())
 
 

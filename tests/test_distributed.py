@@ -245,7 +245,7 @@ def test_a_full_disk_under_one_process_is_said_by_all_and_leaves_nothing(folder:
 
 
 def test_compiling_sharded_layers_is_refused(folder: Path) -> None:
-    assert "training.compile=true: not with sharded parameters" in result(folder, "compiled", 1)["error"]
+    assert "training.compile=true: does not work with fsdp" in result(folder, "compiled", 1)["error"]
 
 
 @pytest.mark.parametrize("setting", ["cpu_offload=true", "prefetch=1", "reshard_after_forward=false"])

@@ -57,7 +57,7 @@ def one_line(error: UserError) -> bool:
 def read_all(folder: Path) -> bool:
     """Whether every tensor of a folder could be read."""
     try:
-        for file in source.opened(folder):
+        for file in source.open_files(folder):
             for name in file.keys():  # noqa: SIM118  # not a dict
                 file.get_tensor(name)
     except UserError as error:

@@ -2,11 +2,7 @@
 
 After `import wrinklefree`, transformers loads packed folders: `AutoModelForCausalLM.from_pretrained(folder)`.
 
-Importing torch and transformers takes seconds, and `wf --help` imports this package. So the plug-in registers itself
-when transformers' own table of quantizers is imported, which every model import does, and not before. It is an import
-hook because the alternatives are worse: an eager import costs every `wf` command those seconds, and a second, light
-top-level package for the command line would leave `python -m wrinklefree.cli` slow and the plug-in's presence dependent
-on how Python was started.
+The plug-in for transformers registers itself later, when transformers imports its table of quantizers.
 """
 
 import importlib
@@ -17,12 +13,16 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+# The hook below imports _PLUGIN right after _TABLE, which every model class of transformers imports. An eager import
+# would slow every command down: `wf --help` imports this package, and importing torch and transformers takes seconds.
+# A second, light package for the command line would leave `python -m wrinklefree.cli` slow, and whether the plug-in is
+# there would depend on how Python was started.
 _TABLE = "transformers.quantizers.auto"
 _PLUGIN = "wrinklefree.packed"
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Imports the plug-in right after transformers' table of quantizers; finds that module once, nothing else ever."""
+    """An import hook that finds one module, transformers' table of quantizers, and then removes itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -37,7 +37,7 @@ class _RegisterAfterImport(MetaPathFinder):
 
 
 class _ThenPlugin(Loader):
-    """The module's own loader, followed by the import of the plug-in."""
+    """Load the module with its own loader, then import the plug-in."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader

@@ -1,4 +1,4 @@
-"""What every section of the settings is made of: a class that refuses unknown keys, and numbers with limits."""
+"""Building blocks of the settings: a base class that refuses unknown keys, and number types with limits."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -20,6 +20,6 @@ Auto = Literal["auto"]
 
 @dataclass(kw_only=True)
 class Node:
-    """Base of every config section: unknown keys are errors."""
+    """Base class for the sections of the settings. Unknown keys are errors."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

@@ -1,4 +1,4 @@
-"""Plain values against the schema: every mistake at once, one line each, with the closest known key."""
+"""Check plain values against the schema, and report every mistake at once with the closest known key."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
@@ -13,42 +13,43 @@ from wrinklefree.core.find import DATA_FORMATS, OBJECTIVES, SCHEDULES, find_name
 from wrinklefree.core.method import find
 from wrinklefree.core.text import did_you_mean
 
-NAMED = (OBJECTIVES, SCHEDULES, DATA_FORMATS)  # kinds that a setting of the schema names
+NAMED = (OBJECTIVES, SCHEDULES, DATA_FORMATS)  # the kinds that a setting chooses by name
 
 
 def check_config(values: Mapping[str, Any], presets: Collection[str] | None = None) -> Config:
-    """Check plain values against the schema. Raises UserError with one line per mistake.
+    """Check plain values against the schema and return the typed config.
 
-    `presets` are the known names of `distillation`. Without them no name is looked up: the names of a run that was
-    trained elsewhere, where they were found, are believed.
+    `presets` are the names that `distillation` may have. None skips every check of names: a run that was trained
+    elsewhere may name files that this machine does not have.
+    Raises UserError with one line per mistake.
     """
     problems = [*_without_section(values), *([] if presets is None else _unknown_names(values, presets))]
     config: Config = _check(Config, dict(values) | {"method": None}, "", problems)
     section = values.get("method")
     method = _check(find(section["name"]), section, "method.", problems) if _is_chosen(section) else None
     if not problems:
-        problems += _thinker(config, method)
+        problems += _thinker_problems(config, method)
     if not problems and presets is not None:
         problems += find_named(OBJECTIVES, config.training.objective).problems(config)
     if not problems:
-        config.method = None if method is None else _quantization(method, config.model.quantization, problems)
+        config.method = None if method is None else _with_bits(method, config.model.quantization, problems)
     if problems:
         raise UserError("\n".join(problems))
     return config
 
 
 def _is_chosen(section: Any) -> TypeGuard[Mapping[str, Any]]:
-    """Whether a training's YAML chose this section, `method` or `thinking`: that is what sets its `name`."""
+    """Whether the training's YAML chose this section (`method` or `thinking`). Only such a choice sets `name`."""
     return isinstance(section, Mapping) and "name" in section
 
 
 def _without_section(values: Mapping[str, Any]) -> Iterator[str]:
-    """Settings of `method` or `thinking` that were given although the training has no such section."""
+    """One message for each setting of `method` or `thinking` if the training does not have that section."""
     for section in ("method", "thinking"):
-        given = values.get(section)
-        if given is None or _is_chosen(given):
+        settings = values.get(section)
+        if settings is None or _is_chosen(settings):
             continue
-        for path, _ in flatten({section: given}):
+        for path, _ in flatten({section: settings}):
             if section == "method" and _is_chosen(values.get("thinking")):
                 known = [key for key, _ in key_paths(ThinkingConfig, "thinking.")]
                 yield f"{path}: unknown key{did_you_mean(path.replace('method', 'thinking', 1), known)}"
@@ -57,7 +58,7 @@ def _without_section(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested mappings, with the path of its key."""
+    """Yield ("a.b.c", value) for every value in nested mappings."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
@@ -65,8 +66,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _thinker(config: Config, method: Any) -> Iterator[str]:
-    """What does not go together with a thinker."""
+def _thinker_problems(config: Config, method: Any) -> Iterator[str]:
+    """One message for each setting that a thinker does not allow."""
     if config.thinking is None:
         return
     if method is not None:
@@ -77,10 +78,10 @@ def _thinker(config: Config, method: Any) -> Iterator[str]:
 
 
 def _unknown_names(values: Mapping[str, Any], presets: Collection[str]) -> Iterator[str]:
-    """One line for each setting that names something that is not there; the schema speaks of what is no text."""
+    """One message for each setting whose name is not known."""
     for kind in NAMED:
         name, known = _value(values, kind.setting), names(kind)
-        if isinstance(name, str) and name not in known:
+        if isinstance(name, str) and name not in known:  # the schema reports values that are not text
             yield f"{kind.setting}={name}: {unknown(kind, name, known)}"
     name = _value(values, "distillation.name")
     if isinstance(name, str) and name not in {*presets, "???"}:
@@ -88,38 +89,44 @@ def _unknown_names(values: Mapping[str, Any], presets: Collection[str]) -> Itera
 
 
 def _value(values: Mapping[str, Any], path: str) -> Any:
-    found: Any = values
+    """The value at a dotted path in nested mappings, or None."""
+    value: Any = values
     for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
-def _quantization(method: Any, given: QuantizationConfig, problems: list[str]) -> Any:
-    """The method with `model.quantization` applied, which must name what the method can do."""
+def _with_bits(method: Any, wanted: QuantizationConfig, problems: list[str]) -> Any:
+    """The method's config with `model.quantization` applied. Adds to `problems` if the method lacks those bits."""
     own = {f.name for f in dataclasses.fields(method)}
-    if given.weight_bits is not None and given.weight_bits != method.weight_bits:
-        problems.append(f"model.quantization.weight_bits={given.weight_bits:g}: {method.name} has {method.weight_bits}")
-    if given.activation_bits is None:
+    if wanted.weight_bits is not None and wanted.weight_bits != method.weight_bits:
+        problems.append(
+            f"model.quantization.weight_bits={wanted.weight_bits:g}: {method.name} has {method.weight_bits}"
+        )
+    if wanted.activation_bits is None:
         return method
     if "activation_bits" not in own:
         problems.append(
-            f"model.quantization.activation_bits={given.activation_bits}: {method.name} has no such setting"
+            f"model.quantization.activation_bits={wanted.activation_bits}: {method.name} has no such setting"
         )
         return method
-    bits = None if given.activation_bits == "none" else given.activation_bits
+    bits = None if wanted.activation_bits == "none" else wanted.activation_bits
     return dataclasses.replace(method, activation_bits=bits)
 
 
 def _check(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
+    """Validate `values` as `cls`. Adds one message per mistake to `problems`, and then returns None."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         lines = [_describe(cls, prefix, e) for e in error.errors()]
-        problems += {line.partition(":")[0]: line for line in reversed(lines)}.values()  # one a path: unions give two
+        # A union reports one error per member. Keep the first of each path.
+        problems += {line.partition(":")[0]: line for line in reversed(lines)}.values()
         return None
 
 
 def _describe(cls: type, prefix: str, error: Any) -> str:
+    """Turn an error from pydantic into one line: `path.to.key: what is wrong`."""
     where = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained", "literal"))]
     where = [part for part in where if part not in ("int", "float", "str")]
     path = prefix + ".".join(where)
@@ -134,7 +141,7 @@ def _describe(cls: type, prefix: str, error: Any) -> str:
 
 
 def key_paths(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of the schema with its full path."""
+    """Yield (full path, dataclass field) for every key of a config class, sections included."""
     for f in dataclasses.fields(cls):
         path = f"{prefix}{f.name}"
         yield path, f
@@ -144,7 +151,7 @@ def key_paths(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union annotation."""
+    """The members of a union annotation: (int, NoneType) for `int | None`."""
     from typing import get_args
 
     return get_args(annotation)

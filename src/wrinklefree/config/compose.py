@@ -1,4 +1,4 @@
-"""From YAML and KEY=VALUE to plain values: Hydra composes, `local.yaml` and `model=PATH` join in."""
+"""Compose YAML files, `local.yaml` and KEY=VALUE overrides to plain values, with Hydra."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ CONFIGS = Path(__file__).parent / "yaml"
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """Field defaults as plain values, `???` where a value is required: Hydra then knows every key."""
+    """The defaults of a config class as plain values. A required field gets `???`, so that Hydra knows every key."""
     return {f.name: _default(f) for f in dataclasses.fields(cls)}
 
 
@@ -39,14 +39,17 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def options(group: str) -> list[str]:
-    """The choices of a group: its YAML files, the package's and the user's, or every method found."""
+    """The names that a group may be set to: all methods, or the group's YAML files (the package's and the user's)."""
     if group == "method":
         return methods.available()
     return sorted(path.stem for path in option_files(group))
 
 
 def option_files(group: str) -> list[Path]:
-    """The YAML files of a group. Raises UserError if the user's `configs/` has one of a name that the package has."""
+    """The YAML files of a group: the package's, then those in the user's `configs/`.
+
+    Raises UserError if a user's file has a name that the package has already.
+    """
     own, users = (sorted((root / group).glob("*.yaml")) for root in (CONFIGS, Path.cwd() / "configs"))
     for path in users:
         if path.name in [mine.name for mine in own]:
@@ -55,7 +58,13 @@ def option_files(group: str) -> list[Path]:
 
 
 def resolve_model(override: str) -> list[str]:
-    """`model=NAME` for a name without a YAML is a local folder or a hub id; `task=NAME` is short for `data.task`."""
+    """Expand the two short forms among overrides. All others are returned as they are.
+
+    | override | becomes |
+    |---|---|
+    | `task=NAME` | `data.task=NAME` |
+    | `model=PATH`, `model=HUB_ID` | `model=pretrained`, and that path or id as `model.pretrained` |
+    """
     key, _, value = override.partition("=")
     if key == "task":
         return [f"data.task={value}"]
@@ -65,24 +74,49 @@ def resolve_model(override: str) -> list[str]:
 
 
 def _names_a_model(value: str) -> bool:
-    """Whether it looks like a path or a hub id, not like a misspelt config."""
+    """Whether `value` looks like a path or a hub id. If not, it is a misspelt name of a YAML file."""
     return "/" in value or value.startswith((".", "~")) or Path(value).is_dir()
 
 
 def load_config(overrides: list[str], config_name: str = "config") -> Config:
-    """Compose the YAML with `a.b=c` overrides and check it. Raises UserError naming every mistake, one line each."""
+    """Compose the YAML files with `a.b=c` overrides, and check the result.
+
+    Raises UserError with one line per mistake.
+    """
     values = compose_values(overrides, config_name)
     return check_config(values, options("distillation"))
 
 
 def compose_values(overrides: list[str], config_name: str = "config") -> dict[str, Any]:
-    """The resolved values as plain dictionaries, unchecked."""
+    """Compose the YAML files with `a.b=c` overrides to nested dictionaries, not checked against the schema.
+
+    Raises UserError with Hydra's reason if it cannot compose them.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+
+    _store_schema()
+    for folder in CONFIGS.iterdir():
+        if folder.is_dir():
+            option_files(folder.name)  # raises if two files have one name: Hydra would take the package's silently
+    try:
+        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+            everything = [*local_overrides(overrides), *overrides]
+            softened = [_soften(resolved) for o in everything for resolved in resolve_model(o)]
+            composed = hydra_compose(config_name, softened + search_path())
+        values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _store_schema() -> None:
+    """Tell Hydra every section with its defaults, and every method as an option in the group `method`."""
+    from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     sections = {
@@ -95,35 +129,22 @@ def compose_values(overrides: list[str], config_name: str = "config") -> dict[st
     }
     plain = {f.name: f.default for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING}
     store.store("schema", {**plain, **{name: defaults(cls) for name, cls in sections.items()}})
-    for folder in CONFIGS.iterdir():
-        if folder.is_dir():
-            option_files(folder.name)  # refuses a file that would be overlooked
     for name in methods.available():
         store.store(name, defaults(methods.find(name)), group="method")
     store.store("trm", defaults(ThinkingConfig), group="thinking")
-    try:
-        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-            everything = [*local_overrides(overrides), *overrides]
-            given = [_soften(resolved) for o in everything for resolved in resolve_model(o)]
-            composed = hydra_compose(config_name, given + search_path())
-        values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error)) from error
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
 
 
 def search_path() -> list[str]:
-    """A folder `configs/` where the user stands adds groups of their own."""
+    """The override that lets Hydra find the user's `configs/` in the working directory; empty if there is none."""
     mine = Path.cwd() / "configs"
     return [f"hydra.searchpath=[file://{mine}]"] if mine.is_dir() else []
 
 
 def local_overrides(given: list[str]) -> list[str]:
-    """The settings of `local.yaml` where the user stands, as overrides, but for keys that are `given`.
+    """The settings in `local.yaml` in the working directory, as overrides. Keys that are in `given` are left out.
 
-    A name for a group chooses (`model: smollm2_135m`), a mapping sets (`training: {batch_size: 4}`).
-    Raises UserError where the file is not such a mapping.
+    `model: smollm2_135m` chooses an option of a group, `training: {batch_size: 4}` sets a value in one.
+    Raises UserError if the file is not a YAML mapping.
     """
     file = Path("local.yaml")
     if not file.is_file():
@@ -135,7 +156,7 @@ def local_overrides(given: list[str]) -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is not a YAML mapping."""
+    """Read a YAML file whose top level is a mapping. Raises UserError if it is not one."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -149,7 +170,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _soften(override: str) -> str:
-    """Let Hydra take any key, so that our own check reports all wrong ones together; group choices stay as they are."""
+    """Add `++` so that Hydra accepts any key, and our own check can report all wrong ones together.
+
+    Group choices such as `model=tiny` stay as they are. Raises UserError for an override without `=`.
+    """
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r} is not key=value")
@@ -167,7 +191,7 @@ def _soften(override: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """Hydra's message without its stack of hints."""
+    """Hydra's message in one line, without its hints."""
     text = str(error)
     choice = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if choice:
@@ -181,19 +205,19 @@ def _one_line(error: Exception) -> str:
 
 
 def config_yaml(config: Config) -> str:
-    """The resolved config as YAML; `from_yaml` gives the same config back."""
+    """The resolved config as YAML text. `read_config` reads it back."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def read_config(path: Path) -> Config:
-    """Read a `wrinklefree.yaml`. Raises UserError where it is not one of ours."""
+    """Read the config of a run, `wrinklefree.yaml`. Raises UserError if the file is not such a config."""
     return check_config(_as_of_today(read_yaml(path)))
 
 
 def _as_of_today(values: dict[str, Any]) -> dict[str, Any]:
-    """Translate what version 0.1 wrote: it kept the settings of a thinker in the section `method`."""
+    """Translate the config of an older version. Version 0.1 kept the settings of a thinker in the section `method`."""
     method = values.get("method")
     if isinstance(method, dict) and method.get("name") == "trm":
         return {**values, "method": None, "thinking": method}

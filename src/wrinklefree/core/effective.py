@@ -1,12 +1,7 @@
-"""The effective weight of a quantized layer, computed once per optimizer step.
+"""A cache for a layer's quantized weight, which is computed once per optimizer step.
 
-Weights change only when the optimizer steps. So `decode(encode(W))` is worked out at the first forward after a change
-and shared by all micro-batches, by the second forward of gradient checkpointing, by evaluation and by generation. The
-shared value is a leaf of the autograd graph; whenever a backward pass has added to its gradient, a hook hands that
-gradient on to the master weight and to the trained scales, so any training loop works unchanged.
-
-A sharded layer is whole during its own forward and backward alone, so nothing may outlive these: whoever shards it sets
-`cached` to False, and every forward quantizes anew, as a plain part of the graph.
+Weights change only if the optimizer steps. The first forward pass after a change computes `decode(encode(W))`. All
+micro-batches, the second forward pass of gradient checkpointing, evaluation and generation then share the result.
 """
 
 from collections.abc import Callable
@@ -19,10 +14,10 @@ Key = tuple[tuple[int, int, torch.dtype, torch.device, bool], ...]
 
 
 def state_key(module: nn.Module) -> Key:
-    """Changes whenever a parameter of `module` itself is replaced, moved, cast, frozen or written in place.
+    """A key that changes if a parameter of `module` is replaced, moved, cast, frozen or written in place.
 
-    Writes through `parameter.data` leave no trace in PyTorch; switching between `train()` and `eval()` clears the
-    cache for such code.
+    Parameters of submodules do not count. Writes through `parameter.data` are not seen, since PyTorch does not count
+    them. Code that writes so can clear the cache by switching between `train()` and `eval()`.
     """
     return tuple(
         (p.data_ptr(), p._version, p.dtype, p.device, p.requires_grad) for p in module.parameters(recurse=False)
@@ -30,9 +25,11 @@ def state_key(module: nn.Module) -> Key:
 
 
 class EffectiveWeight:
-    """A cache of one tensor: `get` returns it, recomputing only after the module's parameters have changed."""
+    """A cache of one tensor. `get` computes it again only after the module's parameters have changed."""
 
     def __init__(self) -> None:
+        # A sharded layer is whole only during its own forward and backward pass, so its weight must not be kept. The
+        # code that shards a layer sets this to False: then every forward pass quantizes again, inside its own graph.
         self.cached = True
         self.key: Key | None = None
         self.graph: Tensor | None = None  # fp32, depends on the parameters
@@ -48,9 +45,12 @@ class EffectiveWeight:
         self.key = self.graph = self.leaf = None
 
     def get(self, module: nn.Module, compute: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
-        """The value of `compute()` in `dtype`, with a gradient where the module trains and autograd records."""
+        """Return `compute()` in `dtype`, cached until a parameter of `module` changes.
+
+        The result takes a gradient if the module has a trained parameter and autograd is on.
+        """
         if torch.compiler.is_compiling() and self.leaf is not None:
-            return self.leaf  # `refresh` has run before the compiled region
+            return self.leaf  # `core.method.refresh` brought it up to date before the compiled region
         if not self.cached:
             with torch.autocast(device_type=next(module.parameters(recurse=False)).device.type, enabled=False):
                 return compute().to(dtype)
@@ -63,24 +63,27 @@ class EffectiveWeight:
         return self.leaf
 
     def _compute(self, device: str, compute: Callable[[], Tensor], dtype: torch.dtype, trains: bool) -> None:
-        # Under gradient checkpointing hooks count what a forward saves; this graph is made in the first forward alone.
-        unseen = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _same)
+        # Gradient checkpointing counts the tensors that a forward pass saves, and the second pass must save as many.
+        # This graph is made in the first pass only, so hooks of our own hide its tensors from the count.
+        unseen = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _unpack)
         with torch.autocast(device_type=device, enabled=False), torch.set_grad_enabled(trains), unseen:
             value = compute()
         self.graph = value if trains else None
         self.leaf = value.detach().to(dtype)
         if trains:
+            # Every user of the cache backpropagates into this leaf. The hook passes each gradient on to the master
+            # weight and the trained scales, so a training loop needs no code of ours.
             self.leaf.requires_grad_()
             self.leaf.register_post_accumulate_grad_hook(partial(_hand_on, value))
 
 
-def _same(saved: Tensor) -> Tensor:
-    """Unpacking. Packing detaches: a node that kept its own output, graph and all, would never be freed."""
+def _unpack(saved: Tensor) -> Tensor:
+    """Undo packing, which detached the tensor: a node that keeps its own output alive is never freed."""
     return saved
 
 
 def _hand_on(graph: Tensor, leaf: Tensor) -> None:
-    """Pass the gradient that a backward pass left in `leaf` on to the parameters behind `graph`."""
+    """Backpropagate the gradient in `leaf` through `graph` to the parameters, then clear it."""
     assert leaf.grad is not None
     graph.backward(leaf.grad.to(graph.dtype), retain_graph=True)
     leaf.grad = None

@@ -1,5 +1,8 @@
-"""The one exception that means "the user can mend this"."""
+"""The exception for mistakes that a user can mend."""
 
 
 class UserError(Exception):
-    """A user's mistake: one line saying what is wrong, where, and what to do. The CLI prints it and exits with 2."""
+    """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, flushed, renamed; a full disk is said in one line."""
+"""Write files and folders so that a crash never leaves half of one: write aside, flush, then rename."""
 
 import errno
 import os
@@ -16,10 +16,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, to write into.
+    """Yield a temporary folder beside `path` to write into, and rename it to `path` when the block ends.
 
-    When the block ends well, the folder is renamed to `path`. When it does not, the folder is removed. An
-    existing `path` is replaced only after the new folder is whole. Raises UserError when the disk is full.
+    If the block raises, the folder is removed. An existing `path` is replaced only after the new folder is complete.
+    Raises UserError if the disk is full.
     """
     aside = aside_of(path)
     shutil.rmtree(aside, ignore_errors=True)
@@ -36,10 +36,9 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def file_aside(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, to write a file to.
+    """Yield a temporary path beside `path` to write a file to, and rename it to `path` when the block ends.
 
-    When the block ends well, the file replaces `path`. When it does not, the file is removed and `path` stays as it
-    was. Raises UserError when the disk is full.
+    If the block raises, the file is removed and `path` stays as it was. Raises UserError if the disk is full.
     """
     aside = aside_of(path)
     try:
@@ -53,44 +52,44 @@ def file_aside(path: Path) -> Iterator[Path]:
 
 
 def rename(aside: Path, path: Path) -> None:
-    """Put a whole file into its place; a file that is there is replaced at once."""
+    """Rename the file `aside` to `path`. A reader sees the old file or the new one, never half of one."""
     aside.replace(path)
 
 
 @contextmanager
 def full_disk_said(path: Path) -> Iterator[None]:
-    """A full disk becomes a UserError; other errors stay what they are."""
+    """Turn "disk full" errors of the block into a UserError that names `path`. Other errors pass through."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _disk_full(error):
             raise
-        raise UserError(f"disk full while writing {path}: free some space; what was there before is whole") from error
+        raise UserError(f"disk full while writing {path}: free some space; earlier files are unharmed") from error
 
 
 def aside_of(path: Path) -> Path:
-    """Where `path` is written before it has its name."""
+    """The temporary path beside `path`: `.NAME.tmp`."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def _disk_full(error: BaseException) -> bool:
-    """safetensors hands the operating system's error on as text alone, torch.save as the context of another error."""
+    """Whether the disk was full or the user's quota used up."""
     if isinstance(error, OSError):
         return error.errno in FULL
-    if isinstance(error.__context__, OSError):
+    if isinstance(error.__context__, OSError):  # torch.save raises an error of its own on top
         return _disk_full(error.__context__)
-    return any(f"(os error {code})" in str(error) for code in FULL)
+    return any(f"(os error {code})" in str(error) for code in FULL)  # safetensors passes only the text on
 
 
 def _flush(folder: Path) -> None:
-    """Force every file of a folder to the disk."""
+    """Flush every file of a folder to the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             _flush_file(file)
 
 
 def _flush_file(file: Path) -> None:
-    """Force a file to the disk: a rename must not become durable before the content."""
+    """Flush a file to the disk. Without it, a crash may keep the rename but lose the content."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
 

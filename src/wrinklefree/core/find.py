@@ -1,7 +1,6 @@
-"""Finding by name: a file in a folder is the whole registration.
+"""Find methods, objectives, schedules and formats by file name: a file in a folder is the whole registration.
 
-Each kind of thing has a folder in the package and one where the user stands. A file there counts if it defines what
-its kind asks for, so that a folder `methods/` of another project does no harm. Files that begin with `_` are helpers.
+Each kind has a folder in the package and one in the user's working directory. Files that begin with `_` are helpers.
 """
 
 import ast
@@ -22,13 +21,13 @@ from wrinklefree.core.text import did_you_mean
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of thing that is found by its name."""
+    """A kind of plug-in that is found by its file name."""
 
-    word: str  # in messages
-    package: str
-    folder: str  # where the user stands
-    member: str  # what a file of this kind defines
-    setting: str  # what chooses one
+    word: str  # what messages call it
+    package: str  # the package's folder, as a module name
+    folder: str  # the user's folder, in the working directory
+    member: str  # the class or function that every file of this kind defines
+    setting: str  # the setting or option that chooses one by name
 
 
 METHODS = Kind("method", "wrinklefree.methods", "methods", "Config", "method")
@@ -40,33 +39,36 @@ KINDS = (METHODS, OBJECTIVES, SCHEDULES, EXPORT_FORMATS, DATA_FORMATS)
 
 
 def names(kind: Kind) -> list[str]:
-    """All names of a kind, sorted."""
+    """All names of this kind, sorted: the package's and the user's."""
     return sorted(files(kind))
 
 
 def find_named(kind: Kind, name: str) -> Any:
-    """What the file `name` defines. Raises UserError for an unknown name."""
+    """Import the file `name` and return its `kind.member`. Raises UserError if the name is unknown."""
     return vars(find_module(kind, name))[kind.member]
 
 
 def find_module(kind: Kind, name: str) -> ModuleType:
-    """The module of a name. Raises UserError for an unknown one."""
-    found = files(kind)
-    if name not in found:
-        raise UserError(unknown(kind, name, found))
+    """Import the file `name` of this kind. Raises UserError if the name is unknown."""
+    known = files(kind)
+    if name not in known:
+        raise UserError(unknown(kind, name, known))
     module = f"{kind.package}.{name}"
-    return importlib.import_module(module) if name in _own(kind) else _import_file(module, found[name])
+    return importlib.import_module(module) if name in _own(kind) else _import_file(module, known[name])
 
 
 def unknown(kind: Kind, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not there."""
+    """The error message for a name that is not among the `known` ones."""
     if Path(kind.folder, f"{name}.py").is_file():
         return f"{kind.folder}/{name}.py: defines no `{kind.member}`, so it is no {kind.word}"
     return f"unknown {kind.word} {name!r}{did_you_mean(name, known)}; available: {', '.join(sorted(known))}"
 
 
 def files(kind: Kind) -> dict[str, Path]:
-    """Every name with its file. Raises UserError if the user's folder has a name that the package has."""
+    """All names of this kind with their files.
+
+    Raises UserError if the user's folder has a name that the package has already.
+    """
     own, users = _own(kind), _users(kind)
     for name in sorted(own.keys() & users.keys()):
         raise UserError(f"{users[name]}: the package has a {kind.word} {name!r} already; rename the file")
@@ -78,21 +80,22 @@ def _own(kind: Kind) -> dict[str, Path]:
 
 
 def _users(kind: Kind) -> dict[str, Path]:
-    """What the folder where the user stands has, unless that is the package's own."""
+    """The files in the user's folder that define `kind.member`."""
     folder = str(Path.cwd() / kind.folder)
-    if folder in importlib.import_module(kind.package).__path__:
+    if folder in importlib.import_module(kind.package).__path__:  # the user works inside the package
         return {}
+    # Another project may have a folder `methods/` too. Its files define no `Config`, so they are not counted.
     return {name: path for name, path in _files([folder]).items() if kind.member in _defined(path)}
 
 
 def summary(path: Path) -> str:
-    """The first sentence of a file's docstring."""
+    """The first sentence of a file's docstring, without its full stop."""
     words = " ".join((ast.get_docstring(_parse(path)) or "").partition("\n\n")[0].split())
     return words.partition(". ")[0].rstrip(".")
 
 
 def constant(path: Path, name: str, default: Any) -> Any:
-    """The literal that a file assigns to `name`, read without importing it; `default` if it assigns none."""
+    """Read the literal that a file assigns to `name`, without importing the file. `default` if there is none."""
     for node in _parse(path).body:
         if isinstance(node, ast.Assign) and name in [ast.unparse(target) for target in node.targets]:
             return ast.literal_eval(node.value)
@@ -100,25 +103,25 @@ def constant(path: Path, name: str, default: Any) -> Any:
 
 
 def _files(folders: Iterable[str]) -> dict[str, Path]:
-    """Names in some folders: `name.py` or `name/__init__.py`."""
-    found = {}
+    """Map every name in these folders to its file: `name.py` or `name/__init__.py`."""
+    paths = {}
     for folder in folders:
         for module in pkgutil.iter_modules([folder]):
             if not module.name.startswith("_"):
                 path = Path(folder, module.name)
-                found[module.name] = path / "__init__.py" if module.ispkg else path.with_suffix(".py")
-    return found
+                paths[module.name] = path / "__init__.py" if module.ispkg else path.with_suffix(".py")
+    return paths
 
 
 def _defined(path: Path) -> set[str]:
-    """Names that a file defines or imports at its top; none if it is not valid Python."""
+    """The names that a file defines or imports at top level. Empty if the file is not valid Python."""
     try:
         nodes = _parse(path).body
     except SyntaxError:
         return set()
-    found = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     imported = [alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
-    return found | {alias.asname or alias.name for alias in imported}
+    return defined | {alias.asname or alias.name for alias in imported}
 
 
 def _parse(path: Path) -> ast.Module:
@@ -127,12 +130,12 @@ def _parse(path: Path) -> ast.Module:
 
 @functools.lru_cache
 def _parsed(path: Path, changed: int) -> ast.Module:
-    """The syntax tree of a file, once for each time it is changed."""
+    """Parse a file. `changed`, its modification time, makes the cache miss after an edit."""
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def _import_file(name: str, path: Path) -> ModuleType:
-    """Import a file of the user's under `name`, once for as long as it is the same file."""
+    """Import a user's file under the module name `name`. A module already loaded from this file is returned."""
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(path):
         return loaded

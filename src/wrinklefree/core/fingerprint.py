@@ -1,4 +1,4 @@
-"""Short names for long things: 16 hexadecimal digits that change when a setting or a weight changes."""
+"""Fingerprints of settings and weights: 16 hexadecimal digits that change if a value changes."""
 
 import hashlib
 import json
@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-SAMPLES = 64  # values of each tensor that are looked at
+SAMPLES = 64  # values per tensor: enough to tell trained models apart, and far cheaper than hashing every weight
 
 
 def fingerprint(value: Any) -> str:
-    """16 hexadecimal digits that stand for plain values."""
+    """Hash plain values (numbers, texts, lists, dictionaries) to 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def model_fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A fingerprint of names, shapes and some values of each tensor, spread evenly; it tells trained models apart."""
+    """Hash each tensor's name, shape and `SAMPLES` evenly spaced values to 16 hexadecimal digits."""
     sampled = []
     for name, tensor in sorted(weights.items()):
         flat = tensor.detach().flatten()

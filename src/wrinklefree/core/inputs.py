@@ -1,4 +1,4 @@
-"""What a quantized layer does to its inputs: it may normalize them, and round them to int8."""
+"""What a quantized layer may do to its inputs: normalize them, and round them to int8."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class PlainRMSNorm(nn.Module):
-    """x g / sqrt(mean(x^2) + eps) with the gain g [features], in fp32: names and arithmetic of transformers' Llama."""
+    """Compute x g / sqrt(mean(x^2) + eps) in fp32, g [features]. Parameter names are those of transformers' Llama."""
 
     def __init__(self, gain: Tensor, eps: float) -> None:
         super().__init__()
@@ -19,22 +19,22 @@ class PlainRMSNorm(nn.Module):
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps): fp32 [..., 1]."""
-    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)  # the order of transformers, to the bit
+    """Compute 1 / sqrt(mean(x^2) + eps) over the last dimension: fp32 [..., 1]."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)  # same order as transformers: same bits
 
 
 def int8_per_token(x: Tensor) -> Tensor:
-    """Symmetric 8-bit fake quantization with one scale per token: [..., features] -> the same shape and dtype.
+    """Round `x` [..., features] to 8 bits with one scale per token; shape and dtype stay.
 
-    q = clamp(round(s x), -128, 127) with s = 127 / max|x|, returned as q / s. The order of operations is that of
-    transformers' BitNet layers, so both round alike. Arithmetic in fp32, identity gradient.
+    q = clamp(round(s x), -128, 127) with s = 127 / max|x|; the result is q / s. Computed in fp32, in the order of
+    transformers' BitNet layers, so both round alike. The gradient passes through unchanged.
     """
     rounded: Tensor = _Int8.apply(x)
     return rounded
 
 
 class _Int8(torch.autograd.Function):
-    """The gradient passes through the rounding unchanged."""
+    """Rounding forward, identity backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -47,6 +47,6 @@ class _Int8(torch.autograd.Function):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast, if on, or else `x` itself will be multiplied."""
+    """The dtype of a matrix product with `x`: autocast's if autocast is on, else that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,6 +1,6 @@
-"""What a method is: a typed config that prepares a model, and a linear layer that quantizes itself.
+"""Base classes of every quantization method: a typed config that prepares a model, and a linear layer.
 
-A file `methods/<name>.py` with a class `Config` is the whole registration: `find("<name>")` imports it.
+To add a method, write `methods/<name>.py` with a class `Config`. `find("<name>")` imports it; no other file lists it.
 """
 
 import logging
@@ -30,17 +30,17 @@ Batches = Iterable[Mapping[str, Tensor]]
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer whose weight is seen through `decode(encode(weight))`.
+    """A linear layer that multiplies with `decode(encode(weight))` instead of `weight`.
 
-    The full-precision master stays in `weight` (fp32, [out, in]), under the pretrained checkpoint's name. A method
-    overrides `encode` and `decode`, and `setup` when it trains parameters of its own. A layer may own a norm of its
-    inputs, `rms_norm`, which the method puts there.
+    The full-precision master stays in `weight` (fp32, [out, in]), so checkpoints keep its name. A method overrides
+    `encode` and `decode`. If it trains parameters of its own, it also overrides `setup`. If it normalizes the layer's
+    inputs, it assigns `rms_norm`.
     """
 
     rms_norm: RMSNorm | None
 
     def __init__(self, linear: nn.Linear, config: "QuantMethod") -> None:
-        """Take over the weight and bias of `linear` (no copy beyond the cast to fp32) and its train/eval mode."""
+        """Take over weight, bias and train/eval mode of `linear`. The weight is cast to fp32, not copied."""
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight = linear.weight
         self.weight.data = self.weight.data.float()
@@ -52,33 +52,33 @@ class QuantLinear(nn.Linear):
         self.setup()
 
     def setup(self) -> None:
-        """Create the method's own parameters from `self.weight`."""
+        """Create the parameters that the method trains besides `weight`. The base class has none."""
 
     def encode(self) -> Codes:
-        """The codes of the current weight; differentiable in the trained scales, not in the codes."""
+        """Quantize the current weight. Gradients flow through `Codes.tensors` to trained scales, not through codes."""
         raise TypeError(f"{type(self).__name__} must define encode()")
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
-        """The fp32 weight [out, in] that `codes` stand for; differentiable in `codes.tensors`."""
+        """Turn codes back into the fp32 weight [out, in]. Differentiable in `codes.tensors`."""
         raise TypeError("a QuantLinear must define decode()")
 
     @staticmethod
     def form(codes: Codes) -> Form | None:
-        """The same weight in a form that native kernels know, perhaps padded with zeros; None where there is none."""
+        """Describe the weight to the native kernels, perhaps padded with zeros. None if no kernel fits the method."""
         return None
 
     @staticmethod
     def snap(codes: Codes) -> Codes:
-        """The same codes with the nearest scales that fast kernels have tables for; by default all are."""
+        """Move scales to the nearest values that fast kernels support. By default every value is supported."""
         return codes
 
     def quantized_weight(self) -> Tensor:
-        """`decode(encode(weight))` with the straight-through gradient to the master: fp32 [out, in]."""
+        """Compute `decode(encode(weight))`, fp32 [out, in]. The gradient goes straight through to `weight`."""
         return straight_through(self.weight, self.decode(self.encode()))
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """The quantized weight in the compute dtype, computed once per change of the parameters."""
+        """The quantized weight [out, in] in `dtype`. It is cached until a parameter changes."""
         return self.effective.get(self, self.quantized_weight, dtype)
 
     def train(self, mode: bool = True) -> Self:
@@ -87,11 +87,11 @@ class QuantLinear(nn.Linear):
         return super().train(mode)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What is multiplied with the weight: `x`, normalized if the layer has a norm, then `rounded`."""
+        """Normalize `x` if the layer has a norm, then round it with `rounded`. The weight multiplies the result."""
         return self.rounded(x if self.rms_norm is None else self.rms_norm(x))
 
     def rounded(self, x: Tensor) -> Tensor:
-        """`x` in int8 per token if the method says so, else `x` itself."""
+        """Round `x` to int8 per token if the method asks for it, else return `x`."""
         return int8_per_token(x) if self.config.int8_inputs else x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class QuantLinear(nn.Linear):
 
 @dataclass(kw_only=True)
 class QuantMethod:
-    """Base of every method's config: a dataclass that swaps linear layers for `layer`. Unknown keys are errors."""
+    """Base class of every method's config. `prepare` swaps linear layers for `layer`. Unknown keys are errors."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # a ConfigDict; packed folders have no pydantic
 
@@ -112,55 +112,58 @@ class QuantMethod:
 
     @property
     def weight_bits(self) -> float | None:
-        """Bits per weight by their usual name, such as 1.58; None for a method that has no such number."""
+        """The nominal bits per weight, such as 1.58 for ternary. None if the method has no such number."""
         return None
 
     def decode(self, codes: Codes) -> Tensor:
-        """The weight of the method's codes: what packed layers ask for."""
+        """Turn codes into the fp32 weight [out, in]. Packed layers know only the config, so they call this."""
         return self.layer.decode(codes)
 
     def config_for(self, fqn: str) -> Self:
-        """The config of the layer `fqn`; override for mixed precision."""
+        """The config for the layer `fqn`. Override it to give layers different settings (mixed precision)."""
         return self
 
     @property
     def int8_inputs(self) -> bool:
-        """Whether layers round their inputs to int8 per token. Training, packed layers and exports all ask here."""
+        """Whether layers round their inputs to int8 per token, in training, in packed layers and in exports."""
         return False
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
-        """Swap every linear layer that `exclude_names` does not match, and say what could not be converted.
+        """Swap every linear layer that `exclude_names` does not match. Warn about weights that are not converted.
 
-        Returns `model`, changed in place; a method may return a model that took over its weights instead.
-        `batches` (input_ids [B, L], perhaps position_ids) are a few to calibrate on. Without `initialize`, trained
-        weights are about to be loaded, and what takes long and would be overwritten may be left out.
-        Raises UserError if nothing was converted.
+        `batches` (input_ids [B, L], perhaps position_ids) is a small set to calibrate on. `initialize=False` means that
+        trained weights are loaded next, so a method may skip slow fits that would be overwritten.
+        Returns `model`, changed in place. A method may instead return a new model that took over the weights.
+        Raises UserError if there is no linear layer to quantize.
         """
-        found = list(surgery.linears(model, self.exclude_names))
+        sites = list(surgery.linears(model, self.exclude_names))
         kept = surgery.unconvertible(model, self.exclude_names)
         if kept:
             log.warning("kept in full precision, not linear layers: %s", ", ".join(kept))
-        if not found and not quant_layers(model):
+        if not sites and not quant_layers(model):
             raise UserError(
                 f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)"
             )
-        for fqn, linear in found:
+        for fqn, linear in sites:
             model.set_submodule(fqn, self.layer(linear, self.config_for(fqn)))
         return model
 
     def on_step(self, model: nn.Module, step: int) -> None:
-        """Called before each optimizer step: for schedules that live inside the model."""
+        """Update schedules that live inside the model. Training calls it before optimizer step `step` (from 0)."""
 
 
 def num_groups(columns: int, size: int, kind: str = "columns") -> int:
-    """Groups of `size` columns in a row, for methods with a setting `group_size`. Raises UserError where one is cut."""
+    """How many groups of `size` columns a row has, for methods with a setting `group_size`.
+
+    Raises UserError if `size` does not divide `columns`. `kind` names the columns in that message.
+    """
     if columns % size:
         raise UserError(f"method.group_size={size}: does not divide {columns} {kind}")
     return columns // size
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """Every quantized layer by fqn."""
+    """All quantized layers of `model` by fqn."""
     return {fqn: module for fqn, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
@@ -170,17 +173,17 @@ def rounds_inputs(model: nn.Module) -> bool:
 
 
 def refresh(model: nn.Module, dtype: torch.dtype) -> None:
-    """Bring every effective weight up to date; a compiled forward cannot do it from inside."""
+    """Recompute every effective weight that is out of date. A compiled forward pass cannot do it from inside."""
     for layer in quant_layers(model).values():
         layer.effective_weight(dtype)
 
 
 def available() -> list[str]:
-    """Names of all methods."""
+    """The names of all methods, the user's own included."""
     return names(METHODS)
 
 
 def find(name: str) -> type[QuantMethod]:
-    """The config class of a method: `Config` of its file. Raises UserError for an unknown name."""
+    """The class `Config` in the file of the method `name`. Raises UserError if there is no such method."""
     config: type[QuantMethod] = find_named(METHODS, name)
     return config

@@ -1,4 +1,4 @@
-"""Straight-through estimators: the exact quantized value forward, a chosen gradient backward."""
+"""Straight-through estimators: the forward pass uses the quantized value, the backward pass skips the rounding."""
 
 from typing import Any
 
@@ -7,17 +7,14 @@ from torch import Tensor
 
 
 def straight_through(x: Tensor, y: Tensor) -> Tensor:
-    """The value of `y`, the gradient of `x` (and of `y`, where `y` depends on trained parameters).
-
-    Written as `y + (x - x.detach())` because the other order does not return exactly `y` in low precision.
-    """
+    """Return the value of `y`, and send the gradient to `x`. It also goes to `y` if `y` has trained parameters."""
     if not y.requires_grad:
-        return _Replaced.apply(x, y)  # the same, without three passes over the values
-    return y + (x - x.detach())
+        return _Replaced.apply(x, y)  # equals the line below, without its three passes over the values
+    return y + (x - x.detach())  # in this order the value is exactly `y`; x + (y - x).detach() would round it
 
 
 class _Replaced(torch.autograd.Function):
-    """Forward `y` in place of `x`, backward the gradient unchanged."""
+    """Return `y` forward; pass the gradient to `x` unchanged backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -29,7 +26,7 @@ class _Replaced(torch.autograd.Function):
 
 
 def round_fp16(x: Tensor) -> Tensor:
-    """Nearest finite half-precision number of `x`, in the dtype of `x`; identity gradient."""
+    """Round `x` to the nearest finite fp16 number, and keep its dtype. The gradient passes through unchanged."""
     limit = torch.finfo(torch.float16).max
     rounded = x.detach().clamp(-limit, limit).to(torch.float16).to(x.dtype)
     return straight_through(x, rounded)

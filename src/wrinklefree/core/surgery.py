@@ -1,4 +1,4 @@
-"""Finding and replacing modules of a model by their fully qualified name (fqn)."""
+"""Find modules and parameters in a model by their fully qualified name (fqn)."""
 
 import fnmatch
 from collections.abc import Iterable, Iterator
@@ -9,16 +9,20 @@ from wrinklefree.core.errors import UserError
 
 
 def matches(fqn: str, patterns: Iterable[str]) -> bool:
-    """Whether a glob matches `fqn` or a run of whole components of it.
+    """Whether any glob in `patterns` matches `fqn`, or consecutive whole components inside it.
 
-    `lm_head` matches `lm_head` and `decoder.lm_head`, `layers.0` all of layer 0, `*.down_proj` every `down_proj`;
-    `wte` does not match `wte_proj`.
+    | pattern | matches |
+    |---|---|
+    | `lm_head` | `lm_head`, `decoder.lm_head` |
+    | `layers.0` | everything in layer 0 |
+    | `*.down_proj` | every `down_proj` |
+    | `wte` | `wte`, but not `wte_proj` |
     """
     return any(fnmatch.fnmatchcase(f".{fqn}.", f"*.{pattern}.*") for pattern in patterns)
 
 
 def linears(model: nn.Module, exclude: Iterable[str]) -> Iterator[tuple[str, nn.Linear]]:
-    """(fqn, module) of every plain `nn.Linear` whose fqn no pattern matches; subclasses are left alone."""
+    """Yield (fqn, module) for every `nn.Linear` that no pattern matches. Subclasses of `nn.Linear` are skipped."""
     patterns = list(exclude)
     for fqn, module in list(model.named_modules()):
         if type(module) is nn.Linear and not matches(fqn, patterns):
@@ -26,9 +30,10 @@ def linears(model: nn.Module, exclude: Iterable[str]) -> Iterator[tuple[str, nn.
 
 
 def unconvertible(model: nn.Module, exclude: Iterable[str]) -> list[str]:
-    """Names of matrix parameters that are held by something else than a linear layer or an embedding.
+    """Names of weights with two or more dimensions that are in neither an `nn.Linear` nor an embedding.
 
-    Fused 3-D experts and GPT-2's transposed `Conv1D` are such: a method must name them, never keep them in silence.
+    Examples are fused 3-D experts and GPT-2's transposed `Conv1D`. No method converts them, so a method warns that
+    they stay in full precision.
     """
     patterns = list(exclude)
     return [
@@ -40,9 +45,9 @@ def unconvertible(model: nn.Module, exclude: Iterable[str]) -> list[str]:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The layers of a causal language model, first to last: its longest list of modules.
+    """The decoder layers of a causal language model, first to last: its longest `nn.ModuleList`.
 
-    Raises UserError where it has none.
+    Raises UserError if the model has no `nn.ModuleList`.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
@@ -51,8 +56,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Train nothing that a pattern matches. Raises UserError for one that matches no parameter."""
-    named = list(model.named_parameters(remove_duplicate=False))  # tied weights go by either name
+    """Turn off training for every parameter that a pattern matches.
+
+    Raises UserError if a pattern matches no parameter.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))  # a tied weight has two names, and either may be given
     for pattern in patterns:
         frozen = [p for name, p in named if matches(name, [pattern])]
         if not frozen:

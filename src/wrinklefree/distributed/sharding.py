@@ -1,19 +1,14 @@
-"""Where the parameters of a model lie: whole on every process, or sharded over all of them (FSDP2).
+"""Place a model's parameters: whole on every process (`Whole`), or sharded over all of them with FSDP2 (`Sharded`).
 
-Sharded, each process keeps its share of every parameter, gradient and optimizer moment. A decoder layer is gathered
-when its forward or backward pass begins and let go when that ends, so that one layer at a time is whole:
+With `Sharded`, each process keeps a share of every parameter, gradient and optimizer moment. A decoder layer is
+gathered when its forward or backward pass begins and freed when it ends, so only one layer at a time is whole:
 
-    Root                    gathers what is outside of the layers: embedding, final norm, head (tied ones once)
+    Root                    gathers the parameters outside the layers: embedding, final norm, head (tied ones once)
       causal LM
         decoder layer 0     gathers itself
         decoder layer 1     ...
 
-Objectives read `head.weight` themselves, outside of any module's forward. So a `Root` does not run the model; it runs a
-function, `root(function)`, and inside of it these parameters are plain whole tensors. `Sharded.with_whole_parameters`
-does that for the student and its teacher together: whatever touches a placed model belongs into it.
-
-Masters stay fp32 and are gathered in fp32 (no `param_dtype`): a quantizer works out its scales and codes from the whole
-weight, and bf16 weights have other codes. The matrix products run in bf16 by autocast, as on one device.
+Code that uses a placed model must run inside `with_whole_parameters`.
 """
 
 import copy
@@ -44,30 +39,30 @@ Parameters = Iterable[nn.Parameter]
 
 
 class Whole:
-    """Every process has all of the model, and its own share of the batches."""
+    """Every process has the whole model, and its own share of the batches."""
 
     def __init__(self, world: World) -> None:
         self.world = world
 
     @property
     def build_device(self) -> torch.device:
-        """Where a model is put together before it is placed."""
+        """The device on which to build a model before it is placed."""
         return self.world.device
 
     def place(self, model: PreTrainedModel) -> None:
-        """Move a model to where it will be used. Its parameters must have their final shapes."""
+        """Move a model to the device of this process. Its parameters must have their final shapes."""
         model.to(self.world.device)
 
     def with_whole_parameters(self, function: Callable[[], T]) -> T:
-        """`function()`, which may use the placed models. Every process has to call it."""
+        """Call `function`, which may use the placed models, and return its result. Every process must call this."""
         return function()
 
     def only(self, *models: nn.Module | None) -> "Whole":
-        """The same for these models alone."""
+        """A placement whose `with_whole_parameters` gathers only these models. Here nothing has to be gathered."""
         return self
 
     def finish_gradients(self, parameters: Parameters, factor: float) -> None:
-        """Replace every gradient by its sum over all processes times `factor`."""
+        """Replace every gradient by `factor` times its sum over all processes."""
         for parameter in parameters:
             if self.world.size > 1:
                 sum_gradient(parameter)
@@ -76,7 +71,10 @@ class Whole:
 
 
 class Root(nn.Module):
-    """Holds a model, and runs functions while what is outside of its decoder layers is whole."""
+    """Calls functions while the parameters outside the model's decoder layers are gathered.
+
+    It calls a function and not the model, because objectives read `head.weight` outside of any module's forward pass.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -87,11 +85,11 @@ class Root(nn.Module):
         return function()
 
     def around(self, function: Callable[[], T]) -> T:
-        """`function()`, in which this model is used."""
+        """Call `function`, which uses this model, with the parameters outside its layers whole. Returns its result."""
         if self.trains:
-            return self(function)  # the loss is in what it returns: FSDP prepares the backward pass from there
+            return self(function)  # FSDP finds the loss in the result and prepares the backward pass
         results: list[T] = []
-        self(lambda: results.append(function()))  # hidden from FSDP: no backward pass comes to a frozen model
+        self(lambda: results.append(function()))  # a frozen model has no backward pass, so hide the result from FSDP
         return results[0]
 
 
@@ -106,11 +104,11 @@ class Sharded(Whole):
 
     @property
     def build_device(self) -> torch.device:
-        """The CPU: only shares of the layers come to the device."""
+        """The CPU, because the whole model may not fit on the device."""
         return torch.device("cpu")
 
     def place(self, model: PreTrainedModel) -> None:
-        """Shard a model in place, layer by layer. Raises UserError where a parameter cannot be split."""
+        """Shard a model in place, layer by layer. Raises UserError if a parameter is a single number."""
         for name, parameter in model.named_parameters():
             if parameter.ndim == 0:
                 raise UserError(f"{name}: a single number cannot be sharded; choose distributed=single_gpu")
@@ -119,11 +117,13 @@ class Sharded(Whole):
         layers = [self._shard(layer, self.config.reshard_after_forward) for layer in surgery.decoder_layers(model)]
         _prefetch(layers, self.config.prefetch)
         root = Root(model)
-        self._shard(root, True)  # after an evaluation, too, every parameter is a share again
+        self._shard(root, True)  # resharding after the forward pass also frees the parameters after an evaluation
         self.roots.append(root)
 
     def _shard(self, module: nn.Module, reshard_after_forward: bool) -> FSDPModule:
         pinned = self.world.device.type == "cuda"
+        # No `param_dtype`: weights are gathered in fp32, because a quantizer computes scales and codes from the whole
+        # weight, and a bf16 weight has other codes. Matrix products run in bf16 by autocast, as on one device.
         return fully_shard(
             module,
             mesh=self.mesh,
@@ -133,28 +133,31 @@ class Sharded(Whole):
         )
 
     def with_whole_parameters(self, function: Callable[[], T]) -> T:
-        """`function()`, with the parameters outside of the decoder layers whole, the layers' own in their forward."""
+        """Call `function` and return its result. Every process must call this.
+
+        Inside, the parameters outside the decoder layers are whole tensors. A layer's own are whole while it runs.
+        """
         for root in self.roots:
             function = partial(root.around, function)
         return function()
 
     def only(self, *models: nn.Module | None) -> "Sharded":
-        """The same for these models alone: the others are not gathered."""
+        """A placement whose `with_whole_parameters` gathers only these models."""
         some = copy.copy(self)
         some.roots = [root for root in self.roots if root.model in models]
         return some
 
     def finish_gradients(self, parameters: Parameters, factor: float) -> None:
-        """FSDP has left means over the processes."""
-        for parameter in parameters:
+        """Replace every gradient by `factor` times its sum over all processes."""
+        for parameter in parameters:  # FSDP has left the mean over the processes
             if parameter.grad is not None:
                 parameter.grad.mul_(factor * self.world.size)
 
 
 def choose_placement(chosen: DistributedConfig, compiled: bool, world: World) -> Whole:
-    """How models are placed; a single process has nobody to share with, and says so.
+    """Choose how models are placed. A single process always has the whole model, and logs so if it asked for fsdp.
 
-    Raises UserError for settings that do not go together.
+    Raises UserError if a setting needs fsdp, or if `training.compile` is combined with it.
     """
     if chosen.strategy == "replicate":
         if chosen != DistributedConfig():
@@ -164,12 +167,12 @@ def choose_placement(chosen: DistributedConfig, compiled: bool, world: World) ->
         log.info("one process: nothing to shard, the whole model is on %s", world.device)
         return Whole(world)
     if compiled:
-        raise UserError("training.compile=true: not with sharded parameters; leave it out, or distributed=single_gpu")
+        raise UserError("training.compile=true: does not work with fsdp; leave it out, or set distributed=single_gpu")
     return Sharded(chosen, world)
 
 
 def _prefetch(layers: list[FSDPModule], ahead: int) -> None:
-    """Have each layer gather the next `ahead` ones while it computes; 0 leaves it to torch, which looks one ahead."""
+    """Let each layer gather the next `ahead` layers while it computes. 0 leaves it to torch: one ahead."""
     if not ahead:
         return
     for i, layer in enumerate(layers):
@@ -178,7 +181,10 @@ def _prefetch(layers: list[FSDPModule], ahead: int) -> None:
 
 
 def whole_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """Every quantized layer by fqn, whole while it is looked at. Every process has to run through it."""
+    """Yield (fqn, layer) for every quantized layer, gathered while the caller looks at it.
+
+    Every process must run through the whole iterator.
+    """
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
     owner = {id(module): unit for unit in units for module in unit.modules()}
     for unit, group in groupby(quant_layers(model).items(), key=lambda item: owner.get(id(item[1]))):
@@ -188,6 +194,7 @@ def whole_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
 
 @contextmanager
 def _gathered(unit: FSDPModule | None) -> Iterator[None]:
+    """Gather the parameters of `unit` for the block. None does nothing."""
     if unit is not None:
         unit.unshard()
     yield
@@ -196,9 +203,9 @@ def _gathered(unit: FSDPModule | None) -> Iterator[None]:
 
 
 def whole_state(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """The state dict on the main process with every tensor whole, on the CPU where it was sharded; empty elsewhere.
+    """The model's state dict with every tensor whole. It is empty on all processes but the main one.
 
-    Tied weights stay one tensor. Every process has to call it.
+    Tensors that were sharded are on the CPU. Tied weights stay one tensor. Every process must call this.
     """
     done: dict[int, Tensor] = {}
     names = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -219,20 +226,23 @@ def _whole(tensor: Tensor, world: World) -> Tensor:
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """`value`, whole on every process, sharded as `parameter` is, where it has that shape."""
+    """Shard `value`, which every process has whole, as `parameter` is sharded.
+
+    It is returned as it is if `parameter` is not sharded, `value` is sharded already, or their shapes differ.
+    """
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor) or value.shape != parameter.shape:
         return value
     share = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
     placed = torch.empty_like(parameter, dtype=value.dtype)
-    local(placed).copy_(share)  # the parameter may be offloaded to another device than its mesh's
+    local(placed).copy_(share)  # an offloaded parameter is on another device than its mesh
     return placed
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor: itself where it is not sharded."""
+    """This process's share of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_scalar(value: Tensor) -> float:
-    """A number that was worked out from shares."""
+    """The value of a tensor with one element, which may have been computed from sharded tensors."""
     return (value.full_tensor() if isinstance(value, DTensor) else value).item()

@@ -1,6 +1,6 @@
-"""torchrun, without its tracebacks: `python -m wrinklefree.distributed.workers` takes the same arguments.
+"""torchrun without its tracebacks. `python -m wrinklefree.distributed.workers` takes torchrun's arguments.
 
-What went wrong is on the terminal already, in the words of the process that it went wrong in.
+The process that failed has printed its own error already, so torchrun's report would only repeat it.
 """
 
 import logging
@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> None:
-    """Start the processes and wait for them; exit code 1 where one failed, or where they were told to stop."""
+    """Start the processes and wait for them. Exits with code 1 if one failed or they were told to stop."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run.main()

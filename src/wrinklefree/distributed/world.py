@@ -1,7 +1,7 @@
-"""Processes: one, or several started by torchrun, each with its own share of the data.
+"""Communication between the processes of one run: a single one, or several that torchrun started.
 
-What they say to each other: sums, objects, agreements. With one process all of it is free and changes nothing. Tensors
-on a GPU go through nccl, those on a CPU through gloo, in one and the same group.
+With one process every function here returns at once and changes nothing. Tensors on a GPU go through nccl, tensors on
+a CPU through gloo, in one process group.
 """
 
 import logging
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is, of how many, on which device."""
+    """This process: its number `rank`, the number of processes `size`, and its device."""
 
     rank: int
     size: int
@@ -32,7 +32,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def join_world() -> World:
-    """Join the processes that torchrun started, or be the only one."""
+    """Join the processes that torchrun started. Without torchrun, the world is this process alone."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -40,25 +40,26 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if rank:  # the main process does the talking
+    if rank:  # only the main process logs
         logging.getLogger("wrinklefree").setLevel(logging.ERROR)
     return World(rank, size, device)
 
 
 def leave_world() -> None:
+    """Close the connections that `join_world` opened, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def sum_gradient(parameter: Tensor) -> None:
-    """Replace a gradient by its sum over all processes; one that got none has zeros."""
+    """Replace a gradient by its sum over all processes. A process without a gradient adds zeros."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     dist.all_reduce(parameter.grad)
 
 
 def sum_over_processes(values: Mapping[str, Tensor], world: World) -> dict[str, float]:
-    """The sum of each number over all processes, in one message; all of them bring the same names."""
+    """Sum each number over all processes, in one message. Every process must pass the same names in the same order."""
     stacked = torch.stack([value.double() for value in values.values()])
     if world.size > 1:
         dist.all_reduce(stacked)
@@ -66,7 +67,7 @@ def sum_over_processes(values: Mapping[str, Tensor], world: World) -> dict[str, 
 
 
 def any_of(here: bool, world: World) -> bool:
-    """Whether it is so on any process."""
+    """Whether `here` is true on any process."""
     flag = torch.tensor(int(here))
     if world.size > 1:
         dist.all_reduce(flag)
@@ -74,7 +75,7 @@ def any_of(here: bool, world: World) -> bool:
 
 
 def gather(value: Any, world: World) -> list[Any]:
-    """`value` of every process, by rank."""
+    """Collect the `value` of every process, ordered by rank. Every process gets the list."""
     values = [value] * world.size
     if world.size > 1:
         dist.all_gather_object(values, value)
@@ -82,4 +83,5 @@ def gather(value: Any, world: World) -> list[Any]:
 
 
 def barrier(world: World) -> None:
-    any_of(False, world)  # on the CPU: nccl's own barrier has a shorter patience than the writing of a large file takes
+    """Wait until every process has called this."""
+    any_of(False, world)  # through gloo: nccl's own barrier times out while one process writes a large file

@@ -1,4 +1,4 @@
-"""A native decoder's model from weights by name: which tensor of transformers goes where."""
+"""Build the native decoder's model from a source of weights that have transformers' names."""
 
 from typing import Literal
 
@@ -23,7 +23,10 @@ SUB_NORMS = {"o": "self_attn.attn_sub_norm", "down": "mlp.ffn_sub_norm"}  # of a
 
 
 def assemble(source: Source, mode: Mode) -> Model:
-    """Read all weights of `source`, whose config `family.supports`. Raises UserError for what is missing or odd."""
+    """Read all weights of `source` into the decoder's structures. `family.supports` must have accepted its config.
+
+    Raises UserError if a weight is missing or has the wrong shape.
+    """
     values = source.config.to_dict()
     sizes = family.sizes(values)
     frequencies, rope_scale = family.frequencies(source.config)
@@ -77,7 +80,7 @@ def _layer(source: Source, index: int, mode: Mode) -> Layer:
 
 
 def _sub_norm(source: Source, prefix: str, name: str, width: int) -> Floats | None:
-    """The gain of a BitNet's norm before the layer `name`, where there is one."""
+    """The gain of BitNet's norm before the layer `name`, or None if there is no such norm."""
     norm = f"{prefix}{SUB_NORMS[name]}.weight" if name in SUB_NORMS else ""
     return _floats(source.tensor(norm, (width,))) if source.has(norm) else None
 
@@ -95,13 +98,17 @@ def _linear(
     try:
         return Linear(_matrix(layer, exact), gain, eps, layer.method.int8_inputs)
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
-        # Codes and scales of shapes that a method would not have made; torch and the library name the mismatch.
+        # The file has codes and scales whose shapes do not belong together. torch or the library names the mismatch.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{fqn}: its codes do not fit its method ({reason}): export it again") from error
 
 
 def _matrix(layer: PackedLinear, exact: bool) -> native.Matrix:
-    """The layer without its norm. Where no form has its very shape, it is decoded: to fp32 if exact, else to bytes."""
+    """The layer's weight and bias as a matrix.
+
+    If no form fits, the weight is decoded: to fp32 if `exact`, else to int8. A form fits if it has the layer's shape,
+    and, if `exact`, is not a rounded weight.
+    """
     codes = layer.codes()
     form = method_layer(layer).form(codes)
     folded = isinstance(form, Integers) and codes.bits < 8

@@ -1,6 +1,6 @@
-"""The native decoder through ctypes: native/decoder.h, type for type.
+"""Call the native decoder through ctypes. The structures are those of native/decoder.h, field for field.
 
-Lengths and token ids are checked on the other side; what it refuses comes back as a ValueError.
+The library checks lengths and token ids. If it refuses a call, its reason is raised as a ValueError.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
 ACTIVATIONS = {"silu": 0, "relu2": 1}
 MODES = {"int8": 0, "exact": 1}
-MASK = 2**64 - 1  # of a seed
+MASK = 2**64 - 1  # keeps the bits of a seed that C has room for
 
 
 class _Linear(Structure):
@@ -57,7 +57,7 @@ class _Model(Structure):
 
 
 class CSampling(Structure):
-    """`wf_sampling`."""
+    """How to choose a token: `wf_sampling` of native/decoder.h."""
 
     _fields_ = (
         ("temperature", c_float),
@@ -82,33 +82,33 @@ class _Append(Structure):
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix, the norm of its inputs (gain [in]) where it has one, and whether it was trained on 8-bit inputs."""
+    """A linear layer of the decoder, perhaps with a norm of its inputs."""
 
     matrix: native.Matrix
-    gain: Floats | None = None
-    eps: float = 0.0
-    rounded: bool = False
+    gain: Floats | None = None  # [in], of the norm; None if there is no norm
+    eps: float = 0.0  # of the norm
+    rounded: bool = False  # whether it was trained with int8 inputs, which exact mode then rounds too
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: `linears` by the names in `LINEARS`, `norms` by those in `NORMS`; the last two may be missing."""
+    """One decoder layer."""
 
-    linears: Mapping[str, Linear]
-    norms: Mapping[str, Floats]
-    rope: bool = True
-    window: int = 0
+    linears: Mapping[str, Linear]  # by the names in LINEARS
+    norms: Mapping[str, Floats]  # gains by the names in NORMS; q_norm and k_norm may be missing
+    rope: bool = True  # whether positions are told by RoPE
+    window: int = 0  # how many of the last tokens it sees; 0 means all
 
 
 @dataclass(frozen=True)
 class Model:
-    """All that a decoder needs to know. `sizes` by the names in `SIZES`, frequencies [head_dim / 2]."""
+    """The sizes and weights of a model, as the decoder needs them."""
 
-    sizes: Mapping[str, int]
-    eps: float
-    frequencies: Floats
-    rope_scale: float
-    activation: str
+    sizes: Mapping[str, int]  # by the names in SIZES
+    eps: float  # of the norms
+    frequencies: Floats  # of RoPE [head_dim / 2], radians per position
+    rope_scale: float  # factor on sine and cosine
+    activation: str  # one of ACTIVATIONS
     embedding: native.Matrix
     norm: Floats
     head: Linear
@@ -117,16 +117,19 @@ class Model:
 
 @dataclass
 class Append:
-    """`tokens` to put at the end of the sequence in `slot`; with `sampling`, a token is chosen to follow them."""
+    """Tokens to add to the sequence in `slot`. With `sampling`, the decoder also chooses the token that follows."""
 
     slot: int
     tokens: Sequence[int]
     sampling: CSampling | None = None
-    logits: Floats | None = None  # [vocab], filled in
+    logits: Floats | None = None  # [vocab]; the decoder writes the logits of the last token into it
 
 
 class Decoder:
-    """A native decoder. Keeps what it borrows alive; `close` or the garbage collector gives its memory back."""
+    """A native decoder with `slots` independent sequences of up to `context` tokens.
+
+    `close` frees its memory; the garbage collector does so too.
+    """
 
     def __init__(
         self,
@@ -140,21 +143,21 @@ class Decoder:
         half_cache: bool = False,
     ) -> None:
         self._lib = _library()
-        self._pool, self._model = pool, model
+        self._pool, self._model = pool, model  # the library refers to both, so they must stay alive
         self.context, self.slots, self.max_rows = context, slots, max_rows
-        described, layers = _described(model, MODES[mode])
-        described.context, described.slots, described.max_rows = context, slots, max_rows
-        described.half_cache = half_cache
-        self._handle = self._lib.wf_decoder_new(pool.handle, ctypes.byref(described))
-        del layers  # was borrowed until here
+        struct, borrowed = _model_struct(model, MODES[mode])
+        struct.context, struct.slots, struct.max_rows = context, slots, max_rows
+        struct.half_cache = half_cache
+        self._handle = self._lib.wf_decoder_new(pool.handle, ctypes.byref(struct))
+        del borrowed  # the struct points into it, so it had to live until here
         if not self._handle:
-            raise ValueError(_why(self._lib))
+            raise ValueError(_error(self._lib))
         self._appends = (_Append * slots)()
         self._chosen = [c_int32() for _ in range(slots)]
         self._to_chosen = [ctypes.pointer(token) for token in self._chosen]
 
     def step(self, appends: Sequence[Append]) -> list[int | None]:
-        """Append all of them; for each that has a sampling, the token it chose."""
+        """Add the tokens of all `appends`. Returns the token chosen for each, or None if it has no sampling."""
         if len(appends) > self.slots:
             raise ValueError(f"{len(appends)} appends for {self.slots} slots")
         keep = []
@@ -171,32 +174,32 @@ class Decoder:
 
     def _check(self, code: int) -> None:
         if code:
-            raise ValueError(_why(self._lib))
+            raise ValueError(_error(self._lib))
 
     def length(self, slot: int) -> int:
-        """Tokens in the cache of `slot`."""
+        """How many tokens the cache of `slot` holds."""
         return int(self._lib.wf_decoder_length(self._handle, slot))
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Forget all but the first `length` tokens of `slot`."""
         self._check(self._lib.wf_decoder_truncate(self._handle, slot, length))
 
     def clear(self, slot: int) -> None:
-        """Forget all tokens and give the memory back."""
+        """Forget all tokens of `slot` and free their memory."""
         self._check(self._lib.wf_decoder_clear(self._handle, slot))
 
     def bytes(self) -> int:
-        """Memory of caches and buffers."""
+        """The memory of caches and buffers, in bytes."""
         return int(self._lib.wf_decoder_bytes(self._handle))
 
     def weight_bytes(self) -> int:
-        """Memory of the model's matrices, one that serves twice counted once."""
+        """The memory of the model's matrices, in bytes. A matrix that is both embedding and head counts once."""
         linears = [self._model.head, *(linear for layer in self._model.layers for linear in layer.linears.values())]
         matrices = {id(m): m for m in (self._model.embedding, *(linear.matrix for linear in linears))}
         return sum(matrix.nbytes for matrix in matrices.values())
 
     def close(self) -> None:
-        """Give everything back; nothing works after it."""
+        """Free all memory. No other method may be called afterwards."""
         if self._handle:
             self._lib.wf_decoder_free(self._handle)
             self._handle = None
@@ -207,23 +210,24 @@ class Decoder:
 
 
 def sample(logits: Floats, history: Sequence[int], sampling: CSampling) -> int:
-    """The token that a decoder would choose from logits [vocab]."""
+    """Choose a token from logits [vocab] as a decoder does. `history` is what the repetition penalty looks at."""
     values = np.ascontiguousarray(logits, dtype=np.float32)
     tokens = (c_int32 * len(history))(*history)
     library = _library()
     token = int(library.wf_sample(values.ctypes.data, len(values), tokens, len(history), ctypes.byref(sampling)))
     if token < 0:
-        raise ValueError(_why(library))
+        raise ValueError(_error(library))
     return token
 
 
-def _why(library: ctypes.CDLL) -> str:
+def _error(library: ctypes.CDLL) -> str:
+    """The reason for the library's last failure."""
     return str(library.wf_error().decode())
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The library, its decoder's functions declared."""
+    """The library, with the decoder's functions declared."""
     lib = native.load()
     handle, model = c_void_p, POINTER(_Model)
     declared: dict[str, tuple[list[Any], Any]] = {
@@ -243,8 +247,8 @@ def _library() -> ctypes.CDLL:
     return lib
 
 
-def _described(model: Model, mode: int) -> tuple[_Model, Any]:
-    """The C struct of a model, and what it points to."""
+def _model_struct(model: Model, mode: int) -> tuple[_Model, Any]:
+    """The C struct of a model, and the objects that it points to, which must outlive its use."""
     kept: list[Any] = []
 
     def address(values: Floats | None) -> int | None:
@@ -263,9 +267,9 @@ def _described(model: Model, mode: int) -> tuple[_Model, Any]:
         for name in NORMS:
             setattr(to, name, address(layer.norms.get(name)))
         to.rope, to.window = layer.rope, layer.window
-    described = _Model(eps=model.eps, rope_scale=model.rope_scale, activation=ACTIVATIONS[model.activation], mode=mode)
+    struct = _Model(eps=model.eps, rope_scale=model.rope_scale, activation=ACTIVATIONS[model.activation], mode=mode)
     for name in SIZES:
-        setattr(described, name, model.sizes[name])
-    described.frequencies, described.norm = address(model.frequencies), address(model.norm)
-    described.embedding, described.head, described.layers = model.embedding.handle, linear(model.head), layers
-    return described, (layers, kept)
+        setattr(struct, name, model.sizes[name])
+    struct.frequencies, struct.norm = address(model.frequencies), address(model.norm)
+    struct.embedding, struct.head, struct.layers = model.embedding.handle, linear(model.head), layers
+    return struct, (layers, kept)

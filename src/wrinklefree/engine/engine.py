@@ -1,10 +1,13 @@
-"""Tokens from the native decoder: several sequences at once, each with its own sampling.
+"""Generate tokens with the native decoder: several sequences at once, each with its own sampling.
 
-`open` puts a prompt into a slot, each `step` gives one new token to every sequence whose prompt has been read and reads
-a piece of the others, `close` frees the slot. A slot that is free keeps the keys and values of its last sequence: a
-prompt that begins like it (the next turn of a conversation) goes there and only its rest is read.
+| call | effect |
+|---|---|
+| `open` | puts a prompt into a free slot |
+| `step` | gives one token to each sequence whose prompt has been read, and reads a piece of the other prompts |
+| `close` | frees the slot |
 
-A sequence's tokens depend on its prompt and its sampling alone, not on what else is open. Calls come one at a time.
+A sequence's tokens depend only on its prompt and its sampling, not on other open sequences. An engine is not
+thread-safe: one call must end before the next begins.
 """
 
 import os
@@ -22,15 +25,16 @@ from wrinklefree.engine.binding import MASK, Append, CSampling, Decoder, Model
 from wrinklefree.engine.source import FolderSource, ModelSource, Source
 from wrinklefree.packed.products import native
 
-CHUNK = 256  # tokens of prompts that are read in one step at most: it bounds how long the other sequences wait
-MOST_THREADS = 16  # by default; products of one token do not gain from more
+CHUNK = 256  # the most prompt tokens that one step reads, so that other sequences do not wait long for their token
+MOST_THREADS = 16  # the most threads by default; products of one token do not gain from more
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, in transformers' order: repetition penalty, temperature, top-k, top-p.
+    """How tokens are chosen. The order is that of transformers: repetition penalty, temperature, top-k, top-p.
 
-    Temperature 0 is greedy. top_k 0, top_p 1 and penalty 1 are off. Raises UserError for values that mean nothing.
+    Temperature 0 always takes the likeliest token. top_k=0, top_p=1 and repetition_penalty=1 switch these off.
+    Raises UserError if a value is out of range.
     """
 
     max_new_tokens: int = 256
@@ -39,7 +43,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
-    stop_tokens: frozenset[int] = frozenset()  # the last token may be one of them; none follows it
+    stop_tokens: frozenset[int] = frozenset()  # a sequence ends after one of these, which is its last token
 
     def __post_init__(self) -> None:
         limits = {
@@ -55,7 +59,7 @@ class Sampling:
 
 
 def supports(config: PreTrainedConfig) -> str | None:
-    """Why this loop cannot run a model of this config; None where it can."""
+    """The reason why this loop cannot run a model with this config, or None if it can."""
     return native.available() or family.supports(config)
 
 
@@ -63,16 +67,18 @@ def supports(config: PreTrainedConfig) -> str | None:
 class _Sequence:
     """One open sequence."""
 
-    pending: list[int]  # not yet in the cache
+    pending: list[int]  # tokens that are not yet in the cache
     sampling: Sampling
     native: CSampling
-    left: int  # tokens it may still get
-    finished: str | None = None
+    left: int  # how many tokens it may still get
+    finished: str | None = None  # "stop", "length", or None while it goes on
 
 
 @dataclass
 class _Slot:
-    tokens: list[int] = field(default_factory=list)  # whose keys and values the cache holds
+    """A place for one sequence in the decoder's cache."""
+
+    tokens: list[int] = field(default_factory=list)  # the cache holds their keys and values
     open: _Sequence | None = None
 
 
@@ -94,7 +100,7 @@ class Engine:
         self._slots = [_Slot() for _ in range(slots)]
         self._vocab = model.sizes["vocab"]
         self.context, self.slots, self.mode, self.threads = context, slots, mode, pool.threads
-        self.generation = GenerationConfig()  # what the model's own says of sampling and of its last tokens
+        self.generation = GenerationConfig()  # the model's own defaults for sampling, and its stop tokens
 
     @classmethod
     def from_folder(
@@ -106,10 +112,11 @@ class Engine:
         mode: Mode = "int8",
         half_cache: bool = False,
     ) -> Self:
-        """The engine of a packed folder (or a plain one with safetensors).
+        """Load a packed folder, or a plain one with safetensors.
 
-        `context` is that of the model, or less; `half_cache` keeps keys and values in bf16, half of their memory, and
-        near the tokens of fp32. Raises UserError where the folder is damaged or the loop cannot run it.
+        `context` may be less than the model's. `half_cache` keeps keys and values in bf16, which halves their memory
+        and may change a token if two are nearly as likely.
+        Raises UserError if the folder is damaged or the loop cannot run the model.
         """
         return cls._of(FolderSource(Path(path)), threads, context, slots, mode, half_cache)
 
@@ -123,7 +130,10 @@ class Engine:
         mode: Mode = "int8",
         half_cache: bool = False,
     ) -> Self:
-        """The engine of a loaded model with packed, or plain, linear layers. Raises UserError like `from_folder`."""
+        """Take the weights of a loaded model, whose linear layers may be packed or plain.
+
+        The arguments are those of `from_folder`. Raises UserError if the loop cannot run the model.
+        """
         return cls._of(ModelSource(model), threads, context, slots, mode, half_cache)
 
     @classmethod
@@ -145,14 +155,16 @@ class Engine:
         return engine
 
     def describe(self) -> str:
-        """`native, avx512-vnni, 2 threads`."""
+        """One line about the engine, such as `native, avx512-vnni, 2 threads`."""
         return f"native, {native.isa()}, {self.threads} thread{'' if self.threads == 1 else 's'}"
 
     def open(self, prompt: Sequence[int], sampling: Sampling) -> int:
-        """The slot in which `prompt` will be continued.
+        """Put `prompt` into a free slot and return the slot's number. `step` then reads and continues it.
 
-        Raises UserError where it is empty, has ids outside of the vocabulary or leaves no room, or where all slots
-        are taken.
+        A free slot keeps the keys and values of its last sequence. A prompt that begins alike, such as the next turn of
+        a conversation, goes into that slot, and only the rest is read.
+        Raises UserError if the prompt is empty, has ids outside the vocabulary, or fills the context, and if no slot is
+        free.
         """
         tokens = self._checked(prompt)
         slot, common = self._best_slot(tokens)
@@ -179,17 +191,23 @@ class Engine:
         return tokens
 
     def _best_slot(self, tokens: list[int]) -> tuple[int, int]:
-        """The free slot that holds most of the beginning of `tokens`, and how much; the last token is read anew."""
+        """The free slot that shares the longest beginning with `tokens`, and its length in tokens.
+
+        The last token never counts: it must be read to get the logits that follow it.
+        """
         free = [i for i, slot in enumerate(self._slots) if slot.open is None]
         if not free:
             raise UserError(f"all {self.slots} slots are taken: close one, or open the engine with more")
         shared = {i: _common(self._slots[i].tokens, tokens[:-1]) for i in free}
-        # Of those that share nothing, the one that would lose least.
+        # If several slots share as much, take the one with the fewest tokens to lose.
         best = max(free, key=lambda i: (shared[i], -len(self._slots[i].tokens)))
         return best, shared[best]
 
     def step(self) -> dict[int, int]:
-        """One new token for each open sequence whose prompt has been read; at most `CHUNK` tokens of prompts."""
+        """Give one token to each open sequence whose prompt has been read: {slot: token}.
+
+        The other sequences read up to `CHUNK` tokens of their prompts, in the order of their slots.
+        """
         appends, budget = [], CHUNK
         for index, slot in enumerate(self._slots):
             if slot.open is None or slot.open.finished:
@@ -210,7 +228,7 @@ class Engine:
         return {a.slot: token for a, token in zip(appends, chosen, strict=True) if token is not None}
 
     def _note(self, append: Append, token: int | None) -> None:
-        """Note down what a step did to one sequence, which got `token`."""
+        """Update one sequence after a step. `token` is None if its prompt has not been read to the end."""
         slot = self._slots[append.slot]
         sequence = slot.open
         assert sequence is not None
@@ -227,22 +245,28 @@ class Engine:
             sequence.finished = "length"
 
     def finished(self, slot: int) -> str | None:
-        """ "stop" after a stop token, "length" where no more may or can follow, None while it goes on."""
+        """Why the sequence in `slot` has ended. Raises UserError if nothing is open there.
+
+        "stop" means a stop token, "length" that it has all its tokens or fills the context, None that it goes on.
+        """
         return self._opened(slot).finished
 
     def close(self, slot: int) -> None:
-        """Free the slot, whether its sequence is finished or not; its cache stays for prompts that begin alike."""
+        """Free the slot, even if its sequence has not ended. Its cache stays for prompts that begin alike."""
         self._opened(slot)
         self._slots[slot].open = None
 
     def _opened(self, slot: int) -> _Sequence:
-        found = self._slots[slot].open if 0 <= slot < self.slots else None
-        if found is None:
+        sequence = self._slots[slot].open if 0 <= slot < self.slots else None
+        if sequence is None:
             raise UserError(f"slot {slot}: nothing is open there")
-        return found
+        return sequence
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
-        """The tokens that follow `prompt`, a stop token included; for an engine in which nothing else is open."""
+        """Yield the tokens that follow `prompt`, a stop token included.
+
+        Tokens of other open sequences are dropped, so nothing else should be open.
+        """
         slot = self.open(prompt, sampling)
         try:
             while self.finished(slot) is None:
@@ -253,21 +277,21 @@ class Engine:
             self.close(slot)
 
     def bytes(self) -> int:
-        """Memory of caches and buffers; matrices are their own."""
+        """The memory of caches and buffers, in bytes, without the model's matrices."""
         return self._decoder.bytes()
 
     def weight_bytes(self) -> int:
-        """Memory of the matrices."""
+        """The memory of the model's matrices, in bytes."""
         return self._decoder.weight_bytes()
 
 
 def default_threads() -> int:
-    """As many as this process has cores, up to `MOST_THREADS`."""
+    """The number of cores that this process may use, at most `MOST_THREADS`."""
     return min(MOST_THREADS, len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """How many tokens two sequences have in common at their beginning."""
     for i, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return i

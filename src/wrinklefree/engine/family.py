@@ -1,4 +1,4 @@
-"""Which models the native decoder runs, and what their configs say about them."""
+"""Which models the native decoder runs, and how it reads their configs."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ COUNTS = (
 
 
 def supports(config: PreTrainedConfig) -> str | None:
-    """Why the native decoder cannot run a model of this config; None where it can."""
+    """The reason why the native decoder cannot run a model with this config, or None if it can."""
     values = config.to_dict()
     if values["model_type"] not in MODEL_TYPES:
         return f"model_type {values['model_type']} is not one of {', '.join(MODEL_TYPES)}"
@@ -51,7 +51,7 @@ def supports(config: PreTrainedConfig) -> str | None:
 
 
 def sizes(values: dict[str, Any]) -> dict[str, int]:
-    """The decoder's sizes, by its names."""
+    """The sizes of a model, by the names that the decoder gives them."""
     return {
         "vocab": values["vocab_size"],
         "hidden": values["hidden_size"],
@@ -64,7 +64,7 @@ def sizes(values: dict[str, Any]) -> dict[str, int]:
 
 
 def frequencies(config: PreTrainedConfig) -> tuple[Floats, float]:
-    """Radians per position of each pair of a head [head_dim / 2], and what sine and cosine are multiplied with."""
+    """RoPE's frequencies in radians per position [head_dim / 2], and the factor on sine and cosine."""
     rope = config.to_dict()["rope_parameters"]
     if rope["rope_type"] != "default":
         found, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
@@ -75,12 +75,12 @@ def frequencies(config: PreTrainedConfig) -> tuple[Floats, float]:
 
 
 def has_positions(values: dict[str, Any], layer: int) -> bool:
-    """Whether RoPE tells positions to this layer."""
+    """Whether this layer uses RoPE. Some layers of SmolLM3 do not."""
     return values["model_type"] != "smollm3" or bool(values["no_rope_layers"][layer])
 
 
 def window(values: dict[str, Any], layer: int) -> int:
-    """How many tokens this layer sees, 0 for all."""
+    """How many of the last tokens this layer sees. 0 means all."""
     size = values.get("sliding_window") or 0
     if values["model_type"] == "mistral":
         return int(size)

@@ -1,7 +1,6 @@
-"""Where the native decoder's weights come from: a model in memory, or a folder read layer by layer.
+"""Sources of the native decoder's weights: a model in memory, or a folder that is read layer by layer.
 
-A folder is read without building the model: never more than one layer is unpacked, and every shape in a file's header
-is compared with what the config says before its tensor is read.
+A folder is read without building the model, so that only one layer is unpacked at a time.
 """
 
 from collections.abc import Sequence
@@ -28,22 +27,22 @@ T = TypeVar("T")
 
 
 class Source(Protocol):
-    """Weights by the names that transformers gives them."""
+    """Weights, by the names that transformers gives them."""
 
     config: PreTrainedConfig
     generation: GenerationConfig
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A parameter. Raises UserError where it is missing or has another shape."""
+        """The parameter `name`. Raises UserError if it is missing or has another shape."""
 
     def embedding(self, fqn: str, shape: Sequence[int]) -> Tensor | PackedLinear | None:
-        """An embedding's weight; None where its rows are those of the packed head."""
+        """The weight of an embedding, or None if it shares its rows with the packed output head."""
 
     def linear(self, fqn: str, shape: Sequence[int], bias: bool) -> nn.Linear | PackedLinear:
-        """A layer with weight [out, in]; `bias` says whether a layer that is not packed has one."""
+        """The linear layer `fqn` of shape [out, in]. `bias` says whether it has a bias, if it is not packed."""
 
     def has(self, name: str) -> bool:
-        """Whether there is such a parameter."""
+        """Whether there is a parameter `name`."""
 
 
 class ModelSource:
@@ -77,7 +76,7 @@ class ModelSource:
 
 @dataclass
 class Quantization:
-    """The part of config.json that is read here."""
+    """The section `quantization_config` of config.json."""
 
     quant_method: str = ""
     format: int = 1
@@ -90,33 +89,33 @@ class FolderSource:
     """The weights of a folder with config.json and safetensors."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError for a folder without a readable config, or with damaged files."""
+        """Raises UserError if the folder's config cannot be read, or a file is damaged."""
         self.folder = folder
         try:
             self.config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-            # What transformers makes of values of a wrong kind depends on the model.
+            # If a value has the wrong type, each model class of transformers fails in its own way.
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}: config.json is no model of transformers ({reason})") from error
-        stated = (folder / "generation_config.json").is_file()
-        self.generation = GenerationConfig.from_pretrained(folder) if stated else GenerationConfig()
-        self._files = opened(folder)
-        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  # not a dict
-        quantization = self._stated(Quantization, self.config.to_dict().get("quantization_config") or {})
+        has_defaults = (folder / "generation_config.json").is_file()
+        self.generation = GenerationConfig.from_pretrained(folder) if has_defaults else GenerationConfig()
+        self._files = open_files(folder)
+        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  # not a dict
+        quantization = self._typed(Quantization, self.config.to_dict().get("quantization_config") or {})
         if quantization.format > FORMAT:
-            raise UserError(f"{folder}: packed in format {quantization.format}, this reads up to {FORMAT}: upgrade it")
+            raise UserError(f"{folder}: packed in format {quantization.format}, newer than {FORMAT}: upgrade")
         self._specs, self._values, self._tied = quantization.layers, quantization.method, quantization.tied or {}
 
     def has(self, name: str) -> bool:
-        return name in self._where
+        return name in self._file_of
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         if not self.has(name):
             raise UserError(f"{self.folder}: {name} is missing")
-        found = self._where[name].get_slice(name).get_shape()
-        if list(found) != list(shape):
-            raise UserError(f"{self.folder}: {name} has the shape {found}, config.json says {list(shape)}")
-        loaded: Tensor = self._where[name].get_tensor(name)
+        stored = self._file_of[name].get_slice(name).get_shape()  # from the file's header: nothing is read yet
+        if list(stored) != list(shape):
+            raise UserError(f"{self.folder}: {name} has the shape {stored}, config.json says {list(shape)}")
+        loaded: Tensor = self._file_of[name].get_tensor(name)
         return loaded
 
     def embedding(self, fqn: str, shape: Sequence[int]) -> Tensor | PackedLinear | None:
@@ -135,7 +134,8 @@ class FolderSource:
         return layer
 
     def _packed(self, fqn: str, shape: Sequence[int]) -> PackedLinear:
-        spec = self._stated(LayerSpec, self._specs[fqn])
+        """Read the packed layer `fqn`. Raises UserError if its shape or a dtype is not the expected one."""
+        spec = self._typed(LayerSpec, self._specs[fqn])
         method = self._method(self._values if spec.method is None else spec.method)
         if list(spec.shape) != list(shape) or spec.bits not in WIDTHS or not spec.index_shape:
             raise UserError(f"{self.folder}: {fqn} is packed as {spec.shape}, the model needs {list(shape)}")
@@ -154,8 +154,8 @@ class FolderSource:
             layer.rms_norm = PlainRMSNorm(self.tensor(f"{fqn}.rms_norm.weight", shape[1:]), spec.norm_eps)
         return layer
 
-    def _stated(self, cls: type[T], values: Any) -> T:
-        """What config.json says, as the dataclass that it is. Raises UserError where it is none."""
+    def _typed(self, cls: type[T], values: Any) -> T:
+        """Check a part of config.json and return it as the dataclass `cls`. Raises UserError if it does not fit."""
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
@@ -164,21 +164,22 @@ class FolderSource:
             raise UserError(f"{self.folder}: config.json, quantization_config: {where}: {first['msg']}") from error
 
     def _method(self, values: Any) -> QuantMethod:
+        """The method's config. Raises UserError if the method is unknown or its settings do not fit."""
         name = values.get("name") if isinstance(values, dict) else None
-        return self._stated(find(str(name)), values)
+        return self._typed(find(str(name)), values)
 
 
-def opened(folder: Path) -> list[Any]:
-    """All safetensors files of a folder, their headers checked."""
-    opened = []
+def open_files(folder: Path) -> list[Any]:
+    """Open all safetensors files of a folder. Raises UserError if there is none or a file's header is damaged."""
+    files = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            opened.append(safe_open(path, framework="pt"))
+            files.append(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged ({error}); copy or export it again") from error
-    if not opened:
+    if not files:
         raise UserError(f"{folder}: no safetensors files in it")
-    return opened
+    return files
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,8 +1,14 @@
-"""The architectures of transformers that this package runs or writes itself, and the names of their parts.
+"""The model architectures that this package runs or exports by itself, and the names of their parts.
 
-All of them are Llamas. They differ in biases (Qwen2), norms of the heads (Qwen3), layers without positions (SmolLM3),
-two further norms (BitNet), and layers that see only a window of the last tokens (Mistral, Qwen). Any other causal
-language model trains and runs in transformers.
+All of them are Llamas with small differences. Any other causal language model trains and runs in transformers.
+
+| architecture | beyond Llama |
+|---|---|
+| Mistral | layers that see only a window of the last tokens |
+| Qwen2 | biases; windows |
+| Qwen3 | norms of the heads; windows |
+| SmolLM3 | layers without positions |
+| BitNet | two further norms per layer |
 """
 
 from collections.abc import Mapping
@@ -21,7 +27,7 @@ class Family:
 
     @property
     def causal_lm(self) -> str:
-        """The name of its class with a head."""
+        """The name of its class with an output head in transformers, such as `LlamaForCausalLM`."""
         return f"{self.stem}ForCausalLM"
 
 

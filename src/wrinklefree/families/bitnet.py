@@ -1,7 +1,6 @@
-"""transformers' BitNet as a home for models with SubLN: a Llama with two more norms in every layer.
+"""BitNet in transformers: a Llama with two more norms per layer, so models with SubLN can be stored as one.
 
-A checkpoint of such a model says in its config what transformers itself can do with it: read the fp32 masters, and
-quantize weights and activations as it goes (`quant_method: bitnet`, `autobitlinear`, `online`).
+Plain transformers loads such a checkpoint: it reads the fp32 masters, and quantizes weights and activations on the fly.
 """
 
 import torch
@@ -10,12 +9,12 @@ from transformers import BitNetConfig, BitNetForCausalLM, LlamaForCausalLM, PreT
 
 from wrinklefree.core.norm import RMSNorm
 
-# A layer whose input BitNet normalizes, and the name of that norm beside it.
+# The layers whose inputs BitNet normalizes, and the name of each norm, which is in the same module as its layer.
 NORMS = {"o_proj": "attn_sub_norm", "down_proj": "ffn_sub_norm"}
 
 
 def fits(model: nn.Module) -> bool:
-    """Whether BitNet has a place for every weight of this model, and the shapes its norms need."""
+    """Whether `model` is a Llama that `from_llama` can convert: no biases, and heads that add up to the hidden size."""
     if not isinstance(model, LlamaForCausalLM):
         return False
     c = model.config
@@ -23,7 +22,7 @@ def fits(model: nn.Module) -> bool:
 
 
 def from_llama(model: LlamaForCausalLM) -> BitNetForCausalLM:
-    """The same weights in a BitNet, whose norms have gain 1."""
+    """Build a BitNet around the weights of a Llama, which are not copied. The additional norms have gain 1."""
     own = model.config.to_dict()
     known = BitNetConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     config = BitNetConfig(**{name: own[name] for name in known & own.keys()})
@@ -40,16 +39,16 @@ def from_llama(model: LlamaForCausalLM) -> BitNetForCausalLM:
 
 
 def quicken(model: nn.Module) -> None:
-    """Give a BitNet's further norms the same arithmetic in half the time: they see each layer's widest activations."""
+    """Replace the additional norms of a BitNet by our `RMSNorm`, which trains in half the time with equal results."""
     for name, norm in list(model.named_modules()):
         if name.endswith(tuple(NORMS.values())) and not isinstance(norm, RMSNorm):
             own = RMSNorm(norm.get_parameter("weight"), norm.variance_epsilon)
-            own.weight = norm.get_parameter("weight")  # the very parameter, whoever else may hold it
+            own.weight = norm.get_parameter("weight")  # the same object, in case something else refers to it
             model.set_submodule(name, own.train(norm.training))
 
 
 def norm_beside(model: nn.Module, fqn: str) -> nn.Module | None:
-    """The norm of the inputs of the layer `fqn`, where `model` is a BitNet and has one."""
+    """The norm that BitNet applies to the inputs of the layer `fqn`. None if there is none or `model` is no BitNet."""
     parent, _, name = fqn.rpartition(".")
     if isinstance(model, BitNetForCausalLM) and name in NORMS:
         return model.get_submodule(f"{parent}.{NORMS[name]}")
@@ -57,7 +56,10 @@ def norm_beside(model: nn.Module, fqn: str) -> nn.Module | None:
 
 
 def state_online(model: PreTrainedModel, norms_inside: bool, eps: float) -> None:
-    """Make the config of a checkpoint say: ternary, int8 activations, perhaps an RMSNorm in every quantized layer."""
+    """Write into the model's config that transformers should quantize it on the fly: ternary, int8 activations.
+
+    `norms_inside` adds an RMSNorm with `eps` to every quantized layer.
+    """
     model.config.quantization_config = {
         "quant_method": "bitnet",
         "linear_class": "autobitlinear",

@@ -1,14 +1,14 @@
-"""Linear layers and embeddings that hold packed codes, not a weight. Each packed folder has a copy of this file.
+"""Linear layers and embeddings that hold packed codes instead of a weight. Each packed folder has a copy of this file.
 
-Buffers, all of them in the saved file:
+A layer saves these tensors:
 
     weight      uint8 [..., ceil(n * bits / 8)]   the codes `index` [..., n], packed along the last dimension
-    <name>      fp16, the method's shape          one for each of `Codes.tensors`: scales, tables
-    bias        [out]                             a parameter, if the trained layer has one
+    <name>      fp16, the method's shape          one per entry of `Codes.tensors`: scales, tables
+    bias        [out]                             a parameter, if the trained layer has a bias
     rms_norm.weight  [in]                         a parameter, if the trained layer normalizes its inputs
 
-The codes are called `weight` on purpose: to a program that does not know this format they are a weight of the wrong
-shape, which transformers refuses. Under any other name it would start from random weights and say so in a warning.
+The codes are called `weight` on purpose. A program that does not know this format then finds a weight of the wrong
+shape, which transformers refuses. Under another name it would only warn, and go on with random weights.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from wrinklefree.core.inputs import PlainRMSNorm, compute_dtype, int8_per_token
 
 
 class Method(Protocol):
-    """What a packed layer has to know of the method that made its codes."""
+    """The part of a method that a packed layer needs."""
 
     name: str
 
@@ -37,15 +37,15 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The shapes of one packed layer: what has to be known before its tensors are read. Plain JSON values."""
+    """The shapes of one packed layer, known before its tensors are read. All values can be written as JSON."""
 
     shape: list[int]  # [out_features, in_features]
     bits: int  # width of one code
     index_shape: list[int]  # of the unpacked codes
     tensors: dict[str, list[int]]  # shape of each scale or table
     bias: bool
-    norm_eps: float | None = None  # of the norm of its inputs, if it has one
-    method: dict[str, Any] | None = None  # its own method's settings, if that is not the model's
+    norm_eps: float | None = None  # eps of the layer's norm; None if it has no norm
+    method: dict[str, Any] | None = None  # settings of the layer's method; None means the model's method
 
     @property
     def packed_shape(self) -> list[int]:
@@ -53,20 +53,20 @@ class LayerSpec:
 
 
 class PackedLinear(nn.Module):
-    """`decode(codes)` as a linear layer. Codes and scales keep their dtype whatever the model is cast to."""
+    """A linear layer with the weight `decode(codes)`. Codes and scales keep their dtype if the model is cast."""
 
     weight: Tensor
-    exact = False  # whether the decoded weight has to multiply
-    choose: ClassVar[Callable[["PackedLinear"], "Product"]]  # the fastest product; the package sets another
+    exact = False  # True: multiply with the decoded weight, never with a kernel
+    choose: ClassVar[Callable[["PackedLinear"], "Product"]]  # picks a product; the package sets one that knows kernels
 
     def __init__(self, method: Method, spec: LayerSpec) -> None:
-        """Empty buffers of the right shapes, on the current default device."""
+        """Create uninitialized buffers of the right shapes on the default device."""
         super().__init__()
         self.method = method
         self.spec = spec
         self.out_features, self.in_features = spec.shape
-        self.dense: Tensor | None = None  # the decoded weight, kept from its first use on
-        self.product: Product | None = None  # chosen at the first forward on this device
+        self.dense: Tensor | None = None  # the decoded weight, cached at its first use
+        self.product: Product | None = None  # chosen at the first forward pass on this device
         self.register_buffer("weight", torch.empty(spec.packed_shape, dtype=torch.uint8))
         for name, shape in spec.tensors.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float16))
@@ -74,41 +74,41 @@ class PackedLinear(nn.Module):
         self.rms_norm = None if spec.norm_eps is None else PlainRMSNorm(torch.empty(self.in_features), spec.norm_eps)
 
     def codes(self) -> Codes:
-        """The codes as they were trained, scales in fp32."""
+        """Unpack the codes. Scales and tables are cast to fp32."""
         index = unpack(self.weight, self.spec.bits, self.spec.index_shape[-1])
         tensors = {name: self.get_buffer(name).float() for name in self.spec.tensors}
         return Codes(index, self.spec.bits, tensors, (self.out_features, self.in_features))
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """The decoded weight [out, in] in the compute dtype, decoded once and kept."""
+        """The decoded weight [out, in] in `dtype`. It is decoded once and cached."""
         if self.dense is None or self.dense.dtype != dtype or self.dense.device != self.weight.device:
             with torch.inference_mode(False), torch.no_grad():
                 self.dense = self.decoded().to(dtype)
         return self.dense
 
     def decoded(self) -> Tensor:
-        """The decoded weight in fp32. Autocast would round its factors."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        """Decode the weight to fp32 [out, in]."""
+        with torch.autocast(self.weight.device.type, enabled=False):  # it would round the factors
             return self.method.decode(self.codes())
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What is multiplied with the weight: `x`, normalized and rounded as in training."""
+        """Normalize and round `x` as in training. The weight multiplies the result."""
         x = x if self.rms_norm is None else self.rms_norm(x)
         return int8_per_token(x) if self.method.int8_inputs else x
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:  # other products have no gradient
+        if torch.is_grad_enabled() and x.requires_grad:  # kernels have no backward pass
             return by_decoded_weight(self, x)
         return self.chosen()(self, x)
 
     def chosen(self) -> "Product":
-        """The product for this device, asked for once."""
+        """The function that multiplies this layer. It is chosen once per device."""
         if self.product is None:
             self.product = by_decoded_weight if self.exact else self.choose()
         return self.product
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow moves to other devices, ignore casts: bf16 has not the digits of an fp16 scale."""
+        """Follow moves to other devices but ignore casts, because bf16 has too few digits for an fp16 scale."""
         keep = {id(self.get_buffer(name)) for name in ("weight", *self.spec.tensors)}
 
         def apply(tensor: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class PackedLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles choose their own product."""
+        """Leave the product out of copies and pickles. They choose their own."""
         return vars(self) | {"product": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -131,11 +131,11 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.spec.bits}, method={self.method.name}"
 
 
-Product = Callable[[PackedLinear, Tensor], Tensor]  # a layer and its inputs [..., in] -> [..., out], bias and all
+Product = Callable[[PackedLinear, Tensor], Tensor]  # (layer, x [..., in]) -> [..., out], with bias
 
 
 def by_decoded_weight(layer: PackedLinear, x: Tensor) -> Tensor:
-    """The product that training computes, bit for bit."""
+    """Multiply with the decoded weight. The result equals that of the trained layer bit for bit."""
     x = layer.inputs(x)
     return F.linear(x, layer.effective_weight(compute_dtype(x)), layer.bias)
 
@@ -144,12 +144,12 @@ PackedLinear.choose = lambda layer: by_decoded_weight
 
 
 class PackedEmbedding(PackedLinear):
-    """`nn.Embedding` over the rows of a packed layer [vocabulary, width]; its results follow the model's casts."""
+    """An embedding [vocabulary, width] that decodes the rows it needs. Results have the dtype the model is cast to."""
 
     like: Tensor
 
     def __init__(self, method: Method, spec: LayerSpec, dtype: torch.dtype | None = None) -> None:
-        """`dtype` is that of the results; None is torch's default."""
+        """`dtype` is the dtype of the results. None means torch's default."""
         super().__init__(method, spec)
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
@@ -158,13 +158,13 @@ class PackedEmbedding(PackedLinear):
 
 
 class TiedEmbedding(nn.Module):
-    """`nn.Embedding` over the rows of the packed head, which owns the tensors."""
+    """An embedding that reads its rows from the packed output head, which owns the tensors."""
 
     like: Tensor
 
     def __init__(self, head: PackedLinear, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.head = [head]  # in a list, so that it is not registered, and saved, twice
+        self.head = [head]  # a list hides it from nn.Module, so it is not saved twice
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class TiedEmbedding(nn.Module):
 
 
 def rows(layer: PackedLinear, ids: Tensor) -> Tensor:
-    """Rows of the decoded weight: ids [...] -> fp32 [..., in]. Every tensor of the codes has a row for each row."""
+    """Decode the rows `ids` [...] of a weight to fp32 [..., in]. Every scale tensor must have one row per row."""
     chosen = ids.flatten()
     index = unpack(layer.weight[chosen], layer.spec.bits, layer.in_features)
     tensors = {name: layer.get_buffer(name)[chosen].float() for name in layer.spec.tensors}

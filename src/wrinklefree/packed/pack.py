@@ -1,4 +1,4 @@
-"""Codes into packed layers, and the packed layers of a model."""
+"""Make packed layers from codes, and find them in a model."""
 
 from typing import TypeVar
 
@@ -15,9 +15,10 @@ Kind = TypeVar("Kind", PackedLinear, PackedEmbedding)
 def pack_layer(
     kind: type[Kind], method: QuantMethod, codes: Codes, bias: Tensor | None = None, norm_eps: float | None = None
 ) -> Kind:
-    """A layer with these codes. The gain of a norm is left on the meta device for its own tensor to take its place.
+    """Make a packed layer of the class `kind` that holds `codes`.
 
-    Raises ValueError for a scale that is not exactly an fp16 number: it would change in the file.
+    With `norm_eps` it has a norm, whose gain stays on the meta device until the caller replaces it.
+    Raises ValueError if a scale is not exactly an fp16 number, because the file would change it.
     """
     tensors = {name: list(tensor.shape) for name, tensor in codes.tensors.items()}
     spec = LayerSpec(list(codes.shape), codes.bits, list(codes.index.shape), tensors, bias is not None, norm_eps)
@@ -38,5 +39,5 @@ def _exact_fp16(name: str, tensor: Tensor) -> Tensor:
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """Every packed layer by fqn."""
+    """All packed layers of `model` by fqn."""
     return {fqn: module for fqn, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -1,4 +1,4 @@
-"""The quantizer that this package registers with transformers: it finds methods by name, and fuses known modules."""
+"""The package's plug-in for transformers: it reads packed folders of every method, and uses the fast kernels."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from wrinklefree.packed.quantizer import QUANT_METHOD, WrinkleFreeConfig, Wrinkl
 
 
 class PackageQuantizer(WrinkleFreeQuantizer):
-    """Knows every method, and works with less Python between products."""
+    """Reads packed folders of any method, found by name, and fuses the modules that it knows."""
 
     def method_of(self, settings: dict[str, Any], fqn: str) -> QuantMethod:
         config = find(settings["name"])(**settings)
@@ -25,7 +25,7 @@ class PackageQuantizer(WrinkleFreeQuantizer):
 
 
 def register() -> None:
-    """Give packed layers their kernels, and make transformers know the format, for the rest of the process."""
+    """Register the format with transformers, and let packed layers use kernels, for the rest of the process."""
     PackedLinear.choose = choose
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = WrinkleFreeConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackageQuantizer

@@ -1,6 +1,6 @@
-"""How transformers reads packed folders, `quant_method: wrinklefree`. Each of them has a copy of this file.
+"""Let transformers read packed folders (`quant_method: wrinklefree`). Each packed folder has a copy of this file.
 
-Before weights are loaded, every layer that `quantization_config.layers` names is replaced by an empty `PackedLinear`;
+Before weights are loaded, every layer named in `quantization_config.layers` is replaced by an empty `PackedLinear`.
 transformers then fills its buffers like any other tensor. Importing this file registers nothing.
 """
 
@@ -17,14 +17,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from wrinklefree.packed.layer import LayerSpec, Method, PackedEmbedding, PackedLinear, TiedEmbedding
 
 QUANT_METHOD = "wrinklefree"
-FORMAT = 3  # the newest that is read; a reader refuses newer ones
-# 2 since layers may have norms of their own, 3 since embedding and head may be packed, by a method of their own;
-# folders without either stay readable to the versions before.
+FORMAT = 3  # the newest format that this version reads
+# A folder is written in the oldest format that can hold it, so older versions can read it: 2 if layers have norms of
+# their own, 3 if embedding or head are packed (they may have another method).
 PLAIN, WITH_NORMS, WITH_HEAD = 1, 2, 3
 
 
 class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
-    """`quantization_config` of config.json: the method's config and the shapes of every packed layer."""
+    """The section `quantization_config` of config.json: the method's settings and the shapes of all packed layers."""
 
     def __init__(
         self,
@@ -34,24 +34,24 @@ class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # trans
         quant_method: str = QUANT_METHOD,
         tied: dict[str, str] | None = None,
     ) -> None:
-        """Raises ValueError for a folder that a newer version wrote."""
+        """Raises ValueError if a newer version wrote the folder."""
         if format > FORMAT:
-            raise ValueError(f"packed folder of format {format}, this wrinklefree reads up to {FORMAT}: upgrade it")
+            raise ValueError(f"packed folder of format {format}, newer than {FORMAT}: upgrade wrinklefree")
         self.quant_method = quant_method
         self.format = format
         self.method = method
         self.layers = layers
-        self.tied = tied or {}  # embeddings without tensors of their own: their fqn, and the head's
+        self.tied = tied or {}  # fqn of an embedding without tensors of its own -> fqn of the head that has them
 
 
 class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts packed layers into a model that is about to be loaded."""
+    """Puts packed layers into a model before transformers loads its weights."""
 
-    requires_calibration = True  # codes are trained: a dense folder cannot be quantized while it is loaded
+    requires_calibration = True  # codes are trained, so a dense folder cannot be quantized while it is loaded
     is_trainable = False
 
     def method_of(self, settings: dict[str, Any], fqn: str) -> Method:
-        """The method of the layer `fqn`. The package looks it up by its name, a folder knows its own."""
+        """The method of the layer `fqn` with these settings. The package finds any method, a folder has its own."""
         raise NotImplementedError
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -75,7 +75,7 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
 
 @contextmanager
 def registered(quantizer: type[WrinkleFreeQuantizer]) -> Iterator[None]:
-    """Make transformers read the format with `quantizer`, then restore what was registered before."""
+    """Register `quantizer` for the format inside the block. Afterwards restore what was registered before."""
     own = ((AUTO_QUANTIZATION_CONFIG_MAPPING, WrinkleFreeConfig), (AUTO_QUANTIZER_MAPPING, quantizer))
     before = [(mapping, mapping.pop(QUANT_METHOD, None)) for mapping, _ in own]
     for mapping, cls in own:

@@ -2,28 +2,23 @@
 
     W ~ lut[codes] * S        S = A B        lut [2**bits], symmetric, largest entry 1; A [out, r], B [r, in]
 
-Two views of one layer (`view`):
+The setting `view` chooses what trains:
 
-v1  the latent weight W trains with the scales, and codes move: codes = nearest(W / S). With n = W / S, Q = lut[codes]
-    and m = 1 where n lies within the table, else 0, the gradients of the effective weight Q S are
+v1  The latent weight W and the scales train, and codes follow: codes = nearest(W / S). Let n = W / S, Q = lut[codes],
+    and m = 1 if n lies within the table, else 0. The gradients of the effective weight Q S are
 
         d/dW = m        d/dS = Q - n m                                                  (as in LSQ, arXiv 1902.08153)
 
-v2  codes are frozen and S = sum_k g_k a_k b_k with a_k, b_k of length 1: A_dir, B_dir and `rank_magnitude` g train.
-    Stored are a_k g_k / s_k and b_k s_k, with s_k (`share`) the length that b_k had at conversion: both stay in the
-    range of fp16, and v1 converts to v2 without rounding anew.
+v2  Codes are frozen, and S = sum_k g_k a_k b_k with a_k and b_k of length 1. The directions a_k (`scale_A`), b_k
+    (`scale_B`) and the magnitudes g_k (`rank_magnitude`) train.
 
-Both compute with the effective weight, one matrix product however large r is. `factored` and `batched` compute the same
-without it, rank by rank, as the Neural Engine does:
+The setting `forward` chooses how a layer multiplies:
 
-    y = sum_k g_k a_k * (Q (b_k * x))
+    weight              y = (Q S) x                             one matrix product, whatever r is
+    factored, batched   y = sum_k g_k a_k * (Q (b_k * x))       r products, as the Neural Engine computes it
 
-`ste_fp16` trains through `factored` with every intermediate result rounded to fp16, in fp32 arithmetic that no autocast
-reaches. Initialization (`init`): `svd` of the group maxima (upstream's), or `als` from there on, weighted by the mean
-square of the inputs where there are batches to see it on (lowrank.py).
-
-A prepared model takes other settings: v1 <-> v2 keeps the effective weight; more ranks begin at zero; other bits are
-fitted to the effective weight (`requantize: refit`) or reduced by k-means over the table (`kmeans`, upstream's).
+The setting `init` chooses the start: `svd` of the group maxima as in the original tools, or `als`, which continues
+from there by least squares (lowrank.py).
 
 Codes uint8 [out, in]; stored in fp16: lut [2**bits], a [out, r], b [r, in].
 """
@@ -47,11 +42,11 @@ from wrinklefree.methods.anemll import lowrank
 from wrinklefree.methods.anemll.decode import decode
 from wrinklefree.methods.anemll.lowrank import Factors, guarded, nearest
 
-NORM_EPS = 1e-6  # of the length of a direction
+NORM_EPS = 1e-6  # the least length that a direction is divided by
 
 
 class LutLinear(QuantLinear):
-    """`nn.Linear` with table entries times low-rank scales for a weight."""
+    """A linear layer whose weights are table entries times low-rank scales."""
 
     config: "Config"
     codes: Tensor
@@ -70,13 +65,15 @@ class LutLinear(QuantLinear):
         self._adopt_nearest(lowrank.by_rows(self.weight.detach(), self.config.bits, rank))
 
     def table(self) -> Tensor:
-        """The trained table [2**bits], ascending."""
+        """The trained table [2**bits] in ascending order, as `nearest` needs it."""
         return self.lut.sort().values
 
     def factors(self) -> Factors:
-        """The table and factors as they train, not yet rounded; differentiable."""
+        """The table and factors before they are rounded to fp16. Differentiable."""
         if self.config.view == "v1":
             return Factors(self.table(), self.scale_A, self.scale_B)
+        # Stored are a_k g_k / s_k and b_k s_k, with s_k (`share`) the length of b_k at conversion. So both stay in the
+        # range of fp16, and a layer converted from v1 keeps its rounded factors.
         a = self.scale_A / self.scale_A.norm(dim=0).clamp_min(NORM_EPS)
         b = self.scale_B / self.scale_B.norm(dim=1, keepdim=True).clamp_min(NORM_EPS)
         return Factors(self.table(), a * (self.rank_magnitude / self.share), b * self.share.unsqueeze(1))
@@ -88,7 +85,7 @@ class LutLinear(QuantLinear):
         return Codes(index, self.config.bits, tensors, (self.out_features, self.in_features))
 
     def ratios(self, a: Tensor, b: Tensor) -> Tensor:
-        """W / S [out, in], without gradient."""
+        """The latent weight divided by the scales a b: W / S [out, in], without gradient."""
         return self.weight.detach() / guarded(a.detach() @ b.detach())
 
     @staticmethod
@@ -108,18 +105,19 @@ class LutLinear(QuantLinear):
         ratios = self.ratios(a, b)
         inside = (ratios.abs() <= codes.tensors["lut"].detach()[-1]).float()
         scales = a @ b
-        pulled = ratios * inside * (scales - scales.detach())
-        return value - pulled + inside * (self.weight - self.weight.detach())
+        # Both brackets are zero in value. They add the gradients d/dS = -n m (Q comes with `value`) and d/dW = m.
+        towards_scales = ratios * inside * (scales - scales.detach())
+        return value - towards_scales + inside * (self.weight - self.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        rounding = self.config.ste_fp16 and self.training  # what is packed is judged by the weight it stands for
+        rounding = self.config.ste_fp16 and self.training  # evaluation multiplies with the weight that is packed
         if rounding or self.config.forward == "factored":
             return factored(self, x, fp16=rounding)
         return batched(self, x) if self.config.forward == "batched" else super().forward(x)
 
     @torch.no_grad()
     def adopt(self, factors: Factors, codes: Tensor) -> None:
-        """Take over table and factors, and, where they are frozen, codes."""
+        """Set the table and factors from `factors`, and in view v2 also the frozen `codes` (uint8 [out, in])."""
         table, a, b = factors
         self.lut.copy_(table)
         if self.config.view == "v2":
@@ -132,24 +130,24 @@ class LutLinear(QuantLinear):
         self.effective.clear()
 
     def initialize(self, importance: Tensor | None) -> None:
-        """Fit table, factors and codes to the weight; `importance` [in] of its inputs."""
+        """Fit table, factors and codes to the weight. `importance` [in] weights its columns; None weights all alike."""
         config = self.config
         weight = self.weight.detach()
         factors = lowrank.start(weight, config.bits, config.rank, config.group_size)
         if config.init == "als":
-            every = torch.ones(self.in_features, device=weight.device)
-            chosen = every if importance is None else importance
-            factors = lowrank.fit(weight, factors, chosen, config.als_iterations, config.learn_table)
+            if importance is None:
+                importance = torch.ones(self.in_features, device=weight.device)
+            factors = lowrank.fit(weight, factors, importance, config.als_iterations, config.learn_table)
         self._adopt_nearest(factors)
 
     def _adopt_nearest(self, factors: Factors) -> None:
-        """`adopt`, with the codes nearest to the weight."""
+        """Balance `factors`, choose the codes nearest to the weight, and `adopt` both."""
         factors = Factors(factors.table, *lowrank.balanced(factors.a, factors.b))
         table, a, b = (round_fp16(t) for t in factors)
         self.adopt(factors, nearest(self.weight.detach() / guarded(a @ b), table))
 
     def choose_trained(self, trains: bool) -> None:
-        """Let gradients reach what the config says; nothing where the layer is left out."""
+        """Turn gradients on for the parameters that the config trains, or off for all if `trains` is False."""
         config = self.config
         scales = trains and config.train != "weights"
         self.weight.requires_grad_(trains and config.view == "v1" and config.train != "scales")
@@ -161,11 +159,12 @@ class LutLinear(QuantLinear):
 
 
 def factored(layer: LutLinear, x: Tensor, fp16: bool = False) -> Tensor:
-    """sum_k a_k * (Q (b_k * x)) + bias, one rank after the other: fp32 [..., out] of x [..., in].
+    """Compute sum_k a_k * (Q (b_k * x)) + bias, one rank after the other: x [..., in] -> fp32 [..., out].
 
-    With `fp16`, inputs and each result are rounded to half precision (identity gradient).
+    With `fp16`, the inputs and every intermediate result are rounded to half precision. Autocast is off, so that no
+    product is rounded to bf16 instead. The gradient ignores the rounding.
     """
-    rounded = round_fp16 if fp16 else _same
+    rounded = round_fp16 if fp16 else _unrounded
     with torch.autocast(device_type=x.device.type, enabled=False):
         codes = layer.encode()
         q, a, b = look_up(codes.tensors["lut"], codes.index), codes.tensors["a"], codes.tensors["b"]
@@ -177,20 +176,23 @@ def factored(layer: LutLinear, x: Tensor, fp16: bool = False) -> Tensor:
 
 
 def batched(layer: LutLinear, x: Tensor) -> Tensor:
-    """The same with all ranks at once, [..., r, out] in memory: fp32 [..., out]."""
+    """Compute sum_k a_k * (Q (b_k * x)) + bias for all ranks at once: x [..., in] -> fp32 [..., out].
+
+    It needs memory for a tensor [..., r, out], which `factored` does not.
+    """
     codes = layer.encode()
     q, a, b = look_up(codes.tensors["lut"], codes.index), codes.tensors["a"], codes.tensors["b"]
     y = (F.linear(x.float().unsqueeze(-2) * b, q) * a.T).sum(-2)
     return y if layer.bias is None else y + layer.bias.float()
 
 
-def _same(x: Tensor) -> Tensor:
+def _unrounded(x: Tensor) -> Tensor:
     return x
 
 
 @dataclass(kw_only=True)
 class Config(QuantMethod):
-    """ANEMLL. `bits` and `rank` are those of the MLP, `attn_bits` and `attn_rank` of the layers in `attn_names`."""
+    """Settings of ANEMLL. Layers in `attn_names` have `attn_bits` and `attn_rank`, all others `bits` and `rank`."""
 
     layer: ClassVar[type[QuantLinear]] = LutLinear
 
@@ -201,18 +203,18 @@ class Config(QuantMethod):
     attn_bits: Literal[2, 3, 4] = 4
     attn_rank: Annotated[int, Field(gt=0)] = 8
     attn_names: list[str] = field(default_factory=lambda: list(ATTENTION))
-    group_size: Annotated[int, Field(gt=0)] = 32  # columns that share a maximum at the start; nothing of it is stored
+    group_size: Annotated[int, Field(gt=0)] = 32  # columns that share a maximum in the first fit; not stored
     init: Literal["als", "svd"] = "als"
     als_iterations: Annotated[int, Field(ge=0)] = 10
-    importance: bool = True  # weight the fit by the inputs' mean squares
+    importance: bool = True  # init=als weights columns by the mean square of their inputs
     learn_table: bool = True
     train: Literal["both", "scales", "weights"] = "both"  # v2 has no weights to train
-    g_only: bool = False  # v2: the magnitudes alone
+    g_only: bool = False  # v2: train only the magnitudes
     mlp_only: bool = False
     attn_only: bool = False
     forward: Literal["weight", "factored", "batched"] = "weight"
-    ste_fp16: bool = False  # in training, and rank by rank, whatever `forward` says
-    requantize: Literal["refit", "kmeans"] = "refit"
+    ste_fp16: bool = False  # train with forward=factored and every intermediate result rounded to fp16
+    requantize: Literal["refit", "kmeans"] = "refit"  # to other bits: a new fit, or the original tools' k-means
 
     def __post_init__(self) -> None:
         if self.mlp_only and self.attn_only:
@@ -220,7 +222,7 @@ class Config(QuantMethod):
         if self.view == "v2" and self.train == "weights":
             raise ValueError("train=weights needs view=v1: codes are frozen in v2")
         if (self.ste_fp16 or self.forward != "weight") and self.view == "v1" and self.train != "scales":
-            raise ValueError("ste_fp16 and forward train scales alone: view=v2, or train=scales")
+            raise ValueError("ste_fp16 and forward train only scales, which needs view=v2 or train=scales")
         if self.g_only and self.view == "v1":
             raise ValueError("g_only needs view=v2: v1 has no magnitudes of its own")
 
@@ -233,11 +235,11 @@ class Config(QuantMethod):
         return surgery.matches(fqn, self.attn_names)
 
     def trains(self, fqn: str) -> bool:
-        """Whether anything of the layer `fqn` trains."""
+        """Whether any parameter of the layer `fqn` trains."""
         return not (self.mlp_only if self.is_attention(fqn) else self.attn_only)
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
-        """Swap the linear layers and fit them; a model that is prepared already is converted to these settings."""
+        """Swap the linear layers and fit them. If the model is prepared already, convert its layers instead."""
         known = quant_layers(model)
         squares = {}
         if initialize and not known and self.importance and self.init == "als":
@@ -258,7 +260,15 @@ class Config(QuantMethod):
 
 @torch.no_grad()
 def converted(layer: LutLinear, config: Config) -> LutLinear:
-    """The layer under other settings: see the head of this file. The same layer where it already has their shape."""
+    """Convert a layer to other settings. It is returned as it is if view, bits and rank stay the same.
+
+    | change | result |
+    |---|---|
+    | view | the effective weight stays |
+    | more ranks | they begin at zero, so the effective weight stays |
+    | other bits, fewer ranks: `refit` | new table, factors and codes are fitted |
+    | other bits, fewer ranks: `kmeans` | the table is clustered, the first ranks stay, new codes are chosen |
+    """
     old = layer.config
     codes = layer.encode()
     if (old.view, old.bits, len(codes.tensors["b"])) == (config.view, config.bits, _rank(layer, config)):
@@ -266,7 +276,7 @@ def converted(layer: LutLinear, config: Config) -> LutLinear:
         return layer
     effective = layer.decode(codes)
     if old.view == "v2" or old.bits != config.bits:
-        layer.weight.copy_(effective)  # the latent weight of codes that were frozen is not what they stand for
+        layer.weight.copy_(effective)  # frozen codes leave the latent weight behind; the effective one is the truth
     new = LutLinear(layer, config)
     factors = Factors(codes.tensors["lut"], codes.tensors["a"], codes.tensors["b"])
     if old.bits == config.bits and _rank(layer, config) >= len(factors.b):
@@ -285,14 +295,14 @@ def _rank(layer: nn.Linear, config: Config) -> int:
 
 
 def _widened(factors: Factors, rank: int) -> Factors:
-    """More ranks, with magnitude 0; or the first ones."""
+    """Add ranks of magnitude 0 up to `rank` ranks, or keep only the first `rank` of them."""
     table, a, b = factors
     more = max(0, rank - len(b))
     return Factors(table, F.pad(a, (0, more))[:, :rank], torch.cat([b, lowrank.directions(more, b)])[:rank])
 
 
 def _kmeans(table: Tensor, size: int, iterations: int = 20) -> Tensor:
-    """Centres of the entries of a table, each counted once, as upstream does: [size], made symmetric."""
+    """Reduce a table to `size` entries by k-means, then make it symmetric. Every old entry counts once, as upstream."""
     starts = (torch.arange(1, size + 1) * (len(table) - 1) / (size + 1)).long()
     centres = table[starts]
     for _ in range(iterations):

@@ -1,4 +1,4 @@
-"""Reading ANEMLL's codes: W = lut[codes] * (A B), rank by rank if a compiler reads it."""
+"""Decode ANEMLL's codes: W = lut[codes] * (A B)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,21 +10,21 @@ from wrinklefree.core.codes import Codes, look_up
 
 
 def decode(codes: Codes) -> Tensor:
-    """The fp32 weight [out, in]; lut [2**bits], a [out, r], b [r, in]."""
+    """Turn codes into the fp32 weight [out, in]. The tensors are lut [2**bits], a [out, r], b [r, in]."""
     scales = product(codes.tensors["a"].float(), codes.tensors["b"].float())
     return look_up(codes.tensors["lut"].float(), codes.index) * scales
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """A B [out, in]. A compiler gets a sum over ranks, so that it can work out each entry where it is used."""
+    """Compute A B [out, in]."""
     if not torch.compiler.is_compiling():
         return a @ b
-    scales = a[:, :1] * b[:1]
+    scales = a[:, :1] * b[:1]  # a sum over ranks, so that the compiler can compute each entry inside a fused loop
     for k in range(1, len(b)):
         scales = scales + a[:, k : k + 1] * b[k]
     return scales
 
 
 def int8_inputs(settings: Mapping[str, Any]) -> bool:
-    """Inputs stay as they are, whatever the settings."""
+    """False: no setting of ANEMLL rounds inputs to int8."""
     return False

@@ -4,25 +4,22 @@ Weights W [out, in], one scale D per tensor, row or group of columns:
 
     D = mean |W|, at least 1e-5        C = clip(round(W / D), -1, 1)        used: D C                     (Eq. 1, 2)
 
-so |w| < D/2 becomes 0. D is kept as an fp16 number; the codes come from D before that rounding. With `scale_mode:
-learned` D is a parameter that starts at the least-squares scale and is trained as a logarithm.
+so |w| < D/2 becomes 0. With `scale_mode: learned`, D is a parameter that starts at the least-squares scale.
 
 Activations x [..., in], per token:  s = 127 / max|x|,  used: round(s x) / s                                     (Eq. 3)
 
-SubLN: one RMSNorm over the input of `o_proj` and one over that of `down_proj`, none elsewhere                (Eq. 4, 5)
+SubLN: RMSNorms before `o_proj` and `down_proj`, and nowhere else                                             (Eq. 4, 5)
 
     Y = X + o_proj(SubLN(heads))        X' = Y + down_proj(SubLN(up(Y) * act(gate(Y))))
 
-A norm with gain 1 changes the model: it takes away each token's own root mean square. What a gain can give back is the
-least-squares fit over a few tokens t, x^ = x / rms(x), per channel j (`subln_init: calibrated`):
+A norm with gain 1 changes the model, because it divides each token by its own root mean square. With `subln_init:
+calibrated`, the gain of channel j makes up for that as well as it can: least squares over a few tokens t, with
+x^ = x / rms(x),
 
     g_j = sum_t x_tj x^_tj / sum_t x^_tj^2
 
-transformers has two homes for such norms, and these are their names here: a Llama becomes a `BitNetForCausalLM`
-(`attn_sub_norm`, `ffn_sub_norm`); elsewhere, and for `norm_mode: per_linear`, the layer owns an `rms_norm`.
-
-Warm-up: in training mode the weight is W + l (D C - W), l rising from 0 to 1 over `weight_warmup_steps`; activations
-likewise, with an l of their own. Gradients: identity through both roundings, none through D (unless learned) and s.
+Warm-up: in training mode the weight is W + l (D C - W), and l rises from 0 to 1 over `weight_warmup_steps`. Activations
+have an l of their own. Gradients pass both roundings unchanged; none flows through s, nor through D unless learned.
 
 Symbols: codes uint8 [out, in], C + 1; scales [1, 1], [out, 1] or [out, in / group_size].
 """
@@ -51,32 +48,33 @@ from wrinklefree.methods.bitdistill.decode import decode, int8_inputs
 
 log = logging.getLogger("wrinklefree")
 
-SMALLEST = 1e-5  # of a scale, as everywhere in this family
-EPS = 1e-6  # of the norms inside of layers; a BitNet's own follow its config
+SMALLEST = 1e-5  # the least scale, as in BitNet and in transformers
+EPS = 1e-6  # of norms that layers own; those of a BitNet follow its config
 ALS_ITERATIONS = 10
 
 
 def absmean(weight: Tensor) -> Tensor:
-    """Scales [rows, groups] of a weight [rows, groups, size]; rows first, so that no number of threads changes it."""
+    """The paper's scales mean |W|, at least `SMALLEST`: a weight [rows, groups, size] -> [rows, groups]."""
     return weight.abs().mean(-1).clamp_min(SMALLEST)
 
 
 def ternary(weight: Tensor, scales: Tensor) -> Tensor:
-    """Codes {0, 1, 2} of a weight [rows, groups, size] under scales [rows or 1, groups]: uint8, the same shape."""
+    """Round a weight [rows, groups, size] to codes 0, 1, 2 (uint8), given scales [rows or 1, groups]."""
     return ((weight / scales.unsqueeze(-1)).round().clamp(-1, 1) + 1).to(torch.uint8)
 
 
 class TernaryLinear(QuantLinear):
-    """`nn.Linear` with ternary weights and, where its config says so, int8 inputs."""
+    """A linear layer with ternary weights, and with int8 inputs if its config asks for them."""
 
     config: "Config"
     weight_share: Tensor
     activation_share: Tensor
 
     def setup(self) -> None:
-        for name in ("weight_share", "activation_share"):  # the l of the warm-up; not stored: a function of the step
+        for name in ("weight_share", "activation_share"):  # the two l of the warm-up; not saved, the step gives them
             self.register_buffer(name, torch.ones((), device=self.weight.device), persistent=False)
         if self.config.scale_mode == "learned":
+            # A logarithm takes relative steps and keeps the scale positive.
             self.log_scales = nn.Parameter(fit(self.blocks(), self.config).log())
 
     def blocks(self) -> Tensor:
@@ -85,7 +83,7 @@ class TernaryLinear(QuantLinear):
 
     def encode(self) -> Codes:
         exact = self.log_scales.exp() if self.config.scale_mode == "learned" else start(self.blocks(), self.config)
-        index = ternary(self.blocks(), exact.detach()).flatten(1)
+        index = ternary(self.blocks(), exact.detach()).flatten(1)  # codes from the scale before it is rounded to fp16
         return Codes(index, 2, {"scales": round_fp16(exact)}, (self.out_features, self.in_features))
 
     @staticmethod
@@ -109,7 +107,7 @@ class TernaryLinear(QuantLinear):
         return quantized
 
     def warm(self, weight: float, activation: float) -> None:
-        """Set both l of the warm-up."""
+        """Set the shares l of the warm-up: 0 is full precision, 1 is quantized."""
         if self.weight_share.item() != weight:
             self.effective.clear()
         self.weight_share.fill_(weight)
@@ -117,13 +115,16 @@ class TernaryLinear(QuantLinear):
 
 
 def start(blocks: Tensor, config: "Config") -> Tensor:
-    """The scales of a weight [out, groups, size] by the paper's rule: [1, 1], [out, 1] or [out, groups]."""
-    scales = absmean(blocks)
+    """The paper's scales of a weight [out, groups, size], as `granularity` says: [1, 1], [out, 1] or [out, groups]."""
+    scales = absmean(blocks)  # per row first, so that the mean does not depend on the number of threads
     return scales if config.granularity != "tensor" else scales.mean(0, keepdim=True)
 
 
 def fit(blocks: Tensor, config: "Config") -> Tensor:
-    """The scales nearest to a weight in least squares, by alternation with its codes, from the paper's on."""
+    """The least-squares scales of a weight [out, groups, size], found by alternating with its codes.
+
+    The paper's scales are the start. Shapes are [1, 1], [out, 1] or [out, groups].
+    """
     scales = start(blocks, config)
     for _ in range(ALS_ITERATIONS):
         codes = ternary(blocks, scales).float() - 1
@@ -135,7 +136,7 @@ def fit(blocks: Tensor, config: "Config") -> Tensor:
 
 
 def gains(model: PreTrainedModel, sites: Mapping[str, nn.Linear], batches: Batches) -> dict[str, Tensor]:
-    """The least-squares gain [in] of a norm at the input of each site; ones without batches."""
+    """The least-squares gain [in] of a norm before each site, over `batches`. Without batches every gain is 1."""
     sums = {fqn: torch.zeros(2, site.in_features, dtype=torch.float64) for fqn, site in sites.items()}
 
     def see(fqn: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -156,7 +157,7 @@ def gains(model: PreTrainedModel, sites: Mapping[str, nn.Linear], batches: Batch
 
 @dataclass(kw_only=True)
 class Config(QuantMethod):
-    """BitDistill. `norm_names` are the layers whose inputs `norm_mode: subln` normalizes."""
+    """Settings of BitDistill. `norm_names` are the layers whose inputs `norm_mode: subln` normalizes."""
 
     layer: ClassVar[type[QuantLinear]] = TernaryLinear
 
@@ -177,7 +178,7 @@ class Config(QuantMethod):
         return 1.58
 
     def groups(self, in_features: int) -> int:
-        """Scales in a row. Raises UserError where groups do not fill the rows."""
+        """How many scales a row has. Raises UserError if `group_size` does not divide `in_features`."""
         return num_groups(in_features, self.group_size) if self.granularity == "group" else 1
 
     @property
@@ -185,7 +186,7 @@ class Config(QuantMethod):
         return int8_inputs(vars(self))
 
     def on_step(self, model: nn.Module, step: int) -> None:
-        """Set both warm-ups for optimizer step `step` (from 0)."""
+        """Set both warm-ups for the optimizer step `step` (from 0)."""
         shares = [self._share(step, steps) for steps in (self.weight_warmup_steps, self.activation_warmup_steps)]
         for layer in quant_layers(model).values():
             assert isinstance(layer, TernaryLinear)
@@ -197,10 +198,14 @@ class Config(QuantMethod):
         return step / steps if self.warmup_shape == "linear" else (1 - math.cos(math.pi * step / steps)) / 2
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
-        """Insert the norms, fitted on `batches`, and make the linear layers ternary; a Llama comes back as a BitNet.
+        """Insert norms, fit their gains on `batches`, and make the linear layers ternary.
 
-        A model that is prepared already keeps its norms and gets these settings. Raises UserError where there is
-        nothing to quantize or to normalize, and where a prepared model has other norms.
+        A Llama with the paper's norms is returned as a new BitNet model. A model that is prepared already keeps its
+        norms and gets these settings. Raises UserError if
+
+        - there is no layer to quantize or to normalize,
+        - the model is a BitNet, which has the paper's norms, and `norm_mode` is another,
+        - the model was prepared with another method, `norm_mode` or `scale_mode`.
         """
         if quant_layers(model):
             return self._adopt(model)
@@ -217,9 +222,9 @@ class Config(QuantMethod):
         return model
 
     def _sites(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The layers whose inputs get a norm, by fqn."""
+        """The layers whose inputs get a new norm, by fqn."""
         linears = dict(surgery.linears(model, self.exclude_names))
-        if isinstance(model, BitNetForCausalLM):  # has them
+        if isinstance(model, BitNetForCausalLM):  # it has its norms already
             if self.norm_mode != "subln":
                 raise UserError(f"method.norm_mode={self.norm_mode}: a BitNet has its norms already: use subln")
             return {}
@@ -234,11 +239,11 @@ class Config(QuantMethod):
         return sites if self.norm_mode == "subln" else {}
 
     def _adopt(self, model: nn.Module) -> nn.Module:
-        """Give a prepared model's layers these settings."""
+        """Give these settings to the layers of a prepared model. Raises UserError if norms or scales do not match."""
         layers = quant_layers(model)
-        found = norm_mode(model)
-        if found != self.norm_mode:
-            raise UserError(f"method.norm_mode={self.norm_mode}: this model was prepared with {found}")
+        before = norm_mode(model)
+        if before != self.norm_mode:
+            raise UserError(f"method.norm_mode={self.norm_mode}: this model was prepared with {before}")
         for fqn, layer in layers.items():
             if not isinstance(layer, TernaryLinear) or layer.config.scale_mode != self.scale_mode:
                 raise UserError(
@@ -249,7 +254,7 @@ class Config(QuantMethod):
 
 
 def norm_mode(model: nn.Module) -> str:
-    """The `norm_mode` that a prepared model has."""
+    """The `norm_mode` that a model was prepared with."""
     normed = [layer.rms_norm is not None for layer in quant_layers(model).values()]
     if isinstance(model, BitNetForCausalLM) or (any(normed) and not all(normed)):
         return "subln"
@@ -257,7 +262,7 @@ def norm_mode(model: nn.Module) -> str:
 
 
 def _set_norm(model: nn.Module, fqn: str, gain: Tensor) -> None:
-    """Give the norm of the layer `fqn` its gain: the BitNet's own norm, or a new one inside of the layer."""
+    """Give the inputs of the layer `fqn` a norm with this gain: BitNet's own norm, or an `rms_norm` in the layer."""
     beside = bitnet.norm_beside(model, fqn)
     if beside is None:
         quant_layers(model)[fqn].rms_norm = RMSNorm(gain, EPS)
@@ -266,7 +271,7 @@ def _set_norm(model: nn.Module, fqn: str, gain: Tensor) -> None:
 
 
 def _state_natively(model: nn.Module, config: Config) -> None:
-    """Let checkpoints say what transformers can do with them by itself, or say that it cannot."""
+    """Mark the model's checkpoints for plain transformers if it can quantize them. If not, log that it cannot."""
     if not isinstance(model, PreTrainedModel):
         return
     inside = any(layer.rms_norm is not None for layer in quant_layers(model).values())
@@ -274,4 +279,4 @@ def _state_natively(model: nn.Module, config: Config) -> None:
     if plain and not (inside and config.norm_mode == "subln"):
         bitnet.state_online(model, inside, EPS)
     else:
-        log.info("checkpoints of this model need wrinklefree: transformers alone would not quantize, or lose its norms")
+        log.info("checkpoints need wrinklefree: plain transformers would lose the norms, or not quantize the model")

@@ -5,19 +5,21 @@ A real matrix R = [[A, B], [C, D]] of shape [2n, 2m] acts on x + i y (x, y the h
     U = ((A + D) + i (C - B)) / 2        W = ((A - D) + i (C + B)) / 2             both complex [n, m]
     A = Re U + Re W    B = Im W - Im U   C = Im U + Im W    D = Re U - Re W        and back, without loss
 
-Each entry z of U and W becomes a sum of T terms, one of the four units in each, scaled per axis:
+Each entry z of U and W becomes a sum of T terms. A term is one of the four units, scaled per axis:
 
     q = r_j c_k sum_t  s_re,t Re(i^k_t) + i s_im,t Im(i^k_t)          2 bits a term, so T bits per real weight
 
-with scales s per tensor, row or group of columns, and for `scale_granularity: rank1` one factor per complex row j and
-column k beside the tensor's. `preset: paper` is the paper's setting: tensor scales, each stage the phase's nearest unit
-of what the stages before left over (real axis iff |Re| > |Im|, strictly), s the mean modulus along its axis. Otherwise
-all T codes of an entry are chosen together, as the nearest of the 4^T points, and the scales fitted by alternating
-least squares (ALS) before training, then left (`als`) or trained (`learned`). LOG.md has what each is worth.
+There is one set of scales s per tensor, row or group of columns. `scale_granularity: rank1` has the tensor's scales,
+and factors r_j, c_k for each complex row and column.
+
+| `scale_mode` | codes of an entry | scales |
+|---|---|---|
+| `mean` (paper) | stage by stage, the unit nearest in phase to what is left over | mean modulus along the axis |
+| `als` | all T together, the nearest of the 4^T points | least squares, alternating with the codes; fixed in training |
+| `learned` | as for `als` | as for `als`, then trained |
 
 Symbols: T stages, p in {U, W}, axis in {re, im}. Z [2 (p), 2 (axis), n, m]; codes uint8 [2 (p), T, n, m], entry k
-stands for i^k; scales [2 (p), T, 2 (axis), R, G], R 1 or n, G 1 or m / group_size; rows [n], columns [m]. An odd width
-is padded with a zero row or column, sliced off again.
+stands for i^k; scales [2 (p), T, 2 (axis), R, G], R 1 or n, G 1 or m / group_size; rows [n], columns [m].
 """
 
 import logging
@@ -42,7 +44,7 @@ log = logging.getLogger("wrinklefree")
 
 
 class Dequantize(torch.autograd.Function):
-    """Codes and scales -> Z [2, 2, n, m]; the backward pass works the units out again instead of keeping them."""
+    """Compute Z [2, 2, n, m] from codes and scales. The backward pass computes the units again, to save memory."""
 
     @staticmethod
     def forward(ctx: Any, index: Tensor, scales: Tensor) -> Tensor:
@@ -60,9 +62,10 @@ class Dequantize(torch.autograd.Function):
 
 
 class Fairy2Linear(QuantLinear):
-    """`nn.Linear` with Fairy2i weights. Scales that do not follow the weight are kept, and trained, as logarithms.
+    """A linear layer with Fairy2i weights.
 
-    A logarithm takes relative steps, whatever a layer's magnitude, and keeps a scale positive.
+    With `scale_mode: mean` scales are computed from the weight. In the other modes they are parameters, `log_scales`,
+    and for rank1 also `log_rows` and `log_columns`.
     """
 
     config: "Config"
@@ -73,6 +76,7 @@ class Fairy2Linear(QuantLinear):
         trained, weight = self.config.scale_mode == "learned", padded(self.weight.detach())
         grid = self.config.grid(weight.shape[0] // 2, weight.shape[1] // 2)
         for name, tensor in fit(weight, self.config.num_stages, grid, self.config.scale_granularity == "rank1").items():
+            # A logarithm takes relative steps, whatever the size of the weights, and keeps a scale positive.
             self.register_parameter(f"log_{name}", nn.Parameter(tensor.log(), requires_grad=trained))
 
     def encode(self) -> Codes:
@@ -105,7 +109,7 @@ class Fairy2Linear(QuantLinear):
 
 @dataclass(kw_only=True)
 class Config(QuantMethod):
-    """Fairy2i. `preset: paper` is `tensor` and `mean`, whatever else is set."""
+    """Settings of Fairy2i. `preset: paper` sets `scale_granularity: tensor` and `scale_mode: mean`."""
 
     layer: ClassVar[type[QuantLinear]] = Fairy2Linear
 
@@ -121,14 +125,17 @@ class Config(QuantMethod):
         if self.preset == "paper":
             self.scale_granularity, self.scale_mode = "tensor", "mean"
         if self.scale_mode == "mean" and self.scale_granularity != "tensor":
-            raise ValueError("scale_mode=mean is the paper's and knows scale_granularity=tensor only")
+            raise ValueError("scale_mode=mean, the paper's, allows scale_granularity=tensor only")
 
     @property
     def weight_bits(self) -> float:
         return float(self.num_stages)
 
     def grid(self, n: int, m: int) -> tuple[int, int]:
-        """(R, G), the scales of an n x m complex matrix. Raises UserError where groups do not fill its rows."""
+        """(R, G), the rows and groups that have scales of their own in an n x m complex matrix.
+
+        Raises UserError if `group_size` does not divide m.
+        """
         rows = n if self.scale_granularity in ("row", "group") else 1
         grouped = self.scale_granularity == "group"
         return rows, num_groups(m, self.group_size, "complex columns") if grouped else 1
@@ -138,6 +145,7 @@ class Config(QuantMethod):
         return int8_inputs(vars(self))
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
+        """Swap the linear layers for Fairy2i ones. Odd widths are padded with zeros inside, and the log names them."""
         model = super().prepare(model)
         odd = [fqn for fqn, layer in quant_layers(model).items() if layer.in_features % 2 or layer.out_features % 2]
         if odd:
@@ -148,5 +156,8 @@ class Config(QuantMethod):
 def convert_to_fairy2(
     model: nn.Module, num_stages: int = 2, exclude_names: Iterable[str] = ("embed_tokens", "lm_head")
 ) -> nn.Module:
-    """Swap the linear layers of `model`, in place, for Fairy2i ones; `exclude_names` as in the config."""
+    """Swap the linear layers of `model` for Fairy2i ones, in place, and return it.
+
+    Layers that match one of the globs `exclude_names` stay as they are. Raises UserError if there is no linear layer.
+    """
     return Config(num_stages=num_stages, exclude_names=list(exclude_names)).prepare(model)

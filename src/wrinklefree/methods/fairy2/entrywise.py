@@ -1,4 +1,4 @@
-"""The real weight of Fairy2i's codes, one formula for each entry: what a compiler can put where an entry is used."""
+"""Decode Fairy2i's codes with one formula per entry, for torch.compile: the weight is never written to memory."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,12 @@ from wrinklefree.methods.fairy2.decode import spread, units
 
 
 def entries(index: Tensor, scales: Tensor) -> Tensor:
-    """The real weight R [2n, 2m] of codes [2 (U, W), T, n, m] and scales [2, T, 2 (re, im), R, G], fp32.
+    """Decode codes [2 (U, W), T, n, m] and scales [2, T, 2 (re, im), R, G] to the real weight, fp32 [2n, 2m]:
 
-    One formula for each entry, which a compiler can put where it is used: R is never written. Codes are seen from each
-    quadrant of R; both axes are worked out there, and one of them is taken.
-
-        R = [[Re U + Re W, Im W - Im U], [Im U + Im W, Re U - Re W]]
+    R = [[Re U + Re W, Im W - Im U], [Im U + Im W, Re U - Re W]]
     """
+    # Each quadrant of R sees all codes, computes both axes and takes one. So an entry depends only on its own indices,
+    # and the compiler can compute it inside the loop that uses it.
     seen = index[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)  # [2, T, 2 (half of rows), n, 2 (of columns), m]
     wide = spread(scales, *index.shape[-2:])[:, :, :, None, :, None]  # [2, T, 2 (axis), 1, R, 1, m or 1]
     axes = []
@@ -24,6 +23,6 @@ def entries(index: Tensor, scales: Tensor) -> Tensor:
             axes.append(sum(scaled[1:], scaled[0]))
     U_re, U_im, W_re, W_im = axes
     half = torch.arange(2, device=index.device)
-    sign = (1 - 2 * half).view(2, 1, 1, 1)  # of the half of rows
+    sign = (1 - 2 * half).view(2, 1, 1, 1)  # 1 in the upper half of the rows, -1 in the lower
     diagonal = half.view(2, 1, 1, 1) == half.view(2, 1)
     return torch.where(diagonal, U_re + sign * W_re, W_im - sign * U_im).flatten(2).flatten(0, 1)

@@ -1,6 +1,6 @@
-"""Choosing Fairy2i codes and scales for a weight: residual stages, or the nearest of 4^T points and least squares.
+"""Fit Fairy2i codes and scales to a weight: the paper's residual stages, or alternating least squares.
 
-The formulas, symbols and shapes are those at the head of this folder's `__init__.py`.
+Formulas, symbols and shapes are explained in this folder's `__init__.py`.
 """
 
 import itertools
@@ -16,18 +16,21 @@ ALS_ITERATIONS, BALANCE_ITERATIONS, TINY = 6, 5, 1e-8
 
 
 def to_widely_linear(R: Tensor) -> Tensor:
-    """Real [2n, 2m] -> Z [2 (U, W), 2 (re, im), n, m]."""
+    """Convert a real matrix [2n, 2m] to Z [2 (U, W), 2 (re, im), n, m], without loss."""
     (A, B), (C, D) = (half.chunk(2, dim=1) for half in R.chunk(2, dim=0))
     return torch.stack([A + D, C - B, A - D, C + B]).unflatten(0, (2, 2)) / 2
 
 
 def padded(weight: Tensor) -> Tensor:
-    """[out, in] with a zero row or column where a width is odd."""
+    """Add a zero row to [out, in] if `out` is odd, and a zero column if `in` is odd."""
     return pad(weight, (0, weight.shape[1] % 2, 0, weight.shape[0] % 2))
 
 
 def nearest_unit(Z: Tensor) -> Tensor:
-    """Z [2, 2, n, m] -> the code of the unit nearest in phase; ties |re| = |im| go to the imaginary axis."""
+    """For each entry of Z [2, 2, n, m], the code k whose unit i^k is nearest in phase: uint8 [2, n, m].
+
+    If |re| = |im|, the imaginary axis is taken, as in the paper.
+    """
     re, im = Z.unbind(1)
     imaginary = re.abs() <= im.abs()
     negative = (imaginary & (im < 0)) | (~imaginary & (re < 0))
@@ -35,7 +38,10 @@ def nearest_unit(Z: Tensor) -> Tensor:
 
 
 def residual_codes(Z: Tensor, num_stages: int) -> tuple[Tensor, Tensor]:
-    """The paper's quantizer: (codes [2, T, n, m], scales [2, T, 2, 1, 1]), stage by stage."""
+    """The paper's quantizer. Each stage quantizes what the stages before left over.
+
+    Returns codes uint8 [2, T, n, m] and scales [2, T, 2, 1, 1].
+    """
     codes, scales = [], []
     for _ in range(num_stages):
         k = nearest_unit(Z)
@@ -49,23 +55,25 @@ def residual_codes(Z: Tensor, num_stages: int) -> tuple[Tensor, Tensor]:
 
 
 def candidates(num_stages: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(axis, sign) of every stage, for one of each four points that mirror each other in the axes."""
-    found = []
+    """The axis and the sign of each stage's unit, for every sum of units that `nearest_codes` has to try.
+
+    Of four sums that mirror each other in the axes only one is listed: on each axis, the first unit is positive.
+    """
+    sums = []
     for axes in itertools.product((1, 0), repeat=num_stages):
         for signs in itertools.product((1, -1), repeat=num_stages):
-            first = dict(reversed(list(zip(axes, signs, strict=True))))
+            first = dict(reversed(list(zip(axes, signs, strict=True))))  # axis -> sign of its first unit
             if all(sign == 1 for sign in first.values()):
-                found.append((axes, signs))
-    return found
+                sums.append((axes, signs))
+    return sums
 
 
 def nearest_codes(Z: Tensor, scales: Tensor) -> Tensor:
-    """The codes [2, T, n, m] of the point nearest to Z among all 4^T that `scales` span.
+    """The codes [2, T, n, m] whose sum is nearest to Z, among all 4^T sums that `scales` allow.
 
-    By symmetry |re|, |im| decide, and signs follow. Maximizes x.q - |q|^2 / 2; a tie goes to the imaginary axis.
-    Choices are made by masks, because `torch.where` on random conditions is 50 times slower on a CPU.
+    It maximizes x.q - |q|^2 / 2, which has the same maximum as -|x - q|^2. A tie goes to the imaginary axis.
     """
-    x, y = Z.abs().unbind(1)
+    x, y = Z.abs().unbind(1)  # by symmetry it is enough to search one quadrant; the signs are applied at the end
     scales = spread(scales, *Z.shape[-2:])
     best = torch.full_like(x, -torch.inf)
     codes = [torch.zeros_like(x, dtype=torch.uint8) for _ in range(scales.shape[1])]
@@ -74,7 +82,8 @@ def nearest_codes(Z: Tensor, scales: Tensor) -> Tensor:
         point = [sum((s for s, axis in zip(terms, axes, strict=True) if axis == a), 0 * terms[0]) for a in (0, 1)]
         p, q = point[0].abs(), point[1].abs()
         score = (x * p).addcmul_(y, q).sub_((p.square() + q.square()) / 2)
-        better = (score > best).to(torch.uint8).neg_()  # 0 or 255
+        # A mask of 0 or 255, because torch.where on random conditions is 50 times slower on a CPU.
+        better = (score > best).to(torch.uint8).neg_()
         best = torch.maximum(best, score)
         for code, axis, sign in zip(codes, axes, signs, strict=True):
             flipped = (point[axis] < 0) ^ (sign < 0)
@@ -84,24 +93,30 @@ def nearest_codes(Z: Tensor, scales: Tensor) -> Tensor:
 
 
 def blocks(x: Tensor, like: Tensor) -> Tensor:
-    """[..., n, m] -> [..., R, n / R, G, m / G] for scales [..., R, G]."""
+    """Split [..., n, m] into the blocks that share a scale of `like` [..., R, G]: [..., R, n / R, G, m / G]."""
     return x.unflatten(-1, (like.shape[-1], -1)).unflatten(-3, (like.shape[-2], -1))
 
 
 def fit_scales(Z: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """The least-squares scales [2, T, 2, R, G] for given codes: T x T normal equations per part, axis, row, group."""
+    """The least-squares scales [2, T, 2, R, G] for given codes. `like` has their shape.
+
+    Each part (U, W), axis, row and group has T x T normal equations of its own.
+    """
     axes = torch.stack(units(index), dim=2)  # [2, T, 2, n, m]
     gram = torch.einsum("ptarigj,psarigj->pargts", blocks(axes, like), blocks(axes, like))
     moment = torch.einsum("ptarigj,parigj->pargt", blocks(axes, like), blocks(Z, like))
     entries = Z.shape[-2] * Z.shape[-1] / (like.shape[-2] * like.shape[-1])
-    # Two stages may have the same codes throughout: equal rows, without a unique solution.
+    # If two stages have equal codes everywhere, rows of the system are equal. The ridge makes the solution unique.
     ridge = 1e-6 * entries * torch.eye(index.shape[1], device=Z.device)
     scales = torch.linalg.solve(gram.double() + ridge, moment.double())
     return scales.to(Z.dtype).permute(0, 4, 1, 2, 3).contiguous()
 
 
 def balance(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors [n], [m] of complex rows and columns, without which all have a root mean square of 1 (Sinkhorn)."""
+    """Factors of complex rows [n] and columns [m]. A weight divided by them has a root mean square of 1 in each.
+
+    The factors alternate as in Sinkhorn's algorithm.
+    """
     energy = weight.square().unflatten(1, (2, -1)).mean(1).unflatten(0, (2, -1)).mean(0) + TINY**2
     rows, columns = energy.mean(1).sqrt(), torch.ones_like(energy[0])
     for _ in range(BALANCE_ITERATIONS):
@@ -111,9 +126,9 @@ def balance(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit(weight: Tensor, num_stages: int, grid: tuple[int, int], rank1: bool) -> dict[str, Tensor]:
-    """`scales` [2, T, 2, R, G] with (R, G) = `grid`, and for rank1 `rows` [n], `columns` [m]; both widths are even.
+    """Fit the scales of a weight with even widths by alternating least squares: nearest codes, then best scales.
 
-    Scales by alternating least squares: nearest codes for fixed scales, best scales for fixed codes.
+    Returns `scales` [2, T, 2, R, G] with (R, G) = `grid`, and for rank1 also `rows` [n] and `columns` [m].
     """
     factors = {}
     if rank1:

@@ -1,10 +1,13 @@
-"""Uniform integers: b bits and one scale per row or group of columns. What embeddings and heads are stored in, and the
-plain round-to-nearest baseline of every other method. Paper: arXiv 1712.05877.
+"""Uniform integers: b bits per weight, one scale per row or group of columns. Paper: arXiv 1712.05877.
 
     W ~ s (q - 2^(b-1))        q = clip(round(W / s), -m, m) + 2^(b-1)        m = 2^(b-1) - 1
 
-`scale_mode: absmax` is s = max|W| / m of the group; `search` takes of `SHRINKS` times that the s with the least squared
-error, for at 4 bits a group is better off with its outlier clipped. Scales are rounded to fp16 before they are used.
+`scale_mode` chooses the scale of a group:
+
+- `absmax`: s = max|W| / m.
+- `search`: try s = max|W| / m times each of `SHRINKS`, and take the one with the least squared error.
+
+Packed folders store embeddings and heads in this format. It is also the round-to-nearest baseline for other methods.
 
 Symbols: codes uint8 [out, in], q above; scales fp16 [out, G], G = 1 (`granularity: row`) or in / group_size.
 """
@@ -22,18 +25,18 @@ from wrinklefree.core.method import QuantLinear, QuantMethod, num_groups
 from wrinklefree.core.ste import round_fp16
 from wrinklefree.methods.uniform.decode import decode, int8_inputs
 
-SHRINKS = [1 - step / 32 for step in range(14)]
-SMALLEST = 2.0**-24  # the least positive fp16 number
+SHRINKS = [1 - step / 32 for step in range(14)]  # below 1 the outlier is clipped, which at 4 bits often costs less
+SMALLEST = 2.0**-24  # the smallest positive fp16 number
 
 
 def codes_of(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Integers of a weight [out, G, size] under scales [out, G], as fp32 between -m and m."""
+    """Round a weight [out, G, size] to integers from -m to m, given scales [out, G]. Returned as fp32."""
     most = 2 ** (bits - 1) - 1
     return (blocks / scales.unsqueeze(-1)).round().clamp(-most, most)
 
 
 def fit(blocks: Tensor, config: "Config") -> Tensor:
-    """Scales [out, G], fp16 numbers, of a weight [out, G, size]."""
+    """Choose the scales [out, G] of a weight [out, G, size]. They are exactly fp16 numbers."""
     most = 2 ** (config.bits - 1) - 1
     widest = blocks.abs().amax(-1) / most
     scales = round_fp16(widest).clamp_min(SMALLEST)
@@ -50,7 +53,7 @@ def fit(blocks: Tensor, config: "Config") -> Tensor:
 
 
 class UniformLinear(QuantLinear):
-    """`nn.Linear` with weights rounded to few integers."""
+    """A linear layer whose weights are rounded to 2**bits evenly spaced values."""
 
     config: "Config"
 
@@ -78,7 +81,7 @@ class UniformLinear(QuantLinear):
 
 @dataclass(kw_only=True)
 class Config(QuantMethod):
-    """Integers of `bits` bits."""
+    """Settings of uniform integers with `bits` bits."""
 
     layer: ClassVar[type[QuantLinear]] = UniformLinear
 
@@ -94,7 +97,7 @@ class Config(QuantMethod):
         return float(self.bits)
 
     def groups(self, in_features: int) -> int:
-        """Scales in a row. Raises UserError where groups do not fill the rows."""
+        """How many scales a row has. Raises UserError if `group_size` does not divide `in_features`."""
         return num_groups(in_features, self.group_size) if self.granularity == "group" else 1
 
     @property

@@ -1,4 +1,4 @@
-"""Reading uniform integers: W = s (q - 2^(b-1)), s one scale per row or group of columns."""
+"""Decode uniform integers: W = s (q - 2^(b-1)), with one scale s per row or group of columns."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from wrinklefree.core.codes import Codes
 
 
 def decode(codes: Codes) -> Tensor:
-    """The fp32 weight [out, in]; scales [out, 1] or [out, groups]."""
+    """Turn codes into the fp32 weight [out, in]. The scales are [out, 1] or [out, groups]."""
     scales = codes.tensors["scales"].float()
     blocks = (codes.index.float() - 2 ** (codes.bits - 1)).unflatten(1, (scales.shape[1], -1))
     return (blocks * scales.unsqueeze(-1)).flatten(1)

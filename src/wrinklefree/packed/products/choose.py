@@ -1,14 +1,19 @@
-"""Which product multiplies a packed layer.
+"""Choose the function that multiplies a packed layer.
 
 | device | product |
 |---|---|
 | CPU | the native kernels, from their own copy of the codes |
-| GPU | a Triton program, or else what torch.compile makes of `decode`; both read the codes in the layer's buffer |
+| GPU | a Triton program, else a kernel that torch.compile makes; both read the codes in the layer's buffer |
 | others | the decoded weight, in the model's dtype |
 
-The kernels round inputs to int8 per token. A method that did not in training gets logits that differ by about a
-percent. The decoded weight multiplies everywhere if a gradient is wanted, if no kernel knows the codes, and after
-`set_exact`.
+On every device the decoded weight is used instead if
+
+- the inputs need a gradient,
+- no kernel knows the codes, or
+- `set_exact` was called.
+
+The native kernels round inputs to int8 per token. If the method did not do so in training, logits differ by about one
+percent.
 """
 
 import importlib
@@ -34,13 +39,14 @@ log = logging.getLogger("wrinklefree")
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def choose(layer: PackedLinear) -> Product:
-    """The product for the device that the layer is on."""
+    """The product for the device that the layer is on. Packed layers call this at their first forward pass."""
     if layer.weight.is_cpu:
         return on_cpu(layer)
     return on_gpu(layer) if layer.weight.is_cuda else by_decoded_weight
 
 
 def on_cpu(layer: PackedLinear) -> Product:
+    """A native kernel, or the decoded weight if no kernel knows the codes."""
     if not usable():
         return by_decoded_weight
     codes = layer.codes()
@@ -49,21 +55,22 @@ def on_cpu(layer: PackedLinear) -> Product:
 
 
 def on_gpu(layer: PackedLinear) -> Product:
+    """A Triton program, or a compiled kernel if no program reads the codes."""
     codes, programs = layer.codes(), gpu_programs()
     form = method_layer(layer).form(codes)
-    found: Product | None = None if programs is None else programs.product(form, codes, layer.weight.device)
-    return found or compiled.product(layer, method_layer(layer), codes)
+    product: Product | None = None if programs is None else programs.product(form, codes, layer.weight.device)
+    return product or compiled.product(layer, method_layer(layer), codes)
 
 
 def method_layer(layer: PackedLinear) -> type[QuantLinear]:
-    """The method's layer, which knows the form of its codes."""
+    """The trained layer's class, whose `form` describes the codes to kernels."""
     assert isinstance(layer.method, QuantMethod)
     return layer.method.layer
 
 
 @cache
 def usable() -> bool:
-    """Whether there are kernels. Says so once if there are none."""
+    """Whether the native library can be used. If not, warn once."""
     reason = native.available()
     if reason is not None:
         log.warning("packed layers multiply with decoded weights, many times slower: %s", reason)
@@ -72,13 +79,16 @@ def usable() -> bool:
 
 @cache
 def gpu_programs() -> ModuleType | None:
-    """The Triton programs; None without Triton."""
-    there = importlib.util.find_spec("triton") is not None
-    return importlib.import_module("wrinklefree.packed.products.triton") if there else None
+    """The module with the Triton programs. None if Triton is not installed."""
+    installed = importlib.util.find_spec("triton") is not None
+    return importlib.import_module("wrinklefree.packed.products.triton") if installed else None
 
 
 def set_exact(model: nn.Module, exact: bool = True) -> None:
-    """Let packed layers multiply with the decoded weight, inputs unrounded; or (False, the default) choose anew."""
+    """Make packed layers multiply with the decoded weight, which equals training bit for bit.
+
+    `exact=False` lets every layer choose its fastest product again.
+    """
     for module in model.modules():
         if isinstance(module, (PackedLinear, Fused)):
             module.exact = exact
@@ -88,7 +98,7 @@ def set_exact(model: nn.Module, exact: bool = True) -> None:
 
 @contextmanager
 def exactly(model: nn.Module) -> Iterator[None]:
-    """`set_exact` for a while. Afterwards every layer has the product again that it had."""
+    """Call `set_exact` for the block. Afterwards every layer has the product that it had before."""
     flags = [(module, module.exact) for module in model.modules() if isinstance(module, (PackedLinear, Fused))]
     products = [(layer, layer.product) for layer in packed_layers(model).values()]
     set_exact(model)

@@ -1,4 +1,4 @@
-"""What products that read packed codes on a GPU have in common."""
+"""The common part of products that read packed codes on a GPU: few tokens use the codes, many a decoded weight."""
 
 import torch
 import torch.nn.functional as F
@@ -7,14 +7,14 @@ from torch import Tensor
 from wrinklefree.core.inputs import compute_dtype
 from wrinklefree.packed.layer import PackedLinear, by_decoded_weight
 
-FEW = 8  # tokens that are multiplied with packed codes; more of them with the decoded weight
+FEW = 8  # the most tokens that are multiplied with packed codes; for more, decoding the weight once is faster
 
 
 class FewTokens:
-    """Reads the codes for few tokens. For more it decodes the weight, for this once, so that memory stays small."""
+    """Multiplies up to `FEW` tokens with the codes. For more it decodes the weight, and drops it after the call."""
 
     def few(self, weight: Tensor, x: Tensor) -> Tensor | None:
-        """The layer's packed `weight` and x [..., in] -> fp32 [..., out], without bias; None if it cannot be had."""
+        """Multiply `x` [..., in] with the layer's packed `weight`: fp32 [..., out], without bias. None if it cannot."""
         raise NotImplementedError
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -31,6 +31,6 @@ class FewTokens:
 
 
 def with_bias(layer: PackedLinear, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """A result in fp32 -> with the layer's bias, in `dtype`."""
+    """Add the layer's bias to an fp32 result, then cast it to `dtype`."""
     y = y if layer.bias is None else y + layer.bias.float()
     return y if y.dtype == dtype else y.to(dtype)

@@ -1,11 +1,15 @@
-"""Modules of a packed Llama in transformers that work with less Python: at one token, that is half of the time.
+"""Fuse MLPs and norms of packed Llamas in transformers. At one token, half of their time is Python between products.
 
     MLP     down(act(gate x) * up x), BitNet's with a norm before `down`: two products and a step between them
     norm    x / sqrt(mean x^2 + eps) * weight: one call
 
-Only the classes named below are known to be this and no more. Where a gradient is wanted, exactness, or a compiler at
-work, on a GPU, in half precision (norms), with biases, norms or hooks of their layers' own (MLPs), they go on as they
-were.
+Only classes of known architectures are fused, because another class may compute more than this. A fused module calls
+its original code if
+
+- a gradient is needed, or `set_exact` was called,
+- a compiler traces it, or it is on a GPU,
+- it is a norm in half precision,
+- it is an MLP whose layers have biases, norms or hooks.
 """
 
 from typing import Any
@@ -23,16 +27,16 @@ NORMS = tuple(f"{family.stem}RMSNorm" for family in FAMILIES)
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether nothing has to be known of how a result of `x` came about."""
+    """Whether a kernel may compute with `x`: on the CPU, without a gradient, and not while a compiler traces."""
     return x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) and not torch.compiler.is_compiling()
 
 
 class Fused(nn.Module):
-    """Goes before a module's own class, in a class made for it: copies and pickles make theirs anew."""
+    """Base of fused modules. A class made at run time inherits from it first and from the module's own class second."""
 
-    exact = False  # whether the module has to do what its own class does
+    exact = False  # True: call the original code
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # a class made at run time cannot be imported, so copies make it again
         return _empty, type(self).__bases__, vars(self)
 
 
@@ -46,14 +50,14 @@ def _empty(first: type[Fused], own: type[nn.Module]) -> nn.Module:
 
 
 def _bare(layer: nn.Module) -> bool:
-    """Whether it is a packed layer still, with nothing to be added and nobody who listens."""
+    """Whether `layer` is still a packed layer, without a bias and without forward hooks."""
     if not isinstance(layer, PackedLinear) or layer.bias is not None:
         return False
     return not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 class FusedMLP(Fused):
-    """Its children are those of the model's own class."""
+    """An MLP that calls the native library twice. Its layers are those of the model's own class."""
 
     gate_proj: Any
     up_proj: Any
@@ -72,7 +76,7 @@ class FusedMLP(Fused):
         return y.to(compute_dtype(x))
 
     def _matrices(self) -> list[Matrix] | None:
-        """Of gate, up and down; None where the layers have to be called one by one."""
+        """The matrices of gate, up and down. None if a layer cannot be fused."""
         matrices = []
         for layer in (self.gate_proj, self.up_proj, self.down_proj):
             product = layer.chosen() if _bare(layer) else None
@@ -83,7 +87,7 @@ class FusedMLP(Fused):
 
 
 class FusedNorm(Fused):
-    """Its weight is that of the model's own class."""
+    """An RMSNorm that is one call of the native library. Its weight is that of the model's own class."""
 
     weight: Tensor
     variance_epsilon: float
@@ -96,7 +100,7 @@ class FusedNorm(Fused):
 
 
 def fuse(model: nn.Module) -> None:
-    """Let known norms work so, and known MLPs whose layers are all packed; where there are kernels."""
+    """Fuse the known norms of `model`, and the known MLPs whose layers are all packed. Without kernels do nothing."""
     if available() is not None:
         return
     made: dict[type, type[nn.Module]] = {}
@@ -108,7 +112,7 @@ def fuse(model: nn.Module) -> None:
 
 
 def _fused(module: nn.Module) -> type[Fused] | None:
-    """The class that goes before the module's own."""
+    """The fused class for a module, or None if the module is not a known one."""
     name, children = type(module).__name__, dict(module.named_children())
     if name in MLPS and all(isinstance(children.get(layer), PackedLinear) for layer in MLP):
         return FusedMLP

@@ -1,7 +1,7 @@
-"""The door to the native library (`native/wf.h`): matrices, their products, a packed layer's product.
+"""Call the native library (`native/wf.h`) through ctypes: matrices, their products, and the product of a packed layer.
 
-The library lies in `lib/` beside this file where it could be built; `available()` tells why where it is not. Tensors
-passed in are on the CPU; they are made contiguous and copied by the library. Errors are ValueErrors of one line.
+Tensors must be on the CPU. The library copies weights. If it refuses a call, its reason is raised as a ValueError of
+one line. `available()` says why the library cannot be used.
 """
 
 import ctypes
@@ -26,8 +26,8 @@ ABI = 3
 NAMES = {"win32": "wf.dll", "darwin": "libwf.dylib"}
 FOLDER = Path(__file__).parents[1] / "lib"
 
-MOST_MATRICES = 8  # in one call
-INT8, EXACT = 0, 1  # what activations are rounded to: int8 per token, or nothing
+MOST_MATRICES = 8  # the most matrices that one call multiplies
+INT8, EXACT = 0, 1  # round activations to int8 per token, or leave them in fp32
 
 _int, _pointer, _text = ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -50,17 +50,17 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 def path() -> Path:
-    """Where the library is expected."""
+    """The file that the library is loaded from."""
     return FOLDER / NAMES.get(sys.platform, "libwf.so")
 
 
 @cache
 def load() -> ctypes.CDLL:
-    """The library with its signatures. Raises OSError, saying why, where it cannot be used."""
+    """Load the library and declare its functions. Raises OSError with the reason if it cannot be used."""
     if not path().is_file():
-        raise OSError(f"{path()}: not built; install wrinklefree where a C++ compiler is, or a wheel that holds it")
+        raise OSError(f"{path()}: not built; install a C++ compiler and wrinklefree again, or a wheel with the library")
     library = ctypes.CDLL(str(path()))
-    if library.wf_abi() != ABI:  # before the names below, which another version may lack
+    if library.wf_abi() != ABI:  # check first: another version may lack the functions below
         raise OSError(f"{path()}: version {library.wf_abi()}, this wrinklefree needs {ABI}: build it again")
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
@@ -72,7 +72,7 @@ def load() -> ctypes.CDLL:
 
 @cache
 def available() -> str | None:
-    """None where the library can be used, else the reason."""
+    """The reason why the library cannot be used, or None if it can."""
     try:
         load()
     except (OSError, AttributeError) as error:
@@ -96,7 +96,7 @@ def _checked(handle: int | None) -> int:
 
 
 class Pool:
-    """Worker threads; the caller is one of them."""
+    """Threads that compute products. The calling thread is one of them, so 1 starts no other."""
 
     def __init__(self, threads: int) -> None:
         library = load()
@@ -115,8 +115,8 @@ def _pool_of(process: int, threads: int) -> Pool:
 
 
 def pool() -> Pool:
-    """A pool of as many threads as torch uses; one for each process, for threads do not survive a fork."""
-    return _pool_of(os.getpid(), torch.get_num_threads())
+    """A pool with as many threads as torch uses."""
+    return _pool_of(os.getpid(), torch.get_num_threads())  # one per process, because threads do not survive a fork
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -128,7 +128,7 @@ def _at(tensor: Tensor | None) -> int | None:
 
 
 class Matrix:
-    """A packed linear layer [n, k]: see `native/wf.h` for what each kind computes."""
+    """A linear layer [n, k] in the library's memory. `native/wf.h` says what each kind computes."""
 
     def __init__(self, handle: int | None, shape: tuple[int, int]) -> None:
         self.handle = _checked(handle)
@@ -150,7 +150,10 @@ class Matrix:
         col: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> "Matrix":
-        """codes uint8 [n, k]; table [2**bits]; scales [1 or n, groups]; row [n] or [r, n] and col [k] or [r, k]."""
+        """The matrix row * (table[codes] * scales) * col, with r pairs of row and col summed.
+
+        codes uint8 [n, k]; table [2**bits]; scales [1 or n, groups]; row [n] or [r, n]; col [k] or [r, k].
+        """
         n, k = codes.shape
         rank = 1 if col is None or col.ndim == 1 else len(col)
         bits = (len(table) - 1).bit_length()
@@ -174,7 +177,10 @@ class Matrix:
         col: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> "Matrix":
-        """codes uint8 [2, T, n / 2, k / 2]; scales [2, T, 2, 1 or n / 2, groups]."""
+        """The real matrix of Fairy2i's codes, times row [n] and col [k].
+
+        codes uint8 [2 (U, W), T, n / 2, k / 2]; scales [2, T, 2 (re, im), 1 or n / 2, groups].
+        """
         two, stages, half_n, half_k = codes.shape
         if two != 2 or scales.ndim != 5 or scales.shape[:3] != (2, stages, 2):
             raise ValueError(f"codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together")
@@ -187,7 +193,7 @@ class Matrix:
 
     @classmethod
     def int8(cls, weight: Tensor, row: Tensor, bias: Tensor | None = None) -> "Matrix":
-        """weight int8 [n, k] times row [n]."""
+        """The matrix of a weight int8 [n, k], each row times its factor in `row` [n]."""
         n, k = weight.shape
         factor, _, offset = _factors(n, k, row, None, bias)
         entries = _as(weight, torch.int8)
@@ -195,7 +201,7 @@ class Matrix:
 
     @classmethod
     def dense(cls, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> "Matrix":
-        """weight [n, k], kept as bf16, or as fp32 where it has to be exact."""
+        """The matrix of a weight [n, k], stored as bf16, or as fp32 if `exact`."""
         n, k = weight.shape
         _, _, offset = _factors(n, k, None, None, bias)
         entries = _as(weight, torch.float32)
@@ -203,11 +209,12 @@ class Matrix:
 
     @property
     def kernel(self) -> str:
-        """Which kernel serves it."""
+        """The name of the kernel that multiplies this matrix."""
         return str(load().wf_matrix_kernel(self.handle).decode())
 
     @property
     def nbytes(self) -> int:
+        """The memory that the matrix takes, in bytes."""
         return int(load().wf_matrix_bytes(self.handle))
 
     def row(self, n: int) -> Tensor:
@@ -221,7 +228,7 @@ class Matrix:
 def _factors(
     n: int, k: int, row: Tensor | None, col: Tensor | None, bias: Tensor | None, rank: int = 1
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Row, col and bias as the library takes them. Raises ValueError where one has not its size."""
+    """Row, col and bias as contiguous fp32 tensors. Raises ValueError if one has the wrong shape."""
     many = [] if rank == 1 else [rank]
     for name, tensor, shape in (("row", row, [*many, n]), ("col", col, [*many, k]), ("bias", bias, [n])):
         if tensor is not None and list(tensor.shape) != shape:
@@ -229,16 +236,16 @@ def _factors(
     return _as(row, torch.float32), _as(col, torch.float32), _as(bias, torch.float32)
 
 
-_few = [_pointer * count for count in range(MOST_MATRICES + 1)]
+_few = [_pointer * count for count in range(MOST_MATRICES + 1)]  # array types, made once: making one takes long
 
 
 def matmul(matrices: Sequence[Matrix], x: Tensor, mode: int = INT8, threads: Pool | None = None) -> list[Tensor]:
-    """Each of up to MOST_MATRICES applied to x [..., k], rounded once for all of them: fp32 [..., n_i].
+    """Multiply `x` [..., k] with up to `MOST_MATRICES` matrices: one fp32 tensor [..., n_i] per matrix.
 
-    A model calls it hundreds of times for a token: there is as little Python as there can be. Raises ValueError where
-    widths differ.
+    `x` is rounded once for all of them. Raises ValueError if widths differ.
     """
-    if x.shape[-1] != matrices[0].shape[1]:  # that the matrices' are one, the library checks
+    # A model calls this hundreds of times per token, so it does as little in Python as it can.
+    if x.shape[-1] != matrices[0].shape[1]:  # the library checks that the other matrices are as wide as the first
         raise ValueError(f"x {list(x.shape)} does not fit a matrix {list(matrices[0].shape)}")
     x = (x if x.dtype == torch.float32 else x.float()).contiguous()
     shape, count = x.shape[:-1], len(matrices)
@@ -252,7 +259,7 @@ def matmul(matrices: Sequence[Matrix], x: Tensor, mode: int = INT8, threads: Poo
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean x^2 + eps) * weight, x [..., k], weight [k], fp32. Raises ValueError where widths differ."""
+    """Compute x / sqrt(mean x^2 + eps) * weight in fp32: x [..., k], weight [k]. Raises ValueError if widths differ."""
     x, k = x.contiguous(), x.shape[-1]
     if weight.shape != (k,):
         raise ValueError(f"x {list(x.shape)} does not fit a weight {list(weight.shape)}")
@@ -263,7 +270,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def matrix(form: Form, bias: Tensor | None = None) -> Matrix:
-    """`form` in the kernels' memory; widths are the form's, which may be padded."""
+    """Copy `form` into a matrix of the library. It is as wide as the form, which may be padded."""
     if isinstance(form, Integers):
         return Matrix.int8(form.weight, form.row, bias)
     if isinstance(form, Complex):
@@ -274,11 +281,11 @@ def matrix(form: Form, bias: Tensor | None = None) -> Matrix:
 
 @dataclass(frozen=True)
 class NativeProduct:
-    """A layer's product by the kernels, from their own copy of its codes. They round inputs to int8 per token."""
+    """Multiplies a packed layer by the native kernels, which have a copy of its codes and round inputs to int8."""
 
     matrix: Matrix
     shape: tuple[int, int]  # of the layer; the matrix may be padded
-    rounds_inputs: bool  # the kernels round x itself, not x times a factor of each column
+    rounds_inputs: bool  # whether the kernels round x itself; with factors of columns they round col * x
 
     def __call__(self, layer: PackedLinear, x: Tensor) -> Tensor:
         return self._uncompiled(layer, x) if torch.compiler.is_compiling() else self._multiply(layer, x)
@@ -301,14 +308,15 @@ class NativeProduct:
 
     @property
     def padded(self) -> bool:
+        """Whether the matrix is larger than the layer."""
         return self.matrix.shape != self.shape
 
     def takes_inputs_of(self, layer: PackedLinear) -> bool:
-        """Whether the matrix can be given the layer's inputs just as they come."""
+        """Whether the matrix can multiply the layer's inputs as they are: without a norm, rounding or padding first."""
         rounds_as_trained = self.rounds_inputs or not layer.method.int8_inputs
         return rounds_as_trained and layer.rms_norm is None and not self.padded
 
 
 def product(form: Form, shape: tuple[int, int]) -> NativeProduct:
-    """The product of a layer of this shape [out, in], whose codes have `form`."""
+    """The product for a layer of this shape [out, in] with the weight `form`."""
     return NativeProduct(matrix(form), shape, isinstance(form, Integers) or form.col is None)

@@ -1,14 +1,13 @@
-"""Products of few tokens with packed codes on a GPU, in Triton: the codes are read as they lie in the file.
+"""Multiply few tokens with packed codes on a GPU, in Triton.
 
-At batch 1 a GPU waits for weights; read as 1 to 4 bits they are a fraction of the bytes. Each program takes some rows
-and walks along their packed columns; nothing is unpacked to memory. Many tokens are better off with the decoded weight
-and a matrix product.
+At batch 1 a GPU waits for its memory, so reading weights as 1 to 4 bits saves time. For many tokens a matrix product
+with the decoded weight is faster.
 
     table    weight uint8 [n, k bits / 8], bits 1, 2, 4 or 8        y = row * sum_k table[code] scales[r, g] col x
     fairy    weight uint8 [2 (U, W), T, n / 2, k / 8], 2 bits       y = U z + W conj(z), z the halves of col x
 
-Scales [R, G] and [2, T, 2, R, G] as in core/forms.py. Sums are in fp32. TRITON_INTERPRET=1 runs the same programs on a
-CPU, slowly, which is how the tests check them.
+Scales are [R, G] and [2, T, 2, R, G] as in core/forms.py. Sums are in fp32. TRITON_INTERPRET=1 runs the programs on a
+CPU, slowly; the tests do so.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -24,7 +23,7 @@ from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Complex, Form, Table
 from wrinklefree.packed.products.coded import FewTokens
 
-ROWS, BYTES = 16, 64  # of a program's tile
+ROWS, BYTES = 16, 64  # the tile: a program takes ROWS rows and walks along them, BYTES packed bytes at a time
 
 
 @triton.jit
@@ -106,7 +105,7 @@ def _fairy_kernel(
                     odd = (code & 1).to(tl.float32)
                     re = sign * (1 - odd) * s_re
                     im = sign * odd * s_im
-                    # U z: (re x_re - im x_im, im x_re + re x_im); W conj(z): x_im changes its sign.
+                    # U z = (re x_re - im x_im, im x_re + re x_im). In W conj(z), x_im has the other sign.
                     conjugate = 1 - 2 * part
                     real += re * x_re - conjugate * im * x_im
                     imaginary += im * x_re + conjugate * re * x_im
@@ -115,7 +114,10 @@ def _fairy_kernel(
 
 
 def table_product(weight: Tensor, bits: int, table: Tensor, scales: Tensor, x: Tensor) -> Tensor:
-    """x fp32 [B, k] -> fp32 [B, n]; `weight` [n, ...] packed, `table` fp32 [2**bits], `scales` fp32 [1 or n, G]."""
+    """Multiply x fp32 [B, k] with a table's codes: fp32 [B, n].
+
+    `weight` uint8 [n, bytes] packed; `table` fp32 [2**bits]; `scales` fp32 [1 or n, G].
+    """
     (n, width), (tokens, k) = weight.shape, x.shape
     y = torch.empty(tokens, n, dtype=torch.float32, device=x.device)
     _table_kernel[(triton.cdiv(n, ROWS), tokens)](
@@ -138,7 +140,10 @@ def table_product(weight: Tensor, bits: int, table: Tensor, scales: Tensor, x: T
 
 
 def fairy_product(weight: Tensor, scales: Tensor, x: Tensor) -> Tensor:
-    """x fp32 [B, 2 m] -> fp32 [B, 2 n]; `weight` [2, T, n, ceil(m / 4)] packed, `scales` fp32 [2, T, 2, 1 or n, G]."""
+    """Multiply x fp32 [B, 2 m] with Fairy2i's codes: fp32 [B, 2 n].
+
+    `weight` uint8 [2 (U, W), T, n, ceil(m / 4)] packed; `scales` fp32 [2, T, 2 (re, im), 1 or n, G].
+    """
     _, stages, n, width = weight.shape
     tokens, m = x.shape[0], x.shape[1] // 2
     y = torch.empty(tokens, 2 * n, dtype=torch.float32, device=x.device)
@@ -162,10 +167,10 @@ def fairy_product(weight: Tensor, scales: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TritonProduct(FewTokens):
-    """A layer's product by these programs; all but the codes in fp32 on the device."""
+    """Multiplies a packed layer by one of these programs. All its tensors are fp32 on the layer's device."""
 
     bits: int
-    table: Tensor | None  # None: the codes are complex ones
+    table: Tensor | None  # None means Fairy2i's codes
     scales: Tensor
     row: Tensor | None
     col: Tensor | None
@@ -181,7 +186,13 @@ class TritonProduct(FewTokens):
 
 
 def product(form: Form | None, codes: Codes, device: torch.device) -> TritonProduct | None:
-    """None if the packed codes are not the form's own, are padded, lie across bytes, or have several ranks."""
+    """The product for a layer with `codes`, or None if no program reads them. That is so if
+
+    - `form` has codes of its own, or none: the programs read the layer's packed codes,
+    - a code crosses bytes (3 bits),
+    - a table has several ranks,
+    - the form is padded.
+    """
     if codes.bits == 3 or not isinstance(form, (Table, Complex)) or form.index is not codes.index:
         return None
     if isinstance(form, Table) and form.rank > 1:
