@@ -946,7 +946,7 @@ def test_an_answer_without_a_question_has_no_prompt() -> None:
 def test_lines_that_are_no_json_are_named(tmp_path: Path, line: str, name: str) -> None:
     (tmp_path / name).write_text('{"text": "some"}\n' * 2 + line if name == "rows.jsonl" else "[" + line + "]")
     with pytest.raises(UserError, match=f"{name}(, line 3)?: not JSON") as error:
-        list(sources.read(tmp_path / name, lambda row, where: str(row)))
+        list(sources.read_documents(tmp_path / name, lambda row, where: str(row)))
     assert "\n" not in str(error.value)
 
 
