@@ -67,7 +67,7 @@ def measure_accuracy(
     if not examples or not all(e.choices for e in examples):
         raise UserError("no accuracy without held-out examples that have a fixed set of answers")
     answered = [e._replace(answer=choice) for e in examples for choice in e.choices]
-    documents = [shorten(d, length)[:, :-1] for d in encode(tokenizer, answered)]  # the end-of-sequence token is not scored
+    documents = [shorten(d, length)[:, :-1] for d in encode(tokenizer, answered)]  # without end-of-sequence
     scores = log_likelihoods(BodyAndHead(model), documents, batch_size, model.device)
     by_example = scores.split([len(e.choices) for e in examples])
     correct = sum(e.choices[int(s.argmax())] == e.answer for e, s in zip(examples, by_example, strict=True))
@@ -82,7 +82,7 @@ def log_likelihoods(decoder: BodyAndHead, documents: list[Tensor], batch_size: i
         rows.setdefault(tuple(document[0, :-1].tolist()), []).append(number)
     scores = torch.zeros(len(documents), device=device)
     for batch in _batched(sorted(rows, key=len), batch_size):  # rows of similar length need little padding
-        ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True)  # on the right, so that no token sees it
+        ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True)  # on the right: no token sees it
         states = decoder.states({"input_ids": ids.to(device)})
         scored = [
             (number, row, int(column) - 1, int(documents[number][0, column]))

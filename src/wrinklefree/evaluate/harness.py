@@ -7,7 +7,7 @@ from wrinklefree.core.errors import UserError
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: list[str], limit: int | None = None) -> dict[str, dict[str, Any]]:
-    """Return {task: {metric: value}}, with the harness's names such as `acc,none`, on at most `limit` examples per task.
+    """Return {task: {metric: value}} on at most `limit` examples per task. Metrics have names such as `acc,none`.
 
     Raises UserError if the harness is not installed, does not know a task, or cannot fetch its data.
     """

@@ -41,7 +41,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def check_causal(folder: Path, config: dict[str, Any]) -> None:
-    """Raises UserError if config.json does not name a causal language model of transformers; `folder` is for the text."""
+    """Raises UserError if `config`, the config.json of `folder`, does not name a causal LM of transformers."""
     architectures = config.get("architectures") or []
     if config.get("auto_map") and "quantization_config" not in config:
         return  # the model brings its own code, so only transformers can tell
