@@ -160,10 +160,10 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
-    **from_run: Any,
+    **settings: Any,
 ) -> list[list[str]]:
     """Write the packed folder with its card, and certify it. Returns rows of a table."""
-    return _write_proved(model, tokenizer, folder, list(batches), dense_dtype="bfloat16", **from_run).rows()
+    return _write_proved(model, tokenizer, folder, list(batches), dense_dtype="bfloat16", **settings).rows()
 
 
 def _write_proved(
