@@ -49,7 +49,9 @@ class Sizes:
 
 
 @torch.no_grad()
-def program(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: Sizes, length: int, factored: int) -> Program:
+def build_program(
+    model: PreTrainedModel, layers: Mapping[str, Palette], sizes: Sizes, length: int, factored: int
+) -> Program:
     """Return the program for `length` ids at a time. Layers of a rank above `factored` are baked."""
     cache = (sizes.layers, sizes.kv_heads, sizes.context, sizes.head_dim)
     inputs = {

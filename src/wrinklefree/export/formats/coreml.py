@@ -134,16 +134,15 @@ def save(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", 
     """Write a package with the functions `prefill` and `decode`, which share one copy of the weights."""
     import coremltools as ct
 
-    from wrinklefree.export.coreml import program
+    from wrinklefree.export.coreml.program import build_program
 
     both = ct.utils.MultiFunctionDescriptor()
     parts = {"prefill": min(PREFILL, sizes.context), "decode": 1}
     with _no_progress_bars():
         for name, length in parts.items():
             part = package.with_name(f"{name}.mlpackage")
-            program = program.program(model, layers, sizes, length, factored)
             ct.convert(
-                program,
+                build_program(model, layers, sizes, length, factored),
                 minimum_deployment_target=ct.target.iOS18,
                 compute_precision=ct.precision.FLOAT32,  # leaves the program's types as they are, fp16
                 skip_model_load=True,
