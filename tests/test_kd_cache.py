@@ -725,7 +725,7 @@ def test_another_length_than_the_caches_is_refused(folder: Path) -> None:
 def test_a_cache_of_words_that_the_student_does_not_have_is_refused(folder: Path) -> None:
     """Models of one tokenizer pad their vocabularies to various sizes."""
     config = resolved(folder, f"distillation.cache={folder / 'random'}", *CACHED)
-    with pytest.raises(UserError, match=f"random: of a vocabulary of {VOCAB} words, .* has {VOCAB - 4}"):
+    with pytest.raises(UserError, match=f"random: its vocabulary has {VOCAB} words, .* has {VOCAB - 4}"):
         choose_length("auto", llama(vocab_size=VOCAB - 4), config.distillation.cache)
     assert choose_length("auto", llama(vocab_size=VOCAB + 4), config.distillation.cache) == LENGTH
 

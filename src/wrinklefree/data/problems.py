@@ -32,15 +32,16 @@ class Problem(NamedTuple):
 
 
 def load_problems(source: str, split: Split, count: int, num_heldout: int) -> list[Problem]:
-    """Return at most `count` problems of one split. No problem is in both splits.
+    """Return at most `count` problems from one split.
 
-    | source | held out | note |
-    |---|---|---|
-    | a file | `num_heldout` problems, chosen by a hash | |
-    | gsm8k | the hub's test split | |
-    | mod7_chains | see data/chains.py | problems of one operation are in both splits, and may repeat |
+    | source | held out |
+    |---|---|
+    | a file | `num_heldout` problems, chosen by a hash |
+    | gsm8k | the test split on the hub |
+    | mod7_chains | by a hash, see data/chains.py |
 
-    Raises UserError if there is no such source, or no problem in it.
+    No problem is in both splits, except chains with one operation. Raises UserError if there is no such source, or no
+    problem in it.
     """
     if source == chains.NAME:
         return [Problem(chain.question, chain.answer) for chain in chains.chains(split, count, seed=1)]

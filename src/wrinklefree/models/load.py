@@ -1,4 +1,4 @@
-"""Loads a folder of this package, a Hugging Face folder, or a causal language model of the hub.
+"""Loads causal language models: packed folders, training checkpoints, Hugging Face folders, models on the hub.
 
 transformers answers several mistakes with random weights and a warning. Here they are errors of one line.
 """

@@ -202,10 +202,10 @@ class Support(torch.autograd.Function):
 
 
 def head_loss(states: Tensor, head: Tensor, chunk_loss: ChunkLoss) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean of the loss over N rows of `states @ head.T`, and means of its metrics, which are detached.
+    """Apply a loss to the logits `states @ head.T`, in chunks of rows. Returns means of the loss and its metrics.
 
-    The logits of 2,048 tokens over 150,000 words take 1.2 GB in fp32, and a plain loss holds several copies of them.
-    Here they exist for one chunk of rows at a time.
+    The logits for 2,048 tokens over 150,000 words take 1.2 GB in fp32, and a plain loss holds several copies. Here they
+    exist for one chunk at a time. Metrics are detached.
     """
     sums: dict[str, Tensor] = {}
     total = HeadLoss.apply(states, head, chunk_loss, torch.is_grad_enabled(), sums)

@@ -132,12 +132,15 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def find(resume_from: str, run: Path, fetch: Callable[[str], Path]) -> Path:
+def find_checkpoint(resume_from: str, run: Path, fetch: Callable[[str], Path]) -> Path:
     """Return the checkpoint folder that `resume_from` names. Raises UserError if there is none.
 
-    latest          the newest checkpoint of `run`
-    a folder        that checkpoint, or the newest one of that run
-    scheme://...    a copy of it, which `fetch` makes
+    | `resume_from` | checkpoint |
+    |---|---|
+    | `latest` | the newest one in the run folder `run` |
+    | a checkpoint folder | this one |
+    | a run folder | the newest one in it |
+    | `scheme://...` | as for a folder, once `fetch` has copied it |
     """
     name = resume_from.removesuffix(".pt")  # the training guide writes step_N.pt
     path = run if name == "latest" else fetch(name) if "://" in name else Path(name)
@@ -151,7 +154,7 @@ def find(resume_from: str, run: Path, fetch: Callable[[str], Path]) -> Path:
 
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load a checkpoint's weights into a prepared model. A process of a sharded run takes its share of each.
+    """Load a checkpoint's weights into a prepared model. If it is sharded, each process takes its own share.
 
     Raises UserError if a name or shape differs between file and model, naming the first one.
     """
@@ -179,7 +182,7 @@ def _check_fit(file: Path, shapes: dict[str, tuple[int, ...]], own: dict[str, Te
 
 
 def _tied(model: nn.Module) -> list[set[str]]:
-    """Return the sets of names that share one parameter. Tied weights are stored under one of their names."""
+    """Return sets of names that share one parameter. A tied weight is stored under one of its names."""
     groups: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), set()).add(name)

@@ -208,7 +208,7 @@ def _had_enough(run: TrainingState) -> bool:
     patience = run.training.patience
     if not patience or run.stale < patience:
         return False
-    log.info("no better one in %d evaluations: stopped at step %d", patience, run.step)
+    log.info("stopped at step %d: no better model in %d evaluations", run.step, patience)
     return True
 
 

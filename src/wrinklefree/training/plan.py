@@ -140,7 +140,7 @@ def _length_of_cache(setting: int | str, model: PreTrainedModel, cache: str) -> 
     manifest = read_manifest(Path(cache))
     if manifest.vocab_size > model.config.vocab_size:  # one tokenizer may serve heads padded to different sizes
         raise UserError(
-            f"{cache}: of a vocabulary of {manifest.vocab_size} words, the model has {model.config.vocab_size}"
+            f"{cache}: its vocabulary has {manifest.vocab_size} words, the model's has {model.config.vocab_size}"
         )
     if setting not in ("auto", manifest.length):
         raise UserError(

@@ -53,7 +53,7 @@ class KDCache:
         """Raises UserError if there is no finished cache, or if a shard is missing, truncated or foreign."""
         self.folder, self.manifest = folder, read_manifest(folder)
         if not self.manifest.complete:
-            raise UserError(f"{folder}: the cache is not finished: run the same `wf cache` again, it goes on")
+            raise UserError(f"{folder}: the cache is not finished: run the same `wf cache` again to continue it")
         self._ends = {split: list(accumulate(nums)) for split, nums in self.manifest.shards.items()}
         self._open: OrderedDict[str, Any] = OrderedDict()
         for split in ("train", "heldout"):

@@ -136,7 +136,8 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
     """Mark the cache as complete. Raises UserError if it has no sequence to train on, or none held out."""
     if not (manifest.count("train") and manifest.count("heldout")):
         raise UserError(
-            f"{folder}: {manifest.count('train')} sequences to train on, {manifest.count('heldout')} held out"
+            f"{folder}: {manifest.count('train')} sequences to train on, {manifest.count('heldout')} held out: "
+            f"a cache needs both"
         )
     return write_manifest(folder, dataclasses.replace(manifest, complete=True, position=None))
 
@@ -154,4 +155,6 @@ def _put(target: Path, write: Callable[[Path], object]) -> None:
         with file_aside(target) as aside:
             write(aside)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{target}: cannot be written ({error}): what is there is whole, go on later") from error
+        raise UserError(
+            f"{target}: cannot be written ({error}); the cache so far is whole, and the same command continues it"
+        ) from error

@@ -1,10 +1,10 @@
 """Proves that a packed model is the trained one, by three comparisons:
 
-1. Codes. Every layer's codes, scales and tables equal the trained layer's bit for bit, and so do its effective weights.
+1. Codes. Every layer's codes, scales and tables equal the trained layer's bit for bit, and so do effective weights.
 2. Logits at equal rounding. The trained model runs in fp32 with the packed file's dense weights (embeddings and norms,
-   in bf16) in place of its own. Only the order of fp32 sums differs: at most `LOGITS` of the largest logit.
-3. KL(trained || packed) per token, against the trained model with its own fp32 weights. This is the cost of rounding
-   dense weights to bf16. The mean may be at most `KL` nats, which is a tenth of a percent of perplexity.
+   in bf16). Then only the order of fp32 sums differs. Relative to the largest logit, that may be at most `LOGITS`.
+3. KL(trained || packed) per token, against the trained model with its own fp32 weights: what rounding dense weights to
+   bf16 costs. The mean may be at most `KL` nats, which changes perplexity by a tenth of a percent.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

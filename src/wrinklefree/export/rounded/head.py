@@ -1,4 +1,4 @@
-"""Rounds embedding and head to integers. They are a third to a half of a small model, and of its reads per token.
+"""Rounds embedding and head to integers. In a small model they take a third to a half of the memory read per token.
 
 Integers of 8 bits have one scale per row, those of 4 bits one per 32 columns. They are rounded to nearest when the
 model is packed, not trained. So the certificate compares with the trained model under the same rounding, and the cost
