@@ -30,9 +30,9 @@ class Reading(NamedTuple):
     """How the rows of a dataset become documents."""
 
     tokenizer: PreTrainedTokenizerBase
-    column: str = "text"
+    column: str = "text"  # with the text, for rows that are not conversations
     thinking: Thinking = False
-    mask_prompt: bool = False
+    mask_prompt: bool = False  # learn only the last answer
 
 
 def conversation(messages: list[Message], reading: Reading, where: str) -> Document:

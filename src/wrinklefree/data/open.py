@@ -145,6 +145,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> _Rows:
+    """Return where the rows of a local file, a hub dataset or a downstream task are, and how they become documents."""
     if config.source != "downstream":
         reading = chat.Reading(tokenizer, config.text_column, thinking, config.mask_prompt)
         render = _render(config.format, reading)
