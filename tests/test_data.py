@@ -289,7 +289,7 @@ def test_a_book_in_one_file_is_shuffled_and_held_out_in_parts(
     book = tmp_path / "book.rst"  # a file named outright is text, whatever its suffix
     book.write_text("".join(WORDS))
     render = _render("plain", Reading(tokenizer))
-    parts = list(sources.read(book, render, piece=100))
+    parts = list(sources.read_documents(book, render, piece=100))
     assert "".join(parts) == "".join(WORDS)
     assert len(parts) > 20
     assert all(part.endswith("\n") for part in parts)

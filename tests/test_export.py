@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_the_old_folder_and_no_half_one(
         (folder / "half.txt").write_text("half")
         raise error
 
-    monkeypatch.setattr(bundle, "write", full)
+    monkeypatch.setattr(bundle, "write_loader", full)
     with pytest.raises(UserError, match="disk full"):
         export(trained, out, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]

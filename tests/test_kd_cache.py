@@ -725,7 +725,7 @@ def test_another_length_than_the_caches_is_refused(folder: Path) -> None:
 def test_a_cache_of_words_that_the_student_does_not_have_is_refused(folder: Path) -> None:
     """Models of one tokenizer pad their vocabularies to various sizes."""
     config = resolved(folder, f"distillation.cache={folder / 'random'}", *CACHED)
-    with pytest.raises(UserError, match=f"random: of a vocabulary of {VOCAB} words, .* has {VOCAB - 4}"):
+    with pytest.raises(UserError, match=f"random: its vocabulary has {VOCAB} words, .* has {VOCAB - 4}"):
         choose_length("auto", llama(vocab_size=VOCAB - 4), config.distillation.cache)
     assert choose_length("auto", llama(vocab_size=VOCAB + 4), config.distillation.cache) == LENGTH
 
@@ -946,7 +946,7 @@ def test_an_answer_without_a_question_has_no_prompt() -> None:
 def test_lines_that_are_no_json_are_named(tmp_path: Path, line: str, name: str) -> None:
     (tmp_path / name).write_text('{"text": "some"}\n' * 2 + line if name == "rows.jsonl" else "[" + line + "]")
     with pytest.raises(UserError, match=f"{name}(, line 3)?: not JSON") as error:
-        list(sources.read(tmp_path / name, lambda row, where: str(row)))
+        list(sources.read_documents(tmp_path / name, lambda row, where: str(row)))
     assert "\n" not in str(error.value)
 
 

@@ -349,7 +349,7 @@ def test_stdlib_kind_is_balanced_and_names_no_package(split: stdlib.Split) -> No
 def test_stdlib_kind_deals_whole_files() -> None:
     library = stdlib.library()
     for name in stdlib_kind.PACKAGES:
-        dealt = stdlib_kind._deal(name, library)
+        dealt = stdlib_kind._split(name, library)
         files = [list(stdlib_kind._pieces(text)) for path, text in library.items() if path.startswith(f"{name}/")]
         assert sum(map(len, files)) == len(dealt["train"]) + len(dealt["heldout"])
         sides = {split: set(pieces) for split, pieces in dealt.items()}

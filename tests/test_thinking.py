@@ -218,7 +218,7 @@ def test_a_file_is_split_by_problem(tmp_path: Path) -> None:
     rows = [{"question": f"How much is {n % 30}?", "answer": f"it is\n#### {n % 30}"} for n in range(60)]
     file = tmp_path / "p.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    train, heldout = (problems.load(str(file), split, 100, 10) for split in ("train", "heldout"))
+    train, heldout = (problems.load_problems(str(file), split, 100, 10) for split in ("train", "heldout"))
     assert (len(train), len(heldout)) == (20, 10)
     assert not {p.id for p in train} & {p.id for p in heldout}
     assert all(p.question == f"How much is {p.gold}?" for p in train)
@@ -228,12 +228,12 @@ def test_what_is_no_problem_is_named(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"question": "a", "answer": "1"}\n{"question": "b"}\n')
     with pytest.raises(UserError, match=r"p.jsonl, row 2: a problem needs a 'answer'"):
-        problems.load(str(file), "train", 10, 1)
+        problems.load_problems(str(file), "train", 10, 1)
     with pytest.raises(UserError, match="no such file"):
-        problems.load("nowhere.jsonl", "train", 10, 1)
+        problems.load_problems("nowhere.jsonl", "train", 10, 1)
     file.write_text('{"question": "a", "answer": "1"}\n')
     with pytest.raises(UserError, match="no problem for the heldout split"):
-        problems.load(str(file), "heldout", 10, 1)
+        problems.load_problems(str(file), "heldout", 10, 1)
 
 
 def test_a_model_without_the_tags_is_refused() -> None:

@@ -1,12 +1,12 @@
-"""mod7_chains: a task that a small model solves step by step, and not at a glance.
+"""mod7_chains: arithmetic that a small model solves step by step, but not at a glance.
 
-A number below 7 and up to six operations, applied from left to right modulo 7:
+A question is a number below 7 and up to six operations, applied from left to right modulo 7:
 
-    3 +2 *4 ?  <think> +2 5 *4 6 </think> 6         with a thought: each operation and what it comes to
-    3 +2 *4 ?  <think> </think> 6                   without
+    3 +2 *4 ?  <think> +2 5 *4 6 </think> 6         with a thought: each operation and its result
+    3 +2 *4 ?  <think> </think> 6                   without one
 
-Every word is one token (25 in all), so that one step is one look-up in a table of 77 entries. Questions are dealt to
-training and test by a hash; of the 77 with a single operation there are too few to deal, they are in both.
+Every word is one token (25 in all), so a step is one look-up in a table of 77 entries. A hash decides whether a
+question is for training or test.
 """
 
 import hashlib
@@ -29,21 +29,23 @@ HELDOUT_EVERY = 8  # of the questions with at least two operations
 
 NUM_TRAINING = 100_000  # documents of an epoch
 NUM_HELDOUT = 2_000
-THOUGHT_SHARE = 0.8  # of the training documents that show the thought: at 0.6 a greedy model at times leaves it out
+THOUGHT_SHARE = 0.8  # of documents that show the thought; at 0.6 a greedy model sometimes leaves it out
 
 
 class Chain(NamedTuple):
-    """A start, operations, and what each of them comes to."""
+    """A start value and the operations on it."""
 
     start: int
     operations: tuple[str, ...]
 
     @property
     def question(self) -> str:
+        """Such as `3 +2 *4 ?`."""
         return " ".join([str(self.start), *self.operations, "?"])
 
     @property
     def results(self) -> list[int]:
+        """The value after each operation."""
         values = [self.start]
         for operation in self.operations:
             number = int(operation[1:])
@@ -52,6 +54,7 @@ class Chain(NamedTuple):
 
     @property
     def thought(self) -> str:
+        """Each operation and its result, such as `+2 5 *4 6`."""
         return " ".join(f"{operation} {value}" for operation, value in zip(self.operations, self.results, strict=True))
 
     @property
@@ -60,10 +63,11 @@ class Chain(NamedTuple):
 
 
 def draw(generator: random.Random, split: Split) -> Chain:
-    """A random chain of a split; every length is equally likely."""
+    """Draw a random chain of a split. Every length is equally likely."""
     length = generator.randint(1, LONGEST)
     while True:
         chain = Chain(generator.randrange(MODULUS), tuple(generator.choice(OPERATIONS) for _ in range(length)))
+        # There are only 77 chains of one operation, too few to split: both splits have them all.
         if length == 1 or _is_heldout(chain) == (split == "heldout"):
             return chain
 
@@ -73,7 +77,7 @@ def _is_heldout(chain: Chain) -> bool:
 
 
 def chains(split: Split, count: int, seed: int = 0) -> Iterator[Chain]:
-    """`count` chains, the same at every call; short ones occur more than once."""
+    """Yield `count` chains, the same ones at every call. Short chains repeat."""
     generator = random.Random(f"{NAME} {split} {seed}")
     for _ in range(count):
         yield draw(generator, split)
@@ -81,7 +85,7 @@ def chains(split: Split, count: int, seed: int = 0) -> Iterator[Chain]:
 
 @cache
 def examples(split: Split) -> tuple[Example, ...]:
-    """Documents to train and evaluate a language model on: what follows `<think>` is learned."""
+    """Return documents to train and evaluate a language model on. Only what follows `<think>` is learned."""
     generator = random.Random(f"{NAME} thoughts {split}")
     count = NUM_TRAINING if split == "train" else NUM_HELDOUT
     return tuple(_example(chain, generator.random() < THOUGHT_SHARE) for chain in chains(split, count))
@@ -93,7 +97,7 @@ def _example(chain: Chain, thinks: bool) -> Example:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token: numbers, operations, the question mark and the tags; a text begins with `<bos>`."""
+    """Return a tokenizer with one token per word. It puts `<bos>` before every text."""
     words = [PAD, BOS, EOS, THINK, END_THINK, "?", *map(str, range(MODULUS)), *OPERATIONS]
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

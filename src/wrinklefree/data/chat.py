@@ -1,8 +1,4 @@
-"""Conversations: messages as text by the chat template, for the data formats that have messages.
-
-Thinking, for models that write a thought before they answer (Qwen3): `true` is what the template writes, `false` that
-without <think>...</think>, `none` the bare contents without a template, `both` and `all` one document of each kind.
-"""
+"""Turns the messages of a conversation into text, for the data formats that hold conversations."""
 
 import re
 from typing import Any, NamedTuple
@@ -13,9 +9,11 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.data.sources import Document, Example, Row
 
 Message = dict[str, str]
-Thinking = bool | None  # None: no template at all
+# For models that write a thought before they answer (Qwen3). True: as the chat template writes it. False: without
+# <think>...</think>. None: the bare contents, without a template.
+Thinking = bool | None
 
-# What each value of `data.enable_thinking` writes of a conversation.
+# The documents that each value of `data.enable_thinking` makes from one conversation.
 VARIANTS: dict[bool | str, tuple[Thinking, ...]] = {
     False: (False,),
     True: (True,),
@@ -29,37 +27,42 @@ THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 class Reading(NamedTuple):
-    """How the rows of a data set become documents."""
+    """How the rows of a dataset become documents."""
 
     tokenizer: PreTrainedTokenizerBase
-    column: str = "text"
+    column: str = "text"  # with the text, for rows that are not conversations
     thinking: Thinking = False
-    mask_prompt: bool = False
+    mask_prompt: bool = False  # learn only the last answer
 
 
 def conversation(messages: list[Message], reading: Reading, where: str) -> Document:
-    """Messages as text; with `mask_prompt` the last answer alone is learned. Without an answer the text is empty."""
+    """Return a conversation as a document, which is empty if the last message is no answer.
+
+    With `mask_prompt` it is an `Example`, of which only the last answer is learned. `where` is for error messages.
+    """
     tokenizer, _, thinking, mask_prompt = reading
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         return ""
-    text = write(tokenizer, messages, thinking, where)
+    text = as_text(tokenizer, messages, thinking, where)
     if not mask_prompt:
         return text
-    before = messages[:-1]  # templates refuse to write nothing
-    prompt = write(tokenizer, before, thinking, where, add_generation_prompt=True) if before else ""
-    # A template may end a prompt otherwise than it begins an answer: what they share is the prompt.
+    before = messages[:-1]
+    prompt = ""
+    if before:  # templates refuse an empty conversation
+        prompt = as_text(tokenizer, before, thinking, where, add_generation_prompt=True)
+    # A template may end a prompt differently when no answer follows: take the part that both texts begin with.
     shared = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
     return Example(text[:shared], text[shared:])
 
 
-def write(
+def as_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     thinking: Thinking,
     where: str,
     add_generation_prompt: bool = False,
 ) -> str:
-    """Messages as text."""
+    """Return messages as text, written by the chat template. Raises UserError if there is none, or if it refuses."""
     from jinja2 import TemplateError
 
     if thinking is None:
@@ -76,17 +79,17 @@ def write(
 
 
 def turns(instruction: str, more: str, answer: str, between: str) -> list[Message]:
-    """A question, with what belongs to it after `between`, and its answer."""
+    """Return a question and its answer as messages. `more`, if not blank, is added to the question after `between`."""
     question = instruction + between + more if more.strip() else instruction
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def listed(row: Row, columns: tuple[str, ...], where: str) -> list[Message]:
-    """The messages in the first of `columns` that has any."""
-    given = next((row[column] for column in columns if row.get(column)), None)
-    if not isinstance(given, list):
+    """Return the messages in the first of `columns` that is not empty. Raises UserError if they are no messages."""
+    value = next((row[column] for column in columns if row.get(column)), None)
+    if not isinstance(value, list):
         raise UserError(f"{where}: no list in {' or '.join(columns)}; there are {', '.join(map(str, row))}")
-    return [_message(turn, where) for turn in given]
+    return [_message(turn, where) for turn in value]
 
 
 def _message(turn: Any, where: str) -> Message:
@@ -99,13 +102,13 @@ def _message(turn: Any, where: str) -> Message:
 
 
 def text(row: Row, column: str, where: str) -> str:
-    """A column that has to be text."""
+    """Return the text in a column. Raises UserError if the column is missing or holds something else."""
     if not isinstance(row.get(column), str):
         raise UserError(f"{where}: no text in {column!r}; there are {', '.join(map(str, row))}: another data.format?")
     return str(row[column])
 
 
 def optional(row: Row, column: str) -> str:
-    """A column that may be missing or empty."""
+    """Return the text in a column, or "" if there is none."""
     value = row.get(column)
     return value if isinstance(value, str) else ""

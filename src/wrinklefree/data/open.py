@@ -1,7 +1,7 @@
-"""Text and tasks to train and evaluate on, as packed batches.
+"""Opens the text or task that the `data` section names, as packed batches.
 
-A batch is `input_ids`, `labels` and `position_ids`, each int64 [batch, length]. Give a model all three, no
-`attention_mask`, and `use_cache=False`: `packing.py` says why.
+A batch holds `input_ids`, `labels` and `position_ids`, each int64 [batch, length]. Call a model with all three, without
+`attention_mask`, and with `use_cache=False`: `packing.make_batch` says why.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from wrinklefree.data import chat, sources, stdlib, stdlib_kind, tasks
 from wrinklefree.data.packing import BatchStream, encode, make_batch, pack, pack_whole, spread
 from wrinklefree.data.sources import Document, Example, Source, Split
 
-# The settings that only some sources read, and which.
+# Settings that only some sources read, with those sources. Set for any other source, they are an error.
 _READ_BY = {
     "tests": ("stdlib",),
     "path": ("local", "hub", "downstream"),
@@ -46,10 +46,10 @@ def training_stream(
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchStream:
-    """Batches of the training documents without end, shuffled, for process `rank` of `world_size`.
+    """Return shuffled batches of the training documents, without end, for process `rank` of `world_size`.
 
-    Raises UserError for a setting the source does not read, and where the source cannot be opened; what is wrong with
-    its content comes with the first batch.
+    Raises UserError if the source does not read a setting, or cannot be opened. Errors in its content are raised with
+    the first batch.
     """
     return BatchStream(
         _training_source(config, tokenizer),
@@ -73,9 +73,10 @@ def heldout_batches(
     length: int,
     max_tokens: int | None = None,
 ) -> list[Batch]:
-    """The held-out documents, packed; with `max_tokens` blocks spread evenly over all of them. The same at every call.
+    """Return the held-out documents as batches, the same at every call. The last batch may be smaller.
 
-    The last batch may be smaller. Raises UserError as `training_stream` does, and where nothing is held out.
+    `max_tokens` keeps fewer blocks, spread evenly over all documents.
+    Raises UserError if the source does not read a setting, cannot be opened, or has nothing held out.
     """
     source = _heldout_source(config, tokenizer)
     first = sources.HELDOUT_DOCUMENTS if _may_be_endless(config) else None
@@ -87,7 +88,7 @@ def heldout_batches(
 
 
 def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """All held-out examples that have a fixed set of answers to choose from; none for other data."""
+    """Return all held-out examples that have a fixed set of answers; an empty list if the data is no task."""
     if config.source != "downstream":
         return []
     documents = _heldout_source(config, tokenizer).documents(None)
@@ -103,13 +104,13 @@ def file_batches(
     max_tokens: int | None = None,
     text_column: str = "text",
 ) -> list[Batch]:
-    """A file, packed: a text file is one document, .jsonl, .json and .parquet have one per row.
+    """Return a file as batches. A text file is one document; .jsonl, .json and .parquet hold one per row.
 
-    Raises UserError where there is no such file, or no text in it.
+    Raises UserError if there is no such file, or no text in it.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    rows = sources.read(path, _render("plain", chat.Reading(tokenizer, text_column)), piece=-1)
+    rows = sources.read_documents(path, _render("plain", chat.Reading(tokenizer, text_column)), piece=-1)
     texts = [text for text in rows if not sources.is_blank(text)]
     if not texts:
         raise UserError(f"{path}: no text to evaluate on")
@@ -132,18 +133,19 @@ def _batches(
 
 
 class _Rows(NamedTuple):
-    """Where rows are, how one becomes a document, and what to call them in messages and at a resume."""
+    """Where a dataset's rows are, and how a row becomes a document."""
 
-    name: str
+    name: str  # for error messages, and to recognize the data at a resume
     render: sources.Render
     path: str | None
     subset: str | None
     split: str
     heldout_split: str | None
-    instead: str  # where the hub does not answer
+    instead: str  # what to use if the hub does not answer
 
 
 def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thinking: chat.Thinking) -> _Rows:
+    """Return where the rows of a local file, a hub dataset or a downstream task are, and how they become documents."""
     if config.source != "downstream":
         reading = chat.Reading(tokenizer, config.text_column, thinking, config.mask_prompt)
         render = _render(config.format, reading)
@@ -160,7 +162,7 @@ def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thinking: chat
             config.heldout_split,
             instead,
         )
-    task = tasks.find(config.task)
+    task = tasks.find_task(config.task)
     name = f"data.task={task.name} data.path={config.path or task.path}"
     instead = f"task={stdlib_kind.NAME}, or data.path=FILE_OR_FOLDER with the columns of {task.name}"
     render = partial(tasks.render, task)
@@ -229,7 +231,7 @@ def _builtin(config: DataConfig, split: Split) -> Source:
 
 
 def _may_be_endless(config: DataConfig) -> bool:
-    """Whether the held-out text is more than a file that was named for it."""
+    """Whether the held-out documents could be very many, so that only the first ones are read."""
     return config.heldout_path is None and config.source != "stdlib" and not _is_builtin(config)
 
 
@@ -245,7 +247,7 @@ def _library(split: Split, tests: bool) -> Source:
 
 
 def _refuse_unread(config: DataConfig) -> None:
-    """A setting that has no effect is an error, not a silence."""
+    """Raises UserError if a setting would have no effect."""
     defaults = type(config)(source=config.source)
     for key, readers in _READ_BY.items():
         value = vars(config)[key]
@@ -262,7 +264,7 @@ def _refuse_unread(config: DataConfig) -> None:
 
 
 def _read_by_format(name: str) -> tuple[str, ...]:
-    """The settings that a data format states it reads."""
+    """Return the settings that a data format reads, as its file states in `READS`."""
     reads: tuple[str, ...] = vars(find_module(DATA_FORMATS, name)).get("READS", ())
     return reads
 

@@ -1,14 +1,13 @@
-"""Documents to batches: tokenize, pack, and stream without end from any exact position.
+"""Turns documents into batches: tokenizes and packs them, and streams without end from any exact position.
 
-A tokenized document is an int64 tensor [3, n]: row 0 its token ids, the last of them end-of-sequence; row 1 is 1 at the
-first token and 0 elsewhere; row 2 is 1 where the token is learned: everywhere but at the start of a text, the answer
-alone of an example. Texts are laid end to end and cut into blocks of equal length; a text that is cut goes on in the
-next block, without the context before the cut. Examples stay whole: what does not fit begins the next block, and
-padding fills the rest.
+A tokenized document is an int64 tensor [3, n]:
 
-`position_ids` restart at each document, and from that transformers derives the block-diagonal mask, but only where
-`attention_mask` is None *and* `use_cache=False`: with a cache, even an empty one, transformers does not look for
-documents in the positions, and documents see each other without a word of warning.
+    row 0    token ids; the last one is end-of-sequence
+    row 1    1 at the first token, else 0
+    row 2    1 if the token is learned: in a text all but the first, in an example the answer
+
+Texts are joined and cut into blocks of equal length. A text that is cut continues in the next block, without the
+context before the cut. Examples are never cut: one that does not fit begins the next block, and padding fills the gap.
 """
 
 import random
@@ -27,20 +26,20 @@ from wrinklefree.data.sources import Document, Example, Position, Source
 Encode = Callable[[Sequence[Document]], list[Tensor]]
 
 
-# Documents tokenized in one call: enough to keep the tokenizer's threads busy, a fraction of a second of work.
+# Documents per call of the tokenizer: enough to keep its threads busy, and done in a fraction of a second.
 _ENCODED_TOGETHER = 32
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[Tensor]:
-    """Each document as a tensor [3, n].
+    """Return each document as a tensor [3, n].
 
-    Tokens that the tokenizer itself adds in front (a Llama's begin-of-sequence) stay, as in pretraining. An example is
-    tokenized as one text; as many tokens as its prompt has by itself are the prompt, the rest is the answer. That is
-    lm-evaluation-harness's way: what is scored is what was trained, also where a tokenizer merges over the border.
-    Raises UserError where the tokenizer has no end-of-sequence token.
+    A token that the tokenizer adds in front (a Llama's begin-of-sequence) stays, as in pretraining.
+    Raises UserError if the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token to end documents with: set one in it")
+    # An example is tokenized as one text. As many tokens as its prompt has alone are the prompt, the rest the answer.
+    # lm-evaluation-harness does the same: what is scored was trained, even if a token spans the border.
     wholes = _tokens(tokenizer, [d.prompt + d.answer if isinstance(d, Example) else d for d in documents])
     prompts = iter(_tokens(tokenizer, [d.prompt for d in documents if isinstance(d, Example)]))
     lengths = [len(next(prompts)) if isinstance(d, Example) else 0 for d in documents]
@@ -48,7 +47,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) ->
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The token ids of each text, begin-of-sequence once at most, without end-of-sequence."""
+    """Return the token ids of each text, with at most one begin-of-sequence and no end-of-sequence."""
     if not texts:
         return []
     encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
@@ -56,13 +55,13 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 
 def _bare(ids: list[int], bos: int | None, eos: int) -> list[int]:
-    if ids[:2] == [bos, bos]:  # written by the chat template, and again by the tokenizer
+    if ids[:2] == [bos, bos]:  # one from the chat template, one from the tokenizer
         ids = ids[1:]
     return ids[:-1] if ids[-1:] == [eos] and len(ids) > 1 else ids
 
 
 def _document(ids: list[int], prompt: int) -> Tensor:
-    """Tokens from `prompt` on are learned, but never the first one."""
+    """Return `ids` as a document [3, n]. Tokens from number `prompt` on are learned, but never the first one."""
     document = torch.zeros(3, len(ids), dtype=torch.int64)
     document[0] = torch.tensor(ids)
     document[1, 0] = 1
@@ -71,17 +70,20 @@ def _document(ids: list[int], prompt: int) -> Tensor:
 
 
 def padding(length: int, pad: int) -> Tensor:
-    """Tokens [3, length], each a document of its own, none learned."""
+    """Return `length` tokens [3, length] of padding. Each is a document of its own, and none is learned."""
     return torch.tensor([[pad], [1], [0]]).expand(3, length)
 
 
 def make_batch(blocks: Tensor, document_mask: bool = True) -> Batch:
-    """Blocks [batch, 3, length] as a model's arguments, each int64 [batch, length].
+    """Return blocks [batch, 3, length] as a model's arguments, each int64 [batch, length].
 
-    Labels are the ids of learned tokens (the loss shifts them), -100 elsewhere: nothing is predicted across a border.
-    Without `document_mask` positions run through, and documents of a block attend to the ones before.
+    Labels are token ids, not shifted, and -100 for tokens that are not learned.
+    Without `document_mask`, positions run through the block, and a document attends to the ones before it.
     """
     ids, starts, learned = blocks.unbind(dim=1)
+    # Positions restart at each document, and from them transformers derives the block-diagonal mask. It does so only if
+    # `attention_mask` is None and `use_cache=False`: with a cache, even an empty one, documents see each other, and
+    # nothing warns of it.
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     if document_mask:
         positions = positions - (positions * starts).cummax(dim=1).values
@@ -93,9 +95,9 @@ def make_batch(blocks: Tensor, document_mask: bool = True) -> Batch:
 
 
 def pack(documents: Iterable[Tensor], length: int, pad: int) -> Tensor:
-    """All documents [3, n], end to end, as blocks [num_blocks, 3, length].
+    """Join documents [3, n] and cut them into blocks [num_blocks, 3, length].
 
-    The last, partial block is dropped where there is a whole one; alone, it is filled with `pad`.
+    A partial last block is dropped. If it is the only block, it is filled with `pad` instead.
     """
     joined = torch.cat(list(documents), dim=1)
     missing = length - joined.shape[1]
@@ -106,7 +108,7 @@ def pack(documents: Iterable[Tensor], length: int, pad: int) -> Tensor:
 
 
 def pack_whole(documents: Iterable[Tensor], length: int, pad: int) -> Tensor:
-    """All documents [3, n], none of them cut, as blocks [num_blocks, 3, length]."""
+    """Put documents [3, n] into blocks [num_blocks, 3, length] without cutting any; `pad` fills the gaps."""
     blocks: list[list[Tensor]] = []
     room = 0
     for document in (shorten(d, length) for d in documents):
@@ -119,14 +121,11 @@ def pack_whole(documents: Iterable[Tensor], length: int, pad: int) -> Tensor:
 
 
 def shorten(document: Tensor, length: int) -> Tensor:
-    """At most the last `length` tokens of a document [3, n]: of an example, the beginning of the prompt goes.
-
-    What is then the first token cannot be predicted: an answer alone longer than that loses its own beginning.
-    """
+    """Return at most the last `length` tokens of a document [3, n]. An example loses the beginning of its prompt."""
     if document.shape[1] <= length:
         return document
     document = document[:, -length:].clone()
-    document[1, 0], document[2, 0] = 1, 0
+    document[1, 0], document[2, 0] = 1, 0  # a first token cannot be predicted
     return document
 
 
@@ -135,7 +134,7 @@ def _filled(parts: list[Tensor], length: int, pad: int) -> Tensor:
 
 
 def spread(blocks: Tensor, max_tokens: int | None) -> Tensor:
-    """At most `max_tokens` (but one block at least) of blocks [num_blocks, 3, length], evenly over all of them."""
+    """Keep at most `max_tokens` of blocks [num_blocks, 3, length], evenly spread; at least one block stays."""
     total, _, length = blocks.shape
     if max_tokens is None or max_tokens >= total * length:
         return blocks
@@ -144,16 +143,15 @@ def spread(blocks: Tensor, max_tokens: int | None) -> Tensor:
 
 
 class BatchStream(Iterator[Batch]):
-    """Batches without end, each epoch shuffled by (seed, epoch), from any exact position.
+    """Batches without end; each epoch is shuffled by (seed, epoch). A saved position is exact.
 
-    Documents are shuffled in chunks of `shuffle_buffer`, not in a rolling buffer, so that a position is a few numbers:
-    where the chunk starts in the source, the document within the shuffled chunk, the token within that document.
+    All processes follow one order of blocks. Process `rank` takes its own `batch_size` rows from each global batch.
     `batch_size`, `length` and `world_size` may change at a resume: no document is skipped or seen twice.
-
-    All processes walk the one order of blocks, and process `rank` keeps its `batch_size` rows of each global batch.
-    So any number of processes sees the same global batches, and their positions are equal. Each tokenizes everything:
-    a fast tokenizer does a million tokens a second, many times what a processor or a GPU trains on.
     """
+
+    # Documents are shuffled in chunks, not in a rolling buffer, so that a position is a few numbers: where the chunk
+    # starts in the source, the document in the shuffled chunk, and the token in that document.
+    # Each process tokenizes everything: at a million tokens per second that costs little beside the training.
 
     def __init__(
         self,
@@ -169,11 +167,11 @@ class BatchStream(Iterator[Batch]):
         document_mask: bool,
         pad: int | None = None,
     ):
-        """`pad` is the token to fill blocks with, for documents that must not be cut; None cuts them."""
+        """`pad` is the token that fills blocks, if documents must not be cut. With None they are cut."""
         self._source, self._encode = source, encode
         self._batch_size, self._length, self._document_mask, self._pad = batch_size, length, document_mask, pad
         self._rank, self._world_size = rank, world_size
-        # What a position means something under; a resume under other values is refused.
+        # A position is valid under these values only; a resume with others is refused.
         self._identity: dict[str, Any] = {"source": source.name, "seed": seed, "shuffle_buffer": shuffle_buffer}
         self._epoch = self._chunk = self._document = self._offset = 0
         self._chunk_start: Position | None = None
@@ -182,7 +180,7 @@ class BatchStream(Iterator[Batch]):
         self._encoded: dict[int, Tensor] = {}
 
     def __next__(self) -> Batch:
-        """This process's rows of the next global batch. Raises UserError where the source has no documents."""
+        """Return this process's rows of the next global batch. Raises UserError if the source has no documents."""
         if self._incoming is None:
             self._open_chunk()
         blocks = [self._block() for _ in range(self._world_size * self._batch_size)]
@@ -190,7 +188,7 @@ class BatchStream(Iterator[Batch]):
         return make_batch(torch.stack(blocks[first : first + self._batch_size]), self._document_mask)
 
     def state_dict(self) -> dict[str, Any]:
-        """The exact position, in plain values, the same in every process."""
+        """Return the exact position in plain values. It is the same in every process."""
         return {
             **self._identity,
             "epoch": self._epoch,
@@ -201,7 +199,7 @@ class BatchStream(Iterator[Batch]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises UserError where it was saved under another source, seed or shuffle buffer."""
+        """Go to a saved position. Raises UserError if it was saved with another source, seed or shuffle buffer."""
         for key, value in self._identity.items():
             if state[key] != value:
                 raise UserError(
@@ -213,7 +211,7 @@ class BatchStream(Iterator[Batch]):
         self._incoming = None
 
     def _block(self) -> Tensor:
-        """The next block [3, length]."""
+        """Return the next block [3, length]."""
         return self._cut_block() if self._pad is None else self._whole_block(self._pad)
 
     def _cut_block(self) -> Tensor:
@@ -230,13 +228,13 @@ class BatchStream(Iterator[Batch]):
         parts: list[Tensor] = []
         room = self._length
         while (document := shorten(self._current(), self._length)).shape[1] <= room:
-            self._offset = self._current().shape[1]  # used up
+            self._offset = self._current().shape[1]  # all of it is taken
             room -= document.shape[1]
             parts.append(document)
         return _filled(parts, self._length, pad)
 
     def _current(self) -> Tensor:
-        """The document [3, n] at the position, which moves on where the document before is used up."""
+        """Return the document [3, n] at the position. If the last one was all taken, move on to the next."""
         tokens = self._tokens()
         while self._offset >= tokens.shape[1]:
             self._document, self._offset = self._document + 1, 0
@@ -258,13 +256,13 @@ class BatchStream(Iterator[Batch]):
             self._open_chunk()
 
     def _open_chunk(self) -> None:
-        """Start reading the source at the chunk's start."""
+        """Start to read the source at the current chunk. Raises UserError if there is nothing to read."""
         self._incoming = self._source.documents(self._chunk_start)
         if not self._fill():
             raise UserError(f"{self._source.name}: no text to train on{self._source.hint}")
 
     def _fill(self) -> int:
-        """Read and shuffle one chunk; return how many documents it has."""
+        """Read and shuffle one chunk. Returns its number of documents, 0 at the end of the source."""
         assert self._incoming is not None
         self._shuffled, self._encoded = list(islice(self._incoming, self._identity["shuffle_buffer"])), {}
         random.Random(f"{self._identity['seed']} {self._epoch} {self._chunk}").shuffle(self._shuffled)

@@ -1,8 +1,8 @@
-"""Problems with a right answer, and when an answer is right.
+"""Problems that have one right answer, and the test whether a text gives it.
 
-mod7_chains      data/chains.py
-gsm8k            openai/gsm8k from the hub; the answer stands after ####
-FILE.jsonl       lines with `question` and `answer`, the latter as in GSM8K, or the bare answer
+mod7_chains      made by data/chains.py
+gsm8k            openai/gsm8k from the hub; the answer follows ####
+FILE.jsonl       a `question` and an `answer` per line; the answer is bare, or follows #### as in GSM8K
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 class Problem(NamedTuple):
-    """A question and its answer, named by its text: the same question is the same problem."""
+    """A question and its right answer. Problems with equal questions have equal ids."""
 
     question: str
     gold: str
@@ -31,23 +31,28 @@ class Problem(NamedTuple):
         return hashlib.sha256(self.question.encode()).hexdigest()[:16]
 
 
-def load(source: str, split: Split, count: int, num_heldout: int) -> list[Problem]:
-    """`count` different problems at most, of one side of a split by problem: none is on both sides.
+def load_problems(source: str, split: Split, count: int, num_heldout: int) -> list[Problem]:
+    """Return at most `count` problems from one split.
 
-    A file's held-out side are `num_heldout` problems chosen by a hash; the hub's is its test split. Of mod7_chains
-    those with one operation are on both sides (data/chains.py) and may occur again.
-    Raises UserError where there is no such source, or no problem.
+    | source | held out |
+    |---|---|
+    | a file | `num_heldout` problems, chosen by a hash |
+    | gsm8k | the test split on the hub |
+    | mod7_chains | by a hash, see data/chains.py |
+
+    No problem is in both splits, except chains with one operation. Raises UserError if there is no such source, or no
+    problem in it.
     """
     if source == chains.NAME:
         return [Problem(chain.question, chain.answer) for chain in chains.chains(split, count, seed=1)]
     if source == "gsm8k":
         stream = sources.load_hub("gsm8k", GSM8K, "main", "train" if split == "train" else "test", "a JSONL file")
-        found = [_problem(row, f"gsm8k row {n}") for n, row in zip(range(count), stream, strict=False)]
+        problems = [_problem(row, f"gsm8k row {n}") for n, row in zip(range(count), stream, strict=False)]
     else:
-        found = _deal(list(_read(Path(source))), split, num_heldout)
-    if not found:
+        problems = _deal(list(_read(Path(source))), split, num_heldout)
+    if not problems:
         raise UserError(f"thinking.pairs.problems={source}: no problem for the {split} split")
-    return list(dict.fromkeys(found))[:count]
+    return list(dict.fromkeys(problems))[:count]
 
 
 def _read(path: Path) -> list[Problem]:
@@ -59,7 +64,7 @@ def _read(path: Path) -> list[Problem]:
         problems.append(_problem(row, where))
         return ""
 
-    for _ in sources.read(path, keep, piece=-1):
+    for _ in sources.read_documents(path, keep, piece=-1):
         pass
     return problems
 
@@ -72,28 +77,29 @@ def _problem(row: sources.Row, where: str) -> Problem:
 
 
 def _deal(problems: list[Problem], split: Split, num_heldout: int) -> list[Problem]:
-    """The problems with the lowest hashes are held out, half of them at most; the order of the file stays."""
+    """Return one split, in the file's order. The problems with the lowest hashes are held out, at most half of all."""
     ids = sorted({problem.id for problem in problems})
     heldout = set(ids[: min(num_heldout, len(ids) // 2)])
     return [problem for problem in problems if (problem.id in heldout) == (split == "heldout")]
 
 
 def same_answer(said: str, gold: str) -> bool:
-    """Whether a text states the right answer: its last number, or its words where the answer is none.
+    """Whether the text `said` gives the right answer `gold`.
 
-    Commas, currency signs, a trailing dot and the form of a number make no difference: $1,200.0 is 1200, 1/2 is 0.5.
-    What follows #### is taken where that stands in the text.
+    If `gold` is a number, the last number in the text has to equal it, however it is written: $1,200.0 is 1200, and 1/2
+    is 0.5. Otherwise the words have to be the same, without regard to case and a final dot. If the text has a ####,
+    only what follows it counts.
     """
     right = number(gold)
     text = said.rpartition(MARK)[2]
     if right is None:
         return text.strip().rstrip(".").casefold() == gold.strip().rstrip(".").casefold()
-    found = _NUMBER.findall(text)
-    return bool(found) and number(found[-1]) == right
+    numbers = _NUMBER.findall(text)
+    return bool(numbers) and number(numbers[-1]) == right
 
 
 def number(text: str) -> Fraction | None:
-    """The value of a text that is a number and nothing else, else None."""
+    """Return a text's value if it is a number and nothing else, or None."""
     plain = text.strip().removesuffix(".")
     if not _NUMBER.fullmatch(plain):
         return None

@@ -1,4 +1,4 @@
-"""Rows of a fixed set in batches without end, each epoch in a new order, from any exact position."""
+"""Batches from a fixed set of rows, without end and shuffled anew in each epoch, with an exact position to resume."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -9,9 +9,9 @@ from wrinklefree.core.errors import UserError
 
 
 class ShuffledStream(Iterator[Batch]):
-    """Batches of rows, each epoch shuffled by (seed, epoch).
+    """Batches of rows, without end; each epoch is shuffled by (seed, epoch).
 
-    All processes walk one order, and process `rank` keeps its `batch_size` rows of each global batch, as `BatchStream`.
+    All processes follow one order. Process `rank` takes its own `batch_size` rows from each global batch.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class ShuffledStream(Iterator[Batch]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`batch` makes one of row numbers below `count`; a position means something under one `identity` alone."""
+        """`batch` makes a batch from row numbers below `count`. `identity` names the rows, for a resume to check."""
         self._count, self._batch, self._batch_size = count, batch, batch_size
         self._rank, self._world_size = rank, world_size
         self._identity = {**identity, "seed": seed}
@@ -38,11 +38,11 @@ class ShuffledStream(Iterator[Batch]):
         return self._batch(rows[first : first + self._batch_size])
 
     def state_dict(self) -> dict[str, Any]:
-        """The exact position, in plain values, the same in every process."""
+        """Return the exact position in plain values. It is the same in every process."""
         return {**self._identity, "epoch": self._epoch, "place": self._place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises UserError where it was saved under another identity or seed."""
+        """Go to a saved position. Raises UserError if it was saved with another identity or seed."""
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise UserError(

@@ -1,11 +1,12 @@
-"""Where documents come from: Python's own library, local files, the Hugging Face hub.
+"""Sources of documents: memory, local files, the Hugging Face hub.
 
-A source gives its documents in one fixed order and can go on from any position; shuffling is `packing.BatchStream`'s.
-What is held out: stdlib's own split; a local file or hub split that the config names; else every 20th local document,
-or the first documents of a hub dataset, of either at most 512.
+A source yields its documents in one fixed order and can continue from any position. `packing.BatchStream` shuffles.
 
-Local files are read here rather than by `datasets`, which logs lines of its own before it raises, does not say in which
-line a JSON file is broken, and takes 0.8 s to import.
+| source | held out |
+|---|---|
+| stdlib | its own split, by file |
+| local | the file that the config names, or else every 20th document, of which at most 512 are used |
+| hub | the first 512 documents of the split that the config names, or else of the training split |
 """
 
 import json
@@ -21,11 +22,11 @@ from wrinklefree.core.errors import UserError
 
 
 class Example(NamedTuple):
-    """A question and its answer: only the answer is learned. Prompt and answer are one text, laid end to end."""
+    """A question and its answer. The text is `prompt + answer`, and only the answer is learned."""
 
     prompt: str
     answer: str  # with the space before it
-    choices: tuple[str, ...] = ()  # the possible answers, where there are only so many
+    choices: tuple[str, ...] = ()  # all possible answers, if there is a fixed set
 
 
 Split = Literal["train", "heldout"]
@@ -33,40 +34,40 @@ Split = Literal["train", "heldout"]
 Document = str | Example
 Position = dict[str, Any]
 Row = Mapping[str, Any]
-Render = Callable[[Row, str], Document]  # a row and where it is from, for the error message -> its text
+Render = Callable[[Row, str], Document]  # (a row, its place for error messages) -> its text
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
 
 HOLDOUT_EVERY = 20
-# About 0.5 M tokens of ordinary documents: plenty for a figure, seconds to tokenize, though the dataset be terabytes.
+# About 0.5 M tokens of ordinary documents: enough for a figure, tokenized in seconds, even if the dataset is terabytes.
 HELDOUT_DOCUMENTS = 512
-# What Python raises of broken JSON, of numbers of thousands of digits, and of thousands of lists in one another.
+# ValueError: broken JSON, or a number with thousands of digits. RecursionError: thousands of nested lists.
 JSON_ERRORS = (ValueError, RecursionError)
-# Characters after which a text file is cut, at a line end: a book in one file is then shuffled and held out in parts.
+# Text files are cut at the first line end after so many characters, so that parts of a book are shuffled and held out.
 PIECE = 32768
 
 
 def is_blank(document: Document) -> bool:
-    """Whether there is nothing to learn in it."""
+    """Whether a document has nothing to learn: an empty text, or an example with an empty answer."""
     return not (document if isinstance(document, str) else document.answer).strip()
 
 
 class Source(Protocol):
     """Documents in a fixed order."""
 
-    name: str  # the setting that names it, for messages and to recognize it at a resume
-    hint: str  # what to do where it turns out empty: appended to a message
+    name: str  # the setting that names it; for error messages, and to recognize it at a resume
+    hint: str  # appended to the error message if the source is empty
 
     def documents(self, start: Position | None) -> Iterator[Document]:
-        """The documents from `start` (None: the first) to the last, once."""
+        """Yield the documents from `start` (None: the first) to the last, once."""
 
     def position(self) -> Position:
-        """Where the latest `documents` call has got to, in plain values: just after the document it gave last."""
+        """Return the position just after the last document that `documents` yielded, in plain values."""
 
 
 class Memory:
-    """Documents that fit in memory."""
+    """Documents in memory."""
 
     hint = ""
 
@@ -86,7 +87,7 @@ class Memory:
 
 
 class Files:
-    """Documents of local files, one file after the other; those whose running number `keep` accepts."""
+    """Documents of local files, one file after the other. `keep` chooses them by their running number."""
 
     def __init__(
         self, name: str, paths: list[Path], render: Render, keep: Callable[[int], bool] = lambda _: True, hint: str = ""
@@ -98,7 +99,7 @@ class Files:
     def documents(self, start: Position | None) -> Iterator[Document]:
         at = self._position = dict(start or {"file": 0, "row": 0, "document": 0})
         while at["file"] < len(self._paths):
-            for text in islice(read(self._paths[at["file"]], self._render), at["row"], None):
+            for text in islice(read_documents(self._paths[at["file"]], self._render), at["row"], None):
                 at["row"] += 1
                 if is_blank(text):
                     continue
@@ -121,7 +122,7 @@ class Hub:
         self._beginning = dataset.state_dict()
 
     def documents(self, start: Position | None) -> Iterator[Document]:
-        # Always a state, also for the start: without one, datasets goes on from the last state it was given.
+        # Load a state even at the start, because otherwise `datasets` continues from the last state it was given.
         self._dataset.load_state_dict(start["rows"] if start else self._beginning)
         self._seen = start["document"] if start else 0
         for row in self._dataset:
@@ -137,13 +138,13 @@ class Hub:
 
 
 class Interleaved:
-    """Sources of as many documents each, one of each in turn, but none that is equal to one before it of its turn."""
+    """Several sources with equally many documents: yields one from each in turn, leaving out repeats within a turn."""
 
     def __init__(self, sources: list[Source]):
         self.name, self.hint = sources[0].name, sources[0].hint
         self._sources = sources
-        self._turn: list[Position | None] = [None] * len(sources)  # where each was before this turn
-        self._given = 0  # of this turn
+        self._turn: list[Position | None] = [None] * len(sources)  # positions before this turn
+        self._given = 0  # documents of this turn that are done
 
     def documents(self, start: Position | None) -> Iterator[Document]:
         self._turn = start["turn"] if start else [None] * len(self._sources)
@@ -162,9 +163,9 @@ class Interleaved:
 
 
 def row_text(row: Row, where: str, column: str, chat: Callable[[Row, str], str]) -> str:
-    """The text of a row: its `column`, or else its `messages` written out by `chat`.
+    """Return the text of a row: its `column`, or if it has none, its `messages`, which `chat` writes as text.
 
-    Raises UserError naming the columns there are where it has neither, and where the text is no text.
+    Raises UserError if the row has neither (naming its columns), or if the column does not hold text.
     """
     if column not in row:
         if "messages" in row:
@@ -179,9 +180,9 @@ def row_text(row: Row, where: str, column: str, chat: Callable[[Row, str], str])
 
 
 def find_files(setting: str, path: str | None) -> list[Path]:
-    """The file `path`, or all files of the folder with a suffix that is read, by POSIX path, hidden ones left out.
+    """Return the file `path`, or all files in the folder `path` that end in one of `SUFFIXES`, sorted by POSIX path.
 
-    Raises UserError where there is none; `setting` is the key that named it.
+    Hidden files are left out. Raises UserError, beginning with the key `setting`, if there is no such file.
     """
     if path is None:
         raise UserError(f"{setting}: a value is required: a file or folder of {', '.join(SUFFIXES)}")
@@ -190,7 +191,7 @@ def find_files(setting: str, path: str | None) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise UserError(f"{setting}={path}: no such file or folder")
-    relative = sorted(found.relative_to(root).as_posix() for found in root.rglob("*") if found.suffix in SUFFIXES)
+    relative = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.suffix in SUFFIXES)
     files = [root / name for name in relative if not _is_hidden(name) and (root / name).is_file()]
     if not files:
         raise UserError(f"{setting}={path}: no file here ends in {', '.join(SUFFIXES)}")
@@ -201,11 +202,13 @@ def _is_hidden(relative: str) -> bool:
     return any(part.startswith(".") for part in relative.split("/"))
 
 
-def read(path: Path, render: Render, piece: int = PIECE) -> Iterator[Document]:
-    """The documents of one file: rows of .jsonl, .json and .parquet; any other file is text, in parts of `piece`.
+def read_documents(path: Path, render: Render, piece: int = PIECE) -> Iterator[Document]:
+    """Yield the documents of one file: the rows of .jsonl, .json or .parquet, else text in parts of `piece` characters.
 
-    Raises UserError where the file is not what its name says, or not UTF-8.
+    Raises UserError if the file is not what its suffix says, or not UTF-8.
     """
+    # The library `datasets` could do this, but it logs lines of its own before it raises, does not say in which line a
+    # JSON file is broken, and takes 0.8 s to import.
     try:
         if path.suffix in (".jsonl", ".json"):
             yield from (render(row, f"{path}, row {number}") for number, row in enumerate(_json_rows(path), start=1))
@@ -226,7 +229,7 @@ def _pieces(path: Path, piece: int) -> Iterator[str]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    """One object per line, or one array of objects."""
+    """Yield the objects of a file that has one per line, or that is one array of them."""
     with path.open(encoding="utf-8-sig") as file:
         if path.suffix == ".json" and file.read(1) == "[":
             yield from _json_array(path)
@@ -273,10 +276,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def load_hub(name: str, path: str | None, subset: str | None, split: str, instead: str) -> Any:
-    """A hub dataset, or a local folder of one, as a streaming `datasets.IterableDataset`.
+    """Return a dataset of the hub, or of a local folder, as a streaming `datasets.IterableDataset`.
 
-    Raises UserError, which begins with the setting that asked for it (`name`), where the hub does not answer (within
-    seconds), with what to use `instead`, or has no such dataset, subset or split.
+    Raises UserError, beginning with `name`, if the hub does not answer within seconds (and says what to use `instead`),
+    or if there is no such dataset, subset or split.
     """
     from datasets import load_dataset
     from huggingface_hub import constants
@@ -293,13 +296,13 @@ def load_hub(name: str, path: str | None, subset: str | None, split: str, instea
 
 
 def hub_reachable(endpoint: str, timeout: float = 5) -> bool:
-    """Whether the hub answers at all. Its own client retries for 23 s before it says no."""
-    try:
+    """Whether the hub answers at all, within `timeout` seconds."""
+    try:  # the hub's own client would retry for 23 s
         urlopen(Request(endpoint, method="HEAD"), timeout=timeout).close()
     except HTTPError:
-        return True  # an answer, though not the page
+        return True  # an error page is an answer
     except URLError as error:
-        # A Python without root certificates of its own: the hub's client brings some.
+        # This Python has no root certificates, but the hub's client brings its own.
         return isinstance(error.reason, ssl.SSLError)
     except OSError:
         return False

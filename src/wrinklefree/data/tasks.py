@@ -1,12 +1,11 @@
-"""Tasks to fine-tune on: rows of a dataset as questions with answers, in lm-evaluation-harness's own words.
+"""Tasks to fine-tune on. A row becomes a question and an answer, with the prompts of lm-evaluation-harness.
 
-    sst2, mnli, qnli     GLUE: a class, named in words
-    cnn_dailymail        a news article and its highlights
-    stdlib_kind          which package of Python's standard library a piece of code is from; needs no download
-    mod7_chains          arithmetic in steps, with and without thinking aloud; needs no download
+    sst2, mnli, qnli     GLUE: the answer is a class, named by a word
+    cnn_dailymail        the answer is a summary of a news article
+    stdlib_kind          which package of Python's standard library is this code from? Needs no download
+    mod7_chains          arithmetic in steps, with and without a written thought; needs no download
 
-Prompt and answer are one text with a space between them, as the harness scores them, so that training and scoring see
-the same tokens. Local files have the columns of the dataset on the hub; a label is its number or its name.
+Local files have the same columns as the dataset on the hub. A label is its number or its name.
 """
 
 from collections.abc import Callable
@@ -20,22 +19,22 @@ from wrinklefree.data.sources import Example, Row
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's rows come from, and what they say."""
+    """Where a task's rows come from, and how a row becomes a prompt and an answer."""
 
     name: str
     path: str  # on the hub
     subset: str
-    train: str  # splits
-    heldout: str
-    columns: tuple[str, ...]  # that the prompt is made of
+    train: str  # name of a split
+    heldout: str  # name of a split
+    columns: tuple[str, ...]  # the prompt is made from these
     prompt: Callable[[Row], str]
     target: str  # the column with the answer
     classes: tuple[str, ...] = ()  # label names in the dataset's order
-    words: tuple[str, ...] = ()  # what the answer says for each
+    words: tuple[str, ...] = ()  # the answer for each class
 
 
 def _glue(name: str, heldout: str, columns: tuple[str, ...], prompt: Callable[[Row], str], **labels: str) -> Task:
-    """`labels`: class name -> word, in the dataset's order."""
+    """Return a task of GLUE. `labels` maps each class to the word that answers it, in the dataset's order."""
     classes, words = tuple(labels), tuple(labels.values())
     return Task(name, "nyu-mll/glue", name, "train", heldout, columns, prompt, "label", classes, words)
 
@@ -89,13 +88,13 @@ BUILTIN = {stdlib_kind.NAME: stdlib_kind.examples, chains.NAME: chains.examples}
 
 
 def _as_statement(hypothesis: str) -> str:
-    """With a full stop at the end, whether it came with one or not."""
+    """End the text with a full stop, unless it has one."""
     text = hypothesis.strip()
     return text if text.endswith(".") else f"{text}."
 
 
-def find(name: str | None) -> Task:
-    """Raises UserError for an unknown name."""
+def find_task(name: str | None) -> Task:
+    """Return the one of `TASKS` with this name. Raises UserError if there is none, or if `name` is None."""
     known = [*TASKS, *BUILTIN]
     if name is None:
         raise UserError(f"data.task: a value is required: one of {', '.join(known)}")
@@ -105,9 +104,9 @@ def find(name: str | None) -> Task:
 
 
 def render(task: Task, row: Row, where: str) -> Example:
-    """A row as prompt and answer. Raises UserError naming file and row where a column or a known label is missing.
+    """Return a row as prompt and answer. A row labelled -1, as in test splits, gives an empty example.
 
-    A row of a test split, whose label is -1, comes back without an answer: such rows are skipped.
+    Raises UserError, beginning with `where`, if a column is missing or holds no text, or if a label is unknown.
     """
     missing = [column for column in (*task.columns, task.target) if column not in row]
     if missing:
@@ -118,6 +117,7 @@ def render(task: Task, row: Row, where: str) -> Example:
     wrong = [column for column in texts if not isinstance(row[column], str)]
     if wrong:
         raise UserError(f"{where}: column {wrong[0]!r} holds {type(row[wrong[0]]).__name__}, not text")
+    # The space before the answer belongs to the answer, as the harness scores it: training sees the same tokens.
     if not task.classes:
         return Example(task.prompt(row), f" {row[task.target]}")
     if row[task.target] == -1:
@@ -127,7 +127,7 @@ def render(task: Task, row: Row, where: str) -> Example:
 
 
 def _class(task: Task, label: object, where: str) -> int:
-    """The number of a label, which is that number or the class's name. Raises UserError for any other."""
+    """Return a label's number; `label` is that number, or the class's name. Raises UserError for anything else."""
     known = [*range(len(task.classes)), *task.classes]
     if label not in known:
         names = ", ".join(task.classes)

@@ -1,7 +1,7 @@
-"""A small byte-level BPE tokenizer, trained from documents in seconds.
+"""A small byte-level BPE tokenizer, trained on documents in seconds.
 
-Any text encodes, and decodes back to exactly itself, since the base alphabet is the 256 bytes. The special tokens have
-the first ids, so they do not move with the vocabulary's size. Chats are written as ChatML, as Qwen does:
+Any text can be encoded and decodes to exactly itself, because the base alphabet is the 256 bytes. Chats are written as
+ChatML, as in Qwen:
 
     <|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n
 """
@@ -13,19 +13,20 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from wrinklefree.core.fingerprint import fingerprint
 
+# One line that tokenizers with the same vocabulary may cut differently: case, spaces, digits, accents, emoji.
 PROBE = " Wrinkle-free: 1024  tokens\n\tdéjà vu, ΑΩ — 你好 🙂 don't"
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
-# Ids 0 to 5, in this order.
+# Ids 0 to 5, in this order: in front, so that they do not depend on the size of the vocabulary.
 SPECIAL_TOKENS = [END_OF_TEXT, PAD, *CHAT_TOKENS]
 
-# The sequence length the small model is trained with.
+# The sequence length that the small model is trained with.
 MODEL_MAX_LENGTH = 512
 
-# `enable_thinking=False` writes the empty thought, after which a model answers at once (Qwen3's convention).
+# `enable_thinking=False` writes an empty thought, after which the model answers at once (Qwen3's convention).
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
@@ -39,10 +40,10 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE; equal documents in equal order give an equal tokenizer.
+    """Train a byte-level BPE tokenizer. Equal documents in equal order give an equal tokenizer.
 
-    The vocabulary counts the special tokens and the 256 bytes, and is smaller than `vocab_size` where the documents
-    have fewer repeated pairs. Raises ValueError where `vocab_size` has no room for special tokens and bytes.
+    `vocab_size` includes the special tokens and the 256 bytes. The vocabulary is smaller if the documents have too few
+    repeated pairs. Raises ValueError if `vocab_size` has no room for special tokens and bytes.
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
@@ -75,6 +76,6 @@ def _train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A fingerprint of the vocabulary, the end-of-sequence token, and how one line is cut."""
+    """Return a fingerprint of the vocabulary, the end-of-sequence token, and the way that one line is cut."""
     probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     return fingerprint([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, probe])

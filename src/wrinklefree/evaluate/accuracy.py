@@ -1,6 +1,6 @@
-"""Accuracy on a task with a fixed set of answers: which of them does the model find likeliest after the question?
+"""Accuracy on tasks with a fixed set of answers: how often is the right one the likeliest after the question?
 
-The log-likelihood of an answer is the sum over its tokens, given the question, as lm-evaluation-harness's `acc` has it.
+An answer's log-likelihood is the sum over its tokens, given the question, as for `acc` in lm-evaluation-harness.
 """
 
 import math
@@ -19,22 +19,24 @@ from wrinklefree.data.packing import encode, shorten
 from wrinklefree.data.sources import Example
 from wrinklefree.objectives.language_model import BodyAndHead
 
-Z = 1.959964  # of a 95 % interval
+Z = 1.959964  # the normal distribution's 97.5 % quantile, for a 95 % interval
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers of `total`, and the 95 % interval of the share (Wilson)."""
+    """The number of right answers among `total`."""
 
     correct: int
     total: int
 
     @property
     def value(self) -> float:
+        """The share of right answers."""
         return self.correct / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the share (Wilson)."""
         n, p = self.total, self.value
         center = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
         half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
@@ -42,7 +44,7 @@ class Accuracy:
 
 
 def choose(examples: Sequence[Example], count: int | None) -> list[Example]:
-    """At most `count` examples, evenly over all of them."""
+    """Return at most `count` examples, evenly spread over all; None keeps all."""
     if count is None or count >= len(examples):
         return list(examples)
     return [examples[(2 * i + 1) * len(examples) // (2 * count)] for i in range(count)]
@@ -57,14 +59,15 @@ def measure_accuracy(
     batch_size: int,
     length: int,
 ) -> Accuracy:
-    """Score every choice of every example, the last `length` tokens of each, in the current autocast precision.
+    """Score every choice of every example, and count how often the right one wins.
 
-    Raises UserError where there is no example, or one without choices.
+    Texts keep their last `length` tokens. Precision is that of the current autocast.
+    Raises UserError if there is no example, or one without choices.
     """
     if not examples or not all(e.choices for e in examples):
         raise UserError("no accuracy without held-out examples that have a fixed set of answers")
     answered = [e._replace(answer=choice) for e in examples for choice in e.choices]
-    documents = [shorten(d, length)[:, :-1] for d in encode(tokenizer, answered)]  # every choice ends alike
+    documents = [shorten(d, length)[:, :-1] for d in encode(tokenizer, answered)]  # without end-of-sequence
     scores = log_likelihoods(BodyAndHead(model), documents, batch_size, model.device)
     by_example = scores.split([len(e.choices) for e in examples])
     correct = sum(e.choices[int(s.argmax())] == e.answer for e, s in zip(examples, by_example, strict=True))
@@ -72,16 +75,14 @@ def measure_accuracy(
 
 
 def log_likelihoods(decoder: BodyAndHead, documents: list[Tensor], batch_size: int, device: torch.device) -> Tensor:
-    """The log-probability of the learned tokens of each document [3, n], given the tokens before them: fp32 [N].
-
-    The last token is nobody's context, so documents that differ only there, the choices of one word, share a row.
-    """
+    """Return for each document [3, n] the log-probability of its learned tokens, given the tokens before: fp32 [N]."""
+    # No token sees the last one. So documents that differ in it alone, such as choices of one word, share a row.
     rows: dict[tuple[int, ...], list[int]] = {}
     for number, document in enumerate(documents):
         rows.setdefault(tuple(document[0, :-1].tolist()), []).append(number)
     scores = torch.zeros(len(documents), device=device)
-    for batch in _batched(sorted(rows, key=len), batch_size):  # rows of like length: little padding
-        ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True)  # to the right: no token sees it
+    for batch in _batched(sorted(rows, key=len), batch_size):  # rows of similar length need little padding
+        ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True)  # on the right: no token sees it
         states = decoder.states({"input_ids": ids.to(device)})
         scored = [
             (number, row, int(column) - 1, int(documents[number][0, column]))

@@ -1,4 +1,4 @@
-"""Bridge to lm-evaluation-harness: its tasks by name, on a model that is already in memory."""
+"""Runs tasks of lm-evaluation-harness on a model in memory."""
 
 import logging
 from typing import Any
@@ -7,9 +7,9 @@ from wrinklefree.core.errors import UserError
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: list[str], limit: int | None = None) -> dict[str, dict[str, Any]]:
-    """The harness's metrics per task (`acc,none`, `word_perplexity,none`, ...) on at most `limit` examples of each.
+    """Return {task: {metric: value}} on at most `limit` examples per task. Metrics have names such as `acc,none`.
 
-    Raises UserError where the harness is not installed, knows no task of a name, or cannot fetch a task's data.
+    Raises UserError if the harness is not installed, does not know a task, or cannot fetch its data.
     """
     try:
         from lm_eval import simple_evaluate
@@ -17,7 +17,7 @@ def run_tasks(model: Any, tokenizer: Any, tasks: list[str], limit: int | None = 
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'wrinklefree[eval]'") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about its own tasks' files
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about files of its own tasks
     manager = TaskManager()
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:

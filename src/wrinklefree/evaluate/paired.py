@@ -1,14 +1,12 @@
-"""Two ways of answering the same questions: is one of them better, or was it chance?"""
+"""Compares two ways to answer the same questions: is one of them better, or is the difference chance?"""
 
 import math
 from collections.abc import Sequence
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """The two-sided exact McNemar p of two lists of right answers to the same questions.
-
-    Of the questions that only one of the two got right, each is a coin toss where both are equally good.
-    """
+    """Return the two-sided exact McNemar p-value. The lists say for each question whether it was answered rightly."""
+    # Only questions that one side alone got right tell them apart. If both are equally good, each is a coin toss.
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     tosses = only_first + only_second
@@ -17,7 +15,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of the values lie, in between two of them where need be."""
+    """Return the value below which `share` of the values lie, interpolated linearly between two of them."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = math.floor(place)

@@ -1,7 +1,7 @@
-"""Perplexity on held-out text, and how far a model is from a reference.
+"""Perplexity on held-out text, and a model's distance from a reference.
 
-Perplexity is exp of the mean negative log-likelihood per token, each window of `context` tokens scored on its own with
-no text before it. Beside it: KL(reference || model) in nats per token, and how often both rank the same token first.
+Perplexity is exp of the mean negative log-likelihood per token. Each sequence is scored alone, without text before it.
+The distance is KL(reference || model) in nats per token, and the share of tokens that both rank first.
 """
 
 import math
@@ -21,7 +21,7 @@ from wrinklefree.objectives.language_model import BodyAndHead
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over `tokens` scored tokens; `kl` and `same_top1` are 0 without a reference."""
+    """Means over `tokens` scored tokens. Without a reference, `kl` and `same_top1` are 0."""
 
     nll: float
     tokens: int
@@ -35,9 +35,9 @@ class Quality:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, batches: Iterable[Batch], reference: PreTrainedModel | None = None) -> Quality:
-    """Score `batches` (input_ids, labels, position_ids [B, L]) in the current autocast precision.
+    """Score `batches` (input_ids, labels, position_ids [B, L]) in the precision of the current autocast.
 
-    Raises UserError where there is no token to score.
+    Raises UserError if there is no token to score.
     """
     student, teacher = BodyAndHead(model), None if reference is None else BodyAndHead(reference)
     config = DistillationConfig(name="logits", weight=1.0)
@@ -56,7 +56,7 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch], reference: PreTrai
 
 @torch.no_grad()
 def quantization_error(model: torch.nn.Module) -> dict[str, float]:
-    """Relative error |W - Q| / |W| (Frobenius) of every quantized layer by fqn, and their mean under `mean`."""
+    """Return the relative error |W - Q| / |W| (Frobenius) of each quantized layer by fqn, and their mean as `mean`."""
     errors = {}
     for fqn, layer in whole_layers(model):
         difference = layer.weight - layer.effective_weight(torch.float32)

@@ -1,15 +1,15 @@
-"""The loader that travels in a packed folder, so that transformers reads it without this package.
+"""Writes the loader into a packed folder, so that transformers can read the folder without this package.
 
-`trust_remote_code=True` takes flat Python files with relative imports. They are copies of this package's own modules,
-made here, with nothing changed but the imports: `core/codes.py` becomes `wf_core_codes.py`. One source of truth.
+`trust_remote_code=True` takes flat Python files with relative imports. They are copies of this package's own modules in
+which only the imports differ: `core/codes.py` becomes `wf_core_codes.py`.
 
 | file | copy of |
 |---|---|
-| `modeling_wrinklefree.py` | `packed/quantizer.py`, with the folder's methods and its model class below |
-| `wf_packed_layer.py`, `wf_core_codes.py`, `wf_core_inputs.py` | the layer, its codes, what it does to inputs |
-| `wf_methods_<name>_decode.py` | the part of the method that reads; one more for a packed head of another method |
+| `modeling_wrinklefree.py` | `packed/quantizer.py`, followed by the folder's methods and its model class |
+| `wf_packed_layer.py`, `wf_core_codes.py`, `wf_core_inputs.py` | the layer, its codes, and what it does to inputs |
+| `wf_methods_<name>_decode.py` | the part of the method that decodes; one more if the head has another method |
 
-A method without a part `decode` is copied whole, with everything that it imports.
+If a method has no part `decode`, all of it is copied, with everything that it imports.
 """
 
 import ast
@@ -24,8 +24,8 @@ PACKAGE = "wrinklefree"
 ENTRY = "modeling_wrinklefree"
 QUANTIZER = "wrinklefree.packed.quantizer"
 
-# Methods state the limits of their settings with pydantic, which transformers does not need. In the folder nothing is
-# checked: the settings passed before training.
+# Methods state the limits of their settings with pydantic, which transformers does not need. Nor does the folder: its
+# settings were checked before training.
 CHECKER = "pydantic"
 CHECKER_STUB = '''\
 """Stands in for pydantic: the settings in this folder were checked before training."""
@@ -64,7 +64,7 @@ class {model}(transformers.{model}):
 
 
 def files(methods: Iterable[QuantMethod], model: str) -> dict[str, str]:
-    """The loader's files, name to text, for a model class of transformers such as `LlamaForCausalLM`."""
+    """Return the loader's files as {name: text}; `model` is a class of transformers such as `LlamaForCausalLM`."""
     parts = {method.name: part_of(type(method).__module__) for method in methods}
     modules = [module for module in _closure([QUANTIZER, *parts.values()]) if module != QUANTIZER]
     texts = {f"{_flat(m)}.py": f"# Copy of {m}\n{_relative(_source(m))}" for m in modules}
@@ -80,7 +80,7 @@ def files(methods: Iterable[QuantMethod], model: str) -> dict[str, str]:
 
 
 def part_of(module: str) -> str:
-    """The module that reads a method's codes: its part `decode`, or all of it."""
+    """Return the module that decodes a method's codes: its part `decode`, or if it has none, the method itself."""
     return f"{module}.decode" if _is_module(f"{module}.decode") else module
 
 
@@ -91,7 +91,7 @@ def _import(name: str, part: str) -> str:
 
 
 def _maker(name: str, part: str) -> str:
-    """The function that makes a layer's method of its settings."""
+    """Return the source of a function from a layer's settings and fqn to its method."""
     if part.endswith(".decode"):
         return (
             f'lambda settings, fqn: SimpleNamespace(name="{name}", decode=decode_{name}, '
@@ -101,14 +101,14 @@ def _maker(name: str, part: str) -> str:
 
 
 def _closure(modules: list[str]) -> list[str]:
-    """`modules` and every module of this package that they need, sorted."""
-    todo, found = list(modules), set[str]()
+    """Return `modules` and every module of this package that they import, directly or not, sorted."""
+    todo, done = list(modules), set[str]()
     while todo:
         module = todo.pop()
-        if module not in found:
-            found.add(module)
+        if module not in done:
+            done.add(module)
             todo += [target for node in _own_imports(_source(module)) for target, _, _ in _targets(node)]
-    return sorted(found)
+    return sorted(done)
 
 
 def _source(module: str) -> str:
@@ -116,7 +116,8 @@ def _source(module: str) -> str:
 
 
 def _own_imports(source: str) -> list[ast.ImportFrom]:
-    """The `from wrinklefree... import ...` statements; `import wrinklefree.x` has no relative form."""
+    """Return the statements `from wrinklefree... import ...`."""
+    # `import wrinklefree.x` has no relative form, so it is not allowed in these modules.
     nodes = list(ast.walk(ast.parse(source)))
     plain = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
     assert not any(name.split(".")[0] == PACKAGE for name in plain), f"write `from {PACKAGE}...` in {plain}"
@@ -124,14 +125,14 @@ def _own_imports(source: str) -> list[ast.ImportFrom]:
 
 
 def _checker_imports(source: str) -> list[ast.ImportFrom]:
-    """The `from pydantic import Field` statements."""
+    """Return the statements `from pydantic import Field`."""
     nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module == CHECKER]
     assert all(alias.name == "Field" for n in nodes for alias in n.names), "the stub in the folder has `Field` alone"
     return nodes
 
 
 def _targets(node: ast.ImportFrom) -> list[tuple[str, str, str]]:
-    """(module, name, alias) of each imported name; the name is empty where the module itself is imported."""
+    """Return (module, name, alias) for each imported name. If a module itself is imported, the name is empty."""
     assert node.module is not None
     targets = []
     for alias in node.names:
@@ -142,7 +143,7 @@ def _targets(node: ast.ImportFrom) -> list[tuple[str, str, str]]:
 
 
 def _is_module(name: str) -> bool:
-    """Whether `name`, as in `from parent import name`, is a module of this package."""
+    """Whether the dotted `name` is a module of this package, and not something defined in one."""
     if not name.startswith(f"{PACKAGE}."):
         return False
     parent = importlib.util.find_spec(name.rpartition(".")[0])
@@ -151,7 +152,7 @@ def _is_module(name: str) -> bool:
 
 
 def _relative(source: str) -> str:
-    """The same source, its imports from this package pointing at the flat copies."""
+    """Return `source` with its imports from this package rewritten to import from the flat copies."""
     lines = source.splitlines()
     for node in _own_imports(source) + _checker_imports(source):
         indent = " " * node.col_offset
@@ -164,7 +165,7 @@ def _relative(source: str) -> str:
 
 
 def _statements(targets: list[tuple[str, str, str]]) -> list[str]:
-    """Relative imports of (module, name, alias): each module that is meant itself, then names of one."""
+    """Return relative imports for (module, name, alias): first modules themselves, then the names from one module."""
     modules = [statement for module, name, local in targets if not name for statement in _whole(_flat(module), local)]
     named = [target for target in targets if target[1]]
     if not named:
@@ -174,7 +175,8 @@ def _statements(targets: list[tuple[str, str, str]]) -> list[str]:
 
 
 def _whole(file: str, local: str) -> list[str]:
-    """An import of a whole file. transformers copies the files that it finds in lines like the first."""
+    """Return two statements that import a whole file as `local`."""
+    # transformers copies only the files that it finds in lines like the first one.
     return [f"from .{file} import __name__ as _{file}", f"from . import {file} as {local}"]
 
 
@@ -182,7 +184,7 @@ def _flat(module: str) -> str:
     return "wf_" + module.removeprefix(f"{PACKAGE}.").replace(".", "_")
 
 
-def write(folder: Path, methods: Iterable[QuantMethod], model: str) -> None:
-    """Write the loader's files into `folder`."""
+def write_loader(folder: Path, methods: Iterable[QuantMethod], model: str) -> None:
+    """Write the loader's files into `folder`; `model` is a class of transformers such as `LlamaForCausalLM`."""
     for name, text in files(methods, model).items():
         (folder / name).write_text(text, encoding="utf-8")

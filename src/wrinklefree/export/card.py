@@ -1,4 +1,7 @@
-"""The model card's own part: what the model is. `export.hf` adds how to load it, its sizes and the certificate."""
+"""The first part of the model card: what the model is.
+
+`export/formats/packed.py` adds how to load it, its sizes and the certificate.
+"""
 
 from wrinklefree.config.schema import Config
 
@@ -21,7 +24,7 @@ tags: [wrinklefree, quantization-aware-training, {method}]
 
 
 def card(config: Config) -> str:
-    """The head of README.md for a run that quantizes."""
+    """Return the beginning of README.md for a run that quantizes."""
     settings = vars(config.method).items()
     return FRONT.format(
         base=config.model.pretrained,

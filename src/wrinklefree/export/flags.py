@@ -1,10 +1,12 @@
-"""What `wf export` knows of the formats before it imports one: their flags and options, from literals in their files.
+"""What `wf export` knows about the formats without importing them, because some import slowly or not at all.
 
-FLAG      what `--format` calls it; left out, the file's name with dashes
-OPTIONS   keyword arguments of its `write`: {name: {"help": ..., "choices": [...] or "min": ...}}
-NEXT      what to do with a written folder `{target}`
+Each format states these literals in its file:
 
-A format whose `write` takes more of the run defines `from_run(config, target)`, which gives it as keyword arguments.
+FLAG      its name for `--format`; by default the file's name, with dashes
+OPTIONS   options of its `write`: {name: {"help": ..., "choices": [...] or "min": ...}}
+NEXT      what to do with the written folder `{target}`
+
+If its `write` needs more from the run, it also defines `from_run(config, target)`, which returns keyword arguments.
 """
 
 from pathlib import Path
@@ -16,21 +18,22 @@ Options = dict[str, dict[str, Any]]
 
 
 def formats() -> dict[str, Path]:
-    """Every flag with its file, our own packed folder first."""
-    found = {constant(path, "FLAG", name.replace("_", "-")): path for name, path in files(EXPORT_FORMATS).items()}
-    return dict(sorted(found.items(), key=lambda item: (item[0] != "hf", item[0])))
+    """Return {flag: file} for all formats, `hf` first."""
+    by_flag = {constant(path, "FLAG", name.replace("_", "-")): path for name, path in files(EXPORT_FORMATS).items()}
+    return dict(sorted(by_flag.items(), key=lambda item: (item[0] != "hf", item[0])))
 
 
 def module_name(path: Path) -> str:
-    """The name that a format's file is found by."""
+    """Return the name by which a format's file is found."""
     return path.parent.name if path.stem == "__init__" else path.stem
 
 
 def options() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every option with the flag of its format and its spec."""
+    """Return {option: (flag of its format, its entry in OPTIONS)} for all formats."""
     return {name: (flag, spec) for flag, path in formats().items() for name, spec in options_of(path).items()}
 
 
 def options_of(path: Path) -> Options:
-    found: Options = constant(path, "OPTIONS", {})
-    return found
+    """Return the OPTIONS of a format's file, without importing it."""
+    own: Options = constant(path, "OPTIONS", {})
+    return own

@@ -1,4 +1,4 @@
-"""Whether a folder holds a whole causal language model, without loading it."""
+"""Checks that a folder holds a whole causal language model, without loading it."""
 
 import json
 import struct
@@ -12,7 +12,7 @@ from wrinklefree.packed.quantizer import FORMAT, QUANT_METHOD
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError where `folder` is not a whole causal language model that this version can read."""
+    """Raises UserError if `folder` is not a whole causal language model, or if this version cannot read it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: a model is a folder, this is a file")
     config = read_model_config(folder)
@@ -25,6 +25,7 @@ def check_folder(folder: Path) -> None:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
+    """Return the folder's config.json. Raises UserError if it is missing or broken."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(
@@ -40,9 +41,10 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def check_causal(folder: Path, config: dict[str, Any]) -> None:
+    """Raises UserError if `config`, the config.json of `folder`, does not name a causal LM of transformers."""
     architectures = config.get("architectures") or []
     if config.get("auto_map") and "quantization_config" not in config:
-        return  # code of the model's own: transformers finds out
+        return  # the model brings its own code, so only transformers can tell
     if "model_type" not in config:
         raise UserError(f"{folder / 'config.json'}: no model_type, so not a transformers model")
     if not set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
@@ -51,7 +53,10 @@ def check_causal(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Every safetensors file that the folder's model consists of. Raises UserError where one is missing."""
+    """Return all safetensors files of the folder's model. Raises UserError if one is missing.
+
+    The list is empty if the weights are in pytorch_model*.bin, which cannot be checked without loading.
+    """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():
         return [single]
@@ -67,7 +72,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def check_safetensors(file: Path) -> None:
-    """Raises UserError where the file is not as long as its header says."""
+    """Raises UserError if the file is not exactly as long as its header says."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         start = handle.read(8)

@@ -1,4 +1,4 @@
-"""Which folder or hub model a name means."""
+"""Finds the folder or hub model that a name means."""
 
 import logging
 from pathlib import Path
@@ -18,10 +18,12 @@ OFFER = "use -m tiny, or -m FOLDER with a local copy"
 
 
 def model_folder(path: Path) -> Path:
-    """`path`, or the model inside of it where it is a run folder: `final/`, else the newest checkpoint.
+    """Return the folder of the model in `path`.
 
-    A run folder may have a config.json of its own, which belongs to a `.pt` file.
+    That is `path` itself if it holds weights. In a run folder it is the first that exists of `final/`, the newest
+    checkpoint, and `packed/`. If there is none, it is `path` again.
     """
+    # A config.json alone does not make a model: in some run folders it belongs to a `.pt` file.
     if (path / "config.json").is_file() and (any(path.glob("*.safetensors")) or any(path.glob("*.bin"))):
         return path
     candidates = [path / "final", *reversed(checkpoint.step_folders(path / "checkpoints")), path / "packed"]
@@ -29,9 +31,10 @@ def model_folder(path: Path) -> Path:
 
 
 def resolve_pretrained(name: str) -> str:
-    """A folder, or a hub id that can be reached now: `builtin:NAME`, a local path, a cached or a reachable hub model.
+    """Return what transformers can load for `name`, which is `builtin:NAME`, a local path or a hub id.
 
-    Raises UserError where there is nothing of that name, at once and not after transformers' retries.
+    For a hub id that is the id if the hub answers, or else the folder of a cached copy.
+    Raises UserError if there is no such model, within seconds: transformers itself would retry for half a minute.
     """
     kind, _, builtin = name.partition(":")
     if kind == "builtin":
@@ -45,9 +48,9 @@ def resolve_pretrained(name: str) -> str:
 
 
 def at_hand(name: str) -> Path | None:
-    """The folder of a model, without asking the hub: None for a hub id that is not in the cache.
+    """Return a model's folder without asking the hub, or None for a hub id that is not in the cache.
 
-    Raises UserError for a path or a builtin that is not there.
+    Raises UserError if `name` is a path or a builtin and does not exist.
     """
     if name.startswith("builtin:") or Path(name).expanduser().exists() or not _looks_like_hub_id(name):
         return Path(resolve_pretrained(name))
@@ -68,7 +71,7 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 def _hub(name: str) -> str:
-    """`name` where the hub answers, else the folder of a cached copy."""
+    """Return `name` if the hub answers, or else the folder of a cached copy. Raises UserError if there is none."""
     reason = _why_unreachable()
     if reason is None:
         return name
@@ -80,7 +83,7 @@ def _hub(name: str) -> str:
 
 
 def _why_unreachable() -> str | None:
-    """Why the hub cannot be asked, or None; transformers itself would try for half a minute."""
+    """Return why the hub cannot be asked, as part of a sentence, or None if it answers."""
     if constants.HF_HUB_OFFLINE:
         return "the Hugging Face hub is switched off (HF_HUB_OFFLINE)"
     return None if hub_reachable(constants.ENDPOINT) else f"the Hugging Face hub ({constants.ENDPOINT}) does not answer"

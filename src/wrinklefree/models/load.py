@@ -1,7 +1,6 @@
-"""Loads any folder of ours, or any causal language model of the hub, loudly.
+"""Loads causal language models: packed folders, training checkpoints, Hugging Face folders, models on the hub.
 
-transformers answers several mistakes with randomly initialized weights and a warning. Here they are errors of one line
-that say what is wrong, where, and what to do.
+transformers answers several mistakes with random weights and a warning. Here they are errors of one line.
 """
 
 from collections.abc import Iterator
@@ -25,11 +24,15 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
-    """Model in eval mode and tokenizer, from a packed folder, a training checkpoint, a Hugging Face folder or the hub.
+    """Load a model in eval mode, and its tokenizer.
 
-    In a run folder it is the trained model: `final/`, or else the newest checkpoint. A training checkpoint comes back
-    prepared by its method, with fp32 masters; the others in `dtype`, or as stored.
-    Raises UserError for anything that is missing, truncated, foreign or no causal language model.
+    | `path` | model |
+    |---|---|
+    | a training checkpoint | prepared by its method, with fp32 masters |
+    | a run folder | its trained model: `final/`, or else the newest checkpoint |
+    | a packed folder, a Hugging Face folder, a hub id | in `dtype`; None keeps the stored one |
+
+    Raises UserError if anything is missing or truncated, or if it is not a causal language model.
     """
     source = resolve_pretrained(str(path))
     folder = model_folder(Path(source))
@@ -42,24 +45,24 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remo
 
 
 def load_pretrained(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Loaded:
-    """The pretrained model that a run starts from, in eval mode, and its tokenizer. Raises UserError like `load`."""
+    """Load the model that a run starts from, in eval mode, and its tokenizer. Raises UserError if that fails."""
     return load_model(model.pretrained, dtype=dtype, trust_remote_code=model.trust_remote_code)
 
 
 def is_training_checkpoint(folder: Path) -> bool:
-    """Whether the folder's weights are masters that its method has yet to quantize."""
+    """Whether the folder holds fp32 masters, which a method has to quantize before use."""
     file = folder / checkpoint.CONFIG
     return file.is_file() and read_config(file).method is not None
 
 
 def _load_checkpoint(folder: Path, dtype: torch.dtype | None) -> Loaded:
-    """The model as it was trained: masters, prepared by the method, then every tensor strictly."""
+    """Load a model as it was trained. The method prepares it first, so that its own parameters have a place."""
     if dtype not in (None, torch.float32):
         raise UserError(
             f"{folder}: a training checkpoint computes from fp32 masters; for {dtype} run `wf export` first"
         )
     config = read_config(folder / checkpoint.CONFIG)
-    with _quiet():  # the method's own parameters are "unexpected" to the plain model
+    with _quiet():  # transformers would report the method's parameters as unexpected
         model = _open(str(folder), torch.float32, config.model.trust_remote_code, masters=True)[0]
     model = config.method.prepare(model, initialize=False)
     checkpoint.load_weights(folder, model)
@@ -80,7 +83,7 @@ def _from_pretrained(source: str, dtype: torch.dtype | str, trust_remote_code: b
 def _open(
     source: str, dtype: torch.dtype | str, trust_remote_code: bool, masters: bool = False
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model and what transformers says of missing tensors; `masters` leaves it to the caller to quantize."""
+    """Return the model, and transformers' info on missing tensors. With `masters`, the folder's packing is ignored."""
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if masters:
@@ -90,13 +93,13 @@ def _open(
         model, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:  # transformers has no finer types for what it cannot read
+    except (OSError, ValueError, RuntimeError) as error:  # transformers raises these three for all it cannot read
         raise UserError(f"{source}: transformers cannot load it: {_first_line(error)}") from error
     return model, info
 
 
 def open_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id. Raises UserError where there is none."""
+    """Load the tokenizer of a folder or hub id. Raises UserError if there is none."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -110,7 +113,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of unexpected tensors."""
+    """Silence transformers' report of unexpected tensors while the block runs."""
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:

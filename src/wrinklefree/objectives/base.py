@@ -1,4 +1,4 @@
-"""What an objective is, and how large a share of the loss each of its terms has."""
+"""The base class of objectives, and a check that no term of a loss is negligible."""
 
 import logging
 from collections.abc import Iterator
@@ -15,43 +15,45 @@ Metrics = dict[str, Tensor]
 
 
 class Objective:
-    """Base of what a batch is trained for."""
+    """Base class of objectives. An objective turns a batch into losses."""
 
     @classmethod
     def needs_teacher(cls, config: DistillationConfig) -> bool:
-        """Whether a teacher has to run beside the student."""
+        """Whether a teacher has to run beside the student; False unless a subclass says otherwise."""
         return False
 
     @classmethod
     def problems(cls, config: Config) -> Iterator[str]:
-        """One line for each setting that does not go together with this objective; by default, what none but a KD
-        cache's reader reads."""
+        """Yield one error line for each setting that this objective cannot use."""
         d = config.distillation
+        # Only `cached_kd` reads these, and it overrides this function.
         for key, value in {"cache": d.cache, "hard_top1": d.hard_top1, "hard_full": d.hard_full}.items():
             if value:
                 yield f"distillation.{key}={value}: has no effect without training.objective=cached_kd"
 
     def on_step(self, step: int, max_steps: int) -> None:
-        """Set what follows a schedule, before optimizer step `step` (from 0) of `max_steps`."""
+        """Update whatever follows a schedule. Called before optimizer step `step` (from 0) of `max_steps`."""
 
     def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
-        """Yield a loss, which is a mean over the batch's labelled tokens, and any number of named metrics.
+        """Yield pairs of a loss and its named metrics. The loss is a mean over the batch's labelled tokens.
 
-        Each yield is one backward pass. Deep supervision and policy gradients yield more than once per batch.
+        The loop runs one backward pass per yield. Deep supervision and policy gradients yield more than once per batch.
         """
         raise TypeError(f"{type(self).__name__} must define __call__()")
 
 
 class Shares:
-    """Which share of the loss each term has, over the first batches; says once where one is next to nothing."""
+    """Sums the terms of a loss over the first batches, and warns once about each term with almost no share."""
 
-    BATCHES, LEAST = 20, 1e-3
+    BATCHES = 20  # summed before the report
+    LEAST = 1e-3  # share of the loss below which a term is reported
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.seen = 0
 
     def add(self, terms: dict[str, Tensor]) -> None:
+        """Add one batch's weighted terms (scalars). Once enough batches are in, calls have no effect."""
         if self.seen == self.BATCHES or len(terms) < 2:
             return
         self.seen += 1

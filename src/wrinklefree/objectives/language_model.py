@@ -1,4 +1,4 @@
-"""A causal language model as its body and its head."""
+"""A causal language model split into body and head, and the base class of the objectives that train one."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ from wrinklefree.objectives.base import Objective, Shares
 
 
 class BodyAndHead:
-    """A causal LM as its body and its head apart, so that losses can take the vocabulary in chunks."""
+    """A causal LM split into body and head, so that a loss never needs the logits of all tokens at once."""
 
     def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
-        """Raises UserError where the logits are not simply the head's product with the last hidden state."""
+        """Raises UserError if the logits are not simply the head's product with the last hidden state."""
         self.head: Any = model.get_output_embeddings()  # nn.Linear, QuantLinear or PackedLinear
         self.body = model.base_model
         _check_head(model, self)
@@ -26,13 +26,13 @@ class BodyAndHead:
             self.body = torch.compile(self.body)
 
     def states(self, batch: Batch) -> Tensor:
-        """Last hidden states [B, L, D]."""
+        """Run the body and return the last hidden states [B, L, D]."""
         inputs = {k: batch[k] for k in ("input_ids", "position_ids") if k in batch}
         hidden: Tensor = self.body(**inputs, use_cache=False).last_hidden_state
         return hidden
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The operands of the last product: states [N, D] as the head sees them, and the head's weight [V, D]."""
+        """Return the operands of the last product: states [N, D] as the head sees them, and its weight [V, D]."""
         dtype = compute_dtype(states)
         if type(self.head) is nn.Linear:
             return states.to(dtype), self.head.weight
@@ -43,6 +43,7 @@ class BodyAndHead:
 def _check_head(model: PreTrainedModel, decoder: BodyAndHead) -> None:
     if decoder.head is None or decoder.head.bias is not None:
         raise UserError(f"{type(model).__name__}: not a causal language model with a plain output head")
+    # Try it on four tokens: no setting tells for all architectures whether they scale or cap their logits.
     ids = torch.arange(4, device=model.device).unsqueeze(0) % model.config.vocab_size
     states, head = decoder.project(decoder.states({"input_ids": ids}))
     expected = model(input_ids=ids, use_cache=False).logits.float()
@@ -51,7 +52,7 @@ def _check_head(model: PreTrainedModel, decoder: BodyAndHead) -> None:
 
 
 def check_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raises UserError where the two cannot have the same tokenizer."""
+    """Raises UserError if the vocabularies differ in size, because then the tokenizers differ too."""
     mine, other = student.config.vocab_size, teacher.config.vocab_size
     if mine != other:
         raise UserError(
@@ -61,7 +62,7 @@ def check_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None
 
 
 class LanguageObjective(Objective):
-    """Base of what `training.objective` names: it has a student, perhaps a teacher, and the distillation section."""
+    """Base class of everything that `training.objective` names: holds the student, its teacher, and the settings."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class LanguageObjective(Objective):
         teacher: PreTrainedModel | None = None,
         compiled: bool = False,
     ) -> None:
-        """Raises UserError for a teacher that does not fit the student."""
+        """Raises UserError if the teacher's vocabulary is not the student's."""
         self.student = BodyAndHead(student, compiled)
         self.teacher = None if teacher is None else BodyAndHead(teacher, compiled)
         self.config, self.shares = config, Shares()
@@ -79,6 +80,6 @@ class LanguageObjective(Objective):
 
 
 def find_objective(name: str) -> type[LanguageObjective]:
-    """The class of an objective. Raises UserError for an unknown name."""
-    found: type[LanguageObjective] = find_named(OBJECTIVES, name)
-    return found
+    """Return the objective's class. Raises UserError if the name is unknown."""
+    objective: type[LanguageObjective] = find_named(OBJECTIVES, name)
+    return objective

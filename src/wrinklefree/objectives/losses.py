@@ -1,24 +1,21 @@
-"""Losses: over the vocabulary in chunks of tokens, between hidden states, between relations inside of attention.
+"""Losses over the vocabulary, between attention relations, and between hidden states.
 
-The logits of 2,048 tokens over 150,000 words take 1.2 GB in fp32, several times over in a plain loss. Here they exist
-for one chunk at a time: `head_loss` works out a chunk's loss and its gradients towards the hidden states and the head,
-then forgets the logits.
-
-With logits z of the student, y of the teacher, labels t, temperature T, over the N tokens that have a label:
+Student logits z, teacher logits y, labels t and temperature T, over the N tokens that have a label:
     CE = -1/N sum log softmax(z)[t]            KL = T^2/N sum_v softmax(y/T) (log softmax(y/T) - log softmax(z/T))
-BitDistill leaves the T^2 out (`tau_squared=False`).
+BitDistill leaves out the T^2 (`tau_squared=False`).
 
-Attention relations (arXiv 2510.13998, Algorithm 1): of one of Q, K, V, split into h relation heads, each vector a_i
-scaled to length 1, R_ij = softmax_j(a_i . a_j / t) over the tokens j of the document; KL(R teacher || R student), mean
-over tokens and heads. Only [L, L] matrices are compared, so the two models' widths and head counts may differ.
+Cached KD knows the teacher's logits y_c for some words C only, its support. All other words share one bucket with the
+logit log sum_{v not in C} exp(y_v), and so do the student's. The KL is over these |C| + 1 buckets; if C is the whole
+vocabulary, it is the full KL. If the teacher's last bucket is unknown, the support alone is compared, as upstream does.
+Two hard terms are cross entropies with the teacher's likeliest word:
+    hard_top1    over the support, at every position
+    hard_full    over the vocabulary, at the last position of each sequence
 
-Cached KD: a teacher whose logits y_c are known for a support C of words, and the log-sum-exp of all others: they are
-one bucket more, of logit log sum_{v not in C} exp(y_v), and so for the student. KL and temperature as above, over
-|C| + 1 buckets; with the whole vocabulary in C that is the full KL. Where that log-sum-exp is not known the support
-alone is compared (upstream's loss). Hard terms are cross entropies with the teacher's likeliest word: over
-the support at every position (`hard_top1`), over the vocabulary at the last one of each sequence (`hard_full`).
+Attention relations (arXiv 2510.13998, Algorithm 1): split Q, K or V into h relation heads and scale each vector a_i to
+length 1. Then R_ij = softmax_j(a_i . a_j / t) over the tokens j in the same document, and the loss is
+KL(R teacher || R student), a mean over tokens and heads. R is [L, L], so widths and head counts may differ.
 
-Hidden states: 2 - 2 cos(s, t), which is |s/|s| - t/|t||^2 summed over the width: it does not shrink with it.
+Hidden states: 2 - 2 cos(s, t).
 """
 
 from collections.abc import Callable
@@ -31,17 +28,17 @@ from torch import Tensor
 
 from wrinklefree.core.batch import IGNORE
 
-CHUNK = 1024  # tokens; at 150k words 0.6 GB of fp32 logits
+CHUNK = 1024  # tokens at a time; at 150k words that is 0.6 GB of fp32 logits
 
-NEVER = -1e4  # the logit of a word of no weight, at any temperature; finite, so that 0 x it is 0
+NEVER = -1e4  # the logit of an impossible word, at any temperature. Finite, because 0 x -inf is not 0
 
-# Of the logits of a chunk and its rows: a sum of losses, and sums of any named metrics.
+# From a chunk's logits and its rows: the sum of the losses, and sums of any named metrics.
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Means over the labelled tokens, detached but for `loss`."""
+    """Means over the labelled tokens. Only `loss` has a gradient."""
 
     loss: Tensor
     ce: Tensor
@@ -50,7 +47,7 @@ class TokenLosses:
 
 
 def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair each state with the label of the next token: [B, L, D], [B, L] -> [N, D], [N] without labels of -100."""
+    """Pair each state with the next token's label: [B, L, D], [B, L] -> [N, D], [N]. Labels of -100 are dropped."""
     targets = labels[:, 1:].flatten()
     states = hidden[:, :-1].flatten(0, 1)
     kept = targets != IGNORE
@@ -68,9 +65,9 @@ def token_losses(
     temperature: float = 1.0,
     tau_squared: bool = True,
 ) -> TokenLosses:
-    """`ce_weight` CE + `kl_weight` KL of states [N, D] under a head [V, D] and targets [N].
+    """Return `ce_weight` CE + `kl_weight` KL for states [N, D], a head [V, D] and targets [N].
 
-    `teacher` is the teacher's (states [N, D'], head [V, D']). Without any, all are 0.
+    `teacher` is the teacher's (states [N, D'], head [V, D']); if it is None, there is no KL. If N is 0, all is 0.
     """
 
     def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -89,7 +86,7 @@ def token_losses(
 
 
 def kl_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The sum over rows of KL(softmax(teacher/T) || softmax(logits/T)); [N, V] each."""
+    """Sum KL(softmax(teacher/T) || softmax(logits/T)) over the rows of two [N, V]."""
     p = F.log_softmax(teacher / temperature, dim=-1)
     q = F.log_softmax(logits / temperature, dim=-1)
     return F.kl_div(q, p, log_target=True, reduction="sum")
@@ -97,17 +94,17 @@ def kl_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """What is known of a teacher at N positions; S words of support, the first of them the likeliest."""
+    """What a cache knows about the teacher at N positions: S words of support, the likeliest first."""
 
-    ids: Tensor  # int64 [N, S], distinct but where the logit is NEVER
+    ids: Tensor  # int64 [N, S]; distinct, except for words whose logit is NEVER
     logits: Tensor  # fp32 [N, S]
-    rest: Tensor | None  # fp32 [N], log-sum-exp of all other words' logits
-    last: Tensor  # bool [N], the last position of each sequence
+    rest: Tensor | None  # fp32 [N], log-sum-exp of all other words' logits; None if unknown
+    last: Tensor  # bool [N], True at the last position of each sequence
 
 
 @dataclass(frozen=True)
 class CachedLosses:
-    """Means over N tokens, detached but for `loss`; `hard` is both hard terms with their weights."""
+    """Means over N tokens. Only `loss` has a gradient; `hard` is the weighted sum of both hard terms."""
 
     loss: Tensor
     ce: Tensor
@@ -128,8 +125,8 @@ def cached_losses(
     hard_top1: float = 0.0,
     hard_full: float = 0.0,
 ) -> CachedLosses:
-    """The loss of states [N, D] under a head [V, D], labels [N] and a cached teacher."""
-    full_share = len(targets) / teacher.last.sum().clamp_min(1)  # makes a mean over N one over sequences
+    """Compare states [N, D] under a head [V, D] with labels [N] and a cached teacher."""
+    full_share = len(targets) / teacher.last.sum().clamp_min(1)  # turns a mean over N into a mean over sequences
 
     def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         known = teacher.logits[part]
@@ -143,7 +140,7 @@ def cached_losses(
         full = ((normalizer - own[:, 0]) * teacher.last[part]).sum() * full_share
         hard = hard_top1 * top1 + hard_full * full
         loss = kl_weight * kl + hard
-        if ce_weight:  # or else nothing of it goes backward
+        if ce_weight:  # at weight 0 it would still cost a backward pass
             loss = loss + ce_weight * ce
         return loss, {"ce": ce, "kl": kl, "hard": hard}
 
@@ -152,15 +149,15 @@ def cached_losses(
 
 
 def same_document(positions: Tensor) -> Tensor:
-    """Which tokens stand in one document, from positions [B, L] that restart at each: bool [B, L, L]."""
+    """Return which tokens share a document, bool [B, L, L], from positions [B, L] that restart at each document."""
     document = (positions == 0).cumsum(-1)
     return document.unsqueeze(-1) == document.unsqueeze(-2)
 
 
 def attention_relation(student: Tensor, teacher: Tensor, mask: Tensor, split_heads: int, temperature: float) -> Tensor:
-    """KL(R teacher || R student) of one of Q, K, V [B, L, width], widths of their own; `mask` bool [B, L, L].
+    """Return KL(R teacher || R student) for one of Q, K, V [B, L, width], under `mask`, bool [B, L, L].
 
-    Tokens that stand alone, padding among them, have no relations and do not count.
+    The two widths may differ. A token alone in its document, such as padding, has no relations and does not count.
     """
     p = _log_relations(teacher, mask, split_heads, temperature)
     q = _log_relations(student, mask, split_heads, temperature)
@@ -170,24 +167,24 @@ def attention_relation(student: Tensor, teacher: Tensor, mask: Tensor, split_hea
 
 
 def _log_relations(x: Tensor, mask: Tensor, split_heads: int, temperature: float) -> Tensor:
-    """log softmax of the cosines between the vectors of each relation head: fp32 [B, h, L, L]."""
+    """Log softmax of the cosines between the vectors in each relation head: fp32 [B, h, L, L]."""
     heads = F.normalize(x.float().unflatten(-1, (split_heads, -1)).transpose(1, 2), dim=-1)
     cosines = heads @ heads.transpose(-1, -2) / temperature
     return F.log_softmax(cosines.masked_fill(~mask.unsqueeze(1), -1e4), dim=-1)
 
 
 def hidden_alignment(student: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
-    """Mean of 2 - 2 cos over the tokens that `kept` (bool [B, L]) marks, of states [B, L, D]."""
+    """Mean of 2 - 2 cos between states [B, L, D], over the tokens that `kept` (bool [B, L]) marks."""
+    # This is |s/|s| - t/|t||^2, summed over the width: a mean over the width would shrink as models get wider.
     cosine = F.cosine_similarity(student[kept].float(), teacher[kept].float(), dim=-1)
     return (2 - 2 * cosine).sum() / kept.sum().clamp_min(1)
 
 
 class Support(torch.autograd.Function):
-    """The logits [n, V] at `ids` [n, S], then the log-sum-exp of all others: [n, S + 1].
+    """The logits [n, V] at `ids` [n, S], followed by the log-sum-exp of all others: [n, S + 1]."""
 
-    By hand: with autograd's own functions the whole loss takes a third longer (140 against 107 ms on one core, for
-    4,080 tokens over 4,096 words).
-    """
+    # The backward pass is written by hand: with autograd's own functions the whole loss takes a third longer (140
+    # against 107 ms on one core, for 4,080 tokens over 4,096 words).
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
@@ -205,7 +202,11 @@ class Support(torch.autograd.Function):
 
 
 def head_loss(states: Tensor, head: Tensor, chunk_loss: ChunkLoss) -> tuple[Tensor, dict[str, Tensor]]:
-    """Means over rows [N, D] of the loss of `states @ head.T` and of its metrics, which are detached."""
+    """Apply a loss to the logits `states @ head.T`, in chunks of rows. Returns means of the loss and its metrics.
+
+    The logits for 2,048 tokens over 150,000 words take 1.2 GB in fp32, and a plain loss holds several copies. Here they
+    exist for one chunk at a time. Metrics are detached.
+    """
     sums: dict[str, Tensor] = {}
     total = HeadLoss.apply(states, head, chunk_loss, torch.is_grad_enabled(), sums)
     count = max(1, len(states))
@@ -213,18 +214,19 @@ def head_loss(states: Tensor, head: Tensor, chunk_loss: ChunkLoss) -> tuple[Tens
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of `chunk_loss(states @ head.T, rows)` over chunks of rows, keeping one chunk of logits at a time."""
+    """Sum of `chunk_loss(states @ head.T, rows)` over chunks of rows."""
 
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, head: Tensor, chunk_loss: ChunkLoss, trains: bool, sums: dict[str, Tensor]
     ) -> Tensor:
-        """Add each chunk's metrics to `sums`; without rows, those of an empty chunk."""
+        """Add each chunk's metrics to `sums`, and return the sum of the losses."""
         total = states.new_zeros((), dtype=torch.float32)
+        # Gradients are computed here, chunk by chunk: in backward() the logits are gone.
         grad_states = torch.empty_like(states) if trains else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if trains else None
         weight = head.detach().to(states.dtype)
-        for start in range(0, max(1, len(states)), CHUNK):
+        for start in range(0, max(1, len(states)), CHUNK):  # one empty chunk if there are no rows, to name the metrics
             part = slice(start, start + CHUNK)
             with torch.set_grad_enabled(trains):
                 logits = F.linear(states[part].detach(), weight).float().requires_grad_(trains)

@@ -1,4 +1,4 @@
-"""Terms that watch layers inside of student and teacher: attention relations, hidden states."""
+"""Loss terms that compare layers inside student and teacher: attention relations and hidden states."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from wrinklefree.objectives import losses
 
 
 class Watched:
-    """The outputs of some modules during a forward pass."""
+    """Records the outputs of some modules during a forward pass."""
 
     def __init__(self, modules: list[Any]) -> None:
         self.modules = modules
@@ -26,7 +26,7 @@ class Watched:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Collect `outputs`, one a module, while the block runs."""
+        """Record one output per module in `outputs` while the block runs."""
         self.outputs = [torch.empty(0)] * len(self.modules)
 
         def keep(index: int, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -41,7 +41,7 @@ class Watched:
 
 
 class Pair:
-    """Modules of student and teacher whose outputs are compared."""
+    """Modules of student and teacher whose outputs are compared, one with one."""
 
     def __init__(self, student: list[Any], teacher: list[Any]) -> None:
         self.student, self.teacher = Watched(student), Watched(teacher)
@@ -52,22 +52,22 @@ class Pair:
             yield
 
     def outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(student's, teacher's), and forget them."""
+        """Return (student's, teacher's) output for each pair of modules, and drop the record to free its memory."""
         pairs = list(zip(self.student.outputs, self.teacher.outputs, strict=True))
         self.student.outputs, self.teacher.outputs = [], []
         return iter(pairs)
 
 
 class AttentionRelations(Pair):
-    """`losses.attention_relation`, summed over Q, K and V of one layer, before rotary positions."""
+    """`losses.attention_relation` in one layer, summed over Q, K and V as they are before rotary positions."""
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: AttentionConfig) -> None:
-        """Raises UserError where the layer is not there, has no separate projections, or does not split."""
+        """Raises UserError if the layer does not exist, has no separate projections, or does not split into heads."""
         self.config = config
         mine, other = surgery.decoder_layers(student), surgery.decoder_layers(teacher)
         if not -len(mine) <= config.layer < len(mine):
             raise UserError(f"distillation.attention.layer={config.layer}: the model has {len(mine)} layers")
-        depth = config.layer % len(mine) + 1
+        depth = config.layer % len(mine) + 1  # the teacher may have more or fewer layers: compare at equal depth
         super().__init__(_projections(mine[depth - 1]), _projections(other[round(depth * len(other) / len(mine)) - 1]))
         for module in [*self.student.modules, *self.teacher.modules]:
             if module.out_features % config.split_heads:
@@ -84,7 +84,7 @@ class AttentionRelations(Pair):
 
 
 def _projections(layer: nn.Module) -> list[Any]:
-    """The projections to Q, K and V in a decoder layer."""
+    """Return a decoder layer's projections to Q, K and V. Raises UserError if it has no such modules."""
     named = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
     if not {"q_proj", "k_proj", "v_proj"} <= named.keys():
         raise UserError("distillation.attention.weight: this architecture has no separate q_proj, k_proj, v_proj")
@@ -92,10 +92,10 @@ def _projections(layer: nn.Module) -> list[Any]:
 
 
 class HiddenStates(Pair):
-    """`losses.hidden_alignment` after every decoder layer, weighted by layer."""
+    """Weighted sum of `losses.hidden_alignment` after every decoder layer."""
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: HiddenConfig) -> None:
-        """Raises UserError where the two models have other depths or widths, or `layer_weights` another length."""
+        """Raises UserError if the models differ in depth or width, or if `layer_weights` has the wrong length."""
         mine, other = surgery.decoder_layers(student), surgery.decoder_layers(teacher)
         shapes = [(len(x), m.config.hidden_size) for x, m in ((mine, student), (other, teacher))]
         if shapes[0] != shapes[1]:
@@ -107,25 +107,28 @@ class HiddenStates(Pair):
         self.weights = layer_weights(config.layer_weights, len(mine))
 
     def __call__(self, batch: Batch) -> Tensor:
-        kept = losses.same_document(batch["position_ids"]).sum(-1) > 1  # padding stands alone
+        kept = losses.same_document(batch["position_ids"]).sum(-1) > 1  # each token of padding is a document of its own
         terms = [losses.hidden_alignment(s, t, kept) for s, t in self.outputs()]
         return torch.stack([w * term for w, term in zip(self.weights, terms, strict=True)]).sum()
 
 
-def layer_weights(given: str | list[float], num_layers: int) -> list[float]:
-    """Weights of the layers, first to last, that sum to 1. Raises UserError for a list of another length, or zeros."""
-    if isinstance(given, str):
+def layer_weights(weights: str | list[float], num_layers: int) -> list[float]:
+    """Return one weight per layer, first to last, scaled to sum 1; `weights` is a rule's name or the numbers.
+
+    Raises UserError if there is not one number per layer, or if all are 0.
+    """
+    if isinstance(weights, str):
         rules = {"uniform": lambda i: 1.0, "progressive": lambda i: i + 1.0, "exponential": lambda i: 2.0**i}
-        given = [rules[given](i) for i in range(num_layers)]
-    if len(given) != num_layers or not sum(given):
-        raise UserError(f"distillation.hidden.layer_weights={given}: needs {num_layers} numbers, not all 0")
-    return [weight / sum(given) for weight in given]
+        weights = [rules[weights](i) for i in range(num_layers)]
+    if len(weights) != num_layers or not sum(weights):
+        raise UserError(f"distillation.hidden.layer_weights={weights}: needs {num_layers} numbers, not all 0")
+    return [weight / sum(weights) for weight in weights]
 
 
 def hidden_share(config: HiddenConfig, step: int, max_steps: int) -> float:
-    """The share d of the hidden states in the loss of `step`: constant at first, then along its schedule to the end."""
+    """Return the share d that hidden states have in the loss of `step`: constant, then along the schedule."""
     if config.schedule == "constant" or step < config.warmup_steps:
         return config.initial_weight
     progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-    left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return config.final_weight + (config.initial_weight - config.final_weight) * left
+    remaining = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.final_weight + (config.initial_weight - config.final_weight) * remaining

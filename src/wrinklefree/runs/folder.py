@@ -25,7 +25,7 @@ def resume_point(config: Config, force: bool) -> Path | None:
     """
     out = Path(config.output_dir)
     if config.training.resume_from is not None:
-        found = checkpoint.find(config.training.resume_from, out, storage.fetch)
+        found = checkpoint.find_checkpoint(config.training.resume_from, out, storage.fetch)
         log.info("resuming from %s", found)
         return found
     if outputs(out) and not force and not _starts_within(config):

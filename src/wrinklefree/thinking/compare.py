@@ -80,7 +80,7 @@ def compare_ways(config: Config, force: bool) -> Path:
     resume_point(config, force)
     settings = loading.settings_of(config).pairs
     found = dict.fromkeys(
-        problems.load(settings.problems, "heldout", config.training.eval_examples, settings.num_heldout)
+        problems.load_problems(settings.problems, "heldout", config.training.eval_examples, settings.num_heldout)
     )
     asked = list(found)
     model, tokenizer = loading.load_language_model(config)

@@ -36,8 +36,8 @@ def make_pairs(config: Config, force: bool) -> Path:
         _claim_folder(folder, manifest, force)
     barrier(world)
     found: dict[Split, list[Problem]] = {
-        "train": problems.load(settings.problems, "train", settings.num_problems, settings.num_heldout),
-        "heldout": problems.load(settings.problems, "heldout", settings.num_heldout, settings.num_heldout),
+        "train": problems.load_problems(settings.problems, "train", settings.num_problems, settings.num_heldout),
+        "heldout": problems.load_problems(settings.problems, "heldout", settings.num_heldout, settings.num_heldout),
     }
     model.to(world.device)
     pairs.write_thoughts(pairs.Writer(model, tokenizer, settings), folder, found, config.seed, world)

@@ -1,16 +1,12 @@
-"""Checkpoint folders: an ordinary Hugging Face folder, the resolved config, and the state to go on from.
+"""Checkpoint folders: a Hugging Face folder, the resolved config, and the trainer's state.
 
     step_N/  model.safetensors  config.json  generation_config.json  tokenizer files
              wrinklefree.yaml           the resolved config, enough to rebuild the model
-             state/trainer.pt           optimizers, step, data position, random numbers; read with weights_only=True
-             state/shards/              the moments of sharded parameters instead of in trainer.pt, a file per process
+             state/trainer.pt           optimizers, step, data position, random numbers
+             state/shards/              moments of sharded parameters (not in trainer.pt then), one file per process
 
-A folder is written under a temporary name beside its place, flushed to disk and renamed, so the newest checkpoint is
-always a whole one, whatever stops the writing.
-
-Weights are always there whole, and shards carry their place in the whole: a run may go on with another number of
-processes, or with one. Nothing that is read can run code: trainer.pt is unpickled with weights_only, and shards are
-safetensors, whose headers are JSON (the other format of torch.distributed.checkpoint has a pickle with its metadata).
+A folder is written under a temporary name, flushed to disk and renamed, so every `step_N` is whole.
+A run may resume with another number of processes: weights are stored whole, and shards carry their place in the whole.
 """
 
 import pickle
@@ -51,7 +47,7 @@ SHARDS = "state/shards"
 
 @contextmanager
 def _written_together(path: Path, world: World) -> Iterator[Path]:
-    """`written_aside` of the main process, into which every process writes its part; after it all find `path`."""
+    """Give every process the same temporary folder to write into, and rename it to `path` once all are done."""
     if world.is_main:
         with written_aside(path) as aside:
             barrier(world)  # the folder is there
@@ -75,9 +71,8 @@ def save(
 ) -> None:
     """Write a checkpoint folder; `settings` is the resolved config as YAML.
 
+    Every process has to call this, because a sharded model is gathered on the main one.
     Without `state` the folder can be loaded and exported, but not resumed from.
-
-    Every process has to call it: a sharded model is gathered on the main one.
     """
     weights = sharding.whole_state(model, world)
     with _written_together(path, world) as aside:
@@ -90,18 +85,21 @@ def save(
 
 
 def _save_state(folder: Path, state: State, world: World) -> None:
-    """Shards of every process, all else from the main one."""
+    """Write this process's shards. The main process also writes everything that is not sharded."""
     shards, optimizers = _split(state["optimizers"])
     if shards:
         _save_shards(folder / SHARDS, shards)
     if world.is_main:
         (folder / TRAINER).parent.mkdir(exist_ok=True)
-        with (folder / TRAINER).open("wb") as file:  # given a path, torch.save does not say why it failed
+        with (folder / TRAINER).open("wb") as file:  # called with a path, torch.save hides why it failed
             torch.save(state | {"optimizers": optimizers, "shards": sorted(shards)}, file)
 
 
 def _split(optimizers: list[State]) -> tuple[dict[str, Tensor], list[State]]:
-    """The sharded tensors, named `optimizer.parameter.moment` (numbers the first two), and the states without them."""
+    """Take the sharded tensors out of the optimizers' states. Returns them by name, and the states without them.
+
+    A name is `optimizer.parameter.moment`, such as `0.17.exp_avg`: two numbers and torch's name of the moment.
+    """
     shards: dict[str, Tensor] = {}
     rest = []
     for number, optimizer in enumerate(optimizers):
@@ -115,14 +113,15 @@ def _split(optimizers: list[State]) -> tuple[dict[str, Tensor], list[State]]:
 
 
 def _save_shards(folder: Path, shards: dict[str, Tensor]) -> None:
+    # safetensors, whose headers are JSON: torch's own format pickles its metadata, and a pickle can run code.
     try:
         save_shards(shards, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:  # on every process, with what happened on each
+    except CheckpointException as error:  # raised on every process; it holds each one's failure
         raise next(iter(error.failures.values()))[0] from error
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The `step_N` folders in `folder`, oldest first."""
+    """Return the `step_N` folders in `folder`, oldest first."""
     steps = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()]
     return sorted(steps, key=lambda p: int(p.name.removeprefix("step_")))
 
@@ -133,12 +132,17 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def find(resume_from: str, run: Path, fetch: Callable[[str], Path]) -> Path:
-    """The checkpoint folder that `resume_from` names: `latest`, a folder, a run folder, or a URL that `fetch` copies.
+def find_checkpoint(resume_from: str, run: Path, fetch: Callable[[str], Path]) -> Path:
+    """Return the checkpoint folder that `resume_from` names. Raises UserError if there is none.
 
-    `step_N.pt`, as the guide writes it, is the folder `step_N`. Raises UserError where there is none.
+    | `resume_from` | checkpoint |
+    |---|---|
+    | `latest` | the newest one in the run folder `run` |
+    | a checkpoint folder | this one |
+    | a run folder | the newest one in it |
+    | `scheme://...` | as for a folder, once `fetch` has copied it |
     """
-    name = resume_from.removesuffix(".pt")
+    name = resume_from.removesuffix(".pt")  # the training guide writes step_N.pt
     path = run if name == "latest" else fetch(name) if "://" in name else Path(name)
     if (path / TRAINER).is_file():
         return path
@@ -150,9 +154,9 @@ def find(resume_from: str, run: Path, fetch: Callable[[str], Path]) -> Path:
 
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load a checkpoint's weights into a prepared model, strictly; of a sharded one, into this process's share.
+    """Load a checkpoint's weights into a prepared model. If it is sharded, each process takes its own share.
 
-    Raises UserError naming what does not fit.
+    Raises UserError if a name or shape differs between file and model, naming the first one.
     """
     file = path / WEIGHTS
     if not file.is_file():
@@ -169,7 +173,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def _check_fit(file: Path, shapes: dict[str, tuple[int, ...]], own: dict[str, Tensor], model: nn.Module) -> None:
-    """Raises UserError where the names or shapes in a file are not those of the model."""
+    """Raises UserError if the file's names or shapes are not the model's."""
     aliases = {name for names in _tied(model) if names & shapes.keys() for name in names}
     wrong = sorted((own.keys() - shapes.keys() - aliases) | (shapes.keys() - own.keys()))
     wrong += sorted(n for n in shapes.keys() & own.keys() if shapes[n] != tuple(own[n].shape))
@@ -178,7 +182,7 @@ def _check_fit(file: Path, shapes: dict[str, tuple[int, ...]], own: dict[str, Te
 
 
 def _tied(model: nn.Module) -> list[set[str]]:
-    """Names of one and the same parameter: tied weights are stored once."""
+    """Return sets of names that share one parameter. A tied weight is stored under one of its names."""
     groups: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), set()).add(name)
@@ -186,10 +190,10 @@ def _tied(model: nn.Module) -> list[set[str]]:
 
 
 def load_state(path: Path) -> State:
-    """The trainer's state. Raises UserError where it is missing or broken."""
+    """Read the trainer's state. Raises UserError if it is missing or broken."""
     file = path / TRAINER
     try:
-        state: State = torch.load(file, map_location="cpu", weights_only=True)
+        state: State = torch.load(file, map_location="cpu", weights_only=True)  # a full unpickling could run code
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing; this checkpoint cannot be resumed from") from error
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -198,9 +202,10 @@ def load_state(path: Path) -> State:
 
 
 def place_moments(path: Path, state: State, optimizers: list[Optimizer]) -> None:
-    """Bring the optimizers' tensors of `load_state` to where their parameters lie: whole, or sharded over any number.
+    """Move the optimizers' tensors in `state` to their parameters' devices, and shard them if the parameters are.
 
-    Raises ValueError where the optimizers have other groups than the saved ones, UserError for broken shards.
+    `state` comes from `load_state` and is changed in place.
+    Raises ValueError if the optimizers have other groups than the saved ones, UserError if shards are broken.
     """
     places: dict[str, Tensor] = {}
     for number, (optimizer, saved) in enumerate(zip(optimizers, state["optimizers"], strict=True)):
@@ -222,10 +227,10 @@ def place_moments(path: Path, state: State, optimizers: list[Optimizer]) -> None
 
 
 def _load_shards(folder: Path, wanted: dict[str, Tensor]) -> None:
-    """Fill the tensors in `wanted`, sharded or whole, from the files of any number of processes."""
+    """Fill the tensors in `wanted`, whole or sharded, from shards that any number of processes wrote."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process, as told
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # no_dist says so already
             reader = HuggingFaceStorageReader(str(folder))
             load_shards(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError) as error:

@@ -1,11 +1,4 @@
-"""`fit`: the one training loop. Stages differ in their config and their objective, never in their loop.
-
-Evaluation and saving come before the step, so that the last pass does both and nothing needs a tail after the loop.
-
-An objective's loss is a mean over the labelled tokens of its batch. A step adds up loss x tokens over its micro-batches
-and processes and divides by all of their tokens once, so that however the same blocks are cut into micro-batches and
-processes, every token counts alike and the step is the same.
-"""
+"""`fit`: the one training loop. Stages differ in their config and their objective, never in their loop."""
 
 import logging
 import math
@@ -43,7 +36,7 @@ OnStep = Callable[[nn.Module, int], None]  # the model and the number of the ste
 
 
 def do_nothing(model: nn.Module, step: int) -> None:
-    """The `on_step` of a training without schedules inside its model."""
+    """Default for `on_step`: most models have no schedule of their own."""
 
 
 def fit(
@@ -62,14 +55,13 @@ def fit(
     resume: Path | None = None,
     on_step: OnStep = do_nothing,
 ) -> Path:
-    """Train to `plan.max_steps` in the run folder `out`; return `out/final`, with `keep_best` the best model.
+    """Train to `plan.max_steps` in the run folder `out`. Returns `out/final`, which is the best model if `keep_best`.
 
-    `settings` is the resolved config as YAML; checkpoints keep it, and W&B shows it. `placement` says where the model
-    and its teacher have been placed; without it, each process has all of both. `resume` is a checkpoint to go on
-    from, bit for bit.
+    `settings` is the resolved config as YAML, for checkpoints and W&B. `resume` is a checkpoint to continue, bit for
+    bit. `placement` says how model and teacher are sharded; None means that each process has both whole.
 
-    Ctrl-C finishes the step, saves and raises UserError. So does a loss that is not finite, but without saving: the
-    newest checkpoint is then the last good one.
+    Raises UserError after Ctrl-C, once the step is finished and saved; and if the loss is not finite, without saving,
+    so that the newest checkpoint is a good one.
     """
     t = training
     placement, optimizers = placement or Whole(world), _optimizers(model, t.optimizer, plan)
@@ -81,33 +73,46 @@ def fit(
         run.load_state(resume)
     if t.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    losses, rate = _losses(run), rates(t.scheduler, plan.max_steps)
+    rate = rates(t.scheduler, plan.max_steps)
     model.train()
-    first = run.step
-    row: dict[str, float] = {}
     tracker = Tracker(out, plan.max_steps, t.logging.wandb, settings, run.step) if world.is_main else Silent()
     with tracker, _interruptible() as stopped:
-        while True:
-            last = run.step == plan.max_steps
-            due = run.step > first and (last or run.step % t.eval_interval == 0)
-            if due or (t.eval_first and run.step == 0):
-                row |= _evaluate(run, evaluate)
-                last = last or _had_enough(run)
-            if row and (last or "eval_loss" in row or run.step == 1 or run.step % t.log_interval == 0):
-                tracker.log(run.step, row)
-            stop = any_of(stopped(), world)
-            if run.step > first and (last or stop or run.step % t.save_interval == 0):
-                _save(run)
-            if last:
-                break
-            if stop:
-                raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
-            objective.on_step(run.step, plan.max_steps)
-            on_step(model, run.step)
-            row = _step(run, losses, rate(run.step))
-            tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
+        _run_steps(run, rate, evaluate, on_step, tracker, stopped)
     model.eval()
     return _finish(run)
+
+
+def _run_steps(
+    run: TrainingState,
+    rate: Callable[[int], float],
+    evaluate: Evaluate,
+    on_step: OnStep,
+    tracker: Tracker | Silent,
+    stopped: Callable[[], bool],
+) -> None:
+    """Step, evaluate, log and save until the last step, or until patience runs out. Raises UserError after Ctrl-C."""
+    t, max_steps, first, losses = run.training, run.plan.max_steps, run.step, _losses(run)
+    row: dict[str, float] = {}
+    while True:
+        # Evaluating and saving come before the step: the last pass does both, and no code follows the loop.
+        last = run.step == max_steps
+        due = run.step > first and (last or run.step % t.eval_interval == 0)
+        if due or (t.eval_first and run.step == 0):
+            row |= _evaluate(run, evaluate)
+            last = last or _had_enough(run)
+        if row and (last or "eval_loss" in row or run.step == 1 or run.step % t.log_interval == 0):
+            tracker.log(run.step, row)
+        stop = any_of(stopped(), run.world)
+        if run.step > first and (last or stop or run.step % t.save_interval == 0):
+            _save(run)
+        if last:
+            return
+        if stop:
+            raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
+        run.objective.on_step(run.step, max_steps)
+        on_step(run.model, run.step)
+        row = _step(run, losses, rate(run.step))
+        tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
 
 
 def _optimizers(model: PreTrainedModel, o: OptimizerConfig, plan: Plan) -> list[Optimizer]:
@@ -123,12 +128,12 @@ def _optimizers(model: PreTrainedModel, o: OptimizerConfig, plan: Plan) -> list[
 
 
 def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
-    """An endless stream of (loss, metrics), however many a batch yields."""
+    """Yield (loss, metrics) without end. A batch may give any number of them."""
     for batch in run.stream:
         run.last_batch = {name: tensor.to(run.world.device) for name, tensor in batch.items()}
         results = run.objective(run.last_batch)
         while True:
-            with run.autocast():  # not around the yield: backward runs outside of autocast
+            with run.autocast():  # ends before the yield: backward runs outside of autocast
                 result = run.placement.with_whole_parameters(partial(next, results, None))
             if result is None:
                 break
@@ -136,15 +141,17 @@ def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
 
 
 def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: float) -> dict[str, float]:
-    """One optimizer step at `factor` x the peak learning rates; returns its row of the log."""
+    """Take one optimizer step at `factor` x the peak learning rates. Returns the step's row of the log."""
     t, started = run.training, time.perf_counter()
     optim.set_rate(run.optimizers, factor)
     if t.compile:
         refresh(run.model, run.plan.dtype)
     sums: Metrics = {}
+    # Sum loss x tokens over micro-batches and processes, then divide once by all tokens: each token counts alike,
+    # however a step is cut.
     for _ in range(t.gradient_accumulation_steps):
         loss, metrics = next(losses)
-        count = labelled(run.last_batch).sum()  # what the loss is a mean over
+        count = labelled(run.last_batch).sum()  # the loss is a mean over these
         (loss * count).backward()
         _add(sums, {"loss": loss.detach(), **metrics}, count)
     means, total = _means(sums, run.world)
@@ -170,21 +177,21 @@ def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: 
 
 
 def _add(sums: Metrics, values: Metrics, count: Tensor) -> None:
-    """Add values that are means over `count` tokens to sums over all of them."""
+    """Add `values`, which are means over `count` tokens, to sums over tokens."""
     for name, value in values.items():
         sums[name] = sums.get(name, 0) + value.double() * count
     sums["count"] = sums.get("count", 0) + count
 
 
 def _means(sums: Metrics, world: World) -> tuple[dict[str, float], float]:
-    """Means over the tokens of all processes, and how many these are; 1 where there are none, and all means 0."""
+    """Return means over the tokens of all processes, and their number. With no tokens that is 1, and means are 0."""
     totals = sum_over_processes(sums, world)
     count = max(1.0, totals.pop("count"))
     return {name: value / count for name, value in totals.items()}, count
 
 
 def _evaluate(run: TrainingState, evaluate: Evaluate) -> dict[str, float]:
-    """Held-out figures; with `keep_best`, the best model so far is kept in `best/`."""
+    """Return the held-out figures, and with `keep_best` save the model in `best/` if it is the best so far."""
     run.model.eval()
     with run.autocast():
         values = run.placement.with_whole_parameters(partial(evaluate, run.model))
@@ -201,7 +208,7 @@ def _had_enough(run: TrainingState) -> bool:
     patience = run.training.patience
     if not patience or run.stale < patience:
         return False
-    log.info("no better one in %d evaluations: stopped at step %d", patience, run.step)
+    log.info("stopped at step %d: no better model in %d evaluations", run.step, patience)
     return True
 
 
@@ -225,7 +232,7 @@ def _finish(run: TrainingState) -> Path:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks for a stop at the end of the step; the second stops at once."""
+    """Give a function that tells whether Ctrl-C was pressed. A second Ctrl-C stops at once."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:

@@ -1,7 +1,10 @@
-"""Optimizers: AdamW throughout, or Muon (orthogonalized momentum) for matrices with AdamW for the rest.
+"""Optimizers: AdamW for everything, or Muon (orthogonalized momentum) for matrices and AdamW for the rest.
 
-Groups: matrices (decayed), vectors and embeddings (not decayed), trained quantization scales (own learning rate, not
-decayed). Every group keeps its peak in `peak_lr`; `set_rate` scales them all by the schedule.
+| group | learning rate | weight decay |
+|---|---|---|
+| matrices of linear layers | `lr`, or `muon_lr` with Muon | `weight_decay` |
+| vectors and embeddings | `lr` | none |
+| trained quantization scales | `scale_lr` | none |
 """
 
 from collections.abc import Iterable
@@ -17,7 +20,7 @@ Group = dict[str, Any]
 
 
 def scale_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters of quantized layers besides weight and bias."""
+    """Return the parameters of quantized layers other than weight and bias."""
     return {
         parameter
         for layer in quant_layers(model).values()
@@ -27,7 +30,7 @@ def scale_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """The trained parameters as (matrices of linear layers, all others, quantization scales), in model order."""
+    """Return the trained parameters as (matrices of linear layers, all others, quantization scales), in model order."""
     scales = scale_parameters(model)
     embedded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     hidden = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - embedded
@@ -49,7 +52,7 @@ def build(
     muon_lr: float,
     scale_lr: float,
 ) -> list[Optimizer]:
-    """The optimizers of a model, one or two."""
+    """Return the model's optimizers: AdamW, or Muon and AdamW. `name` is `adamw` or `muon`."""
     matrices, others, scales = split(model)
     rest = [_group(others, lr, 0.0), _group(scales, scale_lr, 0.0)]
     if name == "adamw":
@@ -59,6 +62,7 @@ def build(
 
 
 def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Group:
+    # `set_rate` scales `lr` from `peak_lr`, so that one schedule serves all groups.
     return {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
 
 

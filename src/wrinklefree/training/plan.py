@@ -1,8 +1,4 @@
-"""What `auto` comes to: steps, learning rate, precision, sequence length.
-
-The tables are the training guide's, by parameter count: learning rate 1e-4 below 500 M, 5e-5 to 2 B, 2e-5 to 7 B,
-1e-5 above; tokens at the lower end of its ranges.
-"""
+"""Resolves the settings that may be `auto`: steps, learning rate, precision, sequence length."""
 
 import logging
 import math
@@ -21,8 +17,10 @@ from wrinklefree.distributed.world import World
 
 log = logging.getLogger("wrinklefree")
 
-MAX_LENGTH = 2048  # tokens: what `training.max_seq_length: auto` comes to at most
-# (parameters below, learning rate, tokens)
+MAX_LENGTH = 2048  # tokens, the most that `training.max_seq_length: auto` chooses
+
+# The training guide's table: (fewer parameters than, learning rate, tokens). It gives ranges of tokens; these are
+# their lower ends.
 TABLE = [
     (500e6, 1e-4, 500_000_000),
     (2e9, 5e-5, 1_000_000_000),
@@ -33,24 +31,27 @@ TABLE = [
 
 @dataclass(frozen=True)
 class Resolved:
-    """A value and where it came from, for the log."""
+    """A value, and for the log the reason why it was chosen."""
 
     value: float
     reason: str
 
 
-def choose_lr(given: float | str, num_parameters: int) -> Resolved:
-    """The peak learning rate: as given, or for `auto` by the guide's table."""
-    if not isinstance(given, str):
-        return Resolved(given, "set")
+def choose_lr(setting: float | str, num_parameters: int) -> Resolved:
+    """Return the peak learning rate: `setting`, or if that is `auto`, the one in `TABLE`."""
+    if not isinstance(setting, str):
+        return Resolved(setting, "set")
     value = next(lr for limit, lr, _ in TABLE if num_parameters < limit)
     return Resolved(value, f"table, {num_parameters / 1e6:.0f} M parameters")
 
 
-def choose_tokens(given: int | str, num_parameters: int, model: ModelConfig, slow: bool) -> Resolved:
-    """The tokens to train on: as given, or for `auto` what the model's config says, or else the guide's table."""
-    if not isinstance(given, str):
-        return Resolved(given, "total_tokens set")
+def choose_tokens(setting: int | str, num_parameters: int, model: ModelConfig, slow: bool) -> Resolved:
+    """Return the number of tokens to train on.
+
+    That is `setting`; if it is `auto`, what the model's config says; if that says nothing, the number in `TABLE`.
+    """
+    if not isinstance(setting, str):
+        return Resolved(setting, "total_tokens set")
     if slow and model.auto_tokens_slow is not None:
         return Resolved(
             model.auto_tokens_slow,
@@ -63,7 +64,10 @@ def choose_tokens(given: int | str, num_parameters: int, model: ModelConfig, slo
 
 
 def choose_steps(max_steps: int | None, tokens: Resolved, tokens_per_step: int) -> Resolved:
-    """The number of optimizer steps: `max_steps`, else what `tokens` are enough for."""
+    """Return the number of optimizer steps: `max_steps`, or if that is None, as many as `tokens` suffice for.
+
+    Raises UserError if they do not suffice for one.
+    """
     if max_steps is not None:
         return Resolved(max_steps, "max_steps set")
     total = int(tokens.value)
@@ -74,22 +78,22 @@ def choose_steps(max_steps: int | None, tokens: Resolved, tokens_per_step: int) 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `auto` came to."""
+    """The settings of a training after `auto` was resolved."""
 
     max_steps: int
     lr: float
     dtype: torch.dtype  # of the matrix products; weights and optimizer state are fp32
     length: int  # tokens in a sequence
-    tokens_per_step: int  # of all processes
+    tokens_per_step: int  # all processes together
 
     def autocast(self, device: torch.device, cached: bool = True) -> AbstractContextManager[Any]:
-        """Matrix products in `dtype` while the block runs; `cached` keeps a copy of each plain weight in it."""
+        """Compute matrix products in `dtype` while the block runs; `cached` keeps a copy of each plain weight in it."""
         on = self.dtype != torch.float32
         return torch.autocast(device.type, self.dtype, enabled=on, cache_enabled=cached)
 
 
 def make_plan(t: TrainingConfig, config: ModelConfig, model: PreTrainedModel, length: int, world: World) -> Plan:
-    """Resolve `auto` and say in the log what was chosen and why."""
+    """Resolve every `auto`, and log what was chosen and why."""
     num_parameters = model.num_parameters()
     per_step = t.batch_size * length * t.gradient_accumulation_steps * world.size
     lr = choose_lr(t.optimizer.lr, num_parameters)
@@ -103,42 +107,44 @@ def make_plan(t: TrainingConfig, config: ModelConfig, model: PreTrainedModel, le
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies bf16 natively."""
+    """Whether the device has instructions to multiply bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """As given; `auto` is bf16 if the processor has it, which is twice as fast, else fp32."""
-    if precision == "auto":
+    """Return the dtype for `precision`: `bf16`, `fp32`, or `auto`, which is bf16 if the device multiplies it."""
+    if precision == "auto":  # bf16 is twice as fast
         return torch.bfloat16 if has_bf16(device) else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def choose_length(given: int | str, model: PreTrainedModel, cache: str | None) -> int:
-    """The sequence length: as given, or for `auto` the model's positions, at most `MAX_LENGTH`; a KD cache has its own.
+def choose_length(setting: int | str, model: PreTrainedModel, cache: str | None) -> int:
+    """Return the sequence length: the KD cache's if there is one, else `setting`.
 
-    Raises UserError for sequences longer than the positions or of another length than the cache's, and for a cache of
-    words that the model does not have.
+    `auto` is the model's number of positions, at most `MAX_LENGTH`.
+    Raises UserError if the length is above the model's positions, if it is set and the cache has another one, or if
+    the cache's vocabulary is larger than the model's.
     """
     longest: int = model.config.max_position_embeddings
     if cache is not None:
-        given = _length_of_cache(given, model, cache)
-    length = min(longest, MAX_LENGTH) if isinstance(given, str) else given
+        setting = _length_of_cache(setting, model, cache)
+    length = min(longest, MAX_LENGTH) if isinstance(setting, str) else setting
     if length > longest:
         raise UserError(f"training.max_seq_length={length}: the model has {longest} positions")
     return length
 
 
-def _length_of_cache(given: int | str, model: PreTrainedModel, cache: str) -> int:
+def _length_of_cache(setting: int | str, model: PreTrainedModel, cache: str) -> int:
     manifest = read_manifest(Path(cache))
-    if manifest.vocab_size > model.config.vocab_size:  # one tokenizer, but a head that is padded further
+    if manifest.vocab_size > model.config.vocab_size:  # one tokenizer may serve heads padded to different sizes
         raise UserError(
-            f"{cache}: of a vocabulary of {manifest.vocab_size} words, the model has {model.config.vocab_size}"
+            f"{cache}: its vocabulary has {manifest.vocab_size} words, the model's has {model.config.vocab_size}"
         )
-    if given not in ("auto", manifest.length):
+    if setting not in ("auto", manifest.length):
         raise UserError(
-            f"training.max_seq_length={given}: the sequences of {cache} have {manifest.length} tokens; leave it at auto"
+            f"training.max_seq_length={setting}: the sequences of {cache} have {manifest.length} tokens; "
+            f"leave it at auto"
         )
     return manifest.length

@@ -1,4 +1,4 @@
-"""Everything that changes while a model trains, and what a checkpoint keeps of it."""
+"""What changes while a model trains, and the part of it that a checkpoint keeps."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from wrinklefree.training.plan import Plan
 
 
 class Stream(Protocol):
-    """Endless training batches with an exact position."""
+    """Training batches without end. Its state is an exact position to continue from."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -33,7 +33,7 @@ class Stream(Protocol):
 
 @dataclass
 class TrainingState:
-    """Everything that changes while a model trains; `state` is what a checkpoint keeps of it."""
+    """One training in progress: its model, optimizers, data and counters."""
 
     model: PreTrainedModel
     objective: Objective
@@ -49,10 +49,11 @@ class TrainingState:
     step: int = 0
     tokens: int = 0
     best_loss: float = math.inf
-    stale: int = 0  # evaluations since the best one
+    stale: int = 0  # evaluations in a row without a better one
     last_batch: Batch = field(default_factory=dict)
 
     def state(self) -> checkpoint.State:
+        """Return what a checkpoint keeps beside the weights. Every process has to call this."""
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -64,13 +65,13 @@ class TrainingState:
         }
 
     def load_state(self, path: Path) -> None:
-        """Go on from the checkpoint in `path`, which any number of processes may have saved.
+        """Take over the state of the checkpoint in `path`, whatever number of processes saved it.
 
-        Raises UserError where it is broken, or another run's.
+        Raises UserError if it is broken, or if it does not fit this run's optimizers or data.
         """
         state = checkpoint.load_state(path)
         self.step, self.tokens, self.best_loss = state["step"], state["tokens"], state["best_loss"]
-        self.stale = state.get("stale", 0)  # checkpoints of 0.1 do not have it
+        self.stale = state.get("stale", 0)  # version 0.1 did not save it
         try:
             checkpoint.place_moments(path, state, self.optimizers)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -83,17 +84,17 @@ class TrainingState:
         torch.set_rng_state(state["rng"][self.world.rank % len(state["rng"])])
 
     def save(self, name: str, state: checkpoint.State | None = None) -> None:
-        """Write the checkpoint folder `name` of the run. Every process has to call it."""
+        """Write the checkpoint folder `name` inside the run. Every process has to call this."""
         checkpoint.save(self.out / name, self.model, self.tokenizer, self.settings, state, self.world)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        # The cache would keep a bf16 copy of every weight of a plain layer; sharded, that is the whole model again.
+        # The cache keeps a bf16 copy of each plain layer's weight. With sharding, that would be the whole model again.
         cached = not isinstance(self.placement, Sharded)
         return self.plan.autocast(self.world.device, cached)
 
 
 def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Load moments and counters, but keep the settings of this run. Raises ValueError where the groups differ."""
+    """Load moments and counters, but keep this run's settings. Raises ValueError if the groups differ."""
     settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, mine in zip(optimizer.param_groups, settings, strict=True):

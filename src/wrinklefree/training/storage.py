@@ -1,8 +1,7 @@
-"""Files and folders on gs://, s3:// and whatever else fsspec knows, brought here and sent there.
+"""Copies files and folders from and to gs://, s3:// and every other scheme that fsspec knows.
 
-A pushed folder carries a manifest (names and sizes), written before the files: a `fetch` of a folder whose push was cut
-off sees what is missing and fails, and files that an older push left at the same address are not taken along. Folders
-without one, put there by other tools, are taken as they are.
+`push` writes a manifest of names and sizes before a folder's files. From it `fetch` sees that an upload was cut off,
+and which files an older upload left behind. A folder without a manifest, put there by another tool, is taken as it is.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from wrinklefree.core.fingerprint import fingerprint
 
 MANIFEST = ".wrinklefree-manifest.json"
 
-# What the drivers raise beside OSError, looked up once a driver has been imported.
+# Exceptions of the drivers that are no OSError: (module, class). A class is looked up if its module has been imported.
 _REFUSALS = [
     ("gcsfs.retry", "HttpError"),
     ("google.auth.exceptions", "GoogleAuthError"),
@@ -31,37 +30,37 @@ _REFUSALS = [
 
 
 def is_remote(url: str) -> bool:
-    """Whether `url` names something that is not a local path."""
+    """Whether `url` has a scheme, as local paths have not."""
     return "://" in url
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: WRINKLEFREE_CACHE, or ~/.cache/wrinklefree."""
+    """Return the folder for downloads: WRINKLEFREE_CACHE, or ~/.cache/wrinklefree."""
     return Path(os.environ.get("WRINKLEFREE_CACHE", "~/.cache/wrinklefree")).expanduser()
 
 
 def fetch(url: str, cache: Path | None = None) -> Path:
-    """The local path of a remote file or folder, downloaded unless the same version of it is in the cache.
+    """Return the local path of a file or folder at `url`, downloading it unless this version is in the cache.
 
-    A local path is given back as it is. Raises UserError where there is nothing at `url`, where a folder there is not
-    whole, and where the driver for it is not installed.
+    A local path is returned unchanged. Raises UserError if there is nothing at `url`, if its upload was cut off, or if
+    the driver is not installed.
     """
     if not is_remote(url):
         return Path(url)
     files, root = _connect(url)
     with _refusals_explained(url):
-        found = _listing(files, root, url)
-        version = fingerprint([url, sorted(found.items())])
+        listing = _listing(files, root, url)
+        version = fingerprint([url, sorted(listing.items())])
         target = (cache or cache_folder()) / "remote" / version / root.rpartition("/")[2]
         if not target.exists():
-            _download(files, found, target)
+            _download(files, listing, target)
     return target
 
 
 def push(local: Path, url: str) -> None:
-    """Upload a file or folder to `url`, which becomes its address; files already there are replaced.
+    """Upload a file or folder to the address `url`, replacing files that are there.
 
-    Raises UserError where `local` is missing, where the driver is not installed, and where the upload is refused.
+    Raises UserError if `local` is missing, if the driver is not installed, or if the service refuses.
     """
     if not local.exists():
         raise UserError(f"{local}: no such file or folder to upload")
@@ -74,59 +73,62 @@ def push(local: Path, url: str) -> None:
 
 
 def _connect(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path in it."""
-    # From 2026.3 on, gcsfs otherwise asks each bucket over gRPC what kind it is, which can hang for a minute.
+    """Return the fsspec file system for `url`, and the path inside it."""
+    # Otherwise gcsfs, from 2026.3 on, asks over gRPC what kind each bucket is. That can hang for a minute.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback per retry; the last error is raised
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback per retry, and raises the last
     try:
         files, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise UserError(f"{url}: {error}; it comes with: pip install 'wrinklefree[cloud]'") from error
     except ValueError as error:
         raise UserError(f"{url}: {error}; use gs://, s3:// or a local path") from error
-    files.invalidate_cache()  # listings are cached for the life of the process, and others write there
+    files.invalidate_cache()  # listings are cached until the process ends, and others write there
     return files, str(root).rstrip("/")
 
 
 def _listing(files: Any, root: str, url: str) -> dict[str, list[Any]]:
-    """Remote path relative to `root` ("" where root is a file) -> [remote path, size, fingerprint]."""
+    """Return {path relative to `root`: [remote path, size, fingerprint]}; the key is "" if `root` is a file.
+
+    Raises UserError if there is nothing, or if the manifest names files that are missing or of another size.
+    """
     if files.isfile(root):
         return {"": _entry(root, files.info(root))}
-    found = {
+    present = {
         path[len(root) + 1 :]: _entry(path, info)
         for path, info in files.find(root, detail=True).items()
         if info["type"] == "file"
     }
-    if not found:
+    if not present:
         raise UserError(f"{url}: nothing there")
-    if MANIFEST not in found:
-        return found
-    sizes = json.loads(files.cat_file(found[MANIFEST][0]))
-    missing = [name for name, size in sizes.items() if name not in found or found[name][1] != size]
+    if MANIFEST not in present:
+        return present
+    sizes = json.loads(files.cat_file(present[MANIFEST][0]))
+    missing = [name for name, size in sizes.items() if name not in present or present[name][1] != size]
     if missing:
         raise UserError(
             f"{url}: not whole, its upload was cut off ({len(missing)} of {len(sizes)} files, {missing[0]} first)"
         )
-    return {name: found[name] for name in sizes}
+    return {name: present[name] for name in sizes}
 
 
 def _entry(path: str, info: dict[str, Any]) -> list[Any]:
-    # The times and checksums differ by service: all that is not the file's content goes into one fingerprint.
+    # Services report different times and checksums: hash everything they say, and any change makes a new version.
     return [path, info["size"], hashlib.sha256(repr(sorted(info.items(), key=str)).encode()).hexdigest()]
 
 
-def _download(files: Any, found: dict[str, list[Any]], target: Path) -> None:
-    """Download beside `target`, then rename: an interrupted download is never taken for a whole one."""
+def _download(files: Any, listing: dict[str, list[Any]], target: Path) -> None:
+    """Download to a folder beside `target`, then rename it, so that `target` is never half a download."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
     try:
-        for name, (path, _, _) in found.items():
+        for name, (path, _, _) in listing.items():
             local = aside / target.name / name
             local.parent.mkdir(parents=True, exist_ok=True)
             files.get_file(path, str(local))
-        if not target.exists():  # another process may have been faster
+        if not target.exists():  # it does if another process was faster
             (aside / target.name).rename(target)
     finally:
         shutil.rmtree(aside)
@@ -147,7 +149,7 @@ def _put(files: Any, local: Path, remote: str) -> None:
 
 @contextmanager
 def _refusals_explained(url: str) -> Iterator[None]:
-    """Turn a service's refusal (nothing there, no access, no connection) into a UserError of one line."""
+    """Turn a service's error (nothing there, no access, no connection) into a UserError of one line."""
     try:
         yield
     except FileNotFoundError as error:

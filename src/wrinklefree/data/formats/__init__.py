@@ -1,1 +1,1 @@
-"""Data formats, found by name: `document(row, reading, where)` makes a row of a data set a document."""
+"""Data formats, found by name: `document(row, reading, where)` turns a dataset's row into a document."""

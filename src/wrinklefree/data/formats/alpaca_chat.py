@@ -1,4 +1,4 @@
-"""Columns instruction, input (may be empty or missing) and output."""
+"""Rows with columns instruction, input (may be empty or missing) and output."""
 
 from wrinklefree.data.chat import Reading, conversation, optional, text, turns
 from wrinklefree.data.sources import Document, Row
@@ -7,7 +7,7 @@ READS = ("enable_thinking", "mask_prompt")
 
 
 def document(row: Row, reading: Reading, where: str) -> Document:
-    """The row as text. Raises UserError naming `where` for a row of another format."""
+    """Return the row as a conversation. Raises UserError, beginning with `where`, if the row has another format."""
     question = text(row, "instruction", where)
     answer = text(row, "output", where)
     return conversation(turns(question, optional(row, "input"), answer, "\n\n"), reading, where)

@@ -1,4 +1,4 @@
-"""Columns instruction, context (may be empty or missing) and response."""
+"""Rows with columns instruction, context (may be empty or missing) and response."""
 
 from wrinklefree.data.chat import Reading, conversation, optional, text, turns
 from wrinklefree.data.sources import Document, Row
@@ -7,7 +7,7 @@ READS = ("enable_thinking", "mask_prompt")
 
 
 def document(row: Row, reading: Reading, where: str) -> Document:
-    """The row as text. Raises UserError naming `where` for a row of another format."""
+    """Return the row as a conversation. Raises UserError, beginning with `where`, if the row has another format."""
     question = text(row, "instruction", where)
     answer = text(row, "response", where)
     return conversation(turns(question, optional(row, "context"), answer, "\n\nContext:\n"), reading, where)

@@ -1,4 +1,4 @@
-"""Column conversations, a list of {from, value}."""
+"""Rows with a column conversations, a list of {from, value}."""
 
 from wrinklefree.data.chat import Reading, conversation, listed
 from wrinklefree.data.sources import Document, Row
@@ -7,5 +7,5 @@ READS = ("enable_thinking", "mask_prompt")
 
 
 def document(row: Row, reading: Reading, where: str) -> Document:
-    """The row as text. Raises UserError naming `where` for a row of another format."""
+    """Return the row as a conversation. Raises UserError, beginning with `where`, if the row has another format."""
     return conversation(listed(row, ("conversations",), where), reading, where)

@@ -1,4 +1,4 @@
-"""The column `data.text_column`, or else `messages` by the tokenizer's chat template as they are."""
+"""Rows with text in the column `data.text_column`, or else with `messages`, which the chat template writes."""
 
 from functools import partial
 
@@ -12,12 +12,12 @@ READS = ("text_column",)
 
 
 def document(row: Row, reading: Reading, where: str) -> Document:
-    """The row's text. Raises UserError naming the columns there are if it has none."""
+    """Return the row's text. Raises UserError, naming the row's columns, if there is none."""
     return row_text(row, where, column=reading.column, chat=partial(_chat, reading.tokenizer))
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> str:
-    """A row's `messages`, a list of {role, content}, as text by the tokenizer's chat template."""
+    """Return a row's `messages`, a list of {role, content}, as the tokenizer's chat template writes them."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:

@@ -1,1 +1,1 @@
-"""A teacher's answers on disk."""
+"""The KD cache: a teacher's answers on disk."""

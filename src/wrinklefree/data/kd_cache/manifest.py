@@ -1,4 +1,4 @@
-"""The manifest of a KD cache: what its shards are made of, and the key that they carry."""
+"""The manifest of a KD cache: its settings, its shards, and the key that each shard carries."""
 
 import dataclasses
 import math
@@ -17,14 +17,12 @@ FORMAT, VERSION = "wrinklefree_kd_cache", 2
 
 MANIFEST = "manifest.json"
 
-HEADER_BYTES = 1024  # of a shard, about
+HEADER_BYTES = 1024  # about the size of a shard's header
 
-SPARE = 1.02  # of the predicted size that must be free
+SPARE = 1.02  # the free space required, relative to the predicted size
 
-# How safetensors calls the types of a shard.
+# safetensors' names for the types in a shard.
 DTYPES = {torch.uint16: "U16", torch.int32: "I32", torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
-
-# Tokens of one line that tell tokenizers of one vocabulary apart: case, spaces, digits, accents, emoji.
 
 
 Tail = Literal["exact", "sampled", "unknown"]
@@ -32,13 +30,13 @@ Tail = Literal["exact", "sampled", "unknown"]
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a cache is. `shards` are the sequences in each file so far, `position` where the data goes on."""
+    """A cache's settings and progress, as `manifest.json` holds them."""
 
     format: str = FORMAT
     version: int = VERSION
     teacher: str
     teacher_fingerprint: str
-    precision: str  # that the teacher computed in
+    precision: str  # the teacher's, when it wrote the answers
     tokenizer: str
     tokenizer_fingerprint: str
     data: dict[str, Any]
@@ -47,17 +45,17 @@ class Manifest:
     length: int  # L
     topk: int  # K
     negatives: int  # R
-    tail: Tail  # of words outside of the support: known, estimated from random words (an import), or not known
+    tail: Tail  # the other words' log-sum-exp: exact, estimated from random words (an import), or unknown
     seed: int
     shard_size: int
     num_train: int  # sequences asked for; the data may have fewer
     num_heldout: int
-    shards: dict[str, list[int]] = field(default_factory=lambda: {"train": [], "heldout": []})
+    shards: dict[str, list[int]] = field(default_factory=lambda: {"train": [], "heldout": []})  # sequences per file
     complete: bool = False
-    position: dict[str, Any] | None = None
+    position: dict[str, Any] | None = None  # where the data continues
 
     def __post_init__(self) -> None:
-        """Raises ValueError for shapes that no cache has."""
+        """Raises ValueError if a size is impossible, or if a complete cache has no sequence in one of its splits."""
         if not (0 < self.topk <= self.vocab_size and self.negatives >= 0):
             raise ValueError(f"top {self.topk} and {self.negatives} random ones of {self.vocab_size} words")
         if self.length < 2 or self.shard_size < 1:
@@ -69,12 +67,12 @@ class Manifest:
 
     @property
     def key(self) -> str:
-        """Names the cache in its shards and in a training's position: one hash of all settings."""
+        """A hash of all settings. Each shard carries it, and so does the data position of a training on this cache."""
         return fingerprint(dataclasses.asdict(self.settings))
 
     @property
     def settings(self) -> "Manifest":
-        """Without progress."""
+        """This manifest without progress: no shards, not complete, no position."""
         return dataclasses.replace(self, shards={"train": [], "heldout": []}, complete=False, position=None)
 
     @property
@@ -82,36 +80,36 @@ class Manifest:
         return torch.uint16 if self.vocab_size <= 1 << 16 else torch.int32
 
     def count(self, split: Split) -> int:
-        """Sequences written."""
+        """Return the number of sequences written so far."""
         return sum(self.shards[split])
 
     def shapes(self, num: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and shape of every tensor of a shard of `num` sequences."""
+        """Return the type and shape of every tensor in a shard of `num` sequences."""
         tokens, places = (num, self.length), (num, self.length - 1)
         ids = self.id_dtype
-        found: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-        found = {"input_ids": (ids, tokens), "starts": (torch.uint8, tokens), "learned": (torch.uint8, tokens)}
-        found |= {"topk_ids": (ids, (*places, self.topk)), "topk_logits": (torch.float16, (*places, self.topk))}
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+        shapes = {"input_ids": (ids, tokens), "starts": (torch.uint8, tokens), "learned": (torch.uint8, tokens)}
+        shapes |= {"topk_ids": (ids, (*places, self.topk)), "topk_logits": (torch.float16, (*places, self.topk))}
         if self.tail != "unknown":
-            found["rest"] = (torch.float32, places)
+            shapes["rest"] = (torch.float32, places)
         if self.negatives:
             shape = (*places, self.negatives)
-            found |= {"random_ids": (ids, shape), "random_logits": (torch.float16, shape)}
-        return found
+            shapes |= {"random_ids": (ids, shape), "random_logits": (torch.float16, shape)}
+        return shapes
 
     @property
     def sequence_bytes(self) -> int:
-        """What one sequence takes: (i + 2) L + (L - 1) ((i + 2) (K + R) + 4), with i bytes to an id."""
+        """Bytes of one sequence: (i + 2) L + (L - 1) ((i + 2) (K + R) + 4), with i bytes per id."""
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.shapes(1).values())
 
     def predicted_bytes(self, num_train: int, num_heldout: int) -> int:
-        """Size of all shards."""
+        """Return the predicted size of all shards together."""
         num_shards = -(-num_train // self.shard_size) + -(-num_heldout // self.shard_size)
         return (num_train + num_heldout) * self.sequence_bytes + num_shards * HEADER_BYTES
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """The files of a cache but for its manifest, also what was never renamed into place."""
+    """Return all files of a cache except its manifest, including temporary ones that a broken run left."""
     kinds = ("train-*.safetensors", "heldout-*.safetensors", ".*.safetensors.tmp")
     return [file for kind in kinds for file in folder.glob(kind)]
 
@@ -121,7 +119,7 @@ def shard_name(split: Split, number: int) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError where there is none, or not one of ours."""
+    """Read a cache's manifest. Raises UserError if there is none, or if this version cannot read it."""
     file = folder / MANIFEST
     if not file.is_file():
         raise UserError(

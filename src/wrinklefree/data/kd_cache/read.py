@@ -1,25 +1,25 @@
-"""The offline KD cache: a teacher's answers to every next token, written once and read by any number of trainings.
+"""Reads the KD cache: a teacher's answers to every next token, written once and read by any number of trainings.
 
-    DIR/manifest.json               what is in it, and what it was made of (`Manifest`)
-    DIR/train-00000.safetensors     up to `shard_size` sequences each, in the order of the data
+    DIR/manifest.json               what is in the cache, and what it was made from (`Manifest`)
+    DIR/train-00000.safetensors     up to `shard_size` sequences per file, in the order of the data
     DIR/heldout-00000.safetensors   never trained on
 
-With n sequences of L tokens, K likeliest words, R random ones, a vocabulary of V, and ids of uint16 where V <= 65536,
-else int32, a shard holds
+A shard holds n sequences of L tokens, with K likeliest and R random words from a vocabulary of V. Ids are uint16 if
+V <= 65536, else int32:
 
     input_ids      [n, L]         ids     the sequences
     starts         [n, L]         uint8   1 at the first token of each document
-    learned        [n, L]         uint8   1 where the token is a label: not the first of a text, not a masked prompt
-    topk_ids       [n, L-1, K]    ids     the likeliest words after token t, likeliest first: for token t+1
+    learned        [n, L]         uint8   1 if the token is a label: not the first of a text, not in a masked prompt
+    topk_ids       [n, L-1, K]    ids     the likeliest words after token t, likeliest first
     topk_logits    [n, L-1, K]    fp16    their logits
-    rest           [n, L-1]       fp32    log-sum-exp of the logits of all words outside of the support
+    rest           [n, L-1]       fp32    log-sum-exp of the logits of all words outside the support
     random_ids     [n, L-1, R]    ids     other words, one from each R-th of the vocabulary
-    random_logits  [n, L-1, R]    fp16    their logits; -1e4 where the word is in the top-k, or there twice
+    random_logits  [n, L-1, R]    fp16    their logits; -1e4 for a word that is in the top k or was drawn twice
 
-The support of a position is top-k and random words together: distinct words whose logits are known; with `rest` that
-gives the log-sum-exp of all V. Not the other way round: of a tail below 1e-6, where a teacher is sure, the difference
-of two fp32 numbers keeps nothing, and a temperature of 4 makes 3 % of it. Files are mapped, not read: a training needs
-the memory of its batch, whatever the size.
+The support of a position is its top-k and random words together: distinct words whose logits are known.
+
+`rest` stores the tail itself, not the total over V: if the teacher is sure, the tail is below 1e-6 of the total, and
+total minus support cancels in fp32. It still matters, because a temperature of 4 turns it into 3 %.
 """
 
 import bisect
@@ -43,17 +43,17 @@ from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.data.sources import Split
 from wrinklefree.data.tokenizer import tokenizer_fingerprint
 
-OPEN_SHARDS = 64  # kept mapped at a time
+OPEN_SHARDS = 64  # mapped at a time
 
 
 class KDCache:
-    """A whole cache, open for reading."""
+    """A finished cache, open for reading. Files are mapped, so it takes the memory of a batch, whatever its size."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError for no cache, an unfinished one, and shards that are missing, truncated or of another."""
+        """Raises UserError if there is no finished cache, or if a shard is missing, truncated or foreign."""
         self.folder, self.manifest = folder, read_manifest(folder)
         if not self.manifest.complete:
-            raise UserError(f"{folder}: the cache is not finished: run the same `wf cache` again, it goes on")
+            raise UserError(f"{folder}: the cache is not finished: run the same `wf cache` again to continue it")
         self._ends = {split: list(accumulate(nums)) for split, nums in self.manifest.shards.items()}
         self._open: OrderedDict[str, Any] = OrderedDict()
         for split in ("train", "heldout"):
@@ -61,7 +61,7 @@ class KDCache:
                 self._check(shard_name(split, number), num)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UserError where these are not the cache's tokens."""
+        """Raises UserError if the tokenizer is not the one that the cache was written with."""
         if tokenizer_fingerprint(tokenizer) != self.manifest.tokenizer_fingerprint:
             raise UserError(
                 f"{self.folder}: written with the tokenizer of {self.manifest.tokenizer}, the student's "
@@ -69,12 +69,14 @@ class KDCache:
             )
 
     def batch(self, split: Split, rows: Sequence[int]) -> Batch:
-        """Sequences as a model's arguments and labels (`packing.make_batch`), and what the teacher said of them:
+        """Return sequences as a model's arguments and labels (see `packing.make_batch`), with the teacher's answers:
 
-        kd_ids int64, kd_logits fp32 [B, L-1, K+R], the support; kd_rest fp32 [B, L-1], where the tail is known.
+        kd_ids       int64 [B, L-1, K+R]    the support
+        kd_logits    fp32 [B, L-1, K+R]     its logits
+        kd_rest      fp32 [B, L-1]          log-sum-exp of all other words' logits; left out if it is unknown
         """
-        found = [self._sequence(split, row) for row in rows]
-        tensors = {name: torch.stack([sequence[name] for sequence in found]) for name in found[0]}
+        loaded = [self._sequence(split, row) for row in rows]
+        tensors = {name: torch.stack([sequence[name] for sequence in loaded]) for name in loaded[0]}
         batch = batch_of(tensors)
         kinds = ["topk", "random"] if self.manifest.negatives else ["topk"]
         batch["kd_ids"] = torch.cat([tensors[f"{kind}_ids"] for kind in kinds], dim=-1)
@@ -84,7 +86,7 @@ class KDCache:
         return batch
 
     def heldout(self, batch_size: int, max_tokens: int) -> Iterator[Batch]:
-        """Held-out batches, of sequences spread evenly over all of them. The same at every call."""
+        """Return held-out batches of at most `max_tokens` tokens, evenly spread. They are the same at every call."""
         total = self.manifest.count("heldout")
         kept = min(total, max(1, max_tokens // self.manifest.length))
         rows = [(2 * i + 1) * total // (2 * kept) for i in range(kept)]
@@ -98,7 +100,7 @@ class KDCache:
         return {name: _plain(shard.get_slice(name)[inside]) for name in self.manifest.shapes(1)}
 
     def _shard(self, name: str) -> Any:
-        """A mapped shard; the one used longest ago is let go where many are open."""
+        """Return a mapped shard. If too many are open, the one used longest ago is closed."""
         if name not in self._open:
             self._open[name] = safe_open(self.folder / name, framework="pt")
             if len(self._open) > OPEN_SHARDS:
@@ -107,7 +109,7 @@ class KDCache:
         return self._open[name]
 
     def _check(self, name: str, num: int) -> None:
-        """Raises UserError where a shard is missing, truncated, of another cache, or of other shapes."""
+        """Raises UserError if a shard is missing or truncated, belongs to another cache, or has the wrong shapes."""
         file = self.folder / name
         if not file.is_file():
             raise UserError(f"{file}: missing; the manifest counts {num} sequences in it")
@@ -119,18 +121,19 @@ class KDCache:
             raise UserError(f"{file}: belongs to another cache than {MANIFEST}")
         expected = {key: (DTYPES[dtype], *shape) for key, (dtype, shape) in self.manifest.shapes(num).items()}
         slices = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
-        found = {key: (part.get_dtype(), *part.get_shape()) for key, part in slices.items()}
-        if found != expected:
-            raise UserError(f"{file}: holds {found}, the manifest says {expected}")
+        held = {key: (part.get_dtype(), *part.get_shape()) for key, part in slices.items()}
+        if held != expected:
+            raise UserError(f"{file}: holds {held}, the manifest says {expected}")
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A tensor as int64 or fp32, because few of torch's functions take uint16."""
+    """Return a tensor as int64 or fp32."""
+    # Few of torch's functions take uint16.
     return tensor.float() if tensor.is_floating_point() else tensor.long()
 
 
 class KDStream(ShuffledStream):
-    """Batches of a cache without end, each epoch shuffled by (seed, epoch), from any exact position."""
+    """Batches from a cache, without end; each epoch is shuffled by (seed, epoch). A saved position is exact."""
 
     def __init__(self, cache: KDCache, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(
@@ -145,7 +148,7 @@ class KDStream(ShuffledStream):
 
 
 def sequences(batch: Batch) -> dict[str, Tensor]:
-    """What a shard keeps of a batch of `BatchStream` [n, L] itself: `batch_of` gives the same batch back."""
+    """Return the tensors that a shard stores for a batch [n, L] of `BatchStream`; `batch_of` is the inverse."""
     return {
         "input_ids": batch["input_ids"],
         "starts": (batch["position_ids"] == 0).to(torch.uint8),
@@ -154,5 +157,5 @@ def sequences(batch: Batch) -> dict[str, Tensor]:
 
 
 def batch_of(tensors: Mapping[str, Tensor]) -> Batch:
-    """The batch that `sequences` was made from."""
+    """Rebuild a batch from the tensors that `sequences` made."""
     return make_batch(torch.stack([tensors[name].long() for name in ("input_ids", "starts", "learned")], dim=1))

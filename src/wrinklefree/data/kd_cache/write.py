@@ -1,4 +1,4 @@
-"""Writing a KD cache, shard by shard; an interrupted one goes on."""
+"""Writes a KD cache, shard by shard. An interrupted cache is continued."""
 
 import dataclasses
 import fcntl
@@ -25,39 +25,41 @@ log = logging.getLogger("wrinklefree")
 
 @contextmanager
 def begin(folder: Path, wanted: Manifest, *, force: bool = False) -> Iterator[Manifest]:
-    """Hold `folder` for writing, and give where to go on: `wanted`, or the cache of these settings that is there.
+    """Lock `folder` for writing, and give the manifest to continue from.
 
-    With `force` always `wanted`, in the place of the cache that is there. Raises UserError where the folder holds
-    something else, or another process writes there, or the disk is too small: then all is left as it was.
+    That is the manifest in the folder if it has the settings of `wanted`, or else `wanted`. With `force` it is always
+    `wanted`, and the cache in the folder is deleted.
+    Raises UserError, and changes nothing, if the folder holds something else, if another process writes there, or if
+    the disk is too small.
     """
     anew = force and (folder / MANIFEST).exists()
     if anew:
         check_disk(folder, wanted, sum(file.stat().st_size for file in shards_in(folder)))
     else:
-        check_disk(folder, _found(folder, wanted))
-    with _alone(folder):
+        check_disk(folder, _manifest_to_continue(folder, wanted))
+    with _locked(folder):
         if anew:
-            write_manifest(folder, wanted)  # first, or a kill would leave one of files that are gone
+            write_manifest(folder, wanted)  # before deleting: after a kill, no manifest may name deleted shards
             for file in shards_in(folder):
                 file.unlink()
-        manifest = _found(folder, wanted)
+        manifest = _manifest_to_continue(folder, wanted)
         yield manifest if manifest.complete else write_manifest(folder, manifest)
 
 
-def _found(folder: Path, wanted: Manifest) -> Manifest:
-    """The cache of these settings that is in `folder`, or else `wanted`."""
+def _manifest_to_continue(folder: Path, wanted: Manifest) -> Manifest:
+    """Return the manifest in `folder`, or `wanted` if the folder is empty. Raises UserError if the settings differ."""
     if (folder / MANIFEST).exists():
-        found = read_manifest(folder)
-        _check_same(folder, found, wanted)
-        return found
+        present = read_manifest(folder)
+        _check_same(folder, present, wanted)
+        return present
     if folder.is_dir() and any(not file.match(".*.tmp") for file in folder.iterdir()):
         raise UserError(f"{folder}: not empty, and no KD cache: choose another folder")
     return wanted
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Make `folder`, and keep other processes from writing a cache there."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Create `folder`, and keep other processes from writing a cache there while the block runs."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -67,7 +69,7 @@ def _alone(folder: Path) -> Iterator[None]:
         _lock(folder, handle)
         yield
     finally:
-        os.close(handle)  # which unlocks, as does the end of the process
+        os.close(handle)  # this unlocks it, and so does the end of the process
 
 
 def _lock(folder: Path, handle: int) -> None:
@@ -79,8 +81,8 @@ def _lock(folder: Path, handle: int) -> None:
         log.info("%s: cannot be locked on this file system: let no other process write there", folder)
 
 
-def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
-    mine, other = dataclasses.asdict(wanted.settings), dataclasses.asdict(found.settings)
+def _check_same(folder: Path, present: Manifest, wanted: Manifest) -> None:
+    mine, other = dataclasses.asdict(wanted.settings), dataclasses.asdict(present.settings)
     different = [key for key in mine if mine[key] != other[key]]
     if different:
         key = different[0]
@@ -90,11 +92,11 @@ def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
 
 
 def check_disk(folder: Path, manifest: Manifest, freed: int = 0) -> None:
-    """Say how large the cache will be. Raises UserError where the disk has no room for what is missing.
+    """Log how large the cache will be. Raises UserError if the disk has no room for the part that is missing.
 
-    `freed` are bytes that will be free by then. A complete cache needs none: its data may have ended early.
+    `freed` are bytes that are not free yet but will be.
     """
-    if manifest.complete:
+    if manifest.complete:  # even if it has fewer sequences than asked for: its data ended early
         return
     whole = manifest.predicted_bytes(manifest.num_train, manifest.num_heldout)
     missing = whole - (manifest.count("train") + manifest.count("heldout")) * manifest.sequence_bytes
@@ -115,10 +117,8 @@ def check_disk(folder: Path, manifest: Manifest, freed: int = 0) -> None:
 def append(
     folder: Path, manifest: Manifest, new: Mapping[Split, Mapping[str, Tensor]], position: dict[str, Any] | None
 ) -> Manifest:
-    """Write a shard of each split in `new`, then the manifest that counts them, and return that.
-
-    All are renamed into place. A shard that no manifest counts yet is written again by whoever goes on.
-    """
+    """Write one shard for each split in `new`, then the manifest that counts them. Returns that manifest."""
+    # The manifest comes last. A shard that it does not count yet is written again when the cache is continued.
     shards = dict(manifest.shards)
     for split, tensors in new.items():
         _write_shard(folder / shard_name(split, len(shards[split])), manifest, tensors)
@@ -133,24 +133,28 @@ def _write_shard(target: Path, manifest: Manifest, tensors: Mapping[str, Tensor]
 
 
 def finish(folder: Path, manifest: Manifest) -> Manifest:
-    """Say that all is there. Raises UserError for a cache without a sequence to train or to evaluate on."""
+    """Mark the cache as complete. Raises UserError if it has no sequence to train on, or none held out."""
     if not (manifest.count("train") and manifest.count("heldout")):
         raise UserError(
-            f"{folder}: {manifest.count('train')} sequences to train on, {manifest.count('heldout')} held out"
+            f"{folder}: {manifest.count('train')} sequences to train on, {manifest.count('heldout')} held out: "
+            f"a cache needs both"
         )
     return write_manifest(folder, dataclasses.replace(manifest, complete=True, position=None))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest, whole or not at all, and return it."""
     text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
     _put(folder / MANIFEST, lambda aside: aside.write_text(text))
     return manifest
 
 
 def _put(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all. Raises UserError if that fails."""
+    """Write a file, whole or not at all. Raises UserError if writing fails."""
     try:
         with file_aside(target) as aside:
             write(aside)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{target}: cannot be written ({error}): what is there is whole, go on later") from error
+        raise UserError(
+            f"{target}: cannot be written ({error}); the cache so far is whole, and the same command continues it"
+        ) from error

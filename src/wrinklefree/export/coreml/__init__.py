@@ -1,1 +1,1 @@
-"""Core ML programs: how one is written, and an interpreter that runs it anywhere."""
+"""Core ML programs: a writer, and an interpreter that runs them on any machine."""

@@ -1,8 +1,8 @@
-"""A Core ML program, read back from its package and worked out by torch, operation by operation.
+"""Runs a Core ML program that was read back from its package, with torch, operation by operation.
 
-Core ML itself predicts on macOS alone. This follows coremltools' descriptions of the operations, so it shows that what
-lies on the disk is the model; what Apple's compiler makes of it, and how fast it is, it cannot show. Arithmetic is fp32
-on the stored constants, or with `rounded` every result is rounded to fp16, as where the program runs.
+Core ML itself predicts on macOS only. This follows coremltools' descriptions of the operations. It shows that the model
+is what lies on the disk, but not what Apple's compiler makes of it, nor how fast it is.
+Arithmetic is fp32. With `rounded`, every result is rounded to fp16, as on the device.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,25 +24,22 @@ Values = dict[str, Any]
 
 
 def functions(package: Path) -> dict[str, Any]:
-    """The functions of a package by name, weights included."""
+    """Return the functions of a package by name, weights included."""
     model = ct.models.MLModel(str(package), skip_model_load=True)
     spec = model.get_spec()
-    found: dict[str, Any] = load(spec, spec.specificationVersion, model.weights_dir).functions
-    return found
+    by_name: dict[str, Any] = load(spec, spec.specificationVersion, model.weights_dir).functions
+    return by_name
 
 
 class Decoder(nn.Module):
-    """The `functions` of a package, called like a transformers model on [1, L] ids.
-
-    `prefill` as often as it fits, `decode` for the rest.
-    """
+    """Calls a package's `prefill` and `decode` like a transformers model, on ids [1, L]."""
 
     def __init__(self, loaded: Mapping[str, Any], rounded: bool = False) -> None:
         super().__init__()
         self.prefill, self.decode = (Function(loaded[name], rounded) for name in ("prefill", "decode"))
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        """`.logits` fp32 [1, L, vocabulary]; the cache is new at each call."""
+        """Return an object with `logits`, fp32 [1, L, vocabulary]. Each call starts with an empty cache."""
         length = input_ids.shape[1]
         states = self.decode.new_states()
         pieces = []
@@ -52,7 +49,10 @@ class Decoder(nn.Module):
         return SimpleNamespace(logits=torch.cat(pieces, 1).to(input_ids.device))
 
     def _steps(self, length: int) -> Iterator[tuple["Function", int, int]]:
-        """The last ids always one by one, so that both functions and the cache between them are seen at work."""
+        """Yield (function, start, end): `prefill` as often as it fits, then `decode` for each remaining id.
+
+        At least one id is left for `decode`, so that both functions, and the cache between them, are tested.
+        """
         width = self.prefill.shapes["input_ids"][1]
         chunks = (length - 1) // width
         yield from ((self.prefill, k * width, (k + 1) * width) for k in range(chunks))
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
 
 
 class Function:
-    """One function of a program."""
+    """One function of a program, ready to be called."""
 
     def __init__(self, function: Any, rounded: bool = False) -> None:
         self.rounded = rounded
@@ -76,12 +76,12 @@ class Function:
                 self.operations.append(operation)
 
     def new_states(self) -> Values:
-        """Empty states, which calls change."""
+        """Return states full of zeros. A call changes them in place."""
         return {name: torch.zeros(shape) for name, shape in self.state_shapes.items()}
 
     @torch.no_grad()
     def __call__(self, feed: Values, states: Values) -> Values:
-        """The outputs by name."""
+        """Run all operations and return the outputs by name."""
         values = self.constants | feed | {name: name for name in states}
         for operation in self.operations:
             arguments = {name: _argument(values, given) for name, given in operation.inputs.items()}
@@ -108,7 +108,7 @@ def _state_shape(var: Any) -> tuple[int, ...]:
 
 
 def _constant(operation: Operation) -> Any:
-    """A tensor, fp32 or int64, or a plain value."""
+    """Return a constant as a tensor (fp32, int64 or bool), or as a plain string or bool."""
     packed = operation.op_type.startswith("constexpr_")
     value = operation.materialized_val_inference() if packed else operation.outputs[0].val
     if isinstance(value, (str, bool, np.bool_)):

@@ -1,15 +1,16 @@
-"""A decoder as a Core ML program: MIL of iOS 18, by coremltools' builder, in the layout of the Neural Engine.
+"""Writes a decoder as a Core ML program: MIL for iOS 18, in the layout that the Neural Engine wants.
 
-    activations        [1, channels, 1, S] fp16; a linear layer is a 1x1 convolution, its weight [out, in, 1, 1]
-    quantized layer    y = sum_k a_k * (Q (b_k * x)), the r products side by side in the batch: x times b [r, in, 1, 1],
-                       one convolution with Q = constexpr_lut_to_dense(codes, lut), times a [r, out, 1, 1], summed. With
-                       r = 1 that is one convolution between two products
-    above `factored`   r: Q * (a b) as an fp16 constant (baked)
-    RMSNorm            layer_norm of (x, -x), whose mean is zero; the sum of squares is its business, not fp16's
-    cache              two states [layers, kv heads, context, head width]; a step writes S columns at `position`
+| part | how it is written |
+|---|---|
+| activations | fp16 [1, channels, 1, S] |
+| linear layer | a 1x1 convolution with a weight [out, in, 1, 1] |
+| quantized layer of rank r | y = sum_k a_k * (Q (b_k * x)), with Q = constexpr_lut_to_dense(codes, lut) |
+| quantized layer, r above `factored` | its effective weight Q * (a b) as an fp16 constant ("baked") |
+| cache | two states [layers, kv heads, context, head width]; a step writes S columns at `position` |
 
-Inputs input_ids int32 [1, S] and position int32 [1], that of the first id; output logits fp16 [1, S, vocabulary]. Ids
-after the end of a text do no harm: their columns are overwritten before any later id sees them.
+Inputs: input_ids int32 [1, S], and position int32 [1], the position of the first id.
+Output: logits fp16 [1, S, vocabulary].
+Padding after the end of a text does no harm: its columns are overwritten before a later id can see them.
 """
 
 from collections.abc import Mapping
@@ -32,13 +33,13 @@ from wrinklefree.families.bitnet import norm_beside
 Var = Any  # a value of the program; coremltools has no annotations
 Array = npt.NDArray[Any]
 
-HIDDEN_LOGIT = -3e4  # of a column that lies ahead; fp16 ends at -65504
+HIDDEN_LOGIT = -3e4  # added to the scores of later columns; fp16 ends at -65504
 INDEX_TYPES = {2: types.np_uint2_dtype, 3: types.np_uint3_dtype, 4: types.np_uint4_dtype}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of attention and of the cache."""
+    """Sizes of the attention and of its cache."""
 
     layers: int
     heads: int
@@ -51,7 +52,7 @@ class Sizes:
 def build_program(
     model: PreTrainedModel, layers: Mapping[str, Palette], sizes: Sizes, length: int, factored: int
 ) -> Program:
-    """The program for `length` ids at a time; layers of more than `factored` ranks are baked."""
+    """Return the program for `length` ids at a time. Layers of a rank above `factored` are baked."""
     cache = (sizes.layers, sizes.kv_heads, sizes.context, sizes.head_dim)
     inputs = {
         "input_ids": mb.placeholder((1, length), dtype=types.int32),
@@ -68,7 +69,7 @@ def build_program(
 
 
 class _Decoder:
-    """Adds the operations of one pass to the function that is open."""
+    """Adds the operations of one forward pass to the MIL function that is open."""
 
     def __init__(
         self,
@@ -82,14 +83,14 @@ class _Decoder:
         self.model, self.layers, self.sizes, self.length, self.factored = model, layers, sizes, length, factored
         self.input_ids, self.position = inputs["input_ids"], inputs["position"]
         self.states = {"k": inputs["k_cache"], "v": inputs["v_cache"]}
-        # Read once, then passed on from update to update: coremltools takes two reads of a state for the same value.
+        # Read once, then hand the value from update to update: coremltools merges two reads of a state into one.
         self.caches = {part: mb.read_state(input=state) for part, state in self.states.items()}
         self.end = mb.add(x=self.position, y=np.int32(length))
         self.cos, self.sin = (self._at_position(table) for table in rotary_tables(model, sizes.context))
         self.mask = self._mask()
 
     def logits(self) -> Var:
-        """fp16 [1, S, vocabulary]."""
+        """Return the logits, fp16 [1, S, vocabulary]."""
         table = mb.const(val=half(self.model.model.embed_tokens.weight), name="embed_tokens")
         x = mb.gather(x=table, indices=self.input_ids, axis=0)
         x = mb.expand_dims(x=mb.transpose(x=x, perm=[0, 2, 1]), axes=[2])
@@ -129,7 +130,7 @@ class _Decoder:
         return self._linear(mixed, f"{prefix}.o_proj")
 
     def _heads(self, x: Var, prefix: str, part: str, heads: int) -> Var:
-        """[1, heads, head width, S]; in Qwen3 with a norm over each head of queries and keys."""
+        """Return queries, keys or values [1, heads, head width, S]. In Qwen3, queries and keys have a norm per head."""
         y = self._linear(x, f"{prefix}.{part}_proj")
         y = mb.reshape(x=y, shape=[1, heads, self.sizes.head_dim, self.length])
         if type(self.model).__name__ == "Qwen3ForCausalLM" and part in "qk":
@@ -142,7 +143,7 @@ class _Decoder:
         return mb.add(x=mb.mul(x=x, y=self.cos), y=mb.mul(x=turned, y=self.sin))
 
     def _remembered(self, part: str, new: Var, number: int) -> Var:
-        """Write [1, kv heads, width, S] into the cache; all columns of this layer, [kv heads, 1, context, width]."""
+        """Write `new` [1, kv heads, width, S] into the cache, and return the layer's [kv heads, 1, context, width]."""
         s = self.sizes
         updated = mb.slice_update(
             x=self.caches[part],
@@ -156,12 +157,12 @@ class _Decoder:
         return mb.reshape(x=own, shape=[s.kv_heads, 1, s.context, s.head_dim])
 
     def _at_position(self, table: Array) -> Var:
-        """The columns of these S ids: [1, 1, width, S] of [1, 1, width, context]."""
+        """Return the columns for these S ids: [1, 1, width, S] from a table [1, 1, width, context]."""
         begin = mb.concat(values=[_ints(0, 0, 0), self.position], axis=0)
         return mb.slice_by_size(x=table, begin=begin, size=[1, 1, table.shape[2], self.length])
 
     def _mask(self) -> Var:
-        """fp16 [1, 1, S, context]: 0 up to an id's own column, then `HIDDEN_LOGIT`."""
+        """Return fp16 [1, 1, S, context]: 0 up to an id's own column, `HIDDEN_LOGIT` after it."""
         rows = mb.add(x=self.position, y=np.arange(self.length, dtype=np.int32))
         rows = mb.reshape(x=rows, shape=[1, 1, self.length, 1])
         columns = np.arange(self.sizes.context, dtype=np.int32).reshape(1, 1, 1, -1)
@@ -169,7 +170,7 @@ class _Decoder:
         return mb.mul(x=ahead, y=np.float16(HIDDEN_LOGIT))
 
     def _linear(self, x: Var, fqn: str) -> Var:
-        """The layer `fqn`, with a norm of its inputs where it has one."""
+        """Apply the linear layer `fqn`, and before it the norm of its inputs, if it has one."""
         linear = self.model.get_submodule(fqn)
         assert isinstance(linear, nn.Linear)
         inside = linear.rms_norm if isinstance(linear, QuantLinear) else None
@@ -188,7 +189,9 @@ class _Decoder:
 
 
 def palettized(x: Var, layer: Palette, name: str) -> Var:
-    """[1, out, 1, S] of [1, in, 1, S]; the operations are `name`, `name_in` and `name_out`."""
+    """Apply a quantized layer: [1, in, 1, S] -> [1, out, 1, S]. Its operations are `name_in`, `name` and `name_out`."""
+    # The r products lie side by side in the batch: x times b [r, in, 1, 1], one convolution with Q, times a
+    # [r, out, 1, 1], summed over the batch.
     indices = _kernel(layer.index.numpy()).astype(INDEX_TYPES[layer.bits])
     q = mb.constexpr_lut_to_dense(indices=indices, lut=layer.lut.numpy().reshape(1, 1, 1, 1, -1, 1))
     if layer.has_b():
@@ -199,17 +202,17 @@ def palettized(x: Var, layer: Palette, name: str) -> Var:
 
 
 def op_name(fqn: str) -> str:
-    """The name of a layer's convolution."""
+    """Return the name of a layer's convolution."""
     return fqn.replace(".", "_")
 
 
 def half(tensor: Tensor) -> Array:
-    """fp16 on the CPU. Larger values than fp16 holds become infinite."""
+    """Return a tensor as an fp16 array on the CPU. Values beyond the range of fp16 become infinite."""
     return tensor.detach().cpu().half().numpy()
 
 
 def rotary_tables(model: PreTrainedModel, context: int) -> tuple[Array, Array]:
-    """Cosines and sines of the model's own rotary positions, fp16 [1, 1, head width, context]."""
+    """Return cosines and sines of the model's rotary positions, each fp16 [1, 1, head width, context]."""
     positions = torch.arange(context, device=model.device).unsqueeze(0)
     cos, sin = model.model.rotary_emb(torch.zeros((), device=model.device), positions)
     return half(cos.mT.unsqueeze(0)), half(sin.mT.unsqueeze(0))
@@ -220,16 +223,17 @@ def _ints(*values: int) -> Array:
 
 
 def _kernel(weight: Array) -> Array:
-    """[out, in] as the weight of a 1x1 convolution."""
+    """View a weight [out, in] as that of a 1x1 convolution, [out, in, 1, 1]."""
     return weight[:, :, None, None]
 
 
 def _flat(x: Var) -> Var:
-    """[1, S, channels] of [1, channels, 1, S]."""
+    """Turn [1, channels, 1, S] into [1, S, channels]."""
     return mb.transpose(x=mb.squeeze(x=x, axes=[2]), perm=[0, 2, 1])
 
 
 def _rms_norm(x: Var, norm: nn.Module, axis: int = 1) -> Var:
+    # layer_norm of (x, -x), whose mean is zero: the sum of squares is inside it, and does not overflow in fp16.
     gain, eps = half(norm.get_parameter("weight")), np.float16(vars(norm)["variance_epsilon"])
     both = mb.concat(values=[x, mb.mul(x=x, y=np.float16(-1))], axis=axis)
     normed = mb.layer_norm(x=both, axes=[axis], gamma=np.concatenate([gain, gain]), epsilon=eps)

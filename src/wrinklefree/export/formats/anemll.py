@@ -1,11 +1,11 @@
 """`--format anemll`: the state dict that ANEMLL's converters read.
 
-Of a quantized layer F it holds
+A quantized layer F is stored in fp16, with W = F.weight * (F.scale_A @ F.scale_B):
 
     F.weight [out, in]     entries of the table, lut[codes]        F.lut [2**bits]
-    F.scale_A [out, r]     A, magnitudes included                  F.scale_B [r, in]
+    F.scale_A [out, r]     A, with the magnitudes multiplied in    F.scale_B [r, in]
 
-in fp16, so that W = weight * (scale_A @ scale_B); everything else stands under its own name.
+All other tensors keep their names.
 """
 
 import json
@@ -38,9 +38,9 @@ def write(
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
 ) -> list[list[str]]:
-    """Write `folder/model_state_dict.pt` with its config.json and tokenizer, and read it back.
+    """Write `folder/model_state_dict.pt`, config.json and the tokenizer, and read the weights back.
 
-    Raises UserError for another method, CertificateError where a weight read back is not the trained one.
+    Raises UserError if a layer is not a table times scales, CertificateError if a weight differs when read back.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_state(model, folder / FILE)
@@ -76,7 +76,7 @@ def _check(state: Mapping[str, Tensor], layers: Mapping[str, Palette]) -> None:
 
 
 def described(model: PreTrainedModel, layers: Mapping[str, Palette]) -> dict[str, Any]:
-    """The model's own config, and what ANEMLL's tools look for beside it."""
+    """Return the model's config with the keys that ANEMLL's tools look for."""
     sizes: dict[str, int] = {}
     for fqn, layer in layers.items():
         prefix = "attn_" if surgery.matches(fqn, list(ATTENTION)) else "mlp_"

@@ -1,8 +1,11 @@
-"""`--format bitnet`: a checkpoint that transformers itself reads as BitNet, weights packed four to a byte.
+"""`--format bitnet`: a checkpoint that transformers itself reads as BitNet, with four weights per byte.
 
-transformers has two linear classes with opposite conventions for `weight_scale`: `autobitlinear` multiplies by it and
-unpacks at load, `bitlinear` divides by it and stays packed in memory. This is `bitlinear`, so it holds 1 / scale. Byte
-row r has the rows r, r + R, r + 2R, r + 3R of codes + 1 (R = out / 4), the first in its low bits.
+transformers has two linear classes with opposite conventions. This format writes `bitlinear`.
+
+| class | `weight_scale` | in memory |
+|---|---|---|
+| `bitlinear` | divides: it holds 1 / scale | packed |
+| `autobitlinear` | multiplies | unpacked at load |
 """
 
 import copy
@@ -22,7 +25,7 @@ from wrinklefree.export.views.ternary import Ternary, one_scale, ternary_layers
 
 NEXT = "AutoModelForCausalLM.from_pretrained('{target}')"
 
-KL = 1e-3  # nats; int8 rounding may go the other way at a single token
+KL = 1e-3  # nats allowed: int8 rounding may go the other way at single tokens
 
 
 def write(
@@ -31,7 +34,10 @@ def write(
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
 ) -> list[list[str]]:
-    """Write the folder, read it back with transformers and compare. Raises UserError where BitNet cannot hold it."""
+    """Write the folder, read it back with transformers and compare. Returns rows of a table.
+
+    Raises UserError if BitNet cannot hold the model, CertificateError if the folder is not the trained model.
+    """
     layers = ternary_layers(model, "bitnet")
     eps = _check(model, layers)
     config = copy.deepcopy(model.config)
@@ -47,18 +53,22 @@ def write(
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _save(model, layers, folder)
-    with torch.compiler.set_stance("force_eager"):  # BitNet's functions are compiled, which needs a compiler
+    with torch.compiler.set_stance("force_eager"):  # transformers compiles BitNet's functions, but needs a compiler
         return _read_back(model, layers, folder, batches).rows()
 
 
 def _check(model: PreTrainedModel, layers: dict[str, Ternary]) -> float | None:
-    """The epsilon of norms inside of the layers, None where there are none. Raises UserError for what has no place."""
+    """Return the epsilon of the norms inside layers, or None if there are none.
+
+    Raises UserError if only some layers have a norm, if one has several scales or a number of rows that is no multiple
+    of 4, or if the model was trained without int8 activations.
+    """
     quantized = quant_layers(model)
     eps = {None if layer.rms_norm is None else layer.rms_norm.variance_epsilon for layer in quantized.values()}
     if len(eps) > 1:
         raise UserError(
-            "--format bitnet: some layers have a norm inside, some have not (SubLN outside of the Llama family), and "
-            "BitNet has all or none: train with method.norm_mode=per_linear, or use --format hf"
+            "--format bitnet: some layers have a norm inside and some do not (SubLN outside the Llama family), but "
+            "BitNet has it in all layers or in none: train with method.norm_mode=per_linear, or use --format hf"
         )
     for fqn, layer in layers.items():
         one_scale(fqn, layer, "bitnet")
@@ -83,13 +93,14 @@ def _save(model: PreTrainedModel, layers: dict[str, Ternary], folder: Path) -> N
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes int8 [out, in] in {-1, 0, 1} -> uint8 [out / 4, in]."""
+    """Pack codes int8 [out, in] in {-1, 0, 1} into uint8 [out / 4, in]."""
+    # With R = out / 4, byte row r holds the rows r, r + R, r + 2R and r + 3R of codes + 1, the first in the low bits.
     quarters = (codes + 1).to(torch.uint8).chunk(4)
     return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Inverse of `pack`."""
+    """Unpack uint8 [out / 4, in] into codes int8 [out, in] in {-1, 0, 1}."""
     return torch.cat([(packed >> shift) & 3 for shift in (0, 2, 4, 6)]).to(torch.int8) - 1
 
 

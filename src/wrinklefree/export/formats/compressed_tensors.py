@@ -1,9 +1,7 @@
-"""`--format compressed-tensors`: ternary weights as 2-bit symmetric integers, as vLLM reads them.
+"""`--format compressed-tensors`: ternary weights as 2-bit symmetric integers, which vLLM reads.
 
-Each linear layer becomes `weight_packed` (int32, 16 codes a word), `weight_scale` and `weight_shape`; the library's own
-functions pack. Scales by tensor, by row ("channel") or by group. Int8 activations are written down as dynamic per-token
-rounding; the library's scale for them is max|x| / 127.5 where training has 127, so that agreement is close, not exact.
-vLLM has no class with SubLN, so models that need one are refused.
+Each linear layer becomes `weight_packed` (int32, 16 codes per word), `weight_scale` and `weight_shape`. There is one
+scale per tensor, per row ("channel") or per group. Int8 activations become dynamic rounding per token.
 """
 
 import copy
@@ -25,7 +23,8 @@ from wrinklefree.export.views.ternary import Ternary, ternary_layers
 
 NEXT = "vllm serve {target}"
 
-KL = 0.02  # nats; see above
+# Nats allowed. The library scales int8 activations by max|x| / 127.5 and training by max|x| / 127: close, not equal.
+KL = 0.02
 
 
 def write(
@@ -34,7 +33,10 @@ def write(
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
 ) -> list[list[str]]:
-    """Write the folder, read it back with transformers and compare. Raises UserError for what it cannot hold."""
+    """Write the folder, read it back with transformers and compare. Returns rows of a table.
+
+    Raises UserError if the format cannot hold the model, CertificateError if the folder is not the trained model.
+    """
     try:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
     except ImportError as error:
@@ -83,7 +85,7 @@ def _save(
 
 
 def scheme(model: PreTrainedModel, layers: dict[str, Ternary]) -> dict[str, Any]:
-    """The `quantization_config`. Raises UserError where layers differ in the kind of their scales."""
+    """Return the `quantization_config`. Raises UserError if layers differ in the granularity of their scales."""
     kinds = {json.dumps(_weights(layer), sort_keys=True) for layer in layers.values()}
     if len(kinds) > 1:
         raise UserError(

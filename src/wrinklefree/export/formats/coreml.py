@@ -1,14 +1,16 @@
 """`--format coreml`: a model package for Core ML (iOS 18, macOS 15) that keeps codes and tables as they were trained.
 
-    folder/model.mlpackage     functions `prefill` (64 ids at a time) and `decode` (one), with the same weights and
-                               states for keys and values: see export/coreml/program.py
+    folder/model.mlpackage     functions `prefill` (64 ids at a time) and `decode` (one id), which share their weights
+                               and the states for keys and values; export/coreml/program.py writes the program
     folder/tokenizer files     as transformers writes them
 
-Quantized layers stay codes and a table, their scales a product before and after the convolution. With more than
-`factored_rank` scale products a layer is baked: its effective weight in fp16. Everything else is fp16.
+A quantized layer stays codes and a table, with a product by its scales before and after the convolution. If its rank
+is above `factored_rank`, it is baked: stored as its effective weight in fp16. Everything else is fp16.
 
-The package is read back with coremltools: codes must be the same, tables and scales the same in fp16, the weights file
-no larger than predicted, and the logits of its program, worked out by torch, those of the trained model.
+The package is read back with coremltools, and has to pass these checks:
+- codes are equal, and tables and scales are equal in fp16;
+- the weights file is not larger than predicted;
+- the logits of the stored program, which torch computes, are close to the trained model's.
 """
 
 import contextlib
@@ -46,10 +48,10 @@ OPTIONS = {
 ARCHITECTURES = tuple(family.causal_lm for family in FAMILIES if family.coreml)
 
 PREFILL = 64  # ids at a time
-CONTEXT = 2048  # columns of the cache, where the model knows as many positions
-SEQUENCES, TOKENS = 4, 256  # compared: so many texts, so long
-KL_CONSTANTS = 1e-5  # nats: embeddings, norms and rotary tables in fp16; measured: 1e-7 on `tiny`
-KL_ACTIVATIONS = 0.05  # without the trained rounding of activations
+CONTEXT = 2048  # columns of the cache, if the model has so many positions
+SEQUENCES, TOKENS = 4, 256  # texts that are compared, and tokens of each
+KL_CONSTANTS = 1e-5  # nats allowed for embeddings, norms and rotary tables in fp16; measured on `tiny`: 1e-7
+KL_ACTIVATIONS = 0.05  # nats allowed for activations that are no longer rounded to int8
 
 
 def write(
@@ -59,9 +61,9 @@ def write(
     batches: Iterable[Mapping[str, Tensor]],
     factored_rank: int = 8,
 ) -> list[list[str]]:
-    """Write `folder/model.mlpackage`, read it back and compare; lines of a table.
+    """Write `folder/model.mlpackage`, read it back and compare. Returns rows of a table.
 
-    Raises UserError for what the program cannot express, CertificateError where the package is not what was trained.
+    Raises UserError if the program cannot express the model, CertificateError if the package is not the trained model.
     """
     require_coremltools()
     refuse(model)
@@ -93,8 +95,9 @@ def write(
 
 
 def require_coremltools() -> None:
-    """Import coremltools without its notes. Raises UserError where it is missing."""
-    # On import it says that this torch was not tested, which concerns its tracer, and that it cannot predict on Linux.
+    """Import coremltools without its warnings. Raises UserError if it is not installed."""
+    # On import it warns that this torch was not tested (with its tracer, which is not used) and that it cannot predict
+    # on Linux.
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     try:
         import coremltools  # noqa: F401
@@ -103,7 +106,7 @@ def require_coremltools() -> None:
 
 
 def refuse(model: PreTrainedModel) -> None:
-    """Raises UserError for a model that the program would not compute."""
+    """Raises UserError if the program would not compute what the model does."""
     name, config = type(model).__name__, model.config
     if name not in ARCHITECTURES:
         raise UserError(f"--format coreml: {name} is none of {', '.join(ARCHITECTURES)}: use --format dense or hf")
@@ -119,7 +122,7 @@ def refuse(model: PreTrainedModel) -> None:
 
 
 def attention_sizes(model: PreTrainedModel) -> "Sizes":
-    """Of the attention and of its cache."""
+    """Return the sizes of the model's attention and of its cache."""
     from wrinklefree.export.coreml.program import Sizes
 
     c = model.config
@@ -128,7 +131,7 @@ def attention_sizes(model: PreTrainedModel) -> "Sizes":
 
 
 def save(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", package: Path, factored: int) -> None:
-    """Write a package whose functions share their weights."""
+    """Write a package with the functions `prefill` and `decode`, which share one copy of the weights."""
     import coremltools as ct
 
     from wrinklefree.export.coreml.program import build_program
@@ -141,7 +144,7 @@ def save(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", 
             ct.convert(
                 build_program(model, layers, sizes, length, factored),
                 minimum_deployment_target=ct.target.iOS18,
-                compute_precision=ct.precision.FLOAT32,  # that is: leave it as it was built, fp16
+                compute_precision=ct.precision.FLOAT32,  # leaves the program's types as they are, fp16
                 skip_model_load=True,
             ).save(str(part))
             both.add_function(str(part), src_function_name="main", target_function_name=name)
@@ -153,20 +156,20 @@ def save(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", 
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """coremltools draws one for each of its pipelines, and has no setting against it."""
+    """Hide stderr while the block runs: coremltools draws progress bars there, and has no setting to turn them off."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 def read(package: Path) -> dict[str, Any]:
-    """The functions of a package by name."""
+    """Return the functions of a package by name."""
     from wrinklefree.export.coreml.interpreter import functions
 
     return functions(package)
 
 
 def check_constants(functions: Mapping[str, Any], layers: Mapping[str, Palette], factored: int) -> None:
-    """Compare codes, tables and scales in every function of the package. Raises CertificateError."""
+    """Raises CertificateError if a code, table or scale differs in any function of the package."""
     from wrinklefree.export.coreml.program import op_name
 
     for function in functions.values():
@@ -182,7 +185,10 @@ def _same_baked(operations: Mapping[str, Any], name: str, layer: Palette) -> boo
 
 
 def _same_palette(operations: Mapping[str, Any], name: str, layer: Palette) -> bool:
-    """`name` is the convolution, `name_out` the product after it and `name_in` that before it, left out for ones."""
+    """Whether the layer's operations hold its codes, table and scales.
+
+    `name` is the convolution, `name_out` the product after it, `name_in` the one before it, absent if b is all ones.
+    """
     table = operations[name].weight.op
     b = operations[f"{name}_in"].y.val[:, :, 0, 0] if layer.has_b() else np.ones(layer.b.shape)
     return (
@@ -195,11 +201,9 @@ def _same_palette(operations: Mapping[str, Any], name: str, layer: Palette) -> b
 
 
 def predicted_bytes(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", factored: int) -> int:
-    """Bytes of the weights file, if no two constants are equal.
-
-    The file has a head of 64 bytes, and so has each constant of at least 10 entries, filled up to a multiple of 64 but
-    for the last, which is up to 62 bytes less. Smaller ones are in the program itself.
-    """
+    """Return the size of the weights file in bytes. It may be smaller, because equal constants are stored once."""
+    # The file has a header of 64 bytes. Each constant has one too, and is padded to a multiple of 64 (except the last).
+    # Constants of fewer than 10 entries are in the program instead.
     baked = {fqn for fqn, layer in layers.items() if layer.rank > factored}
     constants = [constant for fqn, layer in layers.items() if fqn not in baked for constant in layer.constants()]
     halves = [layers[fqn].index.numel() for fqn in baked] + _unquantized(model)
@@ -210,7 +214,7 @@ def predicted_bytes(model: PreTrainedModel, layers: Mapping[str, Palette], sizes
 
 
 def _unquantized(model: PreTrainedModel) -> list[int]:
-    """Entries of what is no quantized weight: biases, gains for (x, -x) and so twice as long, embeddings, a head."""
+    """Return the number of entries of each bias, gain, embedding and head that is not quantized."""
     quantized = {
         f"{fqn}.{name}"
         for fqn, layer in quant_layers(model).items()
@@ -218,11 +222,12 @@ def _unquantized(model: PreTrainedModel) -> list[int]:
         if name != "bias"
     }
     kept = [(name, p) for name, p in model.named_parameters() if name not in quantized]  # a tied head is not named
+    # A gain is twice as long in the program, which applies it to (x, -x).
     return [p.numel() * (2 if p.ndim == 1 and not name.endswith("bias") else 1) for name, p in kept]
 
 
 def weights_bytes(package: Path) -> int:
-    """Size of the file of constants."""
+    """Return the size of the package's weights file in bytes."""
     return (package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin").stat().st_size
 
 
@@ -233,7 +238,7 @@ def _package_bytes(package: Path) -> int:
 def agreement(
     model: PreTrainedModel, functions: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]], rounded: bool
 ) -> Agreement:
-    """Compare logits of the stored program with the trained model's, each text from position 0 on."""
+    """Compare the stored program's logits with the trained model's, for texts that begin at position 0."""
     from wrinklefree.export.coreml.interpreter import Decoder
 
     rows = (row.unsqueeze(0)[:, :TOKENS] for batch in batches for row in batch["input_ids"])

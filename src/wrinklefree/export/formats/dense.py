@@ -1,7 +1,7 @@
-"""`--format dense`: a plain Hugging Face model with the quantized weights written out, for any tool.
+"""`--format dense`: a plain Hugging Face model for any tool, with the quantized weights written out.
 
-The weights are what was trained, in fp32 so that they are so exactly; activations are no longer quantized, which such a
-folder cannot say. Norms that stand inside of layers have no place in a plain model.
+Weights are exactly the trained ones, because they are stored in fp32. Activations are no longer rounded to int8: a
+plain folder has no setting for that. Norms inside layers have no place either, so models with them are refused.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,8 @@ from wrinklefree.export.views.dense import dense_model, refuse_norms
 
 NEXT = "wf eval {target}"
 
-KL_WEIGHTS, KL_ACTIVATIONS = 1e-6, 0.05  # nats: the same computation; without the trained rounding of activations
+KL_WEIGHTS = 1e-6  # nats allowed: the computation is the same
+KL_ACTIVATIONS = 0.05  # nats allowed if activations are no longer rounded
 
 
 def write(
@@ -26,7 +27,10 @@ def write(
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
 ) -> list[list[str]]:
-    """Write the folder, read it back and compare. Raises UserError for a model that no plain class can hold."""
+    """Write the folder, read it back and compare. Returns rows of a table.
+
+    Raises UserError if a layer has a norm inside, CertificateError if the folder is not the trained model.
+    """
     refuse_norms(model, "dense")
     dense_model(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,13 +1,14 @@
-"""`--format gguf`: one file for llama.cpp, weights and tokenizer.
+"""`--format gguf`: one file for llama.cpp, with weights and tokenizer.
 
-    ternary layers     TQ2_0 (2.0625 bits a weight) or TQ1_0 (1.6875): blocks of 256 columns with one fp16 scale each;
-                       Q8_0 (8.5 bits, codes still exact) where a row is no multiple of 256
-    embeddings, head   F16            norms, biases   F32
+| tensor | type | bits per weight |
+|---|---|---|
+| ternary layers | TQ2_0 or TQ1_0: blocks of 256 columns, each with an fp16 scale | 2.0625 or 1.6875 |
+| the same, if rows or groups are no multiple of 256 | Q8_0: codes are still exact | 8.5 |
+| embeddings, head | F16 | 16 |
+| norms, biases | F32 | 32 |
 
-The weights are written ternary already: TQ2_0's own quantizer, given masters, picks other codes for half of them. A
-model with SubLN is llama.cpp's arch `bitnet`, a plain one `llama`, `qwen2` or `qwen3`. `llama` pairs rotary dimensions
-(i, i + 1) where transformers pairs (i, i + d/2), so rows of its Q and K change places. llama.cpp rounds activations to
-int8 in blocks of 256, not by token: logits are close to the trained ones, not equal.
+A model with SubLN becomes llama.cpp's arch `bitnet`; others become `llama`, `qwen2` or `qwen3`. Logits are close to
+the trained ones, not equal: llama.cpp rounds activations to int8 in blocks of 256, not per token.
 """
 
 import json
@@ -56,7 +57,7 @@ NAMES = {
 }
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
-BLOCK, SMALL_BLOCK = 256, 32  # of TQ1_0 and TQ2_0; of Q8_0
+BLOCK, SMALL_BLOCK = 256, 32  # columns per block in TQ1_0 and TQ2_0, and in Q8_0
 
 
 def write(
@@ -66,9 +67,9 @@ def write(
     batches: Iterable[Mapping[str, Tensor]],
     gguf_type: GgufType = "tq2_0",
 ) -> list[list[str]]:
-    """Write `folder/model.gguf`, read it back, compare codes and scales; lines of a table.
+    """Write `folder/model.gguf`, read it back, and compare codes and scales. Returns rows of a table.
 
-    Raises UserError for what llama.cpp cannot hold, CertificateError where the file is not what was trained.
+    Raises UserError if llama.cpp cannot hold the model, CertificateError if the file is not the trained model.
     """
     try:
         import gguf
@@ -96,7 +97,7 @@ def write(
 
 
 def architecture(model: PreTrainedModel) -> str:
-    """llama.cpp's name. Raises UserError for a model that it has no place for."""
+    """Return llama.cpp's name for the model's architecture. Raises UserError if it has no place for the model."""
     refuse_norms(model, "gguf")
     name, config = type(model).__name__, model.config
     if name not in ARCHITECTURES:
@@ -117,7 +118,7 @@ def architecture(model: PreTrainedModel) -> str:
 
 
 def describe(writer: Any, model: PreTrainedModel, gguf_type: GgufType) -> None:
-    """Sizes and settings of the model."""
+    """Write the model's sizes and settings into the file's metadata."""
     import gguf
 
     c = model.config
@@ -140,13 +141,13 @@ def describe(writer: Any, model: PreTrainedModel, gguf_type: GgufType) -> None:
 
 
 def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights and biases by transformers' names, without trained scales, and without a tied head."""
+    """Return weights and biases under transformers' names, without trained scales and without a tied head."""
     layers = quant_layers(model)
     return unquantized_state(model, layers) | {f"{fqn}.weight": layer.weight.detach() for fqn, layer in layers.items()}
 
 
 def gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor. Raises UserError for one that it does not have."""
+    """Return llama.cpp's name for a tensor. Raises UserError if it has none."""
     module, _, kind = name.rpartition(".")
     if module in TOP:
         return f"{TOP[module]}.{kind}"
@@ -159,12 +160,13 @@ def gguf_name(name: str) -> str:
 def _add_tensor(
     writer: Any, name: str, tensor: Tensor, model: PreTrainedModel, layers: Mapping[str, Ternary], gguf_type: GgufType
 ) -> str:
-    """Add one tensor; the type it got."""
+    """Add one tensor to the file. Returns its type."""
     import gguf
 
     fqn = name.rpartition(".")[0]
     if fqn in layers and name.endswith(".weight"):
         kind = ternary_type(layers[fqn], gguf_type)
+        # Ternary already: from masters, TQ2_0's own quantizer would pick other codes for half of them.
         values = rotated(layers[fqn].weight(), name, model).float().cpu().numpy()
         qtype = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, qtype), raw_dtype=qtype)
@@ -176,7 +178,7 @@ def _add_tensor(
 
 
 def ternary_type(layer: Ternary, gguf_type: GgufType) -> str:
-    """The smallest type whose blocks lie within the layer's groups of columns."""
+    """Return the smallest type whose blocks lie within the layer's groups of columns."""
     size = layer.codes.shape[1] // layer.scales.shape[1]
     if size % BLOCK == 0:
         return gguf_type.upper()
@@ -184,7 +186,8 @@ def ternary_type(layer: Ternary, gguf_type: GgufType) -> str:
 
 
 def rotated(tensor: Tensor, name: str, model: PreTrainedModel) -> Tensor:
-    """Rows of Q and K in the order in which llama.cpp's `llama` pairs rotary dimensions; all else as it is."""
+    """Return Q and K of a `llama` with their rows in llama.cpp's order, and any other tensor unchanged."""
+    # llama.cpp's `llama` pairs the rotary dimensions (i, i + 1), transformers pairs (i, i + d/2).
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     part = name.split(".")[-2]
     if ARCHITECTURES[type(model).__name__] != "llama" or part not in heads:
@@ -193,7 +196,7 @@ def rotated(tensor: Tensor, name: str, model: PreTrainedModel) -> Tensor:
 
 
 def check(file: Path, model: PreTrainedModel, layers: Mapping[str, Ternary]) -> None:
-    """Read the file back: every code the same, every scale to fp16. Raises CertificateError."""
+    """Read the file back. Raises CertificateError if a code differs, or a scale by more than fp16 rounds."""
     import gguf
 
     stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
@@ -206,7 +209,7 @@ def check(file: Path, model: PreTrainedModel, layers: Mapping[str, Ternary]) -> 
 
 
 def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """A byte-level BPE tokenizer. Raises UserError for another kind."""
+    """Write a byte-level BPE tokenizer into the file. Raises UserError if it is of another kind."""
     import gguf
 
     pieces = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -236,7 +239,7 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: i
 
 
 def pre_tokenizer(pieces: dict[str, Any]) -> str:
-    """llama.cpp's name for how text is cut before BPE. Raises UserError for a way that it may not know."""
+    """Return llama.cpp's name for the way text is cut before BPE. Raises UserError if it may not know that way."""
     model, before = pieces["model"], pieces["pre_tokenizer"] or {}
     steps = before.get("pretokenizers", [before])
     kinds = [step.get("type") for step in steps]

@@ -1,7 +1,6 @@
-"""`--format hf`: the packed folder that transformers reads; docs/formats.md describes it.
+"""`--format hf`: the packed folder that transformers reads. docs/formats.md describes it.
 
-The folder is written under a temporary name, read back, proved equal to the trained model and only then renamed, so a
-folder that stands there is whole and certified.
+The folder is written under a temporary name, read back, proved equal to the trained model, and only then renamed.
 """
 
 import copy
@@ -60,26 +59,27 @@ Without either, transformers does not know the format and stops with an error ab
 
 @dataclass(frozen=True)
 class PackedReport:
-    """Sizes as they lie on the disk, and the proof. Parameters are the unpacked model's weights, tied ones once."""
+    """The sizes of a packed folder on disk, and the proof that it is the trained model."""
 
-    num_parameters: int
+    num_parameters: int  # weights of the unpacked model, tied ones counted once
     num_quantized: int
     file_bytes: int  # all safetensors files, headers included
     linear_bytes: int  # codes, scales and tables of the quantized layers
     certificate: Certificate
-    rounding: Agreement | None  # what rounding scales, embedding and head when packing costs
+    rounding: Agreement | None  # the cost of rounding scales, embedding and head, if anything was rounded
 
     @property
     def bits_per_quantized_weight(self) -> float:
+        """Codes, scales and tables, per quantized weight."""
         return 8 * self.linear_bytes / self.num_quantized
 
     @property
     def bits_per_weight(self) -> float:
-        """Over the whole model: file size by parameters."""
+        """The whole model: file size per parameter."""
         return 8 * self.file_bytes / self.num_parameters
 
     def rows(self) -> list[list[str]]:
-        """The report as lines of a table."""
+        """Return the report as rows of a table, (name, value)."""
         proof, cost = self.certificate, self.rounding
         rounding = [] if cost is None else [["KL of what packing rounded, nats", f"{cost.kl_mean:.1e}"]]
         return [
@@ -94,7 +94,7 @@ class PackedReport:
         ]
 
     def markdown(self) -> str:
-        """A table for the model card."""
+        """Return the sizes as a table for the model card."""
         return "\n".join(
             [
                 "| size | value |",
@@ -124,11 +124,13 @@ def export_packed(
 ) -> PackedReport:
     """Write the trained `model` as a packed folder, certified on `batches` (input_ids [B, L], perhaps position_ids).
 
-    `card` is the text of README.md; how to load it, the sizes and the certificate are added. Weights that are not
-    quantized are stored in `dense_dtype`, embedding and head as integers of `head_bits` where these are given, and
-    scales on the fast kernels' grid unless `snap_scales` is off. Raises UserError where `out` exists without `force`,
-    the disk is full, or the model cannot be packed; CertificateError where the packed model is not the trained one.
-    Either way nothing is left.
+    card           the beginning of README.md; usage, sizes and the certificate are added
+    dense_dtype    of weights that are not quantized
+    head_bits      of the integers for embedding and head; None stores them in `dense_dtype`
+    snap_scales    move scales to the grid of the fast kernels
+
+    Raises UserError if `out` exists and `force` is off, if the disk is full, or if the model cannot be packed;
+    CertificateError if the packed model is not the trained one. After an error nothing is left.
     """
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; choose another folder or give --force to replace it")
@@ -148,9 +150,9 @@ def export_packed(
 
 
 def from_run(config: Config, target: Path) -> dict[str, Any]:
-    """What `write` takes of a run, written to the folder `target` in the end."""
-    of_run = {"head_bits": config.export.head_bits, "snap_scales": config.export.snap_scales}
-    return {"method": config.method, "card": card(config), "name": target.name, **of_run}
+    """Return the keyword arguments of `write` that come from a run; `target` is the final folder."""
+    rounding = {"head_bits": config.export.head_bits, "snap_scales": config.export.snap_scales}
+    return {"method": config.method, "card": card(config), "name": target.name, **rounding}
 
 
 def write(
@@ -158,10 +160,10 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
-    **of_run: Any,
+    **settings: Any,
 ) -> list[list[str]]:
-    """Write the packed folder with its card, certified; lines of a table."""
-    return _write_proved(model, tokenizer, folder, list(batches), dense_dtype="bfloat16", **of_run).rows()
+    """Write the packed folder with its card, and certify it. Returns rows of a table."""
+    return _write_proved(model, tokenizer, folder, list(batches), dense_dtype="bfloat16", **settings).rows()
 
 
 def _write_proved(
@@ -196,7 +198,7 @@ def _write_proved(
 
 
 def described(words: list[str], cost: Agreement) -> str:
-    """What was rounded after training, and what that costs, as a section of the model card."""
+    """Return a section of the model card: what was rounded after training, and the cost of it."""
     lines = "\n".join(f"| {name} | {value} |" for name, value in cost.rows())
     how = (
         f"Rounded when the model was packed, not in training: {' and '.join(words)}. The certificate above is for the "
@@ -210,11 +212,11 @@ def _write(
 ) -> None:
     packed.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    bundle.write(folder, methods, type(packed).__name__)
+    bundle.write_loader(folder, methods, type(packed).__name__)
 
 
 def _read_back(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The packed model as a user would load it, in fp32. Raises CertificateError where a tensor is missing."""
+    """Load the packed model as a user would, in fp32. Raises CertificateError if a tensor is missing or left over."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     odd = sorted(info["missing_keys"] | info["unexpected_keys"])
     if odd:
@@ -238,7 +240,7 @@ def _report(packed: PreTrainedModel, folder: Path, certificate: Certificate, cos
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
-    """The folder's loader derives from a class of transformers itself."""
+    """Raises UserError if the model's class is not part of transformers, which the folder's loader derives from."""
     name = type(model).__name__
     if not type(model).__module__.startswith("transformers.") or name not in dir(transformers):
         raise UserError(f"{name}: its code is not part of transformers, so a packed folder cannot refer to it")
@@ -247,9 +249,9 @@ def _check_architecture(model: PreTrainedModel) -> None:
 def pack_model(
     model: PreTrainedModel, method: QuantMethod, dense_dtype: DenseDtype = "bfloat16", head: Head | None = None
 ) -> PreTrainedModel:
-    """A model of the same class with packed layers, to be saved, not run: its unsaved buffers stay on the meta device.
+    """Return a model of the same class with packed layers, to save but not to run: some buffers stay on meta.
 
-    Raises UserError for a model without quantized layers, or with weights that the class has no place for.
+    Raises UserError if no layer is quantized, or if the class has no place for a weight.
     """
     dtype: torch.dtype = getattr(torch, dense_dtype)
     layers = {fqn: _pack_layer(fqn, layer, method, dtype) for fqn, layer in quant_layers(model).items()}
@@ -279,7 +281,7 @@ def _pack_layer(fqn: str, layer: QuantLinear, method: QuantMethod, dtype: torch.
 def _skeleton(
     model: PreTrainedModel, method: QuantMethod, layers: Mapping[str, PackedLinear], head: Head | None
 ) -> PreTrainedModel:
-    """A model without weights but `layers` and the packed head, whose config says how to load it."""
+    """Return a model that has only the packed `layers` and head as weights, and a config that says how to load it."""
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = config.tie_word_embeddings and "lm_head" not in layers and head is None
     config.auto_map = {"AutoModelForCausalLM": f"{bundle.ENTRY}.{type(model).__name__}"}
@@ -300,12 +302,13 @@ def _skeleton(
 
 
 def _spec(layer: PackedLinear) -> dict[str, Any]:
-    """The layer's spec as JSON; without a norm, without a word of it, as version 1 reads it."""
+    """Return the layer's spec as JSON."""
+    # Absent settings are left out, so that readers of version 1 can read layers without a norm.
     return {name: value for name, value in dataclasses.asdict(layer.spec).items() if value is not None}
 
 
 def _dense_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything outside of the quantized layers, and their norms; floating-point parameters in `dtype`."""
+    """Return all tensors outside quantized layers, and these layers' norms. Floating-point parameters get `dtype`."""
     inside = tuple(f"{fqn}." for fqn in quant_layers(model))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {

@@ -1,1 +1,1 @@
-"""The proof that an exported model is the trained one."""
+"""Proofs that an exported model is the trained one."""

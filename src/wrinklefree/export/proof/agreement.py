@@ -1,4 +1,4 @@
-"""How near an exported model is to the trained one, where it cannot be the same to the bit."""
+"""Measures how close an exported model is to the trained one, for formats that cannot hold it bit for bit."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,20 +11,18 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.export.proof import certify
 from wrinklefree.export.proof.certify import CertificateError
 
-LOGITS = 1e-5  # of the largest logit, where both work out the same products
-
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of logits over `tokens` tokens; KL(trained || exported) in nats per token."""
+    """How far the exported model's logits are from the trained model's, over `tokens` tokens."""
 
     tokens: int
-    max_logit_difference: float  # relative to the largest logit; of the median sequence
-    kl_mean: float
-    same_top1: float
+    max_logit_difference: float  # relative to the largest logit; the median over sequences
+    kl_mean: float  # KL(trained || exported) in nats per token
+    same_top1: float  # share of tokens with the same likeliest next token
 
     def rows(self) -> list[list[str]]:
-        """Lines of a table."""
+        """Return the figures as rows of a table, (name, value)."""
         return [
             ["tokens compared", f"{self.tokens:,}"],
             ["largest difference of a logit, relative", f"{self.max_logit_difference:.1e}"],
@@ -35,10 +33,9 @@ class Agreement:
 
 @torch.no_grad()
 def compare(trained: PreTrainedModel, other: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Agreement:
-    """Compare on `batches` (input_ids [B, L], perhaps position_ids), both in eval mode.
+    """Compare both models on `batches` (input_ids [B, L], perhaps position_ids). Both are put into eval mode.
 
-    The logit difference is that of the median sequence: rounding to int8 may go the other way at a single token, and
-    all that follow it see the difference.
+    Raises UserError if there is no text.
     """
     trained.eval()
     other.eval()
@@ -48,6 +45,7 @@ def compare(trained: PreTrainedModel, other: PreTrainedModel, batches: Iterable[
     figures = torch.cat([certify._figures(trained, other, inputs) for inputs in sequences])
     differences = torch.stack([_difference(trained, other, inputs) for inputs in sequences])
     kl, same = figures.mean(0).tolist()
+    # The median: at a single token, rounding to int8 may go the other way, and all later tokens then differ.
     return Agreement(len(figures), differences.median().item(), kl, same)
 
 
@@ -57,7 +55,7 @@ def _difference(trained: PreTrainedModel, other: PreTrainedModel, inputs: dict[s
 
 
 def judge(agreement: Agreement, kl: float, what: str) -> None:
-    """Raises CertificateError where the KL is above `kl` nats."""
+    """Raises CertificateError if the mean KL is above `kl` nats. `what` begins the message."""
     if not agreement.kl_mean <= kl:
         raise CertificateError(
             f"{what}: KL to the trained model is {agreement.kl_mean:.1e} nats per token (allowed {kl:g}): "

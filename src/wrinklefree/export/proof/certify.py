@@ -1,13 +1,10 @@
-"""The proof that a packed model is the trained one.
+"""Proves that a packed model is the trained one, by three comparisons:
 
-Three comparisons, from exact to practical:
-
-1. codes: every layer's codes, scales and tables, and hence its effective weight, are the trained layer's, bit for bit.
-2. logits at equal rounding: the trained model runs in fp32 with the packed file's dense weights (embeddings, norms;
-   bf16 in the file) in place of its own. What is left is the order of fp32 sums: at most `LOGITS` of the largest logit.
-3. KL(trained || packed) per token against the trained model as it is, fp32 masters and all: what rounding the dense
-   weights to bf16 costs. Its mean must not exceed `KL` nats, a tenth of a percent of perplexity. Top-1 agreement stands
-   beside it and is not judged: a random model has near-ties.
+1. Codes. Every layer's codes, scales and tables equal the trained layer's bit for bit, and so do effective weights.
+2. Logits at equal rounding. The trained model runs in fp32 with the packed file's dense weights (embeddings and norms,
+   in bf16). Then only the order of fp32 sums differs. Relative to the largest logit, that may be at most `LOGITS`.
+3. KL(trained || packed) per token, against the trained model with its own fp32 weights: what rounding dense weights to
+   bf16 costs. The mean may be at most `KL` nats, which changes perplexity by a tenth of a percent.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,13 +23,12 @@ from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.pack import packed_layers
 from wrinklefree.packed.products.choose import exactly
 
-LOGITS = 1e-4  # of the largest absolute logit
+LOGITS = 1e-4  # relative to the largest absolute logit
 KL = 1e-3  # nats per token
 CHUNK = 256  # tokens whose logits are compared at once
 NO_CACHE = {"use_cache": False}
-EXACT = (
-    4  # sequences compared at equal rounding; exchanging the dense weights costs a new encoding of layers with biases
-)
+# Sequences compared at equal rounding. Few, because exchanged dense weights make layers with biases encode anew.
+EXACT = 4
 
 
 class CertificateError(UserError):
@@ -41,7 +37,7 @@ class CertificateError(UserError):
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was compared, over `tokens` tokens."""
+    """The results of the three comparisons, over `tokens` tokens."""
 
     layers: int
     tokens: int
@@ -49,10 +45,10 @@ class Certificate:
     max_logit_difference: float  # at equal rounding, relative to the largest logit
     kl_mean: float  # nats per token, against the fp32 trained model
     kl_max: float
-    same_top1: float
+    same_top1: float  # share of tokens; not judged, because a random model has near-ties
 
     def markdown(self) -> str:
-        """A table for the model card."""
+        """Return a table for the model card."""
         return "\n".join(
             [
                 "| packed against trained | value |",
@@ -68,13 +64,13 @@ class Certificate:
 
 
 def certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Certificate:
-    """Compare the two on `batches` (input_ids [B, L], perhaps position_ids). Both models compute in fp32, in eval mode.
+    """Compare the models on `batches` (input_ids [B, L], perhaps position_ids). Both compute in fp32, in eval mode.
 
-    Raises CertificateError where a code or a scale differs, or the logits do beyond the tolerances above.
+    Raises CertificateError if a code or scale differs, or if logits differ by more than `LOGITS` or `KL`.
     """
     modes = trained.training, packed.training
     try:
-        with exactly(packed):  # what is proved is the weights; kernels round activations on their own account
+        with exactly(packed):  # the proof is about weights, and fast kernels also round activations
             return _certify(trained.eval(), packed.eval(), batches)
     finally:
         trained.train(modes[0])
@@ -106,12 +102,12 @@ def _certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterabl
 
 
 def trained_layers(packed: PreTrainedModel) -> dict[str, PackedLinear]:
-    """The packed layers that were trained so; embedding and head are rounded when they are packed."""
+    """Return the packed layers that were trained as such: all but embedding and head, which packing rounds."""
     return {fqn: layer for fqn, layer in packed_layers(packed).items() if layer.spec.method is None}
 
 
 def _logit_difference(trained: PreTrainedModel, packed: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
-    """The largest difference of a logit at equal rounding, relative to the largest logit."""
+    """Return the largest difference of a logit at equal rounding, relative to the largest logit."""
     rounded = _dense_weights(packed, trained)
     expected = functional_call(trained, rounded, kwargs=inputs | NO_CACHE, tie_weights=False).logits
     difference: Tensor = (_logits(packed, inputs) - expected).abs().max() / expected.abs().max()
@@ -119,19 +115,20 @@ def _logit_difference(trained: PreTrainedModel, packed: PreTrainedModel, inputs:
 
 
 def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """[1, L, V]; without a cache, so that position_ids that start anew keep packed documents apart."""
+    """Return the logits [1, L, V]."""
+    # With a cache, transformers would not use restarting position_ids to keep packed documents apart.
     logits: Tensor = model(**inputs, **NO_CACHE).logits
     return logits
 
 
 def _dense_weights(packed: nn.Module, trained: nn.Module) -> dict[str, Tensor]:
-    """The packed model's parameters, all of them unquantized, under the trained model's names."""
+    """Return the packed model's parameters, none of which is quantized, under the trained model's names."""
     names = {name for name, _ in trained.named_parameters(remove_duplicate=False)}
     return {name: p for name, p in packed.named_parameters(remove_duplicate=False) if name in names}
 
 
 def _figures(trained: PreTrainedModel, packed: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """KL(trained || packed) in nats and whether the most likely token is the same: float64 [L, 2]."""
+    """Return per token KL(trained || packed) in nats, and 1 if the likeliest next token is the same: fp64 [L, 2]."""
     ours, theirs = _logits(packed, inputs)[0], _logits(trained, inputs)[0]
     chunks = zip(torch.split(theirs, CHUNK), torch.split(ours, CHUNK), strict=True)
     return torch.cat([torch.stack([_kl(p, q), (p.argmax(-1) == q.argmax(-1)).double()], -1) for p, q in chunks])
@@ -151,7 +148,7 @@ def _judge(certificate: Certificate) -> None:
 
 
 def _sequences(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """One sequence [1, L] at a time, so that a large vocabulary's logits fit."""
+    """Yield one sequence [1, L] at a time, so that the logits of a large vocabulary fit into memory."""
     for batch in batches:
         for row in range(len(batch["input_ids"])):
             names = [name for name in ("input_ids", "position_ids") if name in batch]
@@ -159,13 +156,16 @@ def _sequences(batches: Iterable[Mapping[str, Tensor]], device: torch.device) ->
 
 
 def _kl(reference: Tensor, other: Tensor) -> Tensor:
-    """KL(reference || other) of logits [L, V]: [L] in nats, in float64 because it is tiny."""
+    """Return KL(reference || other) for logits [L, V]: [L] in nats. Computed in fp64, because it is tiny."""
     p, q = F.log_softmax(reference.double(), -1), F.log_softmax(other.double(), -1)
     return F.kl_div(q, p, log_target=True, reduction="none").sum(-1).clamp_min(0)
 
 
 def _compare_layers(trained: Mapping[str, QuantLinear], packed: Mapping[str, PackedLinear]) -> float:
-    """The largest difference of effective weights. Raises CertificateError where codes, scales or layers differ."""
+    """Return the largest difference of an effective weight.
+
+    Raises CertificateError if the models have different quantized layers, or layers with different codes or scales.
+    """
     if trained.keys() != packed.keys():
         odd = sorted(trained.keys() ^ packed.keys())
         raise CertificateError(f"quantized in one model only: {', '.join(odd[:3])} ({len(odd)} layers in all)")
@@ -183,7 +183,7 @@ def _weight_difference(trained: QuantLinear, packed: PackedLinear) -> float:
 
 
 def same_codes(a: Codes, b: Codes) -> bool:
-    """Whether codes, scales and shapes are equal bit for bit."""
+    """Whether shapes, codes and scales are equal, bit for bit."""
     return (
         (a.shape, a.bits, a.tensors.keys()) == (b.shape, b.bits, b.tensors.keys())
         and torch.equal(a.index, b.index)

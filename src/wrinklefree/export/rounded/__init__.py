@@ -1,1 +1,1 @@
-"""What an export may round: embedding and head, scales."""
+"""What an export may round: embedding, head and scales."""

@@ -1,8 +1,8 @@
-"""Embedding and head as integers: a third to a half of a small model, and of what it reads for each token.
+"""Rounds embedding and head to integers. In a small model they take a third to a half of the memory read per token.
 
-8 bits have a scale a row, 4 bits one for every 32 columns. Both are found by round-to-nearest when the model is packed,
-not trained; so the packed model is certified against the trained one with embedding and head rounded likewise, and what
-the rounding itself costs is measured apart.
+Integers of 8 bits have one scale per row, those of 4 bits one per 32 columns. They are rounded to nearest when the
+model is packed, not trained. So the certificate compares with the trained model under the same rounding, and the cost
+of the rounding is measured separately.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class Head:
-    """The codes of embedding and head by fqn, and which embedding reads the head's."""
+    """The codes of embedding and head by fqn; `tied` maps the embedding to the head if it shares the head's codes."""
 
     method: QuantMethod
     codes: dict[str, Codes]
     tied: dict[str, str]
 
     def put_into(self, packed: PreTrainedModel) -> None:
-        """Replace embedding and head by packed ones."""
+        """Replace a model's embedding and head by packed ones."""
         for fqn, codes in self.codes.items():
             kind = PackedEmbedding if isinstance(packed.get_submodule(fqn), nn.Embedding) else PackedLinear
             layer = pack_layer(kind, self.method, codes)
@@ -48,7 +48,7 @@ class Head:
 
 
 def method_of(bits: HeadBits, width: int) -> QuantMethod:
-    """How embedding and head of so many columns are rounded."""
+    """Return the method that rounds an embedding or head with `width` columns."""
     settings: dict[str, Any] = {"name": "uniform", "bits": bits}
     if bits == 4 and width % GROUP == 0:
         settings |= {"granularity": "group", "group_size": GROUP}
@@ -57,7 +57,7 @@ def method_of(bits: HeadBits, width: int) -> QuantMethod:
 
 @torch.no_grad()
 def quantize(model: PreTrainedModel, bits: HeadBits) -> Head:
-    """The codes of embedding and head. Raises UserError where either is not a plain table of full precision."""
+    """Round a model's embedding and head. Raises UserError if either is quantized, has a bias, or is no plain table."""
     names = {id(module): fqn for fqn, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or type(embedding) is not nn.Embedding:
@@ -74,7 +74,7 @@ def quantize(model: PreTrainedModel, bits: HeadBits) -> Head:
 
 
 def encode(weight: Tensor, method: QuantMethod) -> Codes:
-    """The codes of a weight [rows, width]."""
+    """Return the codes of a weight [rows, width]."""
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
@@ -84,7 +84,7 @@ def encode(weight: Tensor, method: QuantMethod) -> Codes:
 
 @contextmanager
 def rounded(model: PreTrainedModel, head: Head | None) -> Iterator[None]:
-    """Let `model` compute with the rounded embedding and head for a while."""
+    """Let `model` compute with the rounded embedding and head while the block runs."""
     if head is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What is rounded when a model is packed, and not in training: scales to the kernels' grid, embedding and head."""
+"""What packing rounds, beyond training: scales to the kernels' grid, and embedding and head to integers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +12,15 @@ from wrinklefree.export.rounded.scales import moves, snapped
 
 @dataclass(frozen=True)
 class Rounding:
-    """The packed head, if any, whether scales move, and both in words."""
+    """What one export rounds."""
 
-    head: Head | None
-    snaps: bool
-    words: list[str]
+    head: Head | None  # embedding and head as integers; None leaves them as they are
+    snaps: bool  # whether scales move to the grid
+    words: list[str]  # both as parts of a sentence, for the model card
 
     @classmethod
     def of(cls, model: PreTrainedModel, head_bits: HeadBits | None, snap_scales: bool) -> "Rounding":
-        """Raises UserError where embedding and head cannot be packed."""
+        """Plan the rounding of a model. Raises UserError if embedding and head cannot be packed."""
         snaps = snap_scales and bool(moves(model))
         words = ["the scales lie on the grid of the fast kernels"] if snaps else []
         words += [] if head_bits is None else [f"embedding and head are integers of {head_bits} bits"]
@@ -28,6 +28,6 @@ class Rounding:
 
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[None]:
-        """Let `model` encode and compute as rounded for a while."""
+        """Let `model` encode and compute with this rounding while the block runs."""
         with snapped(model, self.snaps), rounded(model, self.head):
             yield

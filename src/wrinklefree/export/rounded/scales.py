@@ -1,7 +1,7 @@
-"""Scales on the grid that the fast kernels want, moved there when a model is packed.
+"""Moves scales to the grid that the fast kernels want, when a model is packed.
 
-The codes stay as they were trained: only scales move, by up to a few percent. The packed model is certified against the
-trained one with the same scales, and what moving them costs is measured apart.
+Only scales move, by up to a few percent; codes stay as they were trained. The certificate compares with the trained
+model with the same scales, and the cost of moving them is measured separately.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from wrinklefree.core.method import QuantLinear, quant_layers
 
 
 def moves(model: nn.Module) -> dict[str, QuantLinear]:
-    """The layers whose method has a grid."""
+    """Return the quantized layers whose method has a grid, by fqn."""
     return {fqn: layer for fqn, layer in quant_layers(model).items() if type(layer).snap is not QuantLinear.snap}
 
 
@@ -25,10 +25,10 @@ def _snapped(layer: QuantLinear) -> Codes:
 
 @contextmanager
 def snapped(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Let the layers of `model` encode, and compute, with their scales on the grid for a while."""
+    """Let the layers of `model` encode and compute with their scales on the grid while the block runs."""
     layers = moves(model).values() if wanted else ()
     for layer in layers:
-        vars(layer)["encode"] = partial(_snapped, layer)  # in front of the class's own
+        vars(layer)["encode"] = partial(_snapped, layer)  # hides the class's own function
         layer.effective.clear()
     try:
         yield

@@ -1,1 +1,1 @@
-"""Codes as other formats see them: ternary numbers, lookup tables."""
+"""Quantized layers as other formats see them: ternary matrices, lookup tables, dense weights."""

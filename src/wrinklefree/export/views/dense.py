@@ -1,4 +1,4 @@
-"""A model without quantization that holds the effective weights."""
+"""Quantized models as plain ones, whose linear layers hold the effective weights."""
 
 import copy
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from wrinklefree.core.method import quant_layers
 
 
 def refuse_norms(model: PreTrainedModel, target: str) -> None:
-    """Raises UserError where a quantized layer owns a norm."""
+    """Raises UserError if a quantized layer has a norm inside, which the format `target` has no place for."""
     normed = [fqn for fqn, layer in quant_layers(model).items() if layer.rms_norm is not None]
     if normed:
         raise UserError(
@@ -22,7 +22,7 @@ def refuse_norms(model: PreTrainedModel, target: str) -> None:
 
 
 def unquantized_state(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, Tensor]:
-    """What is stored beside the quantized weights: biases, norms, embeddings; a tied head not again."""
+    """Return what is stored beside the quantized weights: biases, norms, embeddings, and a head that is not tied."""
     own = {f"{fqn}.{name}" for fqn in layers for name, _ in quant_layers(model)[fqn].named_parameters(recurse=False)}
     left_out = {name for name in own if not name.endswith(".bias")}
     if model.config.tie_word_embeddings:
@@ -32,7 +32,7 @@ def unquantized_state(model: PreTrainedModel, layers: Iterable[str]) -> dict[str
 
 @torch.no_grad()
 def dense_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class without quantization, its linear layers holding the effective weights in fp32."""
+    """Return a model of the same class without quantization. Its linear layers hold the effective weights in fp32."""
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     layers = quant_layers(model)

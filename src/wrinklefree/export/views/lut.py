@@ -1,9 +1,9 @@
-"""Quantized layers as one table and low-rank scales, for targets that know tables and products alone.
+"""Quantized layers as one table and low-rank scales, for formats that hold nothing else.
 
     W = lut[index] * (a @ b)        index uint8 [out, in], lut [2**bits], a [out, r], b [r, in]
 
-Judged by the codes, not by the method: those that hold `lut`, `a` and `b`, and ternary ones with a scale per matrix or
-row, whose table is {-1, 0, 1, 0}.
+The codes decide whether a layer fits, not its method. Two kinds do: codes with `lut`, `a` and `b`; and ternary codes
+with one scale per matrix or row, whose table is {-1, 0, 1, 0}.
 """
 
 from dataclasses import dataclass
@@ -19,37 +19,37 @@ from wrinklefree.core.method import QuantLinear, quant_layers
 
 @dataclass(frozen=True)
 class Palette:
-    """One layer's codes; see the head of this file. `lut`, `a` and `b` are fp16."""
+    """A layer with the weight lut[index] * (a @ b)."""
 
-    index: Tensor
+    index: Tensor  # uint8 [out, in]
     bits: int
-    lut: Tensor
-    a: Tensor
-    b: Tensor
+    lut: Tensor  # fp16 [2**bits]
+    a: Tensor  # fp16 [out, r]
+    b: Tensor  # fp16 [r, in]
 
     @property
     def rank(self) -> int:
-        """Number of scale products, r."""
+        """The number of scale products, r."""
         return len(self.b)
 
     def constants(self) -> list[tuple[int, int]]:
-        """Entries and bytes of each array: codes, packed across rows, and fp16; a `b` of ones is left out."""
+        """Return (entries, bytes) of each stored array: packed codes, then fp16 arrays; a `b` of ones is not stored."""
         scales = [self.lut, self.a, *([self.b] if self.has_b() else [])]
         codes = self.index.numel()
         return [(codes, packed_length(codes, self.bits)), *((t.numel(), 2 * t.numel()) for t in scales)]
 
     def has_b(self) -> bool:
-        """Whether inputs are scaled at all."""
+        """Whether inputs are scaled, so that `b` is not all ones."""
         return bool((self.b != 1).any())
 
     def weight(self) -> Tensor:
-        """fp32 [out, in]."""
+        """Return the effective weight, fp32 [out, in]."""
         return self.lut.float()[self.index.long()] * (self.a.float() @ self.b.float())
 
 
 @torch.no_grad()
 def palettes(model: PreTrainedModel, target: str) -> dict[str, Palette]:
-    """Every quantized layer by fqn. Raises UserError where one is no table times scales, or nothing is quantized."""
+    """Return every quantized layer by fqn. Raises UserError if one has another form, or if nothing is quantized."""
     layers = quant_layers(model)
     if not layers:
         raise UserError(f"--format {target}: nothing in this model is quantized; save it as it is with --format dense")
@@ -66,20 +66,21 @@ def _palette(fqn: str, layer: QuantLinear, target: str) -> Palette:
         b = torch.ones(1, codes.shape[1])
     else:
         raise _no_palette(fqn, layer, target)
-    found = Palette(codes.index, codes.bits, *(t.half().contiguous() for t in (lut, a, b)))
-    if not torch.equal(found.weight(), layer.decode(codes)):
+    palette = Palette(codes.index, codes.bits, *(t.half().contiguous() for t in (lut, a, b)))
+    if not torch.equal(palette.weight(), layer.decode(codes)):
         raise _no_palette(fqn, layer, target)
-    return found
+    return palette
 
 
 def _on_cpu(codes: Codes) -> Codes:
-    """Where sums have the same order for both sides of the comparison."""
+    """Move codes to the CPU."""
+    # There, both sides of the comparison add up in the same order.
     tensors = {name: t.detach().cpu() for name, t in codes.tensors.items()}
     return Codes(codes.index.cpu(), codes.bits, tensors, codes.shape)
 
 
 def _one_scale_a_row(codes: Codes) -> bool:
-    """Whether these may be ternary codes that a column of scales turns into the weight."""
+    """Whether these look like ternary codes with one scale per row or per matrix."""
     scales = codes.tensors.get("scales")
     return (
         codes.tensors.keys() == {"scales"}

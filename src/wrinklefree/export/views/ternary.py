@@ -1,7 +1,7 @@
-"""Quantized layers as plain ternary matrices, for targets that hold nothing else.
+"""Quantized layers as ternary matrices, for formats that hold nothing else.
 
-Judged by the codes, not by the method: a layer is ternary where its weight is scale times {-1, 0, 1}, scales shared by
-the whole matrix, by a row or by equal groups of columns.
+The codes decide whether a layer fits, not its method: its weight has to be {-1, 0, 1} times scales, with one scale per
+matrix, per row, or per equal group of columns in a row.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from wrinklefree.core.method import QuantLinear, quant_layers
 
 @dataclass(frozen=True)
 class Ternary:
-    """W = scales x codes: codes int8 [out, in] in {-1, 0, 1}, scales fp32 [1, 1], [out, 1] or [out, groups]."""
+    """A layer with the weight scales x codes."""
 
-    codes: Tensor
-    scales: Tensor
+    codes: Tensor  # int8 [out, in], each -1, 0 or 1
+    scales: Tensor  # fp32 [1, 1], [out, 1] or [out, groups]
 
     def weight(self) -> Tensor:
-        """fp32 [out, in]."""
+        """Return the effective weight, fp32 [out, in]."""
         scales = self.scales.expand(len(self.codes), -1)
         return (self.codes.float().unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)).flatten(1)
 
 
 @torch.no_grad()
 def ternary_layers(model: PreTrainedModel, target: str) -> dict[str, Ternary]:
-    """Every quantized layer by fqn. Raises UserError where one is not ternary, or nothing is quantized."""
+    """Return every quantized layer by fqn. Raises UserError if one is not ternary, or if nothing is quantized."""
     layers = quant_layers(model)
     if not layers:
         raise UserError(f"--format {target}: nothing in this model is quantized; save it as it is with --format dense")
@@ -41,10 +41,10 @@ def _ternary(fqn: str, layer: QuantLinear, target: str) -> Ternary:
     codes = layer.encode()
     if not _looks_ternary(codes):
         raise _not_ternary(fqn, layer, target)
-    found = Ternary((codes.index.to(torch.int8) - 1), codes.tensors["scales"].float())
-    if not torch.equal(found.weight(), layer.decode(codes)):
+    ternary = Ternary((codes.index.to(torch.int8) - 1), codes.tensors["scales"].float())
+    if not torch.equal(ternary.weight(), layer.decode(codes)):
         raise _not_ternary(fqn, layer, target)
-    return found
+    return ternary
 
 
 def _looks_ternary(codes: Codes) -> bool:
@@ -68,10 +68,10 @@ def _not_ternary(fqn: str, layer: QuantLinear, target: str) -> UserError:
 
 
 def one_scale(fqn: str, layer: Ternary, target: str) -> Tensor:
-    """The scale of a layer that has one, fp32 []. Raises UserError where it has more."""
+    """Return the layer's only scale, fp32 []. Raises UserError if it has more than one."""
     if layer.scales.numel() != 1:
         raise UserError(
-            f"--format {target}: {fqn} has {layer.scales.numel()} scales, the target one a matrix: "
+            f"--format {target}: {fqn} has {layer.scales.numel()} scales, and {target} holds one per matrix: "
             f"train with method.granularity=tensor, or use --format hf, gguf or compressed-tensors"
         )
     return layer.scales.reshape(())

@@ -1,4 +1,4 @@
-"""Distillation from a KD cache: the answers of the teacher come with the batches."""
+"""Distillation from a KD cache: the batches carry the teacher's answers, and no teacher runs."""
 
 from collections.abc import Iterator
 
@@ -12,11 +12,11 @@ from wrinklefree.objectives.losses import CachedLosses, CachedTeacher, cached_lo
 
 
 class Objective(LanguageObjective):
-    """KL to the teacher whose answers come with the batches (`data.kd_cache`), cross entropy, and hard terms."""
+    """KL to a teacher whose answers come with the batches (`data.kd_cache`), plus cross entropy and hard terms."""
 
     @classmethod
     def problems(cls, config: Config) -> Iterator[str]:
-        """Settings that need a running teacher, and a cache that is missing or not learned from."""
+        """Yield an error line if the cache is missing or unused, and for each setting that needs a running teacher."""
         d = config.distillation
         if d.cache is None:
             yield "distillation.cache: training.objective=cached_kd needs a folder that `wf cache` wrote"
@@ -36,11 +36,12 @@ class Objective(LanguageObjective):
         yield result.loss, {"ce": result.ce, "kl": result.kl, **hard}
 
     def compare(self, batch: Batch) -> CachedLosses:
-        """Losses of one batch of `KDCache`."""
+        """Return the losses of one batch from `KDCache`."""
         c, kept = self.config, labelled(batch)
         hidden, targets = shifted(self.student.states(batch), batch["labels"])
         states, head = self.student.project(hidden)
         rest = batch["kd_rest"][kept] if "kd_rest" in batch else None
+        # Counted from the right, the last label of a row is its first.
         last = kept & (kept.flip(1).cumsum(1).flip(1) == 1)
         teacher = CachedTeacher(batch["kd_ids"][kept], batch["kd_logits"][kept], rest, last[kept])
         return cached_losses(

@@ -1,4 +1,4 @@
-"""Cross entropy of the next token, KL to a running teacher, attention relations, hidden states."""
+"""Training on the next token, with or without a running teacher."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +17,7 @@ from wrinklefree.objectives.terms import AttentionRelations, HiddenStates, hidde
 
 
 class Objective(LanguageObjective):
-    """Cross entropy, KL to a teacher, and what `config` adds: attention relations, hidden states."""
+    """Cross entropy and KL to a teacher; `config` may add attention relations and hidden states."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Objective(LanguageObjective):
         teacher: PreTrainedModel | None = None,
         compiled: bool = False,
     ) -> None:
-        """Raises UserError for a teacher that does not fit the student, and settings that need one without it."""
+        """Raises UserError if the teacher does not fit the student, or if a setting needs one and there is none."""
         super().__init__(student, config, teacher, compiled)
         self.hidden_share = config.hidden.initial_weight
         self.attention = self.hidden = None
@@ -39,11 +39,11 @@ class Objective(LanguageObjective):
 
     @classmethod
     def needs_teacher(cls, config: DistillationConfig) -> bool:
-        """Every distillation preset but `none` has a teacher."""
+        """Whether the distillation preset has a teacher, which all but `none` do."""
         return config.name != "none"
 
     def on_step(self, step: int, max_steps: int) -> None:
-        """Set the hidden states' share of the loss, which follows a schedule."""
+        """Update the share that hidden states have in the loss."""
         self.hidden_share = hidden_share(self.config.hidden, step, max_steps)
 
     def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
@@ -70,13 +70,14 @@ class Objective(LanguageObjective):
         yield loss, metrics
 
     def _vocabulary_terms(self, result: TokenLosses) -> dict[str, Tensor]:
-        """What cross entropy and KL add to the loss, each with its weight."""
+        """Return cross entropy and KL times their weights, without those of weight 0."""
         c = self.config
         terms = {"ce": c.ce_weight * result.ce} if c.ce_weight else {}
         return terms | ({"kl": c.weight * result.kl} if self.teacher and c.weight else {})
 
 
 def _needed(teacher: PreTrainedModel | None, setting: str, compiled: bool) -> PreTrainedModel:
+    """Return the teacher. Raises UserError if there is none, or if the model is compiled: hooks need plain modules."""
     if teacher is None:
         raise UserError(f"distillation.{setting}: needs a teacher, and distillation=none has none")
     if compiled:
@@ -85,7 +86,7 @@ def _needed(teacher: PreTrainedModel | None, setting: str, compiled: bool) -> Pr
 
 
 def compare(student: BodyAndHead, teacher: BodyAndHead | None, batch: Batch, config: DistillationConfig) -> TokenLosses:
-    """Losses of one batch, in fp32 sums over chunks of the vocabulary's logits."""
+    """Return the losses of one batch. Logits are computed in chunks of tokens and summed in fp32."""
     other = None
     if teacher is not None:
         with torch.no_grad():

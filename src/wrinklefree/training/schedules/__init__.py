@@ -1,1 +1,1 @@
-"""Learning-rate schedules, found by name: `rate(progress, settings)` is the share of the peak after the warm-up."""
+"""Learning-rate schedules, found by name: `rate(progress, settings)` is relative to the peak, after the warm-up."""
