@@ -89,6 +89,15 @@ def test_every_help_has_an_example_that_starts_with_the_verb(verb: str) -> None:
     assert f" wf {verb}" in out.partition("Example")[2]
 
 
+@pytest.mark.parametrize("verb", ["", *VERBS, *THINKING])
+def test_help_fits_into_80_columns(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = wf(*verb.split(), "--help")
+    assert code == 0
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+    assert "..." not in out.partition("Commands:")[2]
+
+
 def test_help_imports_nothing_heavy() -> None:
     heavy = ["torch", "transformers", "hydra", "omegaconf", "pydantic", "datasets", "matplotlib", "numpy", "rich"]
     code = (

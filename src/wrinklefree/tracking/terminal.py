@@ -74,7 +74,7 @@ class LineHandler(logging.Handler):
 
 
 def show_log_lines() -> None:
-    """Make the `wrinklefree` logger print to standard error, whatever the root logger does. Call it as often as needed."""
+    """Make the `wrinklefree` logger print to standard error, once, whatever the root logger does."""
     log = logging.getLogger("wrinklefree")
     is_main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, only the first logs
     log.setLevel(logging.INFO if is_main else logging.ERROR)
