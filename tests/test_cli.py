@@ -311,7 +311,7 @@ def test_a_half_cache_is_the_native_engines(random_model: Path) -> None:
     pytest.importorskip("uvicorn")
     code, _, err = wf("serve", str(random_model / "final"), "--port", "0", "--half-cache")
     assert code == 2
-    assert "--half-cache is the native engine's, and this is not it (engine: transformers" in err
+    assert "--half-cache: works only with the native engine, and this is another (engine: transformers" in err
 
 
 def test_a_model_config_name_stands_for_its_model() -> None:
