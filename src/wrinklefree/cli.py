@@ -257,9 +257,7 @@ def cache(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The teacher: a config's name, a local folder or a hub id.")
     ] = None,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per sequence; default: the model's context.")
-    ] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence; default: model's context.")] = None,
     topk: Annotated[int, typer.Option(min=1, help="Likeliest tokens to keep per position.")] = 32,
     rand_neg: Annotated[int, typer.Option(min=0, help="Random tokens to keep per position.")] = 0,
     sequences: Annotated[int, typer.Option(min=1, help="Most sequences to train on.")] = 20_000,
@@ -273,9 +271,8 @@ def cache(
 ) -> None:
     """Save a teacher's predictions, to learn from them later.
 
-    Trainings with training.objective=cached_kd read them, and need no teacher.
-
-    An interrupted cache resumes. Settings may be data.*, seed, training.batch_size and training.precision.
+    Trainings with training.objective=cached_kd read them, and need no teacher. An interrupted cache resumes.
+    Settings may be data.*, seed, training.batch_size and training.precision.
 
     \b
     Example:

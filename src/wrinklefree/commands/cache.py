@@ -89,10 +89,7 @@ def settings(model: str, length: int | None, overrides: list[str]) -> Config:
 
 
 def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
-    """Write a cache of the teacher `config.model` on `config.data`, and return its manifest.
-
-    If `out` holds an unfinished cache with the same settings, it is continued; `force` replaces it.
-    """
+    """Write a cache of the teacher `config.model` on `config.data`, or continue an unfinished one in `out`."""
     world = join_world()
     log.info("loading %s", config.model.pretrained)
     teacher, tokenizer = load_pretrained(config.model)

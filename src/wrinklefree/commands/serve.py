@@ -1,5 +1,6 @@
 """`wf serve`: serve a model over the OpenAI interface. Packed folders are the fastest."""
 
+import importlib
 import logging
 import shlex
 from pathlib import Path
@@ -32,12 +33,8 @@ def run(
 
     Raises UserError if the extra `serve` is not installed, the model cannot be loaded, or the address cannot be used.
     """
-    try:
-        from wrinklefree.serve import server
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
-            raise
-        raise UserError("wf serve needs two more libraries: pip install 'wrinklefree[serve]'") from None
+    _check_extra()
+    from wrinklefree.serve import server
     from wrinklefree.serve.app import Limits, Model, Service
     from wrinklefree.serve.scheduler import Scheduler
     from wrinklefree.tracking.terminal import show_log_lines
@@ -57,6 +54,16 @@ def run(
             f"{max_waiting} more may wait; {sizes}). Try: {_example(bound, service)}"
         )
         server.run(service, bound, lambda: log.info("%s", text))
+
+
+def _check_extra() -> None:
+    """Raise UserError if the libraries of the extra `serve` are not installed."""
+    try:
+        importlib.import_module("wrinklefree.serve.server")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise UserError("wf serve needs two more libraries: pip install 'wrinklefree[serve]'") from None
 
 
 def _open(
