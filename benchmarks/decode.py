@@ -2,10 +2,10 @@
 
     python -m benchmarks.decode [--quick] [--json] [--parts native,hf,bf16,small,lut,serve] [--rounds 7] [--threads 1,2]
 
-The models have random weights in the shapes of known models, batch 1 and an int8 head. In each round, every case runs
-one burst. A figure is the median over the rounds of the ratio between two bursts of the same round, so that a busy
-machine slows down both. llama.cpp quantizes the same shape itself, to TQ2_0. The rows of the small model do not fit the
-blocks of TQ2_0, so llama.cpp falls back to 4 bits; the faster of that and Q4_0 counts.
+The models are known shapes with random weights, batch 1 and an int8 head. In each round, every case runs one burst. A
+figure is a ratio between two bursts in the same round, so that a busy machine slows down both; it is the median over
+all rounds. llama.cpp quantizes the same shape itself, to TQ2_0. The small model's rows do not fit TQ2_0's blocks, so
+llama.cpp falls back to 4 bits there; that or Q4_0 counts, whichever is faster.
 
 native  the native engine at 1.1 B parameters: ternary, Fairy2i W2 and W1, decoding and reading 128 tokens
 hf      `generate` of a transformers model with packed layers

@@ -51,7 +51,7 @@ def replace_linear_with_anemll_v2(
 ) -> int:
     """Replace the linear layers of a model, in place, by lookup tables with frozen codes.
 
-    Returns the number of layers. Raises UserError if the model has no linear layer.
+    Returns how many layers there are. Raises UserError if the model has no linear layer.
     """
     sizes = {"rank": scale_rank, "attn_rank": attn_scale_rank}
     config = Config(view="v2", train="scales", bits=lut_bits, attn_bits=attn_lut_bits, **sizes)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def _layers(model: nn.Module) -> dict[str, LutLinear]:
 
 
 def _reconfigured(model: nn.Module, **settings: object) -> int:
-    """Change settings of all quantized layers, and return the number of layers."""
+    """Change settings in all quantized layers, and return how many there are."""
     for layer in _layers(model).values():
         layer.config = replace(layer.config, **settings)  # type: ignore[arg-type]
         layer.effective.clear()
@@ -74,7 +74,7 @@ def _reconfigured(model: nn.Module, **settings: object) -> int:
 
 
 def freeze_Q_all(model: nn.Module) -> int:  # noqa: N802  # the guide's name
-    """Freeze the codes of all layers that still train them (V1). No weight changes. Returns the number of layers."""
+    """Freeze the codes of all layers that still train them (V1). No weight changes. Returns how many layers there are."""
     layers = _layers(model)
     if layers:
         replace(_method(layers), view="v2", train="scales").prepare(model)
@@ -94,12 +94,12 @@ def _method(layers: dict[str, LutLinear]) -> Config:
 
 
 def set_factored_inference_v2(model: nn.Module, enabled: bool) -> int:
-    """Let layers compute one rank after the other, or else with the effective weight. Returns the number of layers."""
+    """Let layers compute one rank after the other, or else with the effective weight. Returns how many layers there are."""
     return _reconfigured(model, forward="factored" if enabled else "weight")
 
 
 def set_batched_forward_v2(model: nn.Module, enabled: bool) -> int:
-    """Let layers compute all ranks at once, or else with the effective weight. Returns the number of layers."""
+    """Let layers compute all ranks at once, or else with the effective weight. Returns how many layers there are."""
     return _reconfigured(model, forward="batched" if enabled else "weight")
 
 
@@ -108,7 +108,7 @@ def snap_model_for_ane_v2(model: nn.Module) -> int:
     """Replace tables and factors by their fp16 values, and latent weights by the weights that these give.
 
     The model's outputs do not change, because training already computes with the fp16 values.
-    Returns the number of layers.
+    Returns how many layers there are.
     """
     for layer in _layers(model).values():
         codes = layer.encode()

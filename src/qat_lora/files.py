@@ -229,7 +229,7 @@ def _with_magnitudes(part: State, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
 
 
 def detect(found: Mapping[str, Layer], file: Path) -> dict[str, Any]:
-    """The settings `view`, bits and ranks of the method that fit the layers of a file.
+    """The method settings `view`, bits and ranks that fit a file's layers.
 
     Raises UserError if the MLP layers, or the attention layers, differ among themselves.
     """
@@ -249,9 +249,9 @@ def detect(found: Mapping[str, Layer], file: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def put(model: nn.Module, state: State, found: Mapping[str, Layer], file: Path) -> int:
-    """Copy the tensors of a file into a prepared model, and return the number of quantized layers.
+    """Copy a file's tensors into a prepared model, and return how many layers are quantized.
 
-    Tensors of the model that are not in the file stay. Raises UserError if layers or shapes differ.
+    Tensors that the file lacks do not change. Raises UserError if layers or shapes differ.
     """
     layers = quant_layers(model)
     if layers.keys() != found.keys():

@@ -4,7 +4,7 @@
 |---|---|---|
 | a | train latent weights and scales; then freeze the codes and train the scales | the best quality |
 | b | freeze the codes from the start and train the scales | the simplest training |
-| c | train with 4 bits everywhere; then 2 bits in the MLP, fitted to the 4-bit weights | a good 4-bit model first |
+| c | train with 4 bits everywhere; then 2 bits in the MLP, fitted to the 4-bit weights | a 4-bit model on the way |
 
 A step that is done with the same settings is skipped, and an interrupted step resumes.
 """

@@ -243,11 +243,12 @@ def scattered(num: int, per_row: int, vocab_size: int, draw: torch.Generator) ->
 
 
 def take_over(source: Path, out: Path, model: str | None, force: bool) -> Manifest:
-    """Convert a cache of `.pt` shards into our format, and return the manifest. Every 20th sequence is held out.
+    """Convert `.pt` shards into our cache format, and return the manifest. An unfinished conversion is continued.
 
-    An unfinished conversion is continued. Each sequence counts as one document, because its teacher read it as one.
-    The original cache does not store the total weight of the other tokens. It is estimated from the random tokens of
-    the cache, and is unknown if there are none.
+    - Every 20th sequence is held out.
+    - A sequence counts as one document, because its teacher read it as one.
+    - The `.pt` files do not store how much weight the other tokens have in total. This is estimated from their random
+      tokens; without these, it is unknown.
     """
     meta, data, files = _upstream(source)
     tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(_tokenizer_name(meta, model)))
@@ -295,7 +296,7 @@ def _rows(shard: Shard, kept: Tensor) -> Shard:
 
 
 def _upstream(source: Path) -> tuple[Upstream, dict[str, Any], list[Path]]:
-    """Read `meta.json` of a cache of `.pt` files: its checked fields, all of its values, and the paths of the shards.
+    """Read a foreign cache's `meta.json`. Returns its checked fields, all its values, and the shards' paths.
 
     Raises UserError if this is no such cache, or a shard is missing.
     """

@@ -1,4 +1,4 @@
-"""The output folder of a run: what is in it, which checkpoint to resume from, and how it is cleared."""
+"""A run's output folder: what is in it, which checkpoint to resume from, and how it is cleared."""
 
 import itertools
 import logging

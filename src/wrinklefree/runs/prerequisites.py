@@ -22,7 +22,7 @@ VERBS = {
 
 
 def stage_folder(config: Config, stage: str) -> Path:
-    """The output folder of stage `stage` in the experiment of `config`."""
+    """The output folder for `stage` in this experiment."""
     return Path(config.output_root) / f"{config.experiment}_{stage}"
 
 
@@ -48,7 +48,7 @@ def stage_model(config: Config, name: str) -> str:
 
 
 def command(config: Config, stage: str) -> str:
-    """The command line that runs stage `stage` of this experiment, such as `wf train model=tiny training=...`."""
+    """The command line that runs `stage` in this experiment, such as `wf train model=tiny training=...`."""
     settings = prerequisite(config, stage)
     if stage in VERBS:  # its command chooses the training itself
         settings.remove(f"training={stage}")
@@ -56,10 +56,10 @@ def command(config: Config, stage: str) -> str:
 
 
 def prerequisite(config: Config, stage: str) -> list[str]:
-    """The overrides that run stage `stage` for the experiment of `config`.
+    """The overrides that run `stage` in this experiment.
 
-    They carry over the model, output root, seed, sequence length, `distributed` and data of `config`. All other
-    settings are the defaults of the stage.
+    Model, output root, seed, sequence length, `distributed` and data come from `config`. All other settings keep the
+    stage's defaults.
     """
     name, task = config.model.name, config.data.task
     overrides = [f"model={name if name in options('model') else config.model.pretrained}", f"training={stage}"]

@@ -72,7 +72,7 @@ class Run:
             make_run_folder(self.config)
 
     def stream(self) -> BatchStream | KDStream:
-        """The training batches of this process, from the first one."""
+        """This process's training batches, from the first one."""
         return open_stream(self.config, self.tokenizer, self.world)
 
     def heldout(self, max_tokens: int | None) -> list[Batch]:
@@ -114,12 +114,12 @@ class Run:
     def quality(
         self, model: PreTrainedModel, batches: list[Batch], reference: PreTrainedModel | None = None
     ) -> Quality:
-        """Perplexity of a placed model on `batches`, and its KL to `reference`, in the precision of the run."""
+        """A placed model's perplexity on `batches`, and its KL to `reference`, in the run's precision."""
         with self.plan.autocast(model.device):
             return self.placement.with_whole_parameters(partial(measure, model, batches, reference))
 
     def accuracy(self, model: PreTrainedModel, examples: list[Example]) -> Accuracy:
-        """Accuracy of a placed model on examples of a task, in the precision of the run."""
+        """Accuracy of a placed model on task examples, in the run's precision."""
         size, length = 4 * self.config.training.batch_size, self.plan.length
         score = partial(measure_accuracy, model, self.tokenizer, examples, batch_size=size, length=length)
         with self.plan.autocast(model.device):
@@ -209,7 +209,7 @@ def evaluator(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[n
 
 
 def _cached_evaluator(config: Config, cache: KDCache) -> Callable[[nn.Module], dict[str, float]]:
-    """An evaluation function for KD caches: the training loss and its parts on the held-out sequences of the cache."""
+    """A function that returns the training loss and its parts on the cache's held-out sequences."""
 
     @torch.no_grad()
     def evaluate(model: nn.Module) -> dict[str, float]:

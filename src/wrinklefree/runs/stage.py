@@ -203,7 +203,7 @@ def pack(
 
 
 def prompts(heldout: list[Batch], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The first tokens of some held-out windows, as text."""
+    """Text prompts: the first tokens in some held-out windows."""
     rows = torch.cat([batch["input_ids"] for batch in heldout])
     chosen = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES, :PROMPT_TOKENS]
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in chosen]
