@@ -74,7 +74,7 @@ def _reconfigured(model: nn.Module, **settings: object) -> int:
 
 
 def freeze_Q_all(model: nn.Module) -> int:  # noqa: N802  # the guide's name
-    """Freeze the codes of all layers that still train them (V1). No weight changes. Returns how many layers there are."""
+    """Freeze the codes of all layers that still train them (V1). No weight changes. Returns the layer count."""
     layers = _layers(model)
     if layers:
         replace(_method(layers), view="v2", train="scales").prepare(model)
@@ -94,12 +94,12 @@ def _method(layers: dict[str, LutLinear]) -> Config:
 
 
 def set_factored_inference_v2(model: nn.Module, enabled: bool) -> int:
-    """Let layers compute one rank after the other, or else with the effective weight. Returns how many layers there are."""
+    """Let layers compute one rank after the other, or else with the effective weight. Returns the layer count."""
     return _reconfigured(model, forward="factored" if enabled else "weight")
 
 
 def set_batched_forward_v2(model: nn.Module, enabled: bool) -> int:
-    """Let layers compute all ranks at once, or else with the effective weight. Returns how many layers there are."""
+    """Let layers compute all ranks at once, or else with the effective weight. Returns the layer count."""
     return _reconfigured(model, forward="batched" if enabled else "weight")
 
 
