@@ -1,1 +1,1 @@
-"""Speed and quality, measured side by side with the alternative; LOG.md has the figures."""
+"""Measure speed and quality next to the alternative, in the same run. LOG.md has the figures."""

@@ -1,14 +1,15 @@
-"""ANEMLL measured.
+"""Measure ANEMLL: initialization, training curves, step cost, and training on a KD cache.
 
     python -m benchmarks.anemll [--quick] [--json] [--parts init,curves,cost,cache] [--story FOLDER] [--out FOLDER]
 
-init    perplexity and KL of q2a4 before any training: upstream's SVD of group maxima, evenly spaced tables; ours, least
-        squares weighted by the inputs. On `-m tiny`, and on the model in --story on tokens sampled from it.
-curves  `-m tiny` on one KD cache, held-out loss by steps, in one picture: q2a4 from scratch (frozen codes; weights and
-        scales), v1 to v2, 4 bits to 2. Ratios are final over initial, initial being upstream's way to begin.
-cost    time of a training step at rank 32 over that of the unquantized model.
-cache   cached KD against online KD, Fairy2i w2 on `-m tiny` with itself as teacher, one thread: time of a step (CPU
-        seconds, the two taken in turn), and KL to the teacher on held-out text after equal steps on equal text.
+init    Perplexity and KL of q2a4 before training. Upstream starts from an SVD of group maxima and evenly spaced tables;
+        ours is least squares weighted by the inputs. Measured on `-m tiny`, and on the model in --story with tokens
+        sampled from it.
+curves  Held-out loss by steps of `-m tiny` on one KD cache, in one plot: q2a4 from scratch (frozen codes, or weights
+        and scales), v1 to v2, 4 bits to 2. Ratios are the final loss over the loss of upstream's initialization.
+cost    Time of a training step at rank 32, over that of the unquantized model.
+cache   Cached KD against online KD, for Fairy2i w2 on `-m tiny` with itself as teacher, on one thread: CPU seconds per
+        step, measured alternately, and held-out KL to the teacher after equal steps on equal text.
 
 Finished runs are kept under --out and not repeated. Ratios come first in the JSON.
 """
@@ -43,20 +44,21 @@ UPSTREAM = "upstream"
 
 
 def init(story: Path | None, quick: bool) -> Figures:
-    """Perplexity and KL of q2a4 by both ways to begin, and the ratio of perplexities, ours over upstream's."""
+    """Perplexity and KL of q2a4 with both initializations, and the ratio of perplexities, ours over upstream's."""
     figures: Figures = {}
     for name, model in {"story": story, "tiny": "tiny"}.items():
         if model is None:
             continue
-        found = {way: begun(str(model), more, quick) for way, more in {UPSTREAM: SVD, "ours": []}.items()}
-        figures[f"init_ppl_ratio_{name}"] = found["ours"].ppl / found[UPSTREAM].ppl
-        for way, quality_ in found.items():
+        ways = {UPSTREAM: SVD, "ours": []}
+        results = {way: untrained_quality(str(model), more, quick) for way, more in ways.items()}
+        figures[f"init_ppl_ratio_{name}"] = results["ours"].ppl / results[UPSTREAM].ppl
+        for way, quality_ in results.items():
             figures |= {f"init_ppl_{name}_{way}": quality_.ppl, f"init_kl_{name}_{way}": quality_.kl}
     return figures
 
 
-def begun(model: str, settings: list[str], quick: bool) -> Quality:
-    """A model as q2a4 before training, against itself in full precision."""
+def untrained_quality(model: str, settings: list[str], quick: bool) -> Quality:
+    """Perplexity of a model as q2a4 before training, and its KL to the full-precision model."""
     config = load_config([f"model={model}", "training=anemll_q2a4", *settings])
     run = open_run(config, force=True)
     original = run.model
@@ -70,7 +72,7 @@ def begun(model: str, settings: list[str], quick: bool) -> Quality:
     return measure_quality(student.eval(), heldout, original)
 
 
-# Name of a run: its settings, and the run whose model it starts from.
+# For each run: its settings, and the run whose model it starts from.
 CURVES: dict[str, tuple[list[str], str | None]] = {
     "scratch_v2_upstream": (["training=anemll_v2", *SVD, "training.optimizer.scale_lr=3e-3"], None),
     "scratch_v2": (["training=anemll_v2", "training.optimizer.scale_lr=3e-3"], None),
@@ -83,7 +85,7 @@ CURVES: dict[str, tuple[list[str], str | None]] = {
 
 
 def curves(out: Path, steps: int) -> Figures:
-    """KL to the original on held-out text, before and after; a picture of all runs by steps."""
+    """Run all of CURVES and plot them. Returns the held-out KL to the original before and after training."""
     folder = out / "cache"
     if not (folder / "manifest.json").exists():
         sizes = {"topk": 64, "negatives": 0, "num_heldout": 128, "shard_size": 1024}
@@ -95,7 +97,7 @@ def curves(out: Path, steps: int) -> Figures:
         overrides += ["training.final_eval_tokens=65536"]
         if start is not None:
             overrides.append(f"training.start_from=[{out / start}]")
-        result = finished(overrides, out / name)
+        result = run_results(overrides, out / name)
         losses[name] = [result["one_shot"]["kl"], result["trained"]["kl"]]
     plot_runs([out / name / "training_log.csv" for name in CURVES], out / "curves.png")
     first, last = ({name: values[i] for name, values in losses.items()} for i in (0, -1))
@@ -108,7 +110,7 @@ def curves(out: Path, steps: int) -> Figures:
 
 
 def cached_vs_online(out: Path, steps: int, timed: int, topk: int = 32) -> Figures:
-    """Speed and quality of `steps` steps on a cache, over those with the teacher running."""
+    """Speed and KL of `steps` training steps on a cache, over those of steps with a running teacher."""
     settings = [*TINY, f"training.max_steps={steps}"]
     online = load_config([*settings, f"output_dir={out / 'online'}"])
     folder = out / f"cache_{steps}_{topk}"
@@ -120,7 +122,8 @@ def cached_vs_online(out: Path, steps: int, timed: int, topk: int = 32) -> Figur
     more = ["training.objective=cached_kd", f"distillation.cache={folder}"]
     cached = load_config([*settings, *more, f"output_dir={out / 'cached'}"])
     speed = step_seconds(online, cached, timed)
-    results = {"online": finished(settings, out / "online"), "cached": finished([*settings, *more], out / "cached")}
+    arms = {"online": settings, "cached": [*settings, *more]}
+    results = {name: run_results(overrides, out / name) for name, overrides in arms.items()}
     kl = {name: result["trained"]["kl"] for name, result in results.items()}
     return {
         "cached_vs_online_speed": speed["online"] / speed["cached"],
@@ -134,7 +137,7 @@ def cached_vs_online(out: Path, steps: int, timed: int, topk: int = 32) -> Figur
 
 
 def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]:
-    """Median CPU seconds of a training step of each, on the same student, in turn."""
+    """Median CPU seconds of a training step for both configs, measured alternately on the same student."""
     runs = {name: open_run(config, force=True) for name, config in (("online", online), ("cached", cached))}
     plan, original = runs["online"].plan, runs["online"].model
     student = prepare_student(online, original)
@@ -168,8 +171,8 @@ def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-def finished(settings: list[str], run: Path) -> Figures:
-    """The results of a run, which is made where it is not there."""
+def run_results(settings: list[str], run: Path) -> Figures:
+    """The results of the run in the folder `run`, which is trained first if it does not exist."""
     if not (run / "results.json").exists():
         launch.run_stage([*settings, "training.pack=false", f"output_dir={run}"], force=True)
     return report.read_figures(run / "results.json")
@@ -177,16 +180,17 @@ def finished(settings: list[str], run: Path) -> Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute's version: few steps")
+    parser.add_argument("--quick", action="store_true", help="few steps, in about a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--parts", default="init,curves,cost,cache", help="comma-separated")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of parts curves and cache")
-    parser.add_argument("--story", type=Path, help="a folder with a small pretrained model, for part init")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_anemll"), help="where runs are kept")
-    quality.tell(parser.parse_args(), measure)
+    parser.add_argument("--steps", type=int, default=400, help="training steps in curves and cache")
+    parser.add_argument("--story", type=Path, help="folder with a small pretrained model, for init")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_anemll"), help="folder for the runs")
+    quality.print_figures(parser.parse_args(), measure)
 
 
 def measure(args: argparse.Namespace) -> Figures:
+    """The figures of all chosen parts."""
     torch.set_num_threads(1)
     steps = 3 if args.quick else args.steps
     out = args.out / f"{steps}_steps"

@@ -1,15 +1,18 @@
-"""BitDistill measured: what each stage is worth on a task, language modelling, cost of a step, size of the file.
+"""Measure BitDistill: what each stage contributes on a task, language modelling, step cost and file size.
 
     python -m benchmarks.bitdistill [--quick] [--json] [--parts ablation,lm,story,cost] [--story FOLDER] [--seeds 0,1,2]
 
-ablation  `-m tiny` on `stdlib_kind`, the paper's arms: full precision fine-tuned; ternary fine-tuned directly (the
-          quantizer of BitNet; and ours, with learned scales); SubLN, then distilled (stages 1 and 3); with continued
-          pretraining between (1, 2 and 3). Accuracy and its spread over seeds, and the share of the gap between the
-          second and the first arm that BitDistill closes.
-lm        `-m tiny` ternary with int8 activations after KD on text: perplexity over full precision's, KL, and the
-          control, the full-precision model after the same steps. Whole-file size, embeddings included.
-story     KL to the original after 250 steps of 12 x 128 tokens sampled from it, activations in floating point.
-cost      time and memory of one training step over those of the unquantized model.
+ablation  `-m tiny` on `stdlib_kind`: accuracy with its spread over seeds, and the share of the gap between `direct` and
+          `fp` that BitDistill closes. The arms are those of the paper:
+            fp              full precision, fine-tuned
+            direct          ternary with BitNet's quantizer, fine-tuned directly
+            direct_learned  ternary with our quantizer, which learns its scales, fine-tuned directly
+            stages_1_3      SubLN, then distillation
+            bitdistill      SubLN, continued pretraining, then distillation
+lm        `-m tiny`, ternary with int8 activations, after KD on text: perplexity over that of full precision, KL, and
+          file size with embeddings. The control is the full-precision model after the same steps.
+story     KL to the original after 250 steps of 12 x 128 tokens sampled from it, with floating-point activations.
+cost      Time and memory of one training step, over those of the unquantized model.
 
 Finished runs are kept under --out and not repeated. Ratios come first in the JSON.
 """
@@ -38,9 +41,9 @@ DIRECT = ["training.start_from=[]", "distillation=none", "method.norm_mode=none"
 
 
 def ablation(seeds: list[int], out: Path, limits: list[str]) -> Figures:
-    """Accuracies of the arms by seed, and the share of the gap that BitDistill closes.
+    """The accuracies of all arms, and the share of the gap that BitDistill closes.
 
-    All arms of a seed see the same examples for the same number of steps; continued pretraining is run once for all.
+    All arms of a seed see the same examples for the same number of steps. Continued pretraining runs once for all.
     """
     pretrained = stage("stage2_pretrain", out / "shared", [*limits, "training.start_from=[]"])
     accuracy: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -59,7 +62,7 @@ def ablation(seeds: list[int], out: Path, limits: list[str]) -> Figures:
 
 
 def arms(root: Path, pretrained: Path, common: list[str]) -> dict[str, Path]:
-    """The run folder of each arm."""
+    """Train all arms of one seed, and return the run folder of each."""
     stage("stage1_subln", root, common)
     two = [f"training.start_from=[{pretrained / 'final'}]", f"output_dir={root / 'stages_1_2_3'}"]
     return {
@@ -72,7 +75,7 @@ def arms(root: Path, pretrained: Path, common: list[str]) -> dict[str, Path]:
 
 
 def stage(name: str, root: Path, settings: list[str]) -> Path:
-    """Run one stage unless it has been run; its folder."""
+    """Run one stage unless it is done, and return its folder."""
     overrides = ["model=tiny", f"training={name}", f"output_root={root}", "training.pack=false"]
     overrides += ["training.final_eval_tokens=16384", "training.eval_examples=768", *settings]
     run = Path(load_config(overrides).output_dir)
@@ -82,7 +85,7 @@ def stage(name: str, root: Path, settings: list[str]) -> Path:
 
 
 def lm(steps: int, out: Path) -> Figures:
-    """Ternary with int8 activations against full precision, and the control."""
+    """The figures of a ternary model with int8 activations, and of the full-precision control."""
     length = [f"training.max_steps={steps}", "training.final_eval_tokens=1000000", "training.eval_interval=250"]
     runs = {"ternary": [*PLAIN, *ROW, "training.lr=1e-3"], "control": ["training=full_precision"]}
     results = {name: quality.run(["model=tiny", *o, *length], out / f"lm_{name}_{steps}") for name, o in runs.items()}
@@ -94,7 +97,7 @@ def lm(steps: int, out: Path) -> Figures:
 
 
 def story(folder: Path, steps: int, seeds: list[int]) -> Figures:
-    """Mean final KL over the seeds: ours, and the quantizer of the paper, one absmean scale a tensor."""
+    """Mean final KL over the seeds, for our quantizer and the paper's (one absmean scale per tensor)."""
     teacher, tokenizer = load_model(folder, dtype=quality.torch.float32)
     teacher.requires_grad_(False)
     heldout = quality.sampled(teacher, batches=4, rows=12, length=256, seed=10_000)
@@ -111,14 +114,14 @@ def story(folder: Path, steps: int, seeds: list[int]) -> Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute's version: few steps, one seed")
+    parser.add_argument("--quick", action="store_true", help="few steps and one seed, in about a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--parts", default="ablation,lm,cost", help="of ablation, lm, story, cost; comma-separated")
-    parser.add_argument("--seeds", default="0,1,2", help="of ablation and story")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of part lm")
-    parser.add_argument("--story", type=Path, help="a folder with a small pretrained model, for part story")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_bitdistill"), help="where runs are kept")
-    quality.tell(parser.parse_args(), measure)
+    parser.add_argument("--parts", default="ablation,lm,cost", help="comma-separated, of ablation, lm, story and cost")
+    parser.add_argument("--seeds", default="0,1,2", help="for ablation and story, comma-separated")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps in lm")
+    parser.add_argument("--story", type=Path, help="folder with a small pretrained model, for story")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_bitdistill"), help="folder for the runs")
+    quality.print_figures(parser.parse_args(), measure)
 
 
 def measure(args: argparse.Namespace) -> Figures:

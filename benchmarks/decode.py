@@ -1,18 +1,18 @@
-"""Tokens a second of packed models: the native loop, transformers with our kernels, torch in bf16, and llama.cpp.
+"""Compare tokens per second of packed models: native engine, transformers with our kernels, torch in bf16, llama.cpp.
 
     python -m benchmarks.decode [--quick] [--json] [--parts native,hf,bf16,small,lut,serve] [--rounds 7] [--threads 1,2]
 
-Random weights in the shapes of known models, batch 1, int8 head; everything in one run, one burst after the other,
-round after round. A figure is the median over the rounds of the ratio to the other's burst of the same round, so that
-what else the machine does weighs on both. llama.cpp quantizes the same shape itself (TQ2_0; the small model's rows do
-not fit its blocks, it falls back to 4 bits by itself, and the faster of that and Q4_0 counts).
+The models are known shapes with random weights, batch 1 and an int8 head. In each round, every case runs one burst. A
+figure is a ratio between two bursts in the same round, so that a busy machine slows down both; it is the median over
+all rounds. llama.cpp quantizes the same shape itself, to TQ2_0. The small model's rows do not fit TQ2_0's blocks, so
+llama.cpp falls back to 4 bits there; that or Q4_0 counts, whichever is faster.
 
-native  the decode loop at 1.1 B parameters: ternary, Fairy2i W2 and W1, decoding and reading 128 tokens
-hf      `generate` of an ordinary transformers model whose layers are packed
-bf16    the same model dense in bf16 in torch: speed and memory
-small   the loop in SmolLM2-135M's shape
+native  the native engine at 1.1 B parameters: ternary, Fairy2i W2 and W1, decoding and reading 128 tokens
+hf      `generate` of a transformers model with packed layers
+bf16    the native engine against the same model in bf16 in torch: speed and memory
+small   the native engine in SmolLM2-135M's shape
 lut     2-bit tables of rank 1 against ternary
-fused   `generate` with MLPs and norms fused against without, in SmolLM2-135M's shape (not by default)
+fused   `generate` with fused MLPs and norms against without, in SmolLM2-135M's shape (not by default)
 serve   eight streams of `wf serve` against one
 """
 
@@ -67,7 +67,7 @@ def reading(engine: Engine) -> Burst:
 
 
 def generating(model: LlamaForCausalLM, threads: int) -> Burst:
-    """`generate` as users call it; the first token, which reads the prompt, is not counted."""
+    """A burst of `generate`. The first token, which includes reading the prompt, is not counted."""
     ids = torch.arange(3, 11).unsqueeze(0)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -85,17 +85,18 @@ def generating(model: LlamaForCausalLM, threads: int) -> Burst:
 
 
 def rounds(bursts: dict[str, Burst], count: int) -> dict[str, list[float]]:
-    """Every burst in turn, `count` times, after one that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in bursts}
+    """Run all bursts in turn, `count` times, after a round of warm-up. Returns tokens per second for each burst."""
+    speeds: dict[str, list[float]] = {name: [] for name in bursts}
     for turn in range(count + 1):
         for name, burst in bursts.items():
             speed = burst()
             if turn:
-                found[name].append(speed)
-    return found
+                speeds[name].append(speed)
+    return speeds
 
 
 def over(speeds: dict[str, list[float]], name: str, other: str) -> float:
+    """The median ratio of two speeds in the same round."""
     return statistics.median(a / b for a, b in zip(speeds[name], speeds[other], strict=True))
 
 
@@ -108,7 +109,7 @@ def as_peer(shape: shapes.Shape) -> peer.Shape:
 
 
 def native(threads: int, count: int, files: Path) -> Figures:
-    """Decoding and prompts of the loop over TQ2_0's."""
+    """Speed of the native engine over llama.cpp's with TQ2_0, decoding and reading a prompt."""
     shape = shapes.SHAPES["llama_1b"]
     worker = peer.Worker(peer.quantized(as_peer(shape), "TQ2_0", files), threads)
     engines = {kind: shapes.random_engine(shape, kind, threads) for kind in ("ternary", "w2", "w1")}
@@ -129,7 +130,7 @@ def native(threads: int, count: int, files: Path) -> Figures:
 
 
 def transformers(threads: int, count: int, files: Path) -> Figures:
-    """`generate` with packed layers over TQ2_0's decoding."""
+    """Speed of `generate` with packed layers, over llama.cpp's decoding with TQ2_0."""
     shape = shapes.SHAPES["llama_1b"]
     worker = peer.Worker(peer.quantized(as_peer(shape), "TQ2_0", files), threads)
     bursts: dict[str, Burst] = {"tq2_0": lambda: worker.burst()["decode"]}
@@ -142,7 +143,7 @@ def transformers(threads: int, count: int, files: Path) -> Figures:
 
 
 def against_bf16(threads: int, count: int) -> Figures:
-    """The loop over the dense model in torch, and the memory of weights."""
+    """Speed of the native engine over a dense bf16 model in torch, and the ratio of the memory for weights."""
     shape = shapes.SHAPES["llama_1b"]
     dense = dense_model(shape)
     engines = {kind: shapes.random_engine(shape, kind, threads) for kind in ("w2", "w1")}
@@ -155,7 +156,7 @@ def against_bf16(threads: int, count: int) -> Figures:
 
 
 def dense_model(shape: shapes.Shape) -> LlamaForCausalLM:
-    """The head tied to the embedding, as in the packed one."""
+    """A model with random bf16 weights. Its head is tied to the embedding, as in the packed models."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     model = LlamaForCausalLM(shapes.llama_config(shape)).eval()
@@ -164,7 +165,7 @@ def dense_model(shape: shapes.Shape) -> LlamaForCausalLM:
 
 
 def small(threads: int, count: int, files: Path) -> Figures:
-    """SmolLM2-135M's shape: the loop over llama.cpp's best."""
+    """Speed of the native engine over llama.cpp's best type, in SmolLM2-135M's shape."""
     shape = shapes.SHAPES["smollm2_135m"]
     workers = {kind: peer.Worker(peer.quantized(as_peer(shape), kind, files), threads) for kind in ("TQ2_0", "Q4_0")}
     bursts: dict[str, Burst] = {
@@ -182,18 +183,18 @@ def small(threads: int, count: int, files: Path) -> Figures:
 
 
 def tables(threads: int, count: int) -> Figures:
-    """Decoding time with 2-bit tables of rank 1 over that with ternary weights."""
+    """Decoding time with 2-bit tables of rank 1, over that with ternary weights."""
     engines = {kind: shapes.random_engine("llama_1b", kind, threads) for kind in ("ternary", "lut2_rank1")}
     speeds = rounds({kind: decoding(engine) for kind, engine in engines.items()}, count)
     return {f"lut2_rank1_time_over_ternary_{threads}t": over(speeds, "ternary", "lut2_rank1"), **medians(speeds)}
 
 
 def fused(threads: int, count: int) -> Figures:
-    """`generate` with fused MLPs and norms (packed/products/fused.py) over the same model without."""
+    """Speed of `generate` with fused MLPs and norms (packed/products/fused.py), over the same model without them."""
     shape, figures = shapes.SHAPES["smollm2_135m"], Figures()
     for kind in ("ternary", "w1"):
-        made = {"plain": False, "fused": True}
-        models = {name: shapes.random_model(shape, kind, fused=value) for name, value in made.items()}
+        ways = {"plain": False, "fused": True}
+        models = {name: shapes.random_model(shape, kind, fused=value) for name, value in ways.items()}
         speeds = rounds({name: generating(model, threads) for name, model in models.items()}, count)
         figures |= {f"{name}_{kind}_{threads}t": value for name, value in medians(speeds).items()}
         figures[f"fused_{kind}_{threads}t"] = over(speeds, "fused", "plain")
@@ -201,6 +202,7 @@ def fused(threads: int, count: int) -> Figures:
 
 
 def parts(args: argparse.Namespace) -> Figures:
+    """The figures of all chosen parts."""
     chosen, count = args.parts.split(","), 2 if args.quick else args.rounds
     figures: Figures = {}
     for threads in (int(number) for number in args.threads.split(",")):
@@ -220,8 +222,8 @@ def parts(args: argparse.Namespace) -> Figures:
         from benchmarks import serving
 
         with tempfile.TemporaryDirectory() as scratch:
-            found = serving.streams(serving.random_folder(Path(scratch) / "packed"), 8, rounds=min(count, 3))
-        figures |= {"serve_8_streams": found["ratio"], "serve_one_stream": found["one"], "serve_all": found["many"]}
+            speeds = serving.streams(serving.random_folder(Path(scratch) / "packed"), 8, rounds=min(count, 3))
+        figures |= {"serve_8_streams": speeds["ratio"], "serve_one_stream": speeds["one"], "serve_all": speeds["many"]}
     return figures
 
 
@@ -230,10 +232,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--parts", default="native,hf,bf16,small,lut,serve", help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=7, help="bursts of each")
+    parser.add_argument("--rounds", type=int, default=7, help="bursts per case")
     parser.add_argument("--threads", default="1,2", help="comma-separated")
-    parser.add_argument("--files", type=Path, default=Path("outputs/peers"), help="where llama.cpp's files are kept")
-    quality.tell(parser.parse_args(), parts)
+    parser.add_argument("--files", type=Path, default=Path("outputs/peers"), help="folder for llama.cpp's files")
+    quality.print_figures(parser.parse_args(), parts)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Products of few tokens on a GPU: our Triton programs and what torch.compile makes, beside torch's own in bf16.
+"""Compare matrix products of a few tokens on a GPU: our Triton programs, torch.compile, and torch's own in bf16.
 
     python -m benchmarks.gpu [--json] [--shapes 4096x4096,11008x4096] [--batches 1,4,8]
 
-Each product is first compared with the decoded weight in float64; one that is off ends the run. Weights come from
-memory: a burst goes over more of them than the last cache holds. `us` is the GPU's time for one product, a burst
-captured as a CUDA graph and replayed; `called_us` is the same burst called from Python, which is what a model without
-graphs waits for. Medians of several bursts. Without a GPU it says so, and ends with exit code 2.
+Each product is first compared with the decoded weight in float64, and a wrong product ends the run. A burst uses more
+weights than the cache holds, so they come from memory. The figures are medians of several bursts:
+
+us           GPU time of one product, from a burst that was captured as a CUDA graph
+called_us    time of one product in the same burst called from Python, as in a model without CUDA graphs
+
+Without a GPU the exit code is 2.
 """
 
 import argparse
@@ -43,7 +46,7 @@ Call = Callable[[Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: the same product with several matrices."""
+    """One line of the table. Each of `calls` multiplies `x` by another matrix."""
 
     kind: str
     by: str
@@ -52,12 +55,13 @@ class Case:
     x: Tensor
 
     def burst(self) -> None:
+        """Run every product once."""
         for call in self.calls:
             call(self.x)
 
 
 def half(*shape: int) -> Tensor:
-    """Positive fp16 numbers, in fp32."""
+    """Random positive numbers that fp16 represents exactly, as an fp32 tensor."""
     return (torch.rand(shape) + 0.5).half().float()
 
 
@@ -99,9 +103,9 @@ def copies(nbytes: int) -> int:
 
 
 def cases(n: int, k: int, x: Tensor) -> list[Case]:
-    """bf16 first; then every kind, checked, by whatever multiplies it."""
+    """The bf16 case first, then a checked case for each kind and each way to multiply it."""
     dense = [torch.randn(n, k, device=x.device, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
-    found = [Case("bf16", "torch", 2 * n * k, [lambda x, w=w: F.linear(x, w) for w in dense], x)]
+    all_cases = [Case("bf16", "torch", 2 * n * k, [lambda x, w=w: F.linear(x, w) for w in dense], x)]
     for kind, (method, make) in KINDS.items():
         first = pack_layer(PackedLinear, method, make(n, k)).to(x.device)
         nbytes = sum(buffer.nbytes for buffer in first.buffers())
@@ -111,12 +115,12 @@ def cases(n: int, k: int, x: Tensor) -> list[Case]:
             known = [call for call in calls if call is not None]
             if known:
                 check(f"{kind}, {by}", known[0], first, x)
-                found.append(Case(kind, by, nbytes, known, x))
-    return found
+                all_cases.append(Case(kind, by, nbytes, known, x))
+    return all_cases
 
 
 def check(name: str, call: Call, layer: PackedLinear, x: Tensor) -> None:
-    """Raises SystemExit where the product is not the decoded weight's."""
+    """Raise SystemExit if a product differs from that with the decoded weight."""
     y, expected = call(x), x.double() @ layer.method.decode(layer.codes()).double().T
     if y is None:
         raise SystemExit(f"{name}: could not be compiled; see above")
@@ -126,7 +130,7 @@ def check(name: str, call: Call, layer: PackedLinear, x: Tensor) -> None:
 
 
 def called(case: Case) -> float:
-    """Seconds of one product, called from Python."""
+    """Mean seconds of one product when a burst is called from Python."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     case.burst()
@@ -135,7 +139,7 @@ def called(case: Case) -> float:
 
 
 def captured(case: Case) -> Callable[[], float]:
-    """A function that replays a burst, and tells the GPU's seconds of one product."""
+    """Capture a burst as a CUDA graph. Returns a function that replays it and returns GPU seconds per product."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # everything is compiled and allocated before the capture
         case.burst()
@@ -157,11 +161,12 @@ def captured(case: Case) -> Callable[[], float]:
 
 @torch.no_grad()
 def rows(shape: str, batch: int) -> list[dict[str, Any]]:
-    """Everything for one shape, in turns, with ratios to bf16: above 1 is faster."""
+    """Measure all cases for one shape, in turns. Ratios to bf16 above 1 mean faster than bf16."""
     n, k = map(int, shape.split("x"))
-    made = cases(n, k, torch.randn(batch, k, device="cuda", dtype=torch.bfloat16))
-    replays = [captured(case) for case in made]
-    bursts = [[(replay(), called(case)) for replay, case in zip(replays, made, strict=True)] for _ in range(BURSTS)]
+    all_cases = cases(n, k, torch.randn(batch, k, device="cuda", dtype=torch.bfloat16))
+    replays = [captured(case) for case in all_cases]
+    pairs = list(zip(replays, all_cases, strict=True))
+    bursts = [[(replay(), called(case)) for replay, case in pairs] for _ in range(BURSTS)]
     seconds = [tuple(map(median, zip(*each, strict=True))) for each in zip(*bursts, strict=True)]
     return [
         {"shape": shape, "batch": batch, "kind": case.kind, "by": case.by, "us": 1e6 * on_gpu, "called_us": 1e6 * whole}
@@ -170,13 +175,15 @@ def rows(shape: str, batch: int) -> list[dict[str, Any]]:
             "vs_bf16": seconds[0][0] / on_gpu,
             "called_vs_bf16": seconds[0][1] / whole,
         }
-        for case, (on_gpu, whole) in zip(made, seconds, strict=True)
+        for case, (on_gpu, whole) in zip(all_cases, seconds, strict=True)
     ]
 
 
-def show(found: Sequence[dict[str, Any]]) -> None:
-    print(f"{found[0]['shape']}, batch {found[0]['batch']}; microseconds and ratio to bf16, on the GPU and called")
-    for row in found:
+def show(measured: Sequence[dict[str, Any]]) -> None:
+    """Print the rows of one shape."""
+    first = measured[0]
+    print(f"{first['shape']}, batch {first['batch']}; microseconds and ratio to bf16, on the GPU and called")
+    for row in measured:
         gpu = f"{row['us']:8.1f} us {row['vs_bf16']:5.2f}x {row['gbs']:7.0f} GB/s"
         print(f"  {row['kind']:<22} {row['by']:<9} {gpu} {row['called_us']:8.1f} us {row['called_vs_bf16']:5.2f}x")
 
@@ -186,18 +193,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--shapes", default="4096x4096,11008x4096")
     parser.add_argument("--batches", default="1,4,8")
-    given = parser.parse_args()
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device here", file=sys.stderr)
         raise SystemExit(2)
     everything = []
-    for shape in given.shapes.split(","):
-        for batch in map(int, given.batches.split(",")):
-            found = rows(shape, batch)
-            everything += found
-            if not given.json:
-                show(found)
-    if given.json:
+    for shape in args.shapes.split(","):
+        for batch in map(int, args.batches.split(",")):
+            measured = rows(shape, batch)
+            everything += measured
+            if not args.json:
+                show(measured)
+    if args.json:
         print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": everything}))
 
 

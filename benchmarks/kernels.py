@@ -1,10 +1,11 @@
-"""The native kernels beside torch: microseconds and GB/s of one product, weights from memory.
+"""Compare the native kernels with torch: microseconds and GB/s of one matrix product, with weights from memory.
 
     python -m benchmarks.kernels [--json] [--shapes 4096x4096,...] [--threads 1,2] [--batch 1]
 
-Every figure is the best of several bursts, taken in turns, each over different matrices: weights come from memory, and
-a moment's neighbour does not count. `probe` is what a plain sum over memory reads at. torch's lines are its own product
-with fp32 and bf16 weights of the same shape.
+A burst multiplies each of many matrices once. Together they are larger than the cache, so weights come from memory.
+Cases take turns, and each figure is the best of several bursts, so that a busy moment of the machine does not count.
+`probe` is the speed at which a plain sum reads memory. The lines of torch are its own products with fp32 and bf16
+weights of the same shape.
 """
 
 import argparse
@@ -28,7 +29,7 @@ SHAPES = "576x576,1536x576,2048x2048,4096x4096,11008x4096"
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: a product of its i-th matrix, each of `nbytes`."""
+    """One line of the table. `product(i)` multiplies the i-th of `count` matrices, of `nbytes` bytes each."""
 
     kind: str
     kernel: str
@@ -37,7 +38,7 @@ class Case:
     product: Callable[[int], object]
 
     def burst(self) -> float:
-        """Seconds of one product, over all matrices once."""
+        """Multiply every matrix once, and return the mean seconds of one product."""
         start = time.perf_counter()
         for i in range(self.count):
             self.product(i)
@@ -72,7 +73,7 @@ KINDS: dict[str, Callable[[int, int], Matrix]] = {
 
 
 def probe() -> Case:
-    """A sum over memory, by torch's threads."""
+    """A case that sums memory with torch's threads."""
     memory = torch.ones(int(COLD) // 4)
     return Case("probe", "", 1, memory.nbytes, lambda _: memory.sum())
 
@@ -92,7 +93,7 @@ def torch_case(dtype: torch.dtype, n: int, k: int, x: Tensor) -> Case:
 
 
 def rows(shape: str, threads: int, batch: int) -> list[dict[str, Any]]:
-    """Everything for one shape, in turns, with ratios to torch."""
+    """Measure all cases for one shape, in turns. Ratios to torch above 1 mean faster than torch."""
     n, k = map(int, shape.split("x"))
     torch.set_num_threads(threads)
     x = torch.randn(batch, k)
@@ -110,9 +111,11 @@ def rows(shape: str, threads: int, batch: int) -> list[dict[str, Any]]:
     ]
 
 
-def show(found: Sequence[dict[str, Any]]) -> None:
-    print(f"{found[0]['shape']}, {found[0]['threads']} threads, batch {found[0]['batch']}; times torch fp32, bf16")
-    for row in found:
+def show(measured: Sequence[dict[str, Any]]) -> None:
+    """Print the rows of one shape."""
+    first = measured[0]
+    print(f"{first['shape']}, {first['threads']} threads, batch {first['batch']}; speed over torch fp32 and bf16")
+    for row in measured:
         ratios = f"{row['vs_fp32']:6.1f}x {row['vs_bf16']:6.1f}x"
         print(f"  {row['kind']:<24} {row['us']:9.1f} us {row['gbs']:6.1f} GB/s  {ratios}  {row['kernel']}")
 
@@ -123,15 +126,15 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--batch", type=int, default=1)
-    given = parser.parse_args()
+    args = parser.parse_args()
     everything = []
-    for shape in given.shapes.split(","):
-        for threads in map(int, given.threads.split(",")):
-            found = rows(shape, threads, given.batch)
-            everything += found
-            if not given.json:
-                show(found)
-    if given.json:
+    for shape in args.shapes.split(","):
+        for threads in map(int, args.threads.split(",")):
+            measured = rows(shape, threads, args.batch)
+            everything += measured
+            if not args.json:
+                show(measured)
+    if args.json:
         print(json.dumps({"isa": native.isa(), "rows": everything}))
 
 

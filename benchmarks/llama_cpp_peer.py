@@ -1,7 +1,9 @@
-"""llama.cpp on the same shapes: random weights as GGUF, quantized by llama.cpp itself, timed through its own C API.
+"""Time llama.cpp on the same model shapes, with random weights that llama.cpp quantizes itself.
 
-Needs `llama-cpp-python` and `gguf` (`make test-gguf` installs the first). Each model is a process of its own, which
-waits between bursts:  python -m benchmarks.llama_cpp_peer FILE THREADS
+It needs the packages `llama-cpp-python` (which `make test-gguf` installs) and `gguf`. Each model runs in a process of
+its own, which waits between bursts and uses the C API of llama.cpp:
+
+    python -m benchmarks.llama_cpp_peer FILE THREADS
 """
 
 import ctypes
@@ -19,7 +21,7 @@ DECODED, PROMPT = 24, 128  # tokens of one burst
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama by its sizes."""
+    """The sizes of a Llama model."""
 
     layers: int
     hidden: int
@@ -30,7 +32,7 @@ class Shape:
 
 
 def write(shape: Shape, file: Path) -> None:
-    """A GGUF of random half-precision weights."""
+    """Write a GGUF file with random fp16 weights."""
     import gguf
 
     writer = gguf.GGUFWriter(file, "llama")
@@ -58,19 +60,19 @@ def write(shape: Shape, file: Path) -> None:
 
 
 def tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Names and dimensions [out, in], head and embedding apart."""
+    """The names and dimensions [out, in] of all tensors. The head is not tied to the embedding."""
     h, inner, kv = shape.hidden, shape.intermediate, shape.kv_heads * (shape.hidden // shape.heads)
-    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocab, h), "output_norm.weight": (h,)}
-    found["output.weight"] = (shape.vocab, h)
+    dims: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocab, h), "output_norm.weight": (h,)}
+    dims["output.weight"] = (shape.vocab, h)
     one = {"attn_norm": (h,), "attn_q": (h, h), "attn_k": (kv, h), "attn_v": (kv, h), "attn_output": (h, h)}
     one |= {"ffn_norm": (h,), "ffn_gate": (inner, h), "ffn_up": (inner, h), "ffn_down": (h, inner)}
     for layer in range(shape.layers):
-        found |= {f"blk.{layer}.{name}.weight": dims for name, dims in one.items()}
-    return found
+        dims |= {f"blk.{layer}.{name}.weight": each for name, each in one.items()}
+    return dims
 
 
 def quantized(shape: Shape, kind: str, folder: Path) -> Path:
-    """The file of a kind such as `TQ2_0` or `Q4_0`, made once."""
+    """The GGUF file of this shape in a type such as `TQ2_0` or `Q4_0`. It is made if `folder` lacks it."""
     import llama_cpp
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,27 +92,27 @@ def quantized(shape: Shape, kind: str, folder: Path) -> Path:
 
 
 class Worker:
-    """A process with one model and so many threads; `burst` times it once."""
+    """A process that runs one model with a number of threads."""
 
     def __init__(self, file: Path, threads: int) -> None:
         command = [sys.executable, "-m", "benchmarks.llama_cpp_peer", str(file), str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def burst(self) -> dict[str, float]:
-        """Tokens a second, decoding and reading a prompt."""
+        """Tokens per second in one burst: `decode` for new tokens, `prefill` for reading a prompt."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("burst\n")
         self.process.stdin.flush()
-        found: dict[str, float] = json.loads(self.process.stdout.readline())
-        return found
+        speeds: dict[str, float] = json.loads(self.process.stdout.readline())
+        return speeds
 
     def close(self) -> None:
         self.process.communicate()
 
 
 def serve(file: Path, threads: int) -> None:
-    """Answer each line on the standard input with the figures of a burst."""
+    """Run a burst for each line on standard input, and print its figures as a line of JSON."""
     import llama_cpp as api
 
     quiet = api.llama_log_callback(lambda *_: None)

@@ -1,14 +1,14 @@
-"""Quality and cost of Fairy2i, side by side: ours, the paper's preset, and full precision, in one run.
+"""Compare quality and cost of Fairy2i: our defaults, the paper's preset, and full precision, in one run.
 
     python benchmarks/quality.py [--quick] [--json] [--parts tiny,demo,story,cost] [--steps 1000] [--story FOLDER]
 
-tiny   held-out perplexity and KL of `-m tiny` after equal steps: W1 and W2, ours and the paper's preset, and the
-       control, the full-precision model trained for the same extra steps on the same data. Finished runs are kept.
-demo   the same for what `make demo` runs.
-story  KL to the original after 250 steps of 12 x 128 tokens sampled from it, three seeds; needs a folder with a model.
-cost   time and peak memory of one training step, quantized against unquantized, alternating in one run.
+tiny   Held-out perplexity and KL of `-m tiny` after equal steps, for W1 and W2, with our defaults and with the paper's
+       preset. The control is the full-precision model, trained for the same extra steps on the same data.
+demo   The perplexity ratio of what `make demo` runs.
+story  KL to the original after 250 steps of 12 x 128 tokens sampled from it, for three seeds. Needs --story.
+cost   Time and peak memory of one training step, quantized against unquantized, measured alternately.
 
-Ratios come first in the JSON; the raw numbers stand beside them. LOG.md says what was measured, when, and how.
+Finished runs are kept. Ratios come first in the JSON, before the raw numbers. LOG.md has the results.
 """
 
 import argparse
@@ -38,8 +38,9 @@ from wrinklefree.runs.stage import prepare_student, train_stage
 from wrinklefree.training import optim
 
 PAPER = ["method.preset=paper"]
-MIXED_LR = {"w2": "training.lr=7e-4", "w1": "training.lr=1.5e-3"}  # peaks of a schedule that is 71 % over
-W1 = ["training=fairy2_w1", "training.lr=1e-3"]  # one bit wants a higher rate than tiny's 4e-4 (LOG.md)
+# Peak rates of `mixed`, which resumes when 71 % of its schedule is over.
+MIXED_LR = {"w2": "training.lr=7e-4", "w1": "training.lr=1.5e-3"}
+W1 = ["training=fairy2_w1", "training.lr=1e-3"]  # one bit needs a higher rate than tiny's 4e-4 (LOG.md)
 
 TINY = {
     "w2": ["training=fairy2_w2"],
@@ -53,7 +54,7 @@ Figures = dict[str, Any]
 
 
 def tiny(steps: int, out: Path) -> Figures:
-    """Ours, the paper's preset and the control at equal steps; all of the held-out text."""
+    """Figures of our defaults, the paper's preset and the control after equal steps, on all of the held-out text."""
     length = [f"training.max_steps={steps}", "training.final_eval_tokens=1000000", "training.eval_interval=250"]
     results = {name: run(["model=tiny", *o, *length], out / f"{name}_{steps}") for name, o in TINY.items()}
     figures: Figures = {}
@@ -69,7 +70,10 @@ def tiny(steps: int, out: Path) -> Figures:
 
 
 def mixed(name: str, steps: int, out: Path) -> Figures:
-    """The run `name` gone on with for 0.4 times its steps, on labels and teacher in equal parts, linearly to rate 0."""
+    """Continue the run `name` for 0.4 times its steps, with labels and teacher in equal parts.
+
+    The learning rate falls linearly to 0.
+    """
     target = out / f"{name}_{steps}_mixed"
     if (target / "results.json").exists():
         return report.read_figures(target / "results.json")
@@ -82,13 +86,13 @@ def mixed(name: str, steps: int, out: Path) -> Figures:
 
 
 def demo(out: Path, overrides: list[str]) -> Figures:
-    """What `make demo` runs."""
+    """The figures of the training that `make demo` runs."""
     result = run(["model=tiny", "training=fairy2_w2", *overrides], out / "demo")
     return {"demo_w2_ppl_ratio": ratio(result), "demo_w2": summary(result)}
 
 
 def run(overrides: list[str], out: Path) -> Figures:
-    """The figures of one training, from its folder where it has been run before."""
+    """The figures of one training, which is run or resumed first if it is not finished."""
     if not (out / "results.json").exists():
         resume = ["training.resume_from=latest"] if list(out.glob("checkpoints/step_*")) else []
         train_stage(load_config([*overrides, f"output_dir={out}", *resume]), force=False)
@@ -96,11 +100,12 @@ def run(overrides: list[str], out: Path) -> Figures:
 
 
 def ratio(result: Figures) -> float:
-    """Held-out perplexity after training over the full-precision original's."""
+    """Held-out perplexity after training, over that of the full-precision original."""
     return float(result["trained"]["ppl"] / result["full_precision"]["ppl"])
 
 
 def summary(result: Figures) -> Figures:
+    """Perplexity of each state of the model, final KL, and bits per quantized weight."""
     kept = {
         f"ppl_{state}": result[state]["ppl"] for state in ("full_precision", "one_shot", "trained") if result[state]
     }
@@ -108,7 +113,7 @@ def summary(result: Figures) -> Figures:
 
 
 def story(folder: Path, steps: int, seeds: list[int]) -> Figures:
-    """Mean final KL over the seeds, ours and the paper's preset, and each one's true bits."""
+    """Mean final KL over the seeds and bits per weight, for our defaults and the paper's preset."""
     figures: Figures = {}
     settings = {
         "w2": ["training=fairy2_w2", "training.lr=2.5e-3"],
@@ -132,7 +137,7 @@ def story(folder: Path, steps: int, seeds: list[int]) -> Figures:
 
 @torch.no_grad()
 def sampled(model: Any, batches: int, rows: int, length: int, seed: int) -> list[Batch]:
-    """Batches [rows, length] of tokens drawn from the model itself, from its begin-of-sequence token on."""
+    """Batches [rows, length] of tokens that the model generates after its begin-of-sequence token."""
     torch.manual_seed(seed)
     start = torch.full((batches * rows, 1), model.config.bos_token_id)
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": length - 1, "min_new_tokens": length - 1}
@@ -141,7 +146,7 @@ def sampled(model: Any, batches: int, rows: int, length: int, seed: int) -> list
 
 
 class Fixed(Iterator[Batch]):
-    """A list of batches as a training stream."""
+    """An endless training stream that repeats a list of batches."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches, self.served = batches, 0
@@ -158,8 +163,10 @@ class Fixed(Iterator[Batch]):
 
 
 class StoryRun(NamedTuple):
-    kl: float  # held out, to the original, in nats per token
-    bits: float  # true bits per quantized weight, scales counted
+    """The figures of one `story` training."""
+
+    kl: float  # to the original on held-out tokens, in nats per token
+    bits: float  # per quantized weight, including the scales
 
 
 def story_run(
@@ -172,7 +179,7 @@ def story_run(
     seed: int,
     method: QuantMethod | None = None,
 ) -> StoryRun:
-    """One training in fp32, embeddings and head frozen; `method` in place of the config's."""
+    """Train once in fp32 with embeddings and head frozen. `method` replaces the config's."""
     recipe = [f"training.max_steps={len(data)}", f"seed={seed}", "training.precision=fp32", "training.batch_size=12"]
     recipe += ["training.max_seq_length=128", "training.eval_interval=1000000", "training.save_interval=1000000"]
     recipe += ["training.scheduler.warmup_ratio=0.08", "training.scheduler.decay_ratio=0.2"]
@@ -190,7 +197,7 @@ def story_run(
 
 
 def cost(repeats: int, quantized: str = "fairy2_w2") -> Figures:
-    """Median step time and peak memory of a training over those of the unquantized model, at the default batch."""
+    """Median step time and peak memory of a training, over those of the unquantized model, at the default batch."""
     times: dict[str, list[float]] = {"full_precision": [], quantized: []}
     steppers = {name: stepper(name) for name in times}
     for i in range(repeats + 2):
@@ -210,7 +217,7 @@ def cost(repeats: int, quantized: str = "fairy2_w2") -> Figures:
 
 
 def stepper(name: str) -> Any:
-    """A function that does one optimizer step of `-m tiny` on the labels alone, with the config `training=name`."""
+    """A function that does one optimizer step of `-m tiny` with the config `training=name`, without a teacher."""
     config = load_config(["model=tiny", f"training={name}", "distillation=none"])
     run = open_run(config, force=True)
     model, stream = prepare_student(config, run.model).train(), run.stream()
@@ -231,7 +238,7 @@ def stepper(name: str) -> Any:
 
 
 def peak_memory(name: str) -> int:
-    """Peak resident bytes that three steps add to those of a process with the modules imported."""
+    """Peak resident bytes that three training steps add to a process with all modules imported."""
     code = f"import benchmarks.quality as q; q.print_peak({name!r})"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -239,7 +246,7 @@ def peak_memory(name: str) -> int:
 
 
 def print_peak(name: str) -> None:
-    """Run by `peak_memory` in a process of its own."""
+    """Print the bytes that `peak_memory` asks for. It calls this in a process of its own."""
     before = resident()
     step = stepper(name)
     for _ in range(3):
@@ -248,33 +255,35 @@ def print_peak(name: str) -> None:
 
 
 def resident() -> int:
-    """Peak resident bytes of this process so far; `getrusage` would count the parent's before the fork."""
+    """Peak resident bytes of this process so far."""
+    # `getrusage` would include the peak of the parent process before the fork.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute's version: few steps, one seed")
+    parser.add_argument("--quick", action="store_true", help="few steps and one seed, in about a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--parts", default="tiny,demo,cost", help="of tiny, demo, story, cost; comma-separated")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of part tiny")
-    parser.add_argument("--story", type=Path, help="a folder with a small pretrained model, for part story")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="where runs are kept")
-    tell(parser.parse_args(), measure)
+    parser.add_argument("--parts", default="tiny,demo,cost", help="comma-separated, of tiny, demo, story and cost")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps in tiny")
+    parser.add_argument("--story", type=Path, help="folder with a small pretrained model, for story")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder for the runs")
+    print_figures(parser.parse_args(), measure)
 
 
-def tell(args: argparse.Namespace, measured: Callable[[argparse.Namespace], Figures]) -> None:
-    """Print the figures, with `--json` as one object and nothing else on standard output."""
+def print_figures(args: argparse.Namespace, compute: Callable[[argparse.Namespace], Figures]) -> None:
+    """Measure and print the figures. With `--json`, standard output has one JSON object and nothing else."""
     stdout = sys.stdout
     if args.json:
-        sys.stdout = sys.stderr  # progress and tables of the runs
-    figures = measured(args)
+        sys.stdout = sys.stderr  # for the progress and tables of the runs
+    figures = compute(args)
     text = json.dumps(figures, indent=2) if args.json else "\n".join(f"{k}: {v}" for k, v in figures.items())
     print(text, file=stdout)
 
 
 def measure(args: argparse.Namespace) -> Figures:
+    """The figures of all chosen parts."""
     parts = args.parts.split(",") + (["story"] if args.story and "story" not in args.parts else [])
     quick = args.quick
     figures: Figures = {}
@@ -284,7 +293,7 @@ def measure(args: argparse.Namespace) -> Figures:
         figures |= demo(args.out / ("quick" if quick else "full"), ["training.max_steps=5"] if quick else [])
     if "story" in parts:
         if args.story is None:
-            sys.exit("part story needs --story FOLDER")
+            sys.exit("--parts story needs --story FOLDER")
         figures |= story(args.story, 20 if quick else 250, [0] if quick else [0, 1, 2])
     if "cost" in parts:
         figures |= cost(3 if quick else 15)

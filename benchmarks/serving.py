@@ -1,9 +1,9 @@
-"""`wf serve` under several streams: tokens per second of all of them together over those of one, in a real process.
+"""Measure `wf serve` with several streams: tokens per second of all streams together, compared with a single stream.
 
     python -m benchmarks.serving [FOLDER] [--count 8] [--length 128] [--rounds 3] [--threads N] [--json]
 
-Without FOLDER: a ternary Llama of 1.1 B random parameters with an int8 head. The client reads bytes and no more: on a
-machine of few cores the server is what is measured.
+Without FOLDER, it serves a ternary Llama with 1.1 B random parameters and an int8 head. The client only reads bytes and
+parses nothing, so that it takes little of the server's time on a machine with few cores.
 """
 
 import argparse
@@ -36,11 +36,11 @@ PROMPT = "def"
 def streams(
     folder: Path, count: int = 8, length: int = 128, rounds: int = 3, threads: int | None = None
 ) -> dict[str, float]:
-    """Tokens per second of one stream and of `count` at the same time, medians of rounds that take turns."""
+    """Tokens per second of one stream and of `count` streams at the same time: medians of alternating rounds."""
     options = ["--max-concurrent", str(count), "--name", "bench", "--engine", "native"]
     options += [] if threads is None else ["--threads", str(threads)]
     with served(folder, *options) as (host, port):
-        asyncio.run(together(host, port, count, 4))  # warm
+        asyncio.run(together(host, port, count, 4))  # warm-up
         pairs = [[asyncio.run(together(host, port, n, length)) for n in (1, count)] for _ in range(rounds)]
     one, many = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
@@ -49,16 +49,16 @@ def streams(
 
 @contextmanager
 def served(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
-    """`wf serve` on a free port of this machine."""
+    """Run `wf serve` on a free port of this machine. Yields host and port."""
     command = [sys.executable, "-m", "wrinklefree.cli", "serve", str(folder), "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
         line = process.stderr.readline()
-        found = re.search(r"at http://(\S+):(\d+)/v1", line)
-        if not found:
+        address = re.search(r"at http://(\S+):(\d+)/v1", line)
+        if not address:
             raise SystemExit(line + process.stderr.read())
-        yield found[1], int(found[2])
+        yield address[1], int(address[2])
     finally:
         process.terminate()
         process.wait()
@@ -73,7 +73,7 @@ async def together(host: str, port: int, count: int, length: int) -> float:
 
 
 async def one(host: str, port: int, length: int, prompt: str) -> int:
-    """Read a stream to its end; how many tokens it had."""
+    """Read one stream to its end, and return the number of tokens."""
     values: dict[str, Any] = {"model": "bench", "prompt": prompt, "max_tokens": length, "temperature": 0}
     body = json.dumps(values | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     reader, writer = await asyncio.open_connection(host, port)
@@ -85,7 +85,7 @@ async def one(host: str, port: int, length: int, prompt: str) -> int:
 
 
 def random_folder(out: Path, shape: str = "llama_1b") -> Path:
-    """A packed ternary Llama of random weights; its tokenizer is the embedded one with words added."""
+    """Write a packed ternary Llama with random weights. Its tokenizer is the embedded one with tokens added."""
     sizes = SHAPES[shape]
     config = llama_config(sizes, eos_token_id=None)
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def random_folder(out: Path, shape: str = "llama_1b") -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--shape", choices=SHAPES, default="llama_1b", help="of the random model")
+    parser.add_argument("--shape", choices=SHAPES, default="llama_1b", help="shape of the random model")
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of each stream")
     parser.add_argument("--rounds", type=int, default=3)
@@ -113,11 +113,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or random_folder(Path(scratch) / "packed", args.shape)
-        found = streams(folder, args.count, args.length, args.rounds, args.threads)
+        figures = streams(folder, args.count, args.length, args.rounds, args.threads)
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
     else:
-        print("one stream {one:.1f} tokens/s, {count} streams {many:.1f}, ratio {ratio:.2f}".format(**found))
+        print("one stream {one:.1f} tokens/s, {count} streams {many:.1f}, ratio {ratio:.2f}".format(**figures))
 
 
 if __name__ == "__main__":

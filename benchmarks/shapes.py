@@ -1,8 +1,8 @@
-"""Native engines with random weights in the shapes of known models: for speed alone, made in seconds.
+"""Make native engines and models with random weights in the shapes of known models, to measure their speed.
+
+This prints the tokens per second of one sequence:
 
     python -m benchmarks.shapes --shape llama_1b --kind ternary --threads 1
-
-prints the tokens per second of one sequence.
 """
 
 import argparse
@@ -26,11 +26,13 @@ from wrinklefree.packed.products import native
 from wrinklefree.packed.products.fused import fuse
 
 KINDS = ("ternary", "w1", "w2", "lut2_rank1", "uniform4", "int8", "bf16")
-METHODS = {"ternary": "bitdistill", "w1": "fairy2", "w2": "fairy2", "lut2_rank1": "anemll"}  # of `random_model`
+METHODS = {"ternary": "bitdistill", "w1": "fairy2", "w2": "fairy2", "lut2_rank1": "anemll"}  # for `random_model`
 
 
 @dataclass(frozen=True)
 class Shape:
+    """The sizes of a Llama model."""
+
     vocab: int
     hidden: int
     intermediate: int
@@ -57,7 +59,7 @@ def random_engine(
     head: str = "int8",
     seed: int = 0,
 ) -> Engine:
-    """Layers are of `kind`; the head, which is the embedding too, is "int8", "uniform4" or "bf16"."""
+    """An engine whose layers are of `kind`. The head, which is tied to the embedding, is of the kind `head`."""
     chosen = SHAPES[shape] if isinstance(shape, str) else shape
     generator = torch.Generator().manual_seed(seed)
     table = random_matrix(head, chosen.vocab, chosen.hidden, generator)
@@ -80,7 +82,7 @@ def random_layer(shape: Shape, kind: str, generator: torch.Generator) -> Layer:
 
 
 def random_matrix(kind: str, n: int, k: int, generator: torch.Generator) -> native.Matrix:
-    """A matrix whose results are about as large as its inputs."""
+    """A random matrix [n, k] of `kind`, scaled so that its outputs are about as large as its inputs."""
     size = k**-0.5
     if kind == "ternary":
         table, scales = torch.tensor([-1.0, 0.0, 1.0, 0.0]), torch.full((1, 1), size)
@@ -103,7 +105,7 @@ def random_matrix(kind: str, n: int, k: int, generator: torch.Generator) -> nati
 
 
 def llama_config(shape: Shape, **more: Any) -> LlamaConfig:
-    """The same shape for transformers, the head tied to the embedding unless `more` says otherwise."""
+    """The transformers config of a shape. The head is tied to the embedding, unless `more` changes that."""
     return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -118,7 +120,7 @@ def llama_config(shape: Shape, **more: Any) -> LlamaConfig:
 
 
 def random_model(shape: Shape, kind: str, seed: int = 0, fused: bool = True) -> LlamaForCausalLM:
-    """A model of transformers with packed layers and a packed head, which is the embedding too."""
+    """A transformers model with packed layers and a packed head, which is tied to the embedding."""
     generator = torch.Generator().manual_seed(seed)
     config = llama_config(shape, tie_word_embeddings=False)
     with torch.device("meta"):
@@ -141,7 +143,7 @@ def random_model(shape: Shape, kind: str, seed: int = 0, fused: bool = True) -> 
 
 
 def random_codes(kind: str, n: int, k: int, generator: torch.Generator) -> Codes:
-    """What training could have left, with the scales of `random_matrix` as fp16 numbers."""
+    """Random codes [n, k] of `kind`, with about the scales of `random_matrix`, rounded to fp16."""
     size = torch.tensor(k**-0.5).half().float()
     if kind == "ternary":
         return Codes(_codes((n, k), 3, generator), 2, {"scales": size.view(1, 1)}, (n, k))
@@ -163,7 +165,7 @@ def _codes(shape: tuple[int, ...], count: int, generator: torch.Generator) -> Te
 
 
 def tokens_per_second(engine: Engine, length: int = 32, prompt: int = 8, rounds: int = 3) -> float:
-    """Of decoding one sequence, the best of some rounds."""
+    """The speed of decoding one sequence: the best of `rounds`."""
     best = 0.0
     for turn in range(rounds):
         slot = engine.open([(7 * i + turn) % 1000 for i in range(prompt)], Sampling(length + 1))

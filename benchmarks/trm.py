@@ -1,16 +1,16 @@
-"""LLM-TRM on mod7_chains: what thinking in latents keeps of thinking in words, and what it saves.
+"""LLM-TRM on mod7_chains: the accuracy and the speed of thinking in latent vectors, compared with words.
 
     python -m benchmarks.trm [--quick] [--json] [--parts chain,grpo,pca,quantized] [--seeds 0,1,2] [--out FOLDER]
 
-chain      For each seed: a language model from nothing, its compressor, its thoughts, the network, the adapter, then
-           every way to think on the same held-out problems. Needs no download, and takes minutes a seed.
-grpo       The chain with an adapter that has seen a single pair, before and after reinforcement.
-pca        PCA from a tenth of a text, and from all of it, against ten epochs of AdamW over it: held-out errors at
-           several widths.
-quantized  The chain over the first seed's language model, with ternary weights and with Fairy2i's at 2 bits.
+chain      For each seed, train a language model from scratch, its compressor, the network and the adapter. Then compare
+           all ways to think on the same held-out problems. Needs no download, and takes minutes per seed.
+grpo       Start with an adapter that has seen a single pair, and measure it before and after reinforcement learning.
+pca        Compare PCA on a tenth of a text, and on all of it, with ten epochs of AdamW: held-out errors for several
+           widths.
+quantized  Run the chain with the first seed's language model, quantized to ternary weights and to Fairy2i's 2 bits.
 
-Means over the seeds come first in the JSON, then the figures of each seed. Finished stages are kept in FOLDER and not
-run again.
+In the JSON, means over the seeds come first and the figures of each seed follow. Finished stages are kept in FOLDER and
+not run again.
 """
 
 import argparse
@@ -41,7 +41,7 @@ STAGES = {
     "trm_eval": compare.compare_ways,
 }
 
-# An adapter that has seen a single pair and was not trained, for reinforcement to improve.
+# An adapter that is fitted to a single pair and not trained further, so that reinforcement learning can improve it.
 WEAK = ["thinking.injection.fitted_pairs=1", "training.max_steps=0"]
 QUANTIZED = {"fairy2_w2": ["training=fairy2_w2"], "ternary": ["training=stage2_pretrain", "training.start_from=[]"]}
 QUANTIZED_STEPS = 600
@@ -49,7 +49,7 @@ WIDTHS = [16, 32, 64]
 
 
 def chain(seed: int, out: Path, more: list[str], quick: bool) -> Figures:
-    """Run all stages with one seed; the figures of every way to think."""
+    """Run all stages with one seed, and return the figures of all ways to think."""
     given = ["model=chains", f"output_root={out}", f"seed={seed}", *more]
     short = ["training.max_steps=3", "training.eval_examples=20"] if quick else []
     pretrain_model(given, out, short[:1])
@@ -59,7 +59,7 @@ def chain(seed: int, out: Path, more: list[str], quick: bool) -> Figures:
 
 
 def pretrain_model(given: list[str], out: Path, more: list[str]) -> None:
-    """Train the language model from nothing, unless that is done."""
+    """Train the language model from scratch, unless it exists."""
     if not prerequisites.is_done(out / "pretrain_chains"):
         pretrain.run([*given, *more], force=True)
 
@@ -82,30 +82,30 @@ def run_stage(stage: str, given: list[str], out: Path, quick: bool, more: list[s
 
 
 def read_results(folder: Path) -> Figures:
-    """The figures that a stage left."""
+    """The figures in the `results.json` of a stage."""
     figures: Figures = json.loads((folder / "results.json").read_text())
     return figures
 
 
 def chains(seeds: list[int], out: Path, quick: bool) -> Figures:
-    """Means over the seeds: the accuracies, and the ratio of the median latencies."""
-    found = [chain(seed, out / f"seed_{seed}", [], quick) for seed in seeds]
-    ways = [figures["ways"] for figures in found]
+    """Run the chain for all seeds. Returns mean accuracies and the mean ratio of median latencies."""
+    results = [chain(seed, out / f"seed_{seed}", [], quick) for seed in seeds]
+    ways = [figures["ways"] for figures in results]
     names = {"accuracy_think": "words", "accuracy_nothink": "nothing", "accuracy_injected": "latent"}
     names |= {"accuracy_shuffled": "shuffled", "accuracy_pause": "pause", "accuracy_oracle": "oracle"}
     figures: Figures = {name: statistics.mean(w[way]["accuracy"] for w in ways) for name, way in names.items()}
-    figures["accuracy_readout"] = statistics.mean(f["readout"] for f in found)
+    figures["accuracy_readout"] = statistics.mean(f["readout"] for f in results)
     figures["latent_speedup"] = statistics.mean(w["words"]["p50"] / w["latent"]["p50"] for w in ways)
     kept = ("accuracy", "tokens", "p50", "p95", "p_value")
     figures["by_seed"] = {
         seed: {"readout": f["readout"], **{way: {k: v[k] for k in kept} for way, v in f["ways"].items()}}
-        for seed, f in zip(seeds, found, strict=True)
+        for seed, f in zip(seeds, results, strict=True)
     }
     return figures
 
 
 def reinforced(seeds: list[int], out: Path, quick: bool) -> Figures:
-    """For each seed the held-out accuracy of a weak adapter before and after GRPO."""
+    """The held-out accuracy of a weak adapter before and after GRPO: the mean gain, and both for each seed."""
     gains = {}
     for seed in seeds:
         folder = out / f"seed_{seed}"
@@ -121,9 +121,9 @@ def reinforced(seeds: list[int], out: Path, quick: bool) -> Figures:
 
 
 def pca(out: Path, quick: bool) -> Figures:
-    """The worst ratio over the widths of PCA's held-out error to AdamW's after ten epochs.
+    """The ratio of PCA's held-out error to that of AdamW after ten epochs, the worst over all widths.
 
-    PCA sees 1/100 of AdamW's tokens, and in a second run ten times as many, which is one pass over the text.
+    PCA reads a tenth of the text, which is 1/100 of AdamW's tokens. In a second run it reads all of the text once.
     """
     epoch = 2_000 if quick else 128_000
     folder = out / f"pca_{epoch}"
@@ -152,7 +152,10 @@ def pca(out: Path, quick: bool) -> Figures:
 
 
 def texts(folder: Path, tokens: int) -> list[str]:
-    """Write two files of so many tokens of the standard library, one held out; the settings that name them."""
+    """Write two files with `tokens` tokens of the standard library, one of them held out.
+
+    Returns the settings that choose these files.
+    """
     _, tokenizer = load_model(resolve_pretrained("builtin:tiny"))
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
@@ -169,7 +172,7 @@ def texts(folder: Path, tokens: int) -> list[str]:
 
 
 def quantized(out: Path, quick: bool) -> Figures:
-    """The accuracies of the chain over quantized language models."""
+    """The accuracies of the chain with quantized language models."""
     figures: Figures = {}
     root = out / "seed_0"
     for name, overrides in QUANTIZED.items():
@@ -193,18 +196,18 @@ def quantized(out: Path, quick: bool) -> Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute's version: few steps, one seed")
+    parser.add_argument("--quick", action="store_true", help="few steps and one seed, in about a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
         "--parts", default="chain,grpo,pca,quantized", help="comma-separated; grpo and quantized need chain"
     )
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_trm"), help="the folder of finished stages")
-    quality.tell(parser.parse_args(), parts)
+    quality.print_figures(parser.parse_args(), parts)
 
 
 def parts(args: argparse.Namespace) -> Figures:
-    """The figures of all parts that were asked for."""
+    """The figures of all chosen parts."""
     torch.set_num_threads(1)
     chosen = args.parts.split(",")
     seeds = [0] if args.quick else [int(seed) for seed in args.seeds.split(",")]

@@ -1,9 +1,9 @@
-"""What each choice in Fairy2i is worth: final KL after the `story` training of quality.py, one variant after the other.
+"""Measure what each choice in Fairy2i contributes: the final KL after the `story` training of quality.py.
 
     python -m benchmarks.variants --story FOLDER [--quick] [--json] [--seeds 0,1,2]
 
-Scale granularity and mode, the number of stages, the learning rate of scales, int8 activations, the optimizer; and the
-control outside of Fairy2i: residual sign quantization, T stages of one scale times a sign, at the same bits.
+The variants differ in scale granularity and mode, number of stages, learning rate of the scales, int8 activations or
+optimizer. A control outside of Fairy2i is residual sign quantization at the same bits: T stages of scale times sign.
 """
 
 import argparse
@@ -47,7 +47,7 @@ VARIANTS = {
 
 
 class SignLinear(QuantLinear):
-    """W ~ sum_t s_t sign(r_t) with r_0 = W, r_t+1 = r_t - s_t sign(r_t), s_t = mean |r_t|."""
+    """Quantizes W ~ sum_t s_t sign(r_t) with r_0 = W, r_t+1 = r_t - s_t sign(r_t), s_t = mean |r_t|."""
 
     config: "ResidualSign"
 
@@ -67,7 +67,7 @@ class SignLinear(QuantLinear):
 
 @dataclass(kw_only=True)
 class ResidualSign(QuantMethod):
-    """The control."""
+    """The config of residual sign quantization."""
 
     layer: ClassVar[type[QuantLinear]] = SignLinear
     name: Literal["residual_sign"] = "residual_sign"
@@ -76,11 +76,11 @@ class ResidualSign(QuantMethod):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--story", type=Path, required=True, help="a folder with a small pretrained model")
+    parser.add_argument("--story", type=Path, required=True, help="folder with a small pretrained model")
     parser.add_argument("--quick", action="store_true", help="20 steps")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--seeds", default="0", help="comma-separated")
-    parser.add_argument("--only", default="", help="run the variants whose name contains this")
+    parser.add_argument("--only", default="", help="run only variants whose name contains this")
     args = parser.parse_args()
     stdout = sys.stdout
     if args.json:
@@ -92,6 +92,7 @@ def main() -> None:
 
 
 def measure(story: Path, steps: int, seeds: list[int], only: str) -> dict[str, Any]:
+    """KL and bits of each variant whose name contains `only`: the mean over the seeds, and each seed."""
     teacher, tokenizer = load_model(story, dtype=torch.float32)
     teacher.requires_grad_(False)
     heldout = quality.sampled(teacher, batches=4, rows=12, length=256, seed=10_000)

@@ -6,8 +6,9 @@
 #   MODEL=tiny TASK=stdlib_kind bash runs/bitdistill.sh         minutes on a CPU, no download
 #   STAGES=0,1,3 bash runs/bitdistill.sh                        without continued pretraining
 #
-# Arguments are settings: for every stage that reads them, or 3:KEY=VALUE for stage 3 alone. Stage 2 as it stands is the
-# paper's 10 B tokens: days on one GPU. Give 2:training.total_tokens=100_000_000 for a first result.
+# Arguments are settings. KEY=VALUE applies to every stage that uses it, 3:KEY=VALUE to stage 3 only. By default stage 2
+# trains on 10 B tokens as in the paper, which takes days on one GPU. For a first result, add
+# 2:training.total_tokens=100_000_000.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
@@ -16,7 +17,7 @@ TASK=${TASK:-sst2}
 STAGES=${STAGES:-0,1,2,3}
 
 wf doctor
-# What was interrupted goes on, what is done is skipped: start this script again at any time.
+# An interrupted stage resumes and a finished stage is skipped, so this script can be started again at any time.
 wf bitdistill -m "$MODEL" --task "$TASK" --stages "$STAGES" "$@"
 run="outputs/bitdistill_$(basename "$MODEL")_stage3_distill"
 wf generate "$run" --prompt 'def ' --temperature 0

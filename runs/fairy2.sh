@@ -6,9 +6,9 @@
 #   MODEL=/path/to/model SCALE=large bash runs/fairy2.sh  four GPUs
 #   bash runs/fairy2.sh training.max_steps=100            a first try: minutes
 #
-# Arguments are settings for both trainings. Needs the hub (model and data), one GPU with bf16, and disk for checkpoints:
-# 12 bytes per parameter in each of two checkpoints and 4 in final/, so about 4 GB a run for 135 M parameters.
-# Expected: the guide gives 1-2 hours for 0.5-1 B tokens of SmolLM2-135M on one H100; not measured here.
+# Arguments are settings of both trainings. It needs the hub (for model and data), one GPU with bf16, and disk space for
+# two checkpoints of 12 bytes per parameter and final/ with 4: about 4 GB per run for 135 M parameters.
+# Expected time: 1-2 hours for 0.5-1 B tokens of SmolLM2-135M on one H100, according to the guide; not measured here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
@@ -22,7 +22,7 @@ wf doctor
 
 for mode in w2 w1; do
   run="$OUT/fairy2_${NAME}_$mode"
-  # A run that was interrupted goes on where it was; a finished one is kept.
+  # An interrupted run resumes, and a finished run is kept.
   if [[ ! -d "$run/packed" ]]; then
     resume=()
     compgen -G "$run/checkpoints/step_*" > /dev/null && resume=(training.resume_from=latest)
@@ -30,7 +30,7 @@ for mode in w2 w1; do
   fi
 done
 
-# Perplexity on text that has nothing to do with the training data.
+# Perplexity on text that is unrelated to the training data.
 for model in "$MODEL" "$OUT/fairy2_${NAME}_w2/packed" "$OUT/fairy2_${NAME}_w1/packed"; do
   wf eval "$model"
 done

@@ -1,4 +1,4 @@
-"""Flags that the scripts of the ANEMLL guide share."""
+"""What the scripts of the ANEMLL guide share: common flags, and how they run and report errors."""
 
 import argparse
 import importlib
@@ -15,15 +15,15 @@ SIZES = ("lut_bits", "attn_lut_bits", "scale_rank", "attn_scale_rank")
 
 def parser(description: str | None, writes: bool = True) -> argparse.ArgumentParser:
     """A parser with `--model-id`, and with `--force` for a script that writes."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--model-id", "--model", default=MODEL, help="a config's name, a local folder or a hub id")
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--model-id", "--model", default=MODEL, help="a config's name, a local folder or a hub id")
     if writes:
-        made.add_argument("--force", action="store_true", help="replace what is there")
-    return made
+        flags.add_argument("--force", action="store_true", help="replace the output if it exists")
+    return flags
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """The `type` of a flag that counts."""
+    """A `type` for flags that take an integer of at least `lowest`."""
 
     def integer(text: str) -> int:
         if int(text) < lowest:
@@ -33,18 +33,19 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return integer
 
 
-def add_sizes(made: argparse.ArgumentParser) -> None:
-    """Bits and ranks, which the checkpoint knows: given, they are checked."""
+def add_sizes(flags: argparse.ArgumentParser) -> None:
+    """Add flags for bits and ranks. The checkpoint has them already, so the flags only check it."""
     for name in SIZES:
-        made.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: what the checkpoint has")
+        flags.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the checkpoint's")
 
 
 def sizes(args: argparse.Namespace) -> dict[str, int | None]:
+    """The values of the flags that `add_sizes` adds."""
     return {name: getattr(args, name) for name in SIZES}
 
 
 def settings(args: argparse.Namespace, table: Sequence[tuple[str, str]]) -> list[str]:
-    """`key=value` for every flag of the table that was given, or has a default."""
+    """Settings `key=value` for the flags in `table`, a list of (flag, key). Flags without a value are left out."""
     values = vars(args)
     return [f"{key}={_text(values[name])}" for name, key in table if values[name] is not None]
 
@@ -54,7 +55,7 @@ def _text(value: object) -> str:
 
 
 def run(work: Callable[[], None]) -> None:
-    """Do it; the exit code is the script's."""
+    """Call `work`, and exit with the code of the error that it reports, if there is one."""
     try:
         work()
     except typer.Exit as ended:
@@ -62,8 +63,9 @@ def run(work: Callable[[], None]) -> None:
 
 
 def tool(name: str, **settings: object) -> None:
-    """Run `qat_lora.tools.NAME`, whose errors are a line.
+    """Call the function `name` of `qat_lora.tools`. An error becomes one line on standard error.
 
-    Imported only here: `--help` is instant, and libraries read on import that they are to draw no progress bars.
+    The module is imported only here, for two reasons: `--help` is instant, and libraries read the environment variables
+    that turn off progress bars, which `cli.reported` sets, when they are imported.
     """
     run(lambda: cli.reported(lambda: vars(importlib.import_module("qat_lora.tools"))[name](**settings)))

@@ -1,4 +1,8 @@
-"""What pull_cache.sh and save_to_drive.sh do with a URL: `fetch URL` prints a local path, `push FILE URL` uploads."""
+"""Transfer files for pull_cache.sh and save_to_drive.sh.
+
+fetch URL        download and print the local path
+push FILE URL    upload
+"""
 
 import sys
 from pathlib import Path

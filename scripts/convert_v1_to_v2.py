@@ -1,4 +1,4 @@
-"""Freeze the codes of a V1 checkpoint: directions and magnitudes train from here on, the model stays the same.
+"""Convert a V1 checkpoint to V2: freeze its codes. The model's outputs stay the same; scales can be trained further.
 
 python scripts/convert_v1_to_v2.py --v1-checkpoint runs/v1/best.pt --output runs/v2/v2_init.pt
 """

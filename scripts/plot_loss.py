@@ -1,4 +1,4 @@
-"""Plot the losses of runs of this toolkit: every folder with a training_log.csv, or such files.
+"""Plot the losses of one or more runs, from their folders or from training_log.csv files.
 
 python scripts/plot_loss.py --run_dir runs/v2_output --save loss.png
 python scripts/plot_loss.py outputs/anemll_tiny_a_v1 outputs/anemll_tiny_a_v2 --save both.png
@@ -15,8 +15,8 @@ from wrinklefree import cli
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", help="run folders or CSV files")
-    parser.add_argument("--run_dir", "--run-dir", type=Path, help="the same for one run")
-    parser.add_argument("--save", type=Path, help="the picture; default: plots/loss.png in the first run")
+    parser.add_argument("--run_dir", "--run-dir", type=Path, help="one run folder")
+    parser.add_argument("--save", type=Path, help="PNG to write; default: plots/loss.png in the first run")
     args = parser.parse_args()
     runs = [*args.runs, *([args.run_dir] if args.run_dir else [])]
     if not runs:

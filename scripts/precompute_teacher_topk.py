@@ -1,4 +1,4 @@
-"""The guide's way to write a KD cache: its flags, as settings of `wf cache`.
+"""Write a KD cache with the flags of the ANEMLL guide. This calls `wf cache`.
 
 python scripts/precompute_teacher_topk.py --teacher_model_name_or_path Qwen/Qwen3-0.6B --output_dir caches/alpaca \\
     --dataset_name tatsu-lab/alpaca --dataset_format alpaca_chat --enable_thinking both --topk 64 --rand_neg 128
@@ -12,7 +12,8 @@ from pathlib import Path
 from wrinklefree.cli import main
 
 
-def parse() -> argparse.Namespace:
+def flags() -> argparse.ArgumentParser:
+    """A parser of the guide's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--teacher_model_name_or_path", default="Qwen/Qwen3-0.6B", help="hub id, folder or a config's name")
@@ -26,41 +27,42 @@ def parse() -> argparse.Namespace:
     )
     add("--dataset_text_field", default="text", help="the column of plain text")
     add("--enable_thinking", default="false", choices=["false", "true", "both", "none", "all"])
-    add("--streaming", action="store_true", help="hub datasets always stream")
+    add("--streaming", action="store_true", help="no effect: hub datasets are always streamed")
     add("--shuffle_buffer", type=int, default=0, help="documents shuffled together; 0 keeps their order")
     add("--max_length", type=int, default=64, help="tokens per sequence")
     add("--topk", type=int, default=32)
     add("--rand_neg", type=int, default=0)
-    add(
-        "--num_sequences",
-        type=int,
-        default=20000,
-        help="to train on; a twentieth of that, 512 at most, is held out besides",
-    )
+    add("--num_sequences", type=int, default=20000, help="to train on; another twentieth, at most 512, is held out")
     add("--batch_size", type=int, default=1)
     add("--shard_size", type=int, default=1024, help="sequences per file")
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=["auto", "cuda", "cpu"])
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the teacher's matrix products")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="precision of the teacher")
     add("--output_dir", required=True)
-    add("--resume", action="store_true", help="an unfinished cache always goes on")
-    add("--overwrite", action="store_true", help="begin anew where there is a cache")
-    add("--cache_dir", help="where hub files are kept")
+    add("--resume", action="store_true", help="no effect: an unfinished cache always resumes")
+    add("--overwrite", action="store_true", help="replace an existing cache")
+    add("--cache_dir", help="folder for hub files")
     add("--hf_token", help="for gated models")
     add("--local_files_only", action="store_true", help="do not ask the hub")
-    add("--resume_download", action="store_true", help="downloads always go on")
+    add("--resume_download", action="store_true", help="no effect: downloads always resume")
     for name in ("--wandb_project", "--wandb_run_name", "--wandb_entity"):
         add(name, help="refused: a cache has no curve to log")
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line. Flags that cannot work end the script with a message."""
+    parser = flags()
     args = parser.parse_args()
     if args.wandb_project or args.wandb_run_name or args.wandb_entity:
-        parser.error("--wandb_*: a cache has no curve to log; leave it out, manifest.json has its figures")
+        parser.error("--wandb_*: a cache has no curve to log; leave it out (manifest.json has the figures)")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite: choose one")
     return args
 
 
 def environment(args: argparse.Namespace) -> None:
-    """What the libraries read when they are imported."""
+    """Set the environment variables that libraries read when they are imported."""
     if args.cache_dir:
         os.environ |= {"HF_HUB_CACHE": args.cache_dir, "HF_DATASETS_CACHE": args.cache_dir}
     if args.hf_token:
@@ -72,7 +74,7 @@ def environment(args: argparse.Namespace) -> None:
 
 
 def check_device(device: str) -> None:
-    """Stops where there is no GPU and one is asked for."""
+    """End the script if `--device cuda` is given and there is no GPU."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -81,11 +83,11 @@ def check_device(device: str) -> None:
 
 
 def data(args: argparse.Namespace) -> list[str]:
-    """The dataset, as settings."""
+    """The settings of `wf cache` for the dataset flags."""
     format = {"alpaca": "alpaca_chat"}.get(args.dataset_format, args.dataset_format)
-    given = {"format": (format, "plain"), "enable_thinking": (args.enable_thinking, "false")}
-    given["text_column"] = (args.dataset_text_field, "text")
-    settings = [f"data.{key}={value}" for key, (value, default) in given.items() if value != default]
+    values = {"format": (format, "plain"), "enable_thinking": (args.enable_thinking, "false")}
+    values["text_column"] = (args.dataset_text_field, "text")
+    settings = [f"data.{key}={value}" for key, (value, default) in values.items() if value != default]
     settings.append(f"data.shuffle_buffer={max(1, args.shuffle_buffer)}")
     if args.dataset_name == "stdlib":
         return ["data=stdlib", *settings]
@@ -96,7 +98,7 @@ def data(args: argparse.Namespace) -> list[str]:
 
 
 def command(args: argparse.Namespace) -> list[str]:
-    """The words of `wf`."""
+    """The arguments of `wf` that do what the flags say."""
     sizes = {
         "--length": args.max_length,
         "--topk": args.topk,
@@ -112,7 +114,7 @@ def command(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    given = parse()
-    environment(given)
-    check_device(given.device)
-    main(command(given))
+    args = parse()
+    environment(args)
+    check_device(args.device)
+    main(command(args))

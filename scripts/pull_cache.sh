@@ -4,8 +4,8 @@
 #   bash scripts/pull_cache.sh alpaca_chat_think_both_L64_K64_R128
 #   SOURCE=gs://bucket/caches bash scripts/pull_cache.sh NAME
 #
-# SOURCE is the folder or fsspec URL that holds NAME.tgz (default: the place where Colab mounts a Google Drive). A cache of
-# .pt files becomes one of ours with `wf cache --import caches/NAME --out caches/NAME-imported -m MODEL`.
+# SOURCE is the folder or fsspec URL with NAME.tgz; by default it is where Colab mounts a Google Drive. To convert a cache
+# of .pt files, run `wf cache --import caches/NAME --out caches/NAME-imported -m MODEL`.
 set -euo pipefail
 [[ $# -eq 1 && $1 != -* && $1 != */* ]] || { echo "usage: bash scripts/pull_cache.sh NAME" >&2; exit 2; }
 name=$1
@@ -13,14 +13,14 @@ SOURCE=${SOURCE:-/content/drive/MyDrive/qwen3_caches}
 here="$(cd "$(dirname "$0")/.." && pwd)"
 PYTHON=$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)
 if [ -e "caches/$name" ]; then
-  echo "caches/$name is there already; remove it to unpack it anew"
+  echo "caches/$name exists already; remove it to unpack it again"
   exit 0
 fi
 case $SOURCE in
   *://*) archive=$("$PYTHON" "$here/scripts/_remote.py" fetch "$SOURCE/$name.tgz") ;;
   *) archive=$SOURCE/$name.tgz ;;
 esac
-[ -f "$archive" ] || { echo "error: $archive: no such file; set SOURCE to where $name.tgz is" >&2; exit 2; }
+[ -f "$archive" ] || { echo "error: $archive: no such file; set SOURCE to the folder of $name.tgz" >&2; exit 2; }
 aside=caches/.$name.tmp
 trap 'rm -rf "$aside"' EXIT
 rm -rf "$aside" && mkdir -p "$aside"

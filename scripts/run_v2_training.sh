@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole V2 training: get the cache, train, keep a copy.
+# The whole V2 training: get the cache, train, and save a copy of the run.
 #
 #   bash scripts/run_v2_training.sh                                                     as on Colab, with a GPU
 #   MODEL=tiny CACHE=caches/tiny V1= STEPS=100 DEST=kept bash scripts/run_v2_training.sh   minutes on a CPU
 #
-# CACHE is a folder, or the name of an archive that pull_cache.sh finds. V1 is a checkpoint to start from; empty: none.
+# CACHE is a folder, or the name of an archive for pull_cache.sh. V1 is the checkpoint to start from; empty means none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
@@ -18,7 +18,7 @@ if [ ! -d "$CACHE" ]; then
   bash scripts/pull_cache.sh "$CACHE"
   CACHE=caches/$CACHE
 fi
-if [ -f "$CACHE/meta.json" ] && [ ! -f "$CACHE/manifest.json" ]; then  # .pt files of the original tools
+if [ -f "$CACHE/meta.json" ] && [ ! -f "$CACHE/manifest.json" ]; then  # a cache of the original tools
   "$PYTHON" -m wrinklefree.cli cache --import "$CACHE" --out "$CACHE-imported" -m "$MODEL"
   CACHE=$CACHE-imported
 fi

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Pack a checkpoint or a whole run, with its config, into one .tgz somewhere else.
+# Pack a checkpoint or a whole run, with its config, into one .tgz in another place.
 #
 #   bash scripts/save_to_drive.sh runs/v2_output my_checkpoint
 #   DEST=gs://bucket/runs bash scripts/save_to_drive.sh runs/v2_output/best_state_dict.pt
 #
-# DEST is a folder (a mounted Google Drive is one; default: the place where Colab mounts it) or any fsspec URL.
+# DEST is a folder or an fsspec URL; by default it is where Colab mounts a Google Drive.
 set -euo pipefail
 [[ $# -ge 1 && $1 != -* ]] || { echo "usage: bash scripts/save_to_drive.sh CHECKPOINT [NAME]" >&2; exit 2; }
 path=${1%/}
@@ -21,7 +21,7 @@ esac
 if [ -d "$path" ]; then
   folder=$(dirname "$path")
   parts=("$(basename "$path")")
-else  # a file alone does not say what it is
+else  # a .pt file alone cannot be opened: add its config and tokenizer
   for beside in config.json tokenizer.json tokenizer_config.json chat_template.jinja; do
     if [ -e "$folder/$beside" ]; then parts+=("$beside"); fi
   done

@@ -1,4 +1,4 @@
-"""A training of a few steps that shows whether everything works, on text that needs no download.
+"""Check that everything works, with a training of a few steps on text that needs no download.
 
     python scripts/smoke_test.py --model smollm2_135m --mode w2 --steps 10
 
@@ -15,7 +15,7 @@ import typer
 
 from wrinklefree.cli import call
 
-# Small enough for a laptop, and every step is logged.
+# Small enough for a laptop. Every step is logged, because each one is checked.
 SETTINGS = [
     "data=stdlib",
     "training.batch_size=2",
@@ -39,11 +39,11 @@ def main() -> int:
     except typer.Exit:
         print("FAILED: the training stopped")
         return 1
-    return judge(out / "training_log.csv", args.steps)
+    return check_losses(out / "training_log.csv", args.steps)
 
 
-def judge(log: Path, steps: int) -> int:
-    """0 where every step has a finite loss."""
+def check_losses(log: Path, steps: int) -> int:
+    """Print the result and return the exit code: 0 if the log has `steps` finite losses, else 1."""
     with log.open(newline="") as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} over {len(losses)} steps")
@@ -51,7 +51,7 @@ def judge(log: Path, steps: int) -> int:
         print(f"FAILED: expected {steps} finite losses in {log}")
         return 1
     if losses[-1] > losses[0]:
-        print("note: the loss did not fall; a few steps seldom say much")
+        print("note: the loss did not fall, but a few steps say little")
     print("ALL TESTS PASSED!")
     return 0
 

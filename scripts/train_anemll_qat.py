@@ -1,4 +1,4 @@
-"""Train lookup tables with latent weights (V1) on a KD cache: the scales, the weights, or both.
+"""Train lookup tables with latent weights (V1) on a KD cache: the scales, the weights or both.
 
 python scripts/train_anemll_qat.py --kd-cache-dir caches/alpaca --output-dir runs/v1 --train-weights --train-scales
 python scripts/train_anemll_qat.py --model-id tiny --kd-cache-dir caches/tiny --output-dir runs/v1 --max-steps 200
@@ -29,16 +29,16 @@ def main() -> None:
     add("--init-state", type=Path, help="start from a run, a checkpoint folder or a .pt file")
     add("--kd-cache-dir", required=True)
     add("--output-dir", type=Path, default=Path("runs/anemll_qat"))
-    add("--lut-size", type=int, default=4, choices=[4, 8, 16], help="of the MLP")
+    add("--lut-size", type=int, default=4, choices=[4, 8, 16], help="table entries in the MLP")
     add("--scale-rank", type=int, default=32)
     add("--attn-lut-size", type=int, default=16, choices=[4, 8, 16])
     add("--attn-scale-rank", type=int, default=8)
     add("--group-size", type=int, default=32)
     add("--train-weights", action="store_true")
-    add("--train-scales", action="store_true", help="neither of both flags trains both")
+    add("--train-scales", action="store_true", help="without these two flags both are trained")
     add("--max-steps", type=int, default=1000)
     add("--batch-size", type=int, default=32)
-    add("--lr", type=float, default=1e-5, help="of the weights")
+    add("--lr", type=float, default=1e-5, help="learning rate of the weights")
     add("--scale-lr", type=float, default=1e-3)
     add("--temperature", type=float, default=2.0)
     add("--hard-top1-weight", type=float, default=0.0)

@@ -1,12 +1,13 @@
-"""Train lookup tables with frozen codes (V2) on a KD cache: from V1, from V2, or from the pretrained model.
+"""Train lookup tables with frozen codes (V2) on a KD cache, starting from V1, V2 or the pretrained model.
 
     python scripts/train_v2_simple.py --from-scratch --cache-dir caches/alpaca --output-dir runs/v2_scratch
     python scripts/train_v2_simple.py --v1-checkpoint runs/v1/best.pt --cache-dir caches/alpaca
     python scripts/train_v2_simple.py --v2-checkpoint runs/v2_output/best_state_dict.pt --cache-dir caches/alpaca
 
-Offline: --model-id tiny, and a cache by `wf cache -m tiny --out caches/tiny`.
+To try it offline, use --model-id tiny and a cache of `wf cache -m tiny --out caches/tiny`.
 """
 
+import argparse
 from pathlib import Path
 
 import _anemll
@@ -36,21 +37,22 @@ TABLE = [
 ]
 
 
-def main() -> None:
+def flags() -> argparse.ArgumentParser:
+    """A parser of the guide's flags, with KEY=VALUE settings after them."""
     parser = _anemll.parser(__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--v1-checkpoint", type=Path, help="a run, a checkpoint folder or a .pt file")
-    source.add_argument("--v2-checkpoint", type=Path, help="the same")
+    source.add_argument("--v2-checkpoint", type=Path, help="a run, a checkpoint folder or a .pt file")
     source.add_argument("--from-scratch", action="store_true")
-    add("--config", choices=PRESETS, help="bits and ranks; default: those of the checkpoint, else q2a4")
+    add("--config", choices=PRESETS, help="bits and ranks; default: the checkpoint's, or q2a4")
     add("--cache-dir", required=True)
     add("--output-dir", type=Path, default=Path("runs/v2_output"))
     add("--max-steps", type=int, default=1000)
     add("--lr", type=float, default=5e-5)
     add("--batch-size", type=int, default=8)
     add("--accumulation-steps", type=int, default=1)
-    add("--save-steps", type=int, default=0, help="a checkpoint every N steps; 0: the best and the last alone")
+    add("--save-steps", type=int, default=0, help="save every N steps; 0 saves only the best and the last")
     add("--eval-steps", type=int, default=100)
     add("--warmup-steps", type=int, default=100)
     add("--min-lr-ratio", type=float, default=0.1)
@@ -59,15 +61,19 @@ def main() -> None:
     add("--temperature", type=float, default=2.0)
     add("--hard-top1", type=float, default=0.2)
     add("--hard-full", type=float, default=0.00005)
-    add("--g-only", action="store_true", help="train the magnitudes alone")
+    add("--g-only", action="store_true", help="train only the magnitudes")
     add("--mlp-only", action="store_true")
     add("--attn-only", action="store_true")
-    add("--ste-fp16", action="store_true", help="train through fp16 steps, rank by rank; slow")
+    add("--ste-fp16", action="store_true", help="train through fp16 arithmetic, rank by rank; slow")
     add("--wandb", action="store_true")
     add("--wandb-project", default="qwen3-qat")
     add("--wandb-run")
     add("settings", nargs="*", metavar="KEY=VALUE", help="any further setting of `wf train`")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = flags().parse_args()
     overrides = ["training=anemll_v2", "training.objective=cached_kd", *_anemll.settings(args, TABLE)]
     overrides += [
         "training.scheduler.name=cosine",

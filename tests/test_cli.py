@@ -89,6 +89,15 @@ def test_every_help_has_an_example_that_starts_with_the_verb(verb: str) -> None:
     assert f" wf {verb}" in out.partition("Example")[2]
 
 
+@pytest.mark.parametrize("verb", ["", *VERBS, *THINKING])
+def test_help_fits_into_80_columns(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = wf(*verb.split(), "--help")
+    assert code == 0
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+    assert "..." not in out.partition("Commands:")[2]
+
+
 def test_help_imports_nothing_heavy() -> None:
     heavy = ["torch", "transformers", "hydra", "omegaconf", "pydantic", "datasets", "matplotlib", "numpy", "rich"]
     code = (
@@ -302,7 +311,7 @@ def test_a_half_cache_is_the_native_engines(random_model: Path) -> None:
     pytest.importorskip("uvicorn")
     code, _, err = wf("serve", str(random_model / "final"), "--port", "0", "--half-cache")
     assert code == 2
-    assert "--half-cache is the native engine's, and this is not it (engine: transformers" in err
+    assert "--half-cache: works only with the native engine, and this is another (engine: transformers" in err
 
 
 def test_a_model_config_name_stands_for_its_model() -> None:

@@ -70,7 +70,7 @@ def test_the_chain_runs_skips_what_is_done_and_refuses_other_settings(folder: Pa
 
     code, said = wf(*CHAIN, *SHORT, *STEPS, "--stages", "0,1,1.9,2,3", "3:training.lr=1e-4")
     assert code == 2
-    assert said.splitlines()[-1].startswith("error: outputs/bitdistill_toy_stage3_distill: was made with training.")
+    assert said.splitlines()[-1].startswith("error: outputs/bitdistill_toy_stage3_distill: made with training.")
     assert "--force" in said.splitlines()[-1]
 
 
@@ -108,7 +108,7 @@ def test_a_missing_stage_is_one_line_with_the_command_that_makes_it(folder: Path
     code, said = train("stage2_pretrain", *STEPS)
     assert code == 2
     assert said.splitlines()[-1] == (
-        "error: stage2_pretrain needs stage1_subln, and outputs/bitdistill_toy_stage1_subln/final is not there: "
+        "error: stage2_pretrain needs stage1_subln, but there is no outputs/bitdistill_toy_stage1_subln/final: "
         "run `wf train model=./toy training=stage1_subln training.max_seq_length=32 data=local data.path=text`, "
         "or add auto_prereq=true"
     )

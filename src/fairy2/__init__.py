@@ -1,1 +1,1 @@
-"""The Fairy2i guide's import name: a door to `wrinklefree.methods.fairy2`."""
+"""The import name of the Fairy2i guide; the code is in `wrinklefree.methods.fairy2`."""

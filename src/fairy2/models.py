@@ -1,4 +1,4 @@
-"""`convert_to_fairy2(model, num_stages=2, exclude_names=[...])`, as the Fairy2i guide imports it."""
+"""`convert_to_fairy2(model, num_stages=2, exclude_names=[...])`, under the name that the Fairy2i guide imports."""
 
 from wrinklefree.methods.fairy2 import convert_to_fairy2
 

@@ -1,4 +1,4 @@
-"""The ANEMLL guide's import name: its functions, as doors to `wrinklefree.methods.anemll` and the one training loop.
+"""The functions of the ANEMLL guide, under its import name. They call `wrinklefree.methods.anemll` and our trainer.
 
 model = AutoModelForCausalLM.from_pretrained(folder)
 replace_linear_with_anemll_v2(model)
@@ -49,7 +49,10 @@ def replace_linear_with_anemll_v2(
     attn_scale_rank: int = 8,
     quantize_attn: bool = True,
 ) -> int:
-    """Swap the linear layers, in place, for tables with frozen codes; their number. Raises UserError where none is."""
+    """Replace the linear layers of a model, in place, by lookup tables with frozen codes.
+
+    Returns how many layers there are. Raises UserError if the model has no linear layer.
+    """
     sizes = {"rank": scale_rank, "attn_rank": attn_scale_rank}
     config = Config(view="v2", train="scales", bits=lut_bits, attn_bits=attn_lut_bits, **sizes)  # type: ignore[arg-type]
     if not quantize_attn:
@@ -63,6 +66,7 @@ def _layers(model: nn.Module) -> dict[str, LutLinear]:
 
 
 def _reconfigured(model: nn.Module, **settings: object) -> int:
+    """Change settings in all quantized layers, and return how many there are."""
     for layer in _layers(model).values():
         layer.config = replace(layer.config, **settings)  # type: ignore[arg-type]
         layer.effective.clear()
@@ -70,7 +74,7 @@ def _reconfigured(model: nn.Module, **settings: object) -> int:
 
 
 def freeze_Q_all(model: nn.Module) -> int:  # noqa: N802  # the guide's name
-    """Freeze the codes of layers that are not frozen yet (V1), which changes no weight; the number of layers."""
+    """Freeze the codes of all layers that still train them (V1). No weight changes. Returns the layer count."""
     layers = _layers(model)
     if layers:
         replace(_method(layers), view="v2", train="scales").prepare(model)
@@ -78,7 +82,7 @@ def freeze_Q_all(model: nn.Module) -> int:  # noqa: N802  # the guide's name
 
 
 def _method(layers: dict[str, LutLinear]) -> Config:
-    """One config for layers of two kinds. Raises UserError where there are none."""
+    """The method's config, from those of an MLP and an attention layer. Raises UserError if there are no layers."""
     if not layers:
         raise UserError("this model has no lookup tables: call replace_linear_with_anemll_v2 first")
     config = next(iter(layers.values())).config
@@ -90,19 +94,22 @@ def _method(layers: dict[str, LutLinear]) -> Config:
 
 
 def set_factored_inference_v2(model: nn.Module, enabled: bool) -> int:
-    """Compute rank by rank, or with the effective weight; the number of layers."""
+    """Let layers compute one rank after the other, or else with the effective weight. Returns the layer count."""
     return _reconfigured(model, forward="factored" if enabled else "weight")
 
 
 def set_batched_forward_v2(model: nn.Module, enabled: bool) -> int:
-    """Compute all ranks at once, or with the effective weight; the number of layers."""
+    """Let layers compute all ranks at once, or else with the effective weight. Returns the layer count."""
     return _reconfigured(model, forward="batched" if enabled else "weight")
 
 
 @torch.no_grad()
 def snap_model_for_ane_v2(model: nn.Module) -> int:
-    """Put the tables and factors in fp16 numbers in place of the trained ones, and the weights they stand for in place
-    of the latent ones; the number of layers. The model stays the same: what trains is always seen in fp16."""
+    """Replace tables and factors by their fp16 values, and latent weights by the weights that these give.
+
+    The model's outputs do not change, because training already computes with the fp16 values.
+    Returns how many layers there are.
+    """
     for layer in _layers(model).values():
         codes = layer.encode()
         layer.weight.copy_(layer.decode(codes))
@@ -111,7 +118,7 @@ def snap_model_for_ane_v2(model: nn.Module) -> int:
 
 
 def convert_model_to_fp16_v2(model: nn.Module) -> nn.Module:
-    """Snap, and round biases to half precision as well; embeddings, head and norms stay, as the guide has it."""
+    """Round tables, factors and biases to fp16, and return the model. As in the guide, nothing else changes."""
     snap_model_for_ane_v2(model)
     for layer in _layers(model).values():
         if layer.bias is not None:
@@ -120,8 +127,10 @@ def convert_model_to_fp16_v2(model: nn.Module) -> nn.Module:
 
 
 def load_v2_checkpoint(model: nn.Module, path: str | Path) -> int:
-    """Put a `.pt` state dict into a model that has its layers already; their number. Raises UserError where it is not
-    one, or does not fit."""
+    """Load a `.pt` state dict into a model whose layers have been replaced, and return the number of layers.
+
+    Raises UserError if the file is no state dict, or does not fit the model.
+    """
     file = Path(path)
     state = read_state(file)
     return put(model, state, layers_in(state, file), file)
@@ -144,12 +153,15 @@ def train_e2e(
     hard_top1: float = 0.2,
     hard_full: float = 0.00005,
 ) -> float:
-    """Train what `requires_grad` marks on a KD cache, into `output_dir`; the held-out KD loss in the end."""
+    """Train all parameters with `requires_grad` on a KD cache, and save the run in `output_dir`.
+
+    Returns the held-out KD loss after training.
+    """
     values = {"training.max_steps": max_steps, "training.lr": lr, "training.optimizer.scale_lr": lr}
     values |= {"training.batch_size": batch_size, "distillation.temperature": temperature}
     values |= {"distillation.hard_top1": hard_top1, "distillation.hard_full": hard_full}
     config = _config(model, cache_dir, *(f"{k}={v}" for k, v in values.items()), f"output_dir={output_dir}")
-    config.method = _method(_layers(model))  # what the checkpoints say of themselves
+    config.method = _method(_layers(model))  # the config that checkpoints store
     run = setup.open_run(config, load=lambda _: (model, tokenizer))
     run.begin()
     run.fit(model, CachedKD(model, config.distillation))
@@ -159,6 +171,6 @@ def train_e2e(
 def evaluate_kd_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path, temperature: float = 2.0
 ) -> float:
-    """KL to the cached teacher on the sequences that are held out, times the square of the temperature."""
+    """KL to the cached teacher on the held-out sequences, times the square of the temperature."""
     config = _config(model, cache_dir, f"distillation.temperature={temperature}")
     return float(setup.evaluator(config, tokenizer)(model)["eval_kl"])

@@ -1,12 +1,19 @@
-"""Checkpoints of the ANEMLL guide: ours, and the `.pt` state dicts that others trained.
+"""Read and write checkpoints of the ANEMLL guide: our folders, and `.pt` state dicts of the original tools.
 
-Of a quantized layer such a file holds `scale_A` [out, r], `scale_B` [r, in], `lut` [2**bits], and frozen codes
-(`_indices`, `_Q`, or table entries for a `weight`) with magnitudes (`rank_magnitude`), or a latent `weight`. Bits and
-ranks follow from the shapes, and so does which layers are left as they were. It is unpickled with `weights_only`: it
-cannot run code.
+A state dict holds these tensors for each quantized layer:
 
-The original V1 computes with max(A B, 1e-8), so a weight whose scale is negative is zero there; here it is what W / S
-says, as in its own conversion to V2.
+| name | shape | |
+|---|---|---|
+| `scale_A`, `scale_B` | [out, r], [r, in] | the factors of the scales |
+| `lut` | [2**bits] | the table |
+| `rank_magnitude` | [r] | magnitudes; V2 only |
+| `_indices` or `_Q` | [out, in] | frozen codes, as indices or as table entries |
+| `weight` | [out, in] | table entries of frozen codes, or a latent weight |
+
+Bits, ranks, and which layers are not quantized follow from the shapes and names.
+
+The original V1 computes with max(A B, 1e-8), so a weight with a negative scale is zero there. Here it is what W / S
+gives, as in the original conversion to V2.
 """
 
 import os
@@ -36,11 +43,11 @@ from wrinklefree.training import checkpoint
 
 State = dict[str, Tensor]
 
-SOURCES = ("_indices", "_Q", "weight")  # of a layer's codes; the first that is there counts
+SOURCES = ("_indices", "_Q", "weight")  # tensors with a layer's codes; the first one that exists is used
 
 
 class Opened(NamedTuple):
-    """A trained model with the config that rebuilds it."""
+    """A trained model, its tokenizer, and the config from which it can be rebuilt."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -48,17 +55,17 @@ class Opened(NamedTuple):
 
 
 def open_checkpoint(path: Path, base: str) -> Opened:
-    """A run or checkpoint folder of ours, or someone's `.pt` file, whose pretrained model is `base`.
+    """Open a run or checkpoint folder, or a `.pt` file that was trained from the pretrained model `base`.
 
-    A `.pt` path that is no file stands for the run whose folder it is in: `RUN/best_state_dict.pt` for `RUN/best/`.
-    Raises UserError where there is neither, or the model has no lookup tables.
+    If a `.pt` path does not exist, the checkpoint in its folder is opened: `RUN/best/` for `RUN/best_state_dict.pt`.
+    Raises UserError if there is no checkpoint, or its model has no lookup tables.
     """
     if path.is_file():
         return open_state(path, base)
     folder = model_folder(standing_for(path))
     file = folder / checkpoint.CONFIG
     if not file.is_file():
-        raise UserError(f"{path}: no such file, and no checkpoint of `wf anemll` or `wf train` in its place")
+        raise UserError(f"{path}: no such file, and no checkpoint of `wf anemll` or `wf train` there")
     opened = Opened(*load_model(folder), read_config(file))
     if not isinstance(opened.config.method, Config):
         raise UserError(f"{path}: not trained with lookup tables; see `wf anemll`")
@@ -66,7 +73,14 @@ def open_checkpoint(path: Path, base: str) -> Opened:
 
 
 def standing_for(path: Path) -> Path:
-    """The folder that a path to a `.pt` file means: `best/` beside it by its name, a step's, or the run."""
+    """The checkpoint folder that stands for the path of a `.pt` file which does not exist; any other path as it is.
+
+    | file | folder |
+    |---|---|
+    | `RUN/best*.pt` | `RUN/best`, if it exists |
+    | `RUN/*step_100*.pt` | `RUN/checkpoints/step_100` |
+    | another | `RUN` |
+    """
     if path.suffix != ".pt" or path.exists():
         return path
     run, step = path.parent, re.search(r"step_?(\d+)", path.stem)
@@ -76,7 +90,7 @@ def standing_for(path: Path) -> Path:
 
 
 def check_free(target: Path, force: bool) -> None:
-    """Raises UserError where `target` is there already, or nothing can be written there."""
+    """Raise UserError if `target` exists (unless `force`), or its folder is not writable."""
     if target.exists() and not force:
         raise UserError(f"{target}: exists already; choose another, or give --force to replace it")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
@@ -85,7 +99,10 @@ def check_free(target: Path, force: bool) -> None:
 
 
 def save(opened: Opened, target: Path, force: bool = False) -> None:
-    """A `.pt` file for ANEMLL's converters, or a checkpoint folder. Raises UserError like `check_free`."""
+    """Write a `.pt` file for ANEMLL's converters, or a checkpoint folder if `target` has no such suffix.
+
+    Raises UserError if `target` exists (unless `force`), or its folder is not writable.
+    """
     check_free(target, force)
     if target.suffix == ".pt":
         write_state(opened.model, target)
@@ -96,32 +113,32 @@ def save(opened: Opened, target: Path, force: bool = False) -> None:
 
 @torch.no_grad()
 def open_state(file: Path, base: str) -> Opened:
-    """The model `base` with the quantized layers of someone's `.pt` file.
+    """Load the pretrained model `base` and put the quantized layers of a `.pt` file into it.
 
-    Raises UserError where the file and the model do not fit one another.
+    Raises UserError if the file does not fit the model.
     """
     state = read_state(file)
-    found = layers_in(state, file)
-    method = detect(found, file)
+    quantized = layers_in(state, file)
+    method = detect(quantized, file)
     names = [f"method.{key}={value}" for key, value in method.items()]
     config = load_config([f"model={base}", f"training=anemll_{'v2' if method['view'] == 'v2' else 'q2a4'}", *names])
     model, tokenizer = load_pretrained(config.model)
     assert config.method is not None
     plain = surgery.linears(model, config.method.exclude_names)
-    config.method.exclude_names += [fqn for fqn, _ in plain if fqn not in found and f"{fqn}.weight" in state]
+    config.method.exclude_names += [fqn for fqn, _ in plain if fqn not in quantized and f"{fqn}.weight" in state]
     model = cast(PreTrainedModel, config.method.prepare(model, initialize=False))
-    put(model, state, found, file)
+    put(model, state, quantized, file)
     return Opened(model.eval(), tokenizer, config)
 
 
 def read_state(file: Path) -> State:
-    """The tensors in a `.pt` file, also where they lie under `model_state_dict`. Raises UserError for anything else."""
-    try:
+    """The tensors in a `.pt` file, which may lie under the key `model_state_dict`. Raises UserError for other files."""
+    try:  # `weights_only`, so that a file cannot run code
         found = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        # torch's own words tell how to run the code in it
+        # torch's own message advises to load the file without `weights_only`, which would run its code.
         raise UserError(
             f"{file}: not a state dict that can be read safely: it is damaged, or holds more than tensors by name; "
             f"save it anew with torch.save(model.state_dict(), FILE)"
@@ -135,15 +152,15 @@ def read_state(file: Path) -> State:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a file holds of one layer: table, factors with magnitudes, codes, and the latent weight that moves them."""
+    """One quantized layer of a file. The magnitudes are part of the factors."""
 
     factors: Factors
     codes: Tensor  # uint8 [out, in]
-    weight: Tensor | None  # None where codes are frozen
+    weight: Tensor | None  # the latent weight; None if the codes are frozen
 
 
 def layers_in(state: State, file: Path) -> dict[str, Layer]:
-    """The quantized layers of a state dict. Raises UserError where there are none, or their shapes do not fit."""
+    """The quantized layers of a state dict, by name. Raises UserError if there are none, or one has wrong shapes."""
     names = sorted(name.removesuffix(".scale_A") for name in state if name.endswith(".scale_A"))
     if not names:
         raise UserError(f"{file}: no tensor named *.scale_A, so not a checkpoint with tables and low-rank scales")
@@ -151,34 +168,36 @@ def layers_in(state: State, file: Path) -> dict[str, Layer]:
 
 
 def _layer(state: State, fqn: str, file: Path) -> Layer:
+    """Read one layer. Raises UserError if a tensor is missing or has a wrong shape."""
     part = {n.rpartition(".")[2]: t for n, t in state.items() if n.rpartition(".")[0] == fqn}
     wrong = _missing(part) or _misfit(part)
     if wrong:
         raise UserError(f"{file}: {fqn}{wrong}")
     table, order = part["lut"].float().sort()
     width = next(part[name] for name in SOURCES if name in part).shape[1]
-    a, b = part["scale_A"].float(), part["scale_B"].float()[:, :width]  # v1 pads to whole groups
+    a, b = part["scale_A"].float(), part["scale_B"].float()[:, :width]  # V1 pads B to whole groups
     if "rank_magnitude" in part:
         a, b = _with_magnitudes(part, a, b)
     factors = Factors(table, a, b)
     if "_indices" in part:
         return Layer(factors, order.argsort()[part["_indices"].long()].to(torch.uint8), None)
     entries = part["_Q" if "_Q" in part else "weight"].float()
-    if "_Q" in part or torch.isin(entries, table).all():  # what this module writes has entries for weights
+    if "_Q" in part or torch.isin(entries, table).all():  # files that we write have table entries as weights
         return Layer(factors, nearest(entries, table), None)
-    if "rank_magnitude" in part:  # v2 before its codes are frozen
+    if "rank_magnitude" in part:  # V2 before its codes were frozen
         return Layer(factors, nearest(entries / guarded(a @ b), table), None)
     return Layer(factors, _latent_codes(entries / guarded(a @ b), table), entries)
 
 
 def _latent_codes(ratios: Tensor, table: Tensor) -> Tensor:
-    """Nearest entries, of an evenly spaced table those before they were rounded to fp16: so does the original V1."""
+    """Codes of the nearest table entries."""
+    # The original V1 compares with an evenly spaced table before it is rounded to fp16.
     even = torch.linspace(-1, 1, len(table))
     return nearest(ratios, even if torch.allclose(table, even, atol=1e-3) else table)
 
 
 def _missing(part: State) -> str:
-    """What of a layer is not there, or not expected, for a message; empty where all is well."""
+    """A message about tensors of a layer that are missing or unexpected; an empty text if there are none."""
     missing = {"lut", "scale_A", "scale_B"} - part.keys()
     if missing or not part.keys() & set(SOURCES):
         return f" lacks {', '.join(sorted(missing)) or 'weights and codes'}"
@@ -187,7 +206,7 @@ def _missing(part: State) -> str:
 
 
 def _misfit(part: State) -> str:
-    """What of a layer cannot be, for a message; empty where all is well."""
+    """A message about wrong shapes or values in a layer; an empty text if there are none."""
     a, b, rows = part["scale_A"], part["scale_B"], [part[name] for name in SOURCES if name in part]
     fits = all(t.ndim == 2 for t in (a, b, *rows)) and part["lut"].shape in ((4,), (8,), (16,))
     fits = fits and a.shape == (len(a), len(b)) and all(t.shape == (len(a), rows[0].shape[1]) for t in rows)
@@ -201,15 +220,19 @@ def _misfit(part: State) -> str:
 
 
 def _with_magnitudes(part: State, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A [out, r] with the magnitudes in it, and B [r, in]: directions, unless they have been baked."""
+    """The factors A [out, r] and B [r, in] with the magnitudes multiplied into A."""
     g = part["rank_magnitude"].float()
+    # Baked factors are used as they are. Otherwise they are directions, which have to be normalized first.
     if bool(part.get("_scales_baked_flag", torch.zeros(())).any()):
         return a * g, b
     return a / a.norm(dim=0).clamp_min(1e-6) * (g + 1e-6), b / b.norm(dim=1, keepdim=True).clamp_min(1e-6)
 
 
 def detect(found: Mapping[str, Layer], file: Path) -> dict[str, Any]:
-    """`view`, bits and ranks as settings of the method. Raises UserError where layers of one kind differ."""
+    """The method settings `view`, bits and ranks that fit a file's layers.
+
+    Raises UserError if the MLP layers, or the attention layers, differ among themselves.
+    """
     config = Config()
     sizes: dict[bool, set[tuple[int, int]]] = {True: set(), False: set()}
     for fqn, layer in found.items():
@@ -226,24 +249,25 @@ def detect(found: Mapping[str, Layer], file: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def put(model: nn.Module, state: State, found: Mapping[str, Layer], file: Path) -> int:
-    """Put a file's tensors into a prepared model, whose own stay where the file has none; the number of layers.
+    """Copy a file's tensors into a prepared model, and return how many layers are quantized.
 
-    Raises UserError where layers or shapes are not those of the model.
+    Tensors that the file lacks do not change. Raises UserError if layers or shapes differ.
     """
     layers = quant_layers(model)
     if layers.keys() != found.keys():
         odd = sorted(layers.keys() ^ found.keys())
-        raise UserError(f"{file}: does not fit: {odd[0]} is quantized in one of them alone ({len(odd)} in all)")
+        raise UserError(f"{file}: does not fit: {odd[0]} is quantized in only one of the two ({len(odd)} in all)")
     for fqn, layer in layers.items():
         assert isinstance(layer, LutLinear)
         source = found[fqn]
         if (layer.out_features, layer.in_features) != source.codes.shape:
             raise UserError(f"{file}: {fqn} has another shape than in the model")
-        stood_for = layer.decode(_codes(source, layer))
-        layer.weight.copy_(stood_for if source.weight is None else source.weight)
+        decoded = layer.decode(_codes(source, layer))
+        layer.weight.copy_(decoded if source.weight is None else source.weight)
         layer.adopt(source.factors, source.codes)
-        moved = layer.encode().index != source.codes  # by factors in fp16, between two entries of the table
-        layer.weight[moved] = stood_for[moved]
+        # Rounding the factors to fp16 can move a latent weight to another entry: set it to the weight of its own code.
+        moved = layer.encode().index != source.codes
+        layer.weight[moved] = decoded[moved]
     own = model.state_dict()
     plain = {n: t for n, t in state.items() if n in own and (n.rpartition(".")[0] not in found or n.endswith(".bias"))}
     for name, tensor in plain.items():

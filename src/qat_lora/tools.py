@@ -1,4 +1,4 @@
-"""What the scripts of the ANEMLL guide do: train, convert, snap, try out, look at one layer."""
+"""The work of the ANEMLL guide's scripts: train, convert, snap, generate text, and inspect layers."""
 
 import tempfile
 from dataclasses import replace
@@ -27,16 +27,16 @@ DEBUG_STEPS = 20
 
 KEYS = ("bits", "rank", "attn_bits", "attn_rank")
 
-Sizes = tuple[int, int, int, int]  # as in KEYS
+Sizes = tuple[int, int, int, int]  # in the order of KEYS
 
 
 def train(
     model_id: str, checkpoint: Path | None, output: Path, sizes: Sizes | None, overrides: list[str], force: bool
 ) -> None:
-    """Train as the overrides say from `checkpoint`, or from the pretrained model where it is None.
+    """Train with the settings in `overrides`, from `checkpoint` or, if it is None, from the pretrained model.
 
-    Without `sizes` bits and ranks are the checkpoint's. A `.pt` file is first made a checkpoint folder, `imported` in
-    the output folder. Raises UserError for anything the user can mend.
+    If `sizes` is None, bits and ranks are the checkpoint's. A `.pt` file is first converted to a checkpoint folder,
+    `imported/` in the output folder. Raises UserError for anything that the user can fix.
     """
     start: list[str] = []
     if checkpoint is not None:
@@ -48,7 +48,7 @@ def train(
 
 
 def sizes_of(folder: Path) -> Sizes:
-    """Bits and ranks of a checkpoint of ours. Raises UserError where it has none."""
+    """The bits and ranks of a checkpoint folder. Raises UserError if its model has no lookup tables."""
     method = read_config(folder / CONFIG).method if (folder / CONFIG).is_file() else None
     if not isinstance(method, Config):
         raise UserError(f"{folder}: not trained with lookup tables; see `wf anemll`")
@@ -56,10 +56,13 @@ def sizes_of(folder: Path) -> Sizes:
 
 
 def starting_folder(checkpoint: Path, model_id: str, output: Path) -> Path:
-    """The folder to start from. Raises UserError where there is none, or the file is not what it should be."""
+    """The checkpoint folder to start from; a `.pt` file is converted to `output/imported`.
+
+    Raises UserError if there is no checkpoint, or the file does not fit the model.
+    """
     if checkpoint.is_file():
         imported = output / "imported"
-        files.save(files.open_state(checkpoint, model_id), imported, force=True)  # the same again, where it is there
+        files.save(files.open_state(checkpoint, model_id), imported, force=True)  # the same folder each time
         return imported
     folder = model_folder(files.standing_for(checkpoint))
     if not (folder / "config.json").is_file():
@@ -68,7 +71,10 @@ def starting_folder(checkpoint: Path, model_id: str, output: Path) -> Path:
 
 
 def v1_to_v2(checkpoint: Path, output: Path, model_id: str, force: bool) -> None:
-    """Freeze the codes of a V1 model; the largest difference of a logit is printed."""
+    """Freeze the codes of a V1 model, and print the largest difference of a logit before and after.
+
+    Raises UserError if the model is V2 already.
+    """
     files.check_free(output, force)
     opened = files.open_checkpoint(checkpoint, model_id)
     config = _method(opened)
@@ -87,7 +93,10 @@ def q4_to_q2(
     kmeans: bool,
     cache: Path | None,
 ) -> None:
-    """Other bits and ranks for a trained model, the MLP first; with `cache`, KD losses on its held-out part."""
+    """Convert a trained model to other bits and ranks, each given as (MLP, attention).
+
+    With `cache`, the held-out KD loss before and after is printed.
+    """
     files.check_free(output, force)
     opened = files.open_checkpoint(checkpoint, model_id)
     sizes: dict[str, Any] = {"bits": bits[0], "attn_bits": bits[1], "rank": ranks[0], "attn_rank": ranks[1]}
@@ -96,12 +105,13 @@ def q4_to_q2(
 
 
 def _method(opened: Opened) -> Config:
-    assert isinstance(opened.config.method, Config)  # open_checkpoint has looked
+    assert isinstance(opened.config.method, Config)  # `open_checkpoint` has checked it
     return opened.config.method
 
 
 @torch.no_grad()
 def _convert(opened: Opened, config: Config, output: Path, model_id: str, cache: Path | None = None) -> None:
+    """Prepare the model by another config, save it, and print a comparison of before and after."""
     ids = _some_ids(opened)
     losses = [_kd_loss(opened, cache)]
     before = opened.model(ids).logits
@@ -109,7 +119,7 @@ def _convert(opened: Opened, config: Config, output: Path, model_id: str, cache:
     opened.config.method = config
     config.prepare(opened.model)
     after = opened.model.eval()(ids).logits
-    files.save(opened, output, force=True)  # it was looked for before the work
+    files.save(opened, output, force=True)  # the caller has checked that `output` may be replaced
     kl = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean().item()
     losses.append(_kd_loss(opened, cache))
     rows = [["bits per quantized weight", f"{size:.3f}", f"{_bits(opened):.3f}"]]
@@ -122,7 +132,7 @@ def _convert(opened: Opened, config: Config, output: Path, model_id: str, cache:
 
 
 def _kd_loss(opened: Opened, cache: Path | None) -> str:
-    """The loss on the held-out part of a KD cache."""
+    """The loss on the held-out part of a KD cache, as text; empty without a cache."""
     if cache is None:
         return ""
     opened.config.distillation.cache = str(cache)
@@ -152,7 +162,10 @@ def snap(
     device: str,
     debug: bool,
 ) -> None:
-    """Compare each layer rank by rank with its trained weight, write the snapped model, let it speak."""
+    """Compare each layer's rank-by-rank product with its trained weight, save the model, and print a sample of text.
+
+    `fp16` rounds every step of the product to fp16. `debug` prints every layer instead of the worst one.
+    """
     if output is not None:
         files.check_free(output, force)
     place = _device(device)
@@ -163,20 +176,20 @@ def snap(
     for fqn, layer in quant_layers(opened.model).items():
         assert isinstance(layer, LutLinear)
         x = torch.randn(16, layer.in_features, generator=torch.Generator().manual_seed(0)).to(opened.model.device)
-        expected, found = F.linear(x, layer.effective_weight(x.dtype), layer.bias), factored(layer, x, fp16)
-        rows.append((((found - expected).norm() / expected.norm()).item(), fqn, str(len(layer.scale_B))))
+        expected, by_rank = F.linear(x, layer.effective_weight(x.dtype), layer.bias), factored(layer, x, fp16)
+        rows.append((((by_rank - expected).norm() / expected.norm()).item(), fqn, str(len(layer.scale_B))))
     shown = rows if debug else [max(rows)]
     head = ["" if debug else "worst layer", "rank", f"error rank by rank in {'fp16' if fp16 else 'fp32'}"]
     print_table(head, [[fqn, rank, f"{error:.1e}"] for error, fqn, rank in shown])
     if output is not None:
         files.save(opened, output, force=True)
-        print(f"\nwrote {output}: table entries, A with its magnitudes, B, all in fp16; config.json beside it")
-    said = generate.reply(opened.model, opened.tokenizer, PROMPTS[0], 48, temperature=0, thinking=False)
-    print(f"\n> {PROMPTS[0]}\n{said}")
+        print(f"\nwrote {output}: table entries, A with its magnitudes, and B, all in fp16; config.json is beside it")
+    answer = generate.reply(opened.model, opened.tokenizer, PROMPTS[0], 48, temperature=0, thinking=False)
+    print(f"\n> {PROMPTS[0]}\n{answer}")
 
 
 def _device(name: str) -> str:
-    """The device of that name. Raises UserError where this machine has none."""
+    """The torch device for `--device`; `auto` is the GPU if there is one. Raises UserError for a missing device."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return "cuda" if there["cuda"] else "cpu"
@@ -186,15 +199,15 @@ def _device(name: str) -> str:
 
 
 def _check_sizes(opened: Opened, sizes: dict[str, int | None], path: Path) -> None:
-    """Raises UserError where bits or ranks that were given are not those of the checkpoint."""
+    """Raise UserError if bits or ranks that the user gave differ from the checkpoint's."""
     for fqn, layer in quant_layers(opened.model).items():
         assert isinstance(layer, LutLinear)
         prefix = "attn_" if _method(opened).is_attention(fqn) else ""
-        for name, found in (("lut_bits", layer.config.bits), ("scale_rank", len(layer.scale_B))):
-            given = sizes.get(prefix + name)
-            if given not in (None, found):
+        for name, actual in (("lut_bits", layer.config.bits), ("scale_rank", len(layer.scale_B))):
+            wanted = sizes.get(prefix + name)
+            if wanted not in (None, actual):
                 flag = f"--{prefix}{name}".replace("_", "-")
-                raise UserError(f"{flag} {given}: {path} has {found} ({fqn}); leave it out to take what is there")
+                raise UserError(f"{flag} {wanted}: {path} has {actual} ({fqn}); leave the flag out to use that")
 
 
 def inference(
@@ -209,7 +222,10 @@ def inference(
     repetition_penalty: float,
     thinking: bool,
 ) -> None:
-    """Answer one prompt, lines from the terminal, or a few of our own."""
+    """Answer `prompt`, lines from the terminal if `interactive`, or else PROMPTS.
+
+    Raises UserError if `sizes` or `version` differ from the checkpoint's.
+    """
     if temperature < 0 or repetition_penalty <= 0:
         raise UserError("--temperature is 0 or more, --repetition-penalty more than 0 (1 is none)")
     opened = files.open_checkpoint(checkpoint, model_id)
@@ -236,9 +252,10 @@ def debug_layer(
     grad: bool,
     cache: Path | None,
 ) -> None:
-    """List the quantized layers of a model with their errors, or look at one of them more closely.
+    """Print the quantized layers of a model, or layer `number` only, with their errors.
 
-    With `cache`, train the scales of layer `number` alone, and say what became of the KD loss.
+    `grad` adds the norm of a gradient. With `cache`, the scales of layer `number` are trained, and the KD loss before
+    and after is printed. Raises UserError if there is no such layer.
     """
     model, tokenizer = _fitted(model_id, checkpoint, bits, rank, group_size)
     layers = list(quant_layers(model).items())
@@ -253,7 +270,7 @@ def debug_layer(
 
 
 def _fitted(model_id: str, checkpoint: Path | None, bits: int, rank: int, group_size: int) -> tuple[Any, Any]:
-    """A trained model, or the pretrained one fitted now, and its tokenizer."""
+    """The model of `checkpoint`, or the pretrained model with lookup tables fitted now, and its tokenizer."""
     if checkpoint is not None:
         opened = files.open_checkpoint(checkpoint, model_id)
         return opened.model, opened.tokenizer
@@ -266,7 +283,7 @@ def _fitted(model_id: str, checkpoint: Path | None, bits: int, rank: int, group_
 
 
 def _train_alone(model: Any, tokenizer: Any, named: tuple[str, Any], cache: Path) -> None:
-    """Train the scales of one layer for a few steps, in a folder that is gone afterwards."""
+    """Train the scales of one layer for a few steps, and print the KD loss before and after. No run is kept."""
     fqn, layer = named
     model.requires_grad_(False)
     for factor in (layer.scale_A, layer.scale_B):
@@ -278,6 +295,7 @@ def _train_alone(model: Any, tokenizer: Any, named: tuple[str, Any], cache: Path
 
 
 def _described(layer: LutLinear, grad: bool) -> list[str]:
+    """Bits, rank and weight error of a layer, with `grad` also a gradient norm, as cells of a table."""
     codes = layer.encode()
     error = (layer.decode(codes) - layer.weight).norm() / layer.weight.norm()
     figures = [str(codes.bits), str(len(layer.scale_B)), f"{error.item():.4f}"]

@@ -1,4 +1,7 @@
-"""The command tree of `wf`. Nothing heavy is imported until a verb runs: `wf --help` must feel instant."""
+"""The commands and options of `wf`, and how errors are shown.
+
+Keep heavy imports out of this file: a verb imports its module only when it runs, so that `wf --help` is instant.
+"""
 
 import functools
 import importlib
@@ -16,7 +19,7 @@ import typer
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.flags import formats, options
 
-HELP = """Take a pretrained causal language model to 1-2 bits per weight, and get a small file back that runs.
+HELP = """Quantize a pretrained causal language model to 1-2 bits per weight, and get a small model folder that runs.
 
 \b
 Example, offline and on a CPU:
@@ -24,7 +27,7 @@ Example, offline and on a CPU:
   wf generate outputs/fairy2_tiny_w2 --prompt 'def main('
 """
 
-# Plain help: importing rich's help formatter would take longer than everything else together.
+# Help is plain text, because importing rich's help formatter takes longer than everything else together.
 app = typer.Typer(
     name="wf",
     help=HELP,
@@ -34,16 +37,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings; `wf config` shows all.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite the output folder.")]
-Processes = Annotated[int | None, typer.Option("--nproc", min=1, help="Processes to train in, started by torchrun.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, then stop.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings; see `wf config`.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
+Processes = Annotated[int | None, typer.Option("--nproc", min=1, help="Number of processes to train in.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")]
 ModelFolder = Annotated[str, typer.Argument(metavar="PATH", help="A run, a model folder, a config's name or a hub id.")]
 EngineChoice = Annotated[
     Literal["auto", "native", "transformers"],
-    typer.Option(help="auto: the native loop where a packed folder allows it."),
+    typer.Option(help="auto is native for packed folders that allow it."),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of the engine; default one for each core.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")]
 Scale = Literal["dev", "small", "medium", "large", "xlarge"]
 
 
@@ -51,7 +54,7 @@ Scale = Literal["dev", "small", "medium", "large", "xlarge"]
 def fairy2(
     model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
     mode: Annotated[Literal["w1", "w2"], typer.Option(help="Bits per weight: 1 or 2.")] = "w2",
-    scale: Annotated[Scale | None, typer.Option(help="Batch size and number of GPUs.")] = None,
+    scale: Annotated[Scale | None, typer.Option(help="Preset of batch size and number of GPUs.")] = None,
     dry_run: DryRun = False,
     force: Force = False,
     overrides: Overrides = None,
@@ -61,7 +64,7 @@ def fairy2(
     \b
     Example:
       wf fairy2 -m tiny --mode w2
-      wf fairy2 -m smollm2_135m --mode w2 training.max_steps=100 training.optimizer.lr=5e-5
+      wf fairy2 -m smollm2_135m training.max_steps=100 training.optimizer.lr=5e-5
     """
     chosen = [f"model={model}", f"training=fairy2_{mode}", *(overrides or [])]
     call("train", chosen, dry_run=dry_run, force=force, scale=scale)
@@ -71,18 +74,18 @@ def fairy2(
 def bitdistill(
     model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
     task: Annotated[
-        str | None, typer.Option(help="sst2, mnli, qnli, cnn_dailymail or stdlib_kind; default: the model's own.")
+        str | None, typer.Option(help="sst2, mnli, qnli, cnn_dailymail or stdlib_kind; default: the model config's.")
     ] = None,
-    stages: Annotated[str, typer.Option(help="Which stages, of 0, 1, 1.9, 2, 3.")] = "0,1,2,3",
+    stages: Annotated[str, typer.Option(help="Stages to run, of 0, 1, 1.9, 2 and 3.")] = "0,1,2,3",
     nproc: Processes = None,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
     """Make a model ternary with BitDistill, stage by stage.
 
-    What is done is skipped, what was interrupted goes on.
+    Finished stages are skipped, and an interrupted stage resumes.
 
-    A setting goes to every stage that it means something to; 3:KEY=VALUE to stage 3 alone.
+    A setting applies to every stage that uses it. 3:KEY=VALUE applies to stage 3 only.
 
     \b
     Example:
@@ -97,40 +100,45 @@ def anemll(
     model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
     workflow: Annotated[
         Literal["a", "b", "c"],
-        typer.Option(help="a: weights and scales, then scales; b: scales from the start; c: 4 bits, then 2."),
+        typer.Option(help="a: train weights and scales, then scales; b: scales only; c: 4 bits, then 2."),
     ] = "a",
-    cache: Annotated[str | None, typer.Option(help="Learn from a KD cache (wf cache) and no running teacher.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Learn from a KD cache of `wf cache` instead of a running teacher.")
+    ] = None,
     nproc: Processes = None,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
     """Quantize a model to lookup tables for the Neural Engine.
 
-    What is done is skipped, what was interrupted goes on. A setting goes to every step; v2:KEY=VALUE to step v2 alone.
+    Finished steps are skipped, and an interrupted step resumes.
+
+    A setting applies to every step. v2:KEY=VALUE applies to step v2 only.
 
     \b
     Example:
       wf anemll -m tiny --workflow a
-      wf anemll -m qwen3_0_6b --workflow c --cache caches/alpaca q2:training.max_steps=1000
+      wf anemll -m qwen3_0_6b --workflow c q2:training.max_steps=1000
     """
     call("anemll", model, workflow, cache, overrides or [], force, nproc)
 
 
 @app.command()
 def train(overrides: Overrides = None, nproc: Processes = None, dry_run: DryRun = False, force: Force = False) -> None:
-    """Run any training stage, spelled out in settings.
+    """Run any training stage; everything is chosen by settings.
 
     \b
     Example:
       wf train model=tiny training=fairy2_w2 training.max_steps=100
-      wf train model=qwen3_4b training=stage2_pretrain distributed=fsdp_multi auto_prereq=true --nproc 8
+      wf train model=qwen3_4b training=stage2_pretrain auto_prereq=true \\
+        distributed=fsdp_multi --nproc 8
     """
     call("train", overrides or [], dry_run=dry_run, force=force, scale=None, processes=nproc)
 
 
 @app.command()
 def pretrain(overrides: Overrides = None, nproc: Processes = None, force: Force = False) -> None:
-    """Train a small model from nothing, on Python's own text.
+    """Train a small model from scratch, on Python's own text.
 
     \b
     Example:
@@ -140,16 +148,16 @@ def pretrain(overrides: Overrides = None, nproc: Processes = None, force: Force 
 
 
 trm = typer.Typer(
-    help="""Let a model think in latent space instead of in words.
+    help="""Let a model think in latent vectors instead of words.
 
 \b
 Example, offline and on a CPU:
-    wf pretrain model=chains
-    wf trm compressor model=chains
-    wf trm pairs model=chains
-    wf trm train model=chains
-    wf trm inject model=chains
-    wf trm eval model=chains
+  wf pretrain model=chains
+  wf trm compressor model=chains
+  wf trm pairs model=chains
+  wf trm train model=chains
+  wf trm inject model=chains
+  wf trm eval model=chains
 """,
     rich_markup_mode=None,
     no_args_is_help=True,
@@ -160,12 +168,14 @@ app.add_typer(trm, name="trm")
 @trm.command("compressor")
 def trm_compressor(
     sweep: Annotated[
-        str | None, typer.Option(help="Several widths from one pass, comma-separated: a table and a plot.")
+        str | None, typer.Option(help="Compare several widths, comma-separated, in a table and a plot.")
     ] = None,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
-    """Phase 1: compress hidden states by PCA; training.max_steps=N trains the compressor further.
+    """Phase 1: make a compressor of hidden states, by PCA.
+
+    training.max_steps=N then trains it for N steps.
 
     \b
     Example:
@@ -177,33 +187,37 @@ def trm_compressor(
 
 @trm.command("pairs")
 def trm_pairs(force: Force = False, overrides: Overrides = None) -> None:
-    """Phase 2: let the model think in words, and keep its compressed hidden states.
+    """Phase 2: let the model think in words, and record it.
 
-    What was interrupted goes on.
+    They are kept as compressed hidden states. An interrupted run resumes.
 
     \b
     Example:
       wf trm pairs model=chains
-      wf trm pairs model=smollm3_3b thinking.pairs.problems=gsm8k thinking.pairs.max_new_tokens=2048
+      wf trm pairs model=smollm3_3b thinking.pairs.problems=gsm8k \\
+        thinking.pairs.max_new_tokens=2048
     """
     call("trm", "pairs", overrides or [], force)
 
 
 @trm.command("train")
 def trm_train(force: Force = False, overrides: Overrides = None) -> None:
-    """Phase 2: train the network to think what the model thought.
+    """Phase 2: train a network to produce the recorded thoughts.
 
     \b
     Example:
       wf trm train model=chains training.max_steps=1000
-      wf trm train model=chains thinking.network.mode=final experiment=chains_final
+      wf trm train model=chains thinking.network.mode=final \\
+        experiment=chains_final
     """
     call("trm", "train", overrides or [], force)
 
 
 @trm.command("inject")
 def trm_inject(force: Force = False, overrides: Overrides = None) -> None:
-    """Phase 2: train the adapter that speaks to the frozen model in soft tokens.
+    """Phase 2: train the adapter that gives thoughts to the model.
+
+    The model stays frozen and reads the thoughts as soft tokens.
 
     \b
     Example:
@@ -214,7 +228,7 @@ def trm_inject(force: Force = False, overrides: Overrides = None) -> None:
 
 @trm.command("grpo")
 def trm_grpo(force: Force = False, overrides: Overrides = None) -> None:
-    """Phase 3: reinforce what leads to right answers.
+    """Phase 3: improve the thinker by reinforcement learning.
 
     \b
     Example:
@@ -225,7 +239,9 @@ def trm_grpo(force: Force = False, overrides: Overrides = None) -> None:
 
 @trm.command("eval")
 def trm_eval(force: Force = False, overrides: Overrides = None) -> None:
-    """Compare thinking in words, in latents, and not at all, with controls.
+    """Compare thinking in words, in latent vectors and not at all.
+
+    Controls are measured as well, such as the thoughts of another problem.
 
     \b
     Example:
@@ -239,34 +255,34 @@ def cache(
     context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The teacher: a config's name, a folder or a hub id.")
+        str | None, typer.Option("--model", "-m", help="The teacher: a config's name, a local folder or a hub id.")
     ] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence; default: all of the model's.")] = None,
-    topk: Annotated[int, typer.Option(min=1, help="Likeliest words kept per position.")] = 32,
-    rand_neg: Annotated[int, typer.Option(min=0, help="Random words kept per position.")] = 0,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences to train on, at most.")] = 20_000,
-    heldout: Annotated[int, typer.Option(min=1, help="Held-out sequences, at most.")] = 128,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence; default: model's context.")] = None,
+    topk: Annotated[int, typer.Option(min=1, help="Likeliest tokens to keep per position.")] = 32,
+    rand_neg: Annotated[int, typer.Option(min=0, help="Random tokens to keep per position.")] = 0,
+    sequences: Annotated[int, typer.Option(min=1, help="Most sequences to train on.")] = 20_000,
+    heldout: Annotated[int, typer.Option(min=1, help="Most held-out sequences.")] = 128,
     shard_size: Annotated[int, typer.Option(min=1, help="Sequences per file.")] = 1024,
     import_from: Annotated[
-        Path | None, typer.Option("--import", help="Take over a cache of .pt files; -m is its tokenizer.")
+        Path | None, typer.Option("--import", help="Convert a cache of .pt files; -m names its tokenizer.")
     ] = None,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
-    """Write down a teacher's answers, to learn from later.
+    """Save a teacher's predictions, to learn from them later.
 
-    Any number of trainings read them (training.objective=cached_kd).
-
-    What was interrupted goes on. Takes the settings data.*, seed, training.batch_size and training.precision.
+    Trainings with training.objective=cached_kd read them, and need no teacher. An interrupted cache resumes.
+    Settings may be data.*, seed, training.batch_size and training.precision.
 
     \b
     Example:
       wf cache -m tiny --out caches/tiny --topk 64 --length 128 --sequences 2000
-      wf cache -m qwen3_0_6b --out caches/alpaca data=hub data.path=tatsu-lab/alpaca data.format=alpaca_chat
-      wf cache --import caches/alpaca_chat_think_both_L64_K64_R128 --out caches/imported -m qwen3_0_6b
+      wf cache -m qwen3_0_6b --out caches/alpaca \\
+        data=hub data.path=tatsu-lab/alpaca data.format=alpaca_chat
+      wf cache --import caches/their_cache --out caches/imported -m qwen3_0_6b
     """
     if import_from is not None:
-        kept = ("out", "model", "import_from", "force")  # the settings of what is taken over are its own
+        kept = ("out", "model", "import_from", "force")  # an imported cache has its own sizes, so no other option works
         sources = {name: context.get_parameter_source(name) for name in context.params if name not in kept}
         given = [name.replace("_", "-") for name, source in sources.items() if source and source.name == "COMMANDLINE"]
         if given:
@@ -280,12 +296,12 @@ def cache(
 @app.command("eval")
 def evaluate(
     path: ModelFolder,
-    data: Annotated[Path | None, typer.Option(help="A text file; without it, held-out standard library text.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A text file; default: held-out text of Python's library.")] = None,
     context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window; default 512, or what the model has.")
+        int | None, typer.Option(min=2, help="Tokens per window; default: 512, or the model's context if shorter.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Evaluate at most this many tokens.")] = 100_000,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead, comma-separated.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Most tokens to evaluate.")] = 100_000,
+    tasks: Annotated[str | None, typer.Option(help="Run these lm-eval tasks instead, comma-separated.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples per lm-eval task.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -303,7 +319,9 @@ def evaluate(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or training_log.csv files.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="PNG to write; default: plots/loss.png in the first run.")
+    ] = None,
 ) -> None:
     """Plot loss and learning rate of one or more runs.
 
@@ -318,22 +336,24 @@ def plot(
 def generate(
     path: ModelFolder,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue.")] = None,
-    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Read prompts line by line.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="Answer line by line, until Ctrl-D.")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always chooses the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     think: Annotated[
         Literal["latent", "words", "none"] | None,
-        typer.Option(help="Answer a question after a thought: latent needs a thinker of `wf trm`."),
+        typer.Option(help="Think first, then answer; latent needs a run of `wf trm`."),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Choose among the K likeliest tokens; 0 is all.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Choose among the K likeliest tokens; 0 means all.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Choose among the likeliest tokens that hold this probability.")
+        float | None, typer.Option(min=0, max=1, help="Choose among the likeliest tokens with this total probability.")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End the text before this one; may be repeated.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(min=0, help="Divides the logits of what was said already; 1 is off.")
+        float, typer.Option(min=0, help="Divide the logits of tokens that came before; 1 is off.")
     ] = 1.0,
     engine: EngineChoice = "auto",
     threads: Threads = None,
@@ -343,7 +363,7 @@ def generate(
     \b
     Example:
       wf generate outputs/fairy2_tiny_w2 --prompt 'def main('
-      wf generate outputs/fairy2_tiny_w2/packed --prompt 'def main(' --stop 'def ' --threads 2
+      wf generate outputs/fairy2_tiny_w2/packed --prompt 'def main(' --stop 'def '
       wf generate outputs/fairy2_tiny_w2 --interactive
       wf generate outputs/chains_trm_injection --think latent --prompt '3 +2 *4 ?'
     """
@@ -356,22 +376,20 @@ def generate(
 @app.command()
 def serve(
     path: ModelFolder,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free port.")] = 8000,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are refused.")] = 4096,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 2048,
-    max_concurrent: Annotated[int, typer.Option(min=1, help="Requests that are answered at the same time.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 2048,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused.")] = 64,
     api_key: Annotated[
         str | None, typer.Option(envvar="WF_API_KEY", help="Refuse requests without `Authorization: Bearer KEY`.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The model's name in requests; default the folder's.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests; default: the folder's name.")] = None,
     engine: EngineChoice = "auto",
     threads: Threads = None,
     half_cache: Annotated[
-        bool, typer.Option("--half-cache", help="Keys and values in bf16: half of their memory, nearly the same text.")
+        bool, typer.Option("--half-cache", help="Keep keys and values in bf16: half the memory, nearly the same text.")
     ] = False,
 ) -> None:
     """Serve a model to OpenAI clients, with streaming.
@@ -379,7 +397,7 @@ def serve(
     \b
     Example:
       wf serve outputs/fairy2_tiny_w2/packed
-      wf serve outputs/fairy2_tiny_w2/packed --port 8080 --max-concurrent 16 --name tiny
+      wf serve outputs/fairy2_tiny_w2/packed --port 8080 --name tiny
     """
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
     limits |= {"max_concurrent": max_concurrent, "max_waiting": max_waiting}
@@ -390,12 +408,14 @@ def serve(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or checkpoint folder.")],
-    format: Annotated[str, typer.Option("--format", help=f"{', '.join(formats())}; hf is the packed folder.")] = "hf",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default RUN/packed.")] = None,
+    format: Annotated[str, typer.Option("--format", help=f"{', '.join(formats())}; hf is our packed folder.")] = "hf",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; default: RUN/FORMAT, RUN/packed for hf.")
+    ] = None,
     force: Force = False,
     **settings: str | int | None,
 ) -> None:
-    """Write a trained run in a format that others run, and prove it.
+    """Write a trained run in another format, and verify the result.
 
     \b
     Example:
@@ -406,7 +426,7 @@ def export(
 
 
 def with_format_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with one more option for each that an export format states."""
+    """Give `command` the options that the export formats define, in addition to its own."""
     stated = {name: spec for name, (_, spec) in options().items()}
     words = {name: {str(choice): choice for choice in spec.get("choices", [])} for name, spec in stated.items()}
 
@@ -438,7 +458,7 @@ app.command()(with_format_options(export))
 
 @app.command()
 def config(overrides: Overrides = None) -> None:
-    """Print every setting, resolved.
+    """Print all settings, as YAML.
 
     \b
     Example:
@@ -449,7 +469,7 @@ def config(overrides: Overrides = None) -> None:
 
 @app.command()
 def methods() -> None:
-    """List methods, objectives, schedules and formats.
+    """List all methods, objectives, schedules and formats.
 
     \b
     Example:
@@ -484,15 +504,18 @@ def runs(
 
 
 def call(command: str, *args: Any, **kwargs: Any) -> None:
-    """Import `wrinklefree.commands.<command>` and `run` it, `reported`."""
+    """Import `wrinklefree.commands.<command>` and call its `run`. Errors are shown as by `reported`."""
     reported(lambda: importlib.import_module(f"wrinklefree.commands.{command}").run(*args, **kwargs))
 
 
 def reported(work: Callable[[], None]) -> None:
-    """Do it; errors become a line on standard error and an exit code.
+    """Call `work`. An error becomes a message on standard error and an exit code.
 
-    2: a user's mistake, 130: Ctrl-C, 1: a defect of ours, whose traceback WF_DEBUG=1 shows. This is the one place that
-    catches every exception: a traceback tells a user nothing.
+    | code | meaning |
+    |---|---|
+    | 1 | a defect in this package; WF_DEBUG=1 shows the traceback |
+    | 2 | a mistake that the user can fix (UserError) |
+    | 130 | Ctrl-C |
     """
     debug = os.environ.get("WF_DEBUG") == "1"
     try:
@@ -503,8 +526,8 @@ def reported(work: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", 130, debug=False)
     except BrokenPipeError:
-        raise  # `wf runs | head`: Typer ends quietly
-    except Exception as error:
+        raise  # the reader has gone, as in `wf runs | head`: Typer then ends without a message
+    except Exception as error:  # the only place that catches everything: a traceback tells a user nothing
         text = f"internal error: {type(error).__name__}: {error}"
         _fail(f"{text}\nrerun with WF_DEBUG=1 for the traceback", 1, debug)
 
@@ -517,7 +540,7 @@ def _fail(message: str, code: int, debug: bool) -> None:
 
 
 def _quiet(debug: bool) -> None:
-    """Our lines only: no progress bars, warnings or notes of the libraries, unless the user's environment asks."""
+    """Show log lines of this package only: no warnings or progress bars of libraries, unless the environment asks."""
     from wrinklefree.tracking.terminal import show_log_lines
 
     show_log_lines()
@@ -531,11 +554,12 @@ def _quiet(debug: bool) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run `wf` with `args` (default: the command line) and exit with its code."""
+    """Run `wf` with `args`, by default the command line, and exit with its exit code."""
     try:
         app(args, prog_name="wf")
     except SystemExit as ended:
-        if "RANK" in os.environ:  # torch at times aborts a process at its end whose last work was sharded
+        # A process of torchrun whose last work was sharded may abort inside torch while it exits: skip the clean-up.
+        if "RANK" in os.environ:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(int(ended.code or 0))

@@ -1,10 +1,12 @@
-"""`wf anemll`: the workflows of the ANEMLL guide, each one command.
+"""`wf anemll`: run a whole workflow of the ANEMLL guide with one command.
 
-a   latent weights and scales, then the scales alone with frozen codes         best quality
-b   frozen codes from the start                                                simplest
-c   4 bits everywhere, then 2 bits in the MLP, fitted to the 4-bit weights     from a model that is good already
+| workflow | steps | choose it for |
+|---|---|---|
+| a | train latent weights and scales; then freeze the codes and train the scales | the best quality |
+| b | freeze the codes from the start and train the scales | the simplest training |
+| c | train with 4 bits everywhere; then 2 bits in the MLP, fitted to the 4-bit weights | a 4-bit model on the way |
 
-What is done already, with the same settings, is skipped; what was interrupted goes on.
+A step that is done with the same settings is skipped, and an interrupted step resumes.
 """
 
 from pathlib import Path
@@ -19,7 +21,7 @@ from wrinklefree.tracking.terminal import print_table
 
 Workflow = Literal["a", "b", "c"]
 
-# Name of a step and its training; a step starts from the one before.
+# The steps of each workflow: name and training config. A step starts from the model of the step before it.
 STEPS: dict[Workflow, list[tuple[str, str]]] = {
     "a": [("v1", "anemll_q2a4"), ("v2", "anemll_v2")],
     "b": [("v2", "anemll_v2")],
@@ -30,9 +32,9 @@ STEPS: dict[Workflow, list[tuple[str, str]]] = {
 def run(
     model: str, workflow: Workflow, cache: str | None, overrides: list[str], force: bool, processes: int | None
 ) -> None:
-    """Run the steps of a workflow, then write what ANEMLL's converters read."""
+    """Run the steps of a workflow, then write the folder `anemll/` for ANEMLL's converters."""
     names = [name for name, _ in STEPS[workflow]]
-    meant = {name: _meant_for(name, names, overrides) for name in names}
+    own = {name: _meant_for(name, names, overrides) for name in names}
     finished: list[Config] = []
     for name, training in STEPS[workflow]:
         chosen = [f"model={model}", f"training={training}", f"training.stage={workflow}_{name}"]
@@ -40,7 +42,7 @@ def run(
             chosen.append(f"training.start_from=[{finished[-1].output_dir}]")
         if cache is not None:
             chosen += ["training.objective=cached_kd", f"distillation.cache={cache}"]
-        finished.append(launch.run_once([*chosen, *meant[name]], force, processes))
+        finished.append(launch.run_once([*chosen, *own[name]], force, processes))
     last = Path(finished[-1].output_dir)
     trained, tokenizer = load_model(last)
     table = anemll.write(trained, tokenizer, last / "anemll", [])
@@ -50,7 +52,10 @@ def run(
 
 
 def _meant_for(step: str, names: list[str], overrides: list[str]) -> list[str]:
-    """Settings of one step: `v2:KEY=VALUE` is for v2 alone. Raises UserError for a step that is none of `names`."""
+    """The settings that apply to one step: `v2:KEY=VALUE` applies to step v2 only, others to every step.
+
+    Raises UserError for a step that is not in `names`.
+    """
     chosen = []
     for override in overrides:
         start, colon, rest = override.partition(":")
@@ -64,7 +69,7 @@ def _meant_for(step: str, names: list[str], overrides: list[str]) -> list[str]:
 
 
 def summary(finished: list[Config], table: list[list[str]]) -> None:
-    """Perplexity, KL and bits after each step."""
+    """Print a table of perplexity, KL and bits after each step, then the rows of `table`."""
     rows = []
     for config in finished:
         figures = report.read_figures(Path(config.output_dir) / "results.json")

@@ -1,6 +1,6 @@
-"""`wf bitdistill`: BitDistill's stages, one after the other, each taking up where the one before ended.
+"""`wf bitdistill`: run the stages of BitDistill in order. Each starts from the model of the stage before.
 
-What is done already, with the same settings, is skipped; what was interrupted goes on.
+A stage that is done with the same settings is skipped, and an interrupted stage resumes.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,11 @@ STAGES = {
 }
 ON_THE_TASK = ("0", "3")
 
-# Where a setting without a stage's number means nothing: the task has its own data, the teacher no quantizer, and
-# insertion no steps.
+# Stages that a setting without a stage number does not reach, by the beginning of its key:
+# - stage 1 inserts SubLN and trains no steps,
+# - stages 0 and 3 take their data from the task,
+# - stage 0 trains the teacher, which is not quantized,
+# - only stage 3 distils.
 NOT_FOR = {
     "training.max_steps": ("1",),
     "data": ON_THE_TASK,
@@ -40,7 +43,10 @@ def run(
     force: bool,
     processes: int | None,
 ) -> None:
-    """Run the stages `numbers`, such as `0,1,2,3`. Raises UserError where one is unknown, or was run otherwise."""
+    """Run the stages `numbers`, such as `0,1,2,3`.
+
+    Raises UserError if a stage is unknown, or was run with other settings before.
+    """
     chosen = numbers.split(",")
     unknown = [number for number in chosen if number not in STAGES]
     if unknown:
@@ -56,7 +62,10 @@ def run(
 
 
 def settings(model: str, number: str, task: str | None, before: str | None, overrides: list[str]) -> list[str]:
-    """The overrides of one stage. `3:KEY=VALUE` is for stage 3 alone; the rest goes where it has a meaning."""
+    """The overrides of one stage, which starts from the stage `before`.
+
+    `3:KEY=VALUE` applies to stage 3 only. Other settings apply to every stage that uses them (NOT_FOR has the others).
+    """
     chosen = [f"model={model}", f"training={STAGES[number]}"]
     if before is not None:
         chosen.append(f"training.start_from=[{before}]")
@@ -68,6 +77,7 @@ def settings(model: str, number: str, task: str | None, before: str | None, over
 
 
 def _meant_for(number: str, override: str) -> Iterator[str]:
+    """Yield `override`, without its stage number, if it applies to the stage `number`."""
     start, colon, rest = override.partition(":")
     if colon and start in STAGES:
         if start == number:
@@ -78,7 +88,7 @@ def _meant_for(number: str, override: str) -> Iterator[str]:
 
 
 def summary(finished: list[Config]) -> None:
-    """What each stage came to."""
+    """Print a table of perplexity and accuracy after each stage."""
     rows = []
     for config in finished:
         figures = report.read_figures(Path(config.output_dir) / "results.json")

@@ -1,7 +1,8 @@
-"""`wf cache`: what a teacher thinks of each next token, written once (data/kd_cache.py says in which form).
+"""`wf cache`: write a KD cache, which holds a teacher's predictions for each next token.
 
-Text is packed into sequences as for training, the teacher reads each once, and its likeliest words go into shards. What
-is interrupted goes on at the first shard that is missing, and gives the same bytes.
+Text is packed into sequences as for training. The teacher reads each sequence once, and the logits of its likeliest
+tokens are kept, in shards (`data/kd_cache/` has the format). An interrupted run continues with the first missing shard
+and gives the same bytes as an uninterrupted one.
 """
 
 import dataclasses
@@ -43,9 +44,9 @@ from wrinklefree.training.plan import choose_dtype, choose_length
 
 log = logging.getLogger("wrinklefree")
 
-HOLDOUT_EVERY = 20  # imported sequences, of which one is held out
+HOLDOUT_EVERY = 20  # one of so many imported sequences is held out
 
-# What torch's unpickler lets through of files that are damaged, or never were its own.
+# The errors that `torch.load` raises for files that are damaged, or that torch did not write.
 UNREADABLE = (
     *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
     *(pickle.UnpicklingError, struct.error),
@@ -63,9 +64,9 @@ def run(
     overrides: list[str] | None = None,
     **sizes: Any,
 ) -> None:
-    """Write a cache into `out`, or take one over. `sizes` are fields of `kd_cache.Manifest`.
+    """Write a cache into `out`, or convert the cache in `import_from`. `sizes` are fields of `Manifest`, and `length`.
 
-    Raises UserError for anything the user can mend.
+    Raises UserError for anything that the user can fix.
     """
     if import_from is not None:
         finished = take_over(import_from, out, model, force)
@@ -79,7 +80,7 @@ def run(
 
 
 def settings(model: str, length: int | None, overrides: list[str]) -> Config:
-    """The config of the teacher and its text."""
+    """The config of the teacher and its data. Raises UserError for an override that a cache does not use."""
     for override in overrides:
         if not override.startswith(("data", "task=", "seed=", "training.batch_size=", "training.precision=")):
             raise UserError(f"{override}: wf cache takes data.*, seed, training.batch_size and training.precision")
@@ -88,7 +89,7 @@ def settings(model: str, length: int | None, overrides: list[str]) -> Config:
 
 
 def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
-    """A cache of the teacher `config.model` on `config.data`; goes on where one was begun."""
+    """Write a cache of the teacher `config.model` on `config.data`, or continue an unfinished one in `out`."""
     world = join_world()
     log.info("loading %s", config.model.pretrained)
     teacher, tokenizer = load_pretrained(config.model)
@@ -98,7 +99,7 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
     heldout = _joined([sequences(batch) for batch in held_out])
     data = dataclasses.asdict(config.data)
     if sizes["topk"] + sizes["negatives"] > teacher.config.vocab_size:
-        raise UserError(f"--topk, --rand-neg: more words than the {teacher.config.vocab_size} of the vocabulary")
+        raise UserError(f"--topk, --rand-neg: more tokens than the {teacher.config.vocab_size} of the vocabulary")
     dtype = choose_dtype(config.training.precision, world.device)
     wanted = _manifest(
         teacher=config.model.pretrained,
@@ -116,7 +117,7 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
     )
     with begin(out, wanted, force=force) as manifest:
         if manifest.complete:
-            log.info("%s is complete; --force writes it anew", out)
+            log.info("%s is complete; --force writes it again", out)
             return manifest
         log.info("precision %s on %s", manifest.precision, world.device)
         ask = Teacher(teacher.to(world.device), manifest, config.training.batch_size, dtype)
@@ -137,7 +138,10 @@ def _manifest(**values: Any) -> Manifest:
 
 
 def fill(out: Path, manifest: Manifest, ask: "Teacher", heldout: Shard, stream: BatchStream) -> Manifest:
-    """Write what is missing, shard by shard: first what is held out, then one pass over the data."""
+    """Write the missing shards: first the held-out sequences, then one pass over the training data.
+
+    Returns the manifest after the last shard.
+    """
     size = manifest.shard_size
     for start in range(manifest.count("heldout"), manifest.num_heldout, size):
         shard = {name: tensor[start : start + size] for name, tensor in heldout.items()}
@@ -154,13 +158,13 @@ def fill(out: Path, manifest: Manifest, ask: "Teacher", heldout: Shard, stream: 
 
 
 def read_shard(stream: BatchStream, num: int) -> Shard | None:
-    """The next sequences of the first pass over the data, `num` at most; None at its end."""
-    found = []
+    """The next sequences of the stream, at most `num`; None once the first pass over the data has ended."""
+    rows = []
     for batch in itertools.islice(stream, num):
-        if stream.state_dict()["epoch"]:  # the sequence goes on in the second pass
+        if stream.state_dict()["epoch"]:  # this sequence contains text of the second pass
             break
-        found.append(sequences(batch))
-    return _joined(found) if found else None
+        rows.append(sequences(batch))
+    return _joined(rows) if rows else None
 
 
 def _joined(parts: list[Shard]) -> Shard:
@@ -169,7 +173,7 @@ def _joined(parts: list[Shard]) -> Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """What an import reads of `meta.json`."""
+    """The fields of a foreign cache's `meta.json` that an import reads."""
 
     format: Literal["qwen_kd_topk_cache_v1"]
     teacher_model: str
@@ -182,7 +186,7 @@ class Upstream:
 
 
 class Teacher:
-    """A model that adds its answers to a shard's sequences."""
+    """Runs the teacher on shards of sequences, and shows the progress."""
 
     def __init__(self, model: Any, manifest: Manifest, batch_size: int, dtype: torch.dtype) -> None:
         self.decoder, self.manifest, self.batch_size, self.dtype = BodyAndHead(model), manifest, batch_size, dtype
@@ -192,7 +196,8 @@ class Teacher:
         self.done = done
 
     def __call__(self, shard: Shard, split: Split, start: int) -> Shard:
-        """The whole shard, whose first sequence has the number `start` in its split."""
+        """Return the shard with the teacher's predictions added. Its first sequence is number `start` of `split`."""
+        # Each shard has its own random numbers, so that a resumed cache draws the same ones.
         draw = torch.Generator().manual_seed(int(fingerprint([self.manifest.seed, split, start]), 16) >> 1)
         parts = range(0, len(shard["input_ids"]), self.batch_size)
         answers = [self._batch({name: x[i : i + self.batch_size] for name, x in shard.items()}, draw) for i in parts]
@@ -200,7 +205,7 @@ class Teacher:
 
     @torch.no_grad()
     def _batch(self, rows: Shard, draw: torch.Generator) -> Shard:
-        """The answers to some sequences [n, L]."""
+        """The predictions for sequences [n, L]: tensors [n, L - 1, ...]."""
         batch = {name: tensor.to(self.device) for name, tensor in batch_of(rows).items()}
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             states, head = self.decoder.project(self.decoder.states(batch)[:, :-1].flatten(0, 1))
@@ -212,39 +217,44 @@ class Teacher:
         return {name: x.unflatten(0, (num, places)) for name, x in _joined(answers).items()}
 
     def _answer(self, logits: Tensor, draw: torch.Generator) -> Shard:
-        """What is kept of logits [n, V], on the CPU."""
+        """What the cache keeps of logits [n, V], on the CPU: top-k, random tokens, and log-sum-exp of all others."""
         likeliest, ids = logits.topk(self.manifest.topk, dim=-1)
-        found = {"topk_ids": ids, "topk_logits": likeliest.half()}
+        kept = {"topk_ids": ids, "topk_logits": likeliest.half()}
         others = logits.scatter(-1, ids, NEVER)
         if self.manifest.negatives:
             chosen = scattered(len(logits), self.manifest.negatives, logits.shape[-1], draw).to(logits.device)
-            found |= {"random_ids": chosen, "random_logits": others.gather(-1, chosen).half()}
+            kept |= {"random_ids": chosen, "random_logits": others.gather(-1, chosen).half()}
             others = others.scatter(-1, chosen, NEVER)
-        found["rest"] = others.logsumexp(-1)
+        kept["rest"] = others.logsumexp(-1)
         types = self.manifest.shapes(1)
-        return {name: tensor.to("cpu", types[name][0]) for name, tensor in found.items()}
+        return {name: tensor.to("cpu", types[name][0]) for name, tensor in kept.items()}
 
 
 def scattered(num: int, per_row: int, vocab_size: int, draw: torch.Generator) -> Tensor:
-    """Random words [num, per_row], in each row one of each of `per_row` equal parts of the vocabulary: distinct."""
+    """Random token ids [num, per_row], distinct within a row.
+
+    The vocabulary is divided into `per_row` equal parts, and each row draws one token from each part.
+    """
     borders = torch.arange(per_row + 1) * vocab_size // per_row
     return borders[:-1] + (torch.rand(num, per_row, generator=draw, dtype=torch.float64) * borders.diff()).long()
 
 
-# Taking over
+# Importing
 
 
 def take_over(source: Path, out: Path, model: str | None, force: bool) -> Manifest:
-    """A cache of `.pt` shards in our format; every 20th sequence is held out. Goes on where it was begun.
+    """Convert `.pt` shards into our cache format, and return the manifest. An unfinished conversion is continued.
 
-    What the other words weigh is not in it, but estimated from its random ones, or else not known. Its teacher read
-    each block as one document, and so does the student.
+    - Every 20th sequence is held out.
+    - A sequence counts as one document, because its teacher read it as one.
+    - The `.pt` files do not store how much weight the other tokens have in total. This is estimated from their random
+      tokens; without these, it is unknown.
     """
     meta, data, files = _upstream(source)
     tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(_tokenizer_name(meta, model)))
     wanted = _manifest(
         teacher=meta.teacher_model,
-        teacher_fingerprint="",  # not recorded, nor is the precision
+        teacher_fingerprint="",  # the original cache records neither this nor the precision
         precision="",
         tokenizer=tokenizer.name_or_path,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -275,9 +285,9 @@ def _translate_all(files: list[Path], out: Path, manifest: Manifest) -> Manifest
         manifest = append(out, manifest, kept, {"file": number + 1})
         progress.show(number + 1, file.name)
     progress.close()
-    found = manifest.count("train") + manifest.count("heldout")
-    if found != manifest.num_train:
-        log.info("%d sequences, of %d that meta.json says", found, manifest.num_train)
+    total = manifest.count("train") + manifest.count("heldout")
+    if total != manifest.num_train:
+        log.info("found %d sequences; meta.json says %d", total, manifest.num_train)
     return finish(out, manifest)
 
 
@@ -286,17 +296,17 @@ def _rows(shard: Shard, kept: Tensor) -> Shard:
 
 
 def _upstream(source: Path) -> tuple[Upstream, dict[str, Any], list[Path]]:
-    """The description, read and whole, and the shards of a cache of `.pt` files.
+    """Read a foreign cache's `meta.json`. Returns its checked fields, all its values, and the shards' paths.
 
-    Raises UserError where it is none, or shards are missing between others.
+    Raises UserError if this is no such cache, or a shard is missing.
     """
     try:
         data = json.loads((source / "meta.json").read_text(encoding="utf-8"))
         meta = TypeAdapter(Upstream).validate_python(data)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{source}/meta.json: {where}: {problem['msg']}: not a cache to import") from error
+        field = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{source}/meta.json: {field}: {problem['msg']}: not a cache to import") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{source}/meta.json: missing or not JSON: not a cache to import") from error
     files = sorted(source.glob("shard_*.pt"))
@@ -313,7 +323,7 @@ def _tokenizer_name(meta: Upstream, model: str | None) -> str:
 
 
 def _load(file: Path, manifest: Manifest) -> Shard:
-    """The tensors of one `.pt` shard. Raises UserError where it is broken, or not as described."""
+    """The tensors of one `.pt` shard. Raises UserError if it is damaged, or does not match the manifest."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -335,7 +345,7 @@ def _load(file: Path, manifest: Manifest) -> Shard:
 
 
 def translated(old: Shard, manifest: Manifest) -> Shard:
-    """An upstream shard in our names: positions and order are the same."""
+    """A shard of the original tools, with our names for the tensors. Each sequence is one document."""
     starts = torch.zeros_like(old["input_ids"], dtype=torch.uint8)
     starts[:, 0] = 1
     new = {"input_ids": old["input_ids"], "starts": starts, "learned": 1 - starts}
@@ -346,22 +356,23 @@ def translated(old: Shard, manifest: Manifest) -> Shard:
 
 
 def _random_words(old: Shard, vocab_size: int) -> Shard:
-    """Random words without those that are there already, and the log-sum-exp of all others that they let expect.
+    """The distinct random tokens, and an estimate of the log-sum-exp of all tokens that a position does not store.
 
-    Drawn with equal chances and replacement, the m of them outside of the top-k stand for all V - K words there:
-    their sum of exponentials is (V - K) / m of the words' (an unbiased estimate).
+    The random tokens were drawn uniformly and with replacement. Of the V tokens, K are in the top-k; m random ones are
+    not in it. The sum of exp(logit) over all V - K tokens outside is estimated as (V - K) / m times the sum over
+    these m (unbiased). `rest` is the logarithm of that total minus the random tokens that are stored.
     """
     topk, ids, logits = old["topk_idx"].long(), old["rand_idx"].long(), old["rand_logits"].float()
     ids, order = ids.sort(dim=-1)
     logits = logits.gather(-1, order)
     ordered = topk.sort(dim=-1).values
     place = torch.searchsorted(ordered, ids).clamp_max(topk.shape[-1] - 1)
-    hit = ordered.gather(-1, place) == ids
+    hit = ordered.gather(-1, place) == ids  # random tokens that are in the top-k
     outside = logits.masked_fill(hit, NEVER).logsumexp(-1) - (~hit).sum(-1).clamp_min(1).log()
     tail = outside + torch.tensor(float(vocab_size - topk.shape[-1])).log()
-    twice = torch.zeros_like(hit)
+    twice = torch.zeros_like(hit)  # random tokens that were drawn before; `ids` are sorted
     twice[..., 1:] = ids[..., 1:] == ids[..., :-1]
     logits = logits.masked_fill(hit | twice, NEVER)
-    share = (logits.logsumexp(-1) - tail).exp()  # of these words in that sum; the whole where all words were drawn
+    share = (logits.logsumexp(-1) - tail).exp()  # of the stored tokens in the total; 1 if every token is stored
     rest = torch.where(share < 1, tail + torch.log1p(-share), NEVER)
     return {"random_ids": ids, "random_logits": logits.half(), "rest": rest}

@@ -1,4 +1,4 @@
-"""`wf doctor`: what this machine has, what is missing, and what to do about it."""
+"""`wf doctor`: show what this machine has, what is missing, and how to get it."""
 
 import importlib.metadata
 import importlib.util
@@ -29,16 +29,16 @@ EXTRAS = {
     "s3fs": ("cloud", "s3:// paths"),
 }
 
-# Seconds to wait for the hub, name lookup included.
+# Seconds to wait for the hub, including the name lookup.
 _HUB_TIMEOUT = 3.0
 
-# A run of the tiny model takes 0.3 GB with its checkpoints; below this a run is bound to fail.
+# Bytes. A run of the tiny model needs 0.3 GB with its checkpoints, so with less than this most runs fail.
 _MIN_FREE_DISK = 1e9
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report; `needed` ones make the command fail where they are missing."""
+    """One line of the report. The command fails if a check is `needed` and not `ok`."""
 
     name: str
     ok: bool
@@ -47,7 +47,7 @@ class Check:
 
 
 def run() -> None:
-    """Print one line per check. Raises UserError where something is missing that everything needs."""
+    """Print one line per check. Raises UserError if something is missing that every command needs."""
     broken = []
     for check in checks():
         print_hanging(f"{'OK' if check.ok else 'missing':7} {check.name:12} ", check.text)
@@ -58,6 +58,7 @@ def run() -> None:
 
 
 def checks() -> Iterator[Check]:
+    """Yield the result of every check, in the order of the report."""
     yield _python()
     yield Check("torch", True, torch.__version__, needed=True)
     yield from _devices()
@@ -91,12 +92,12 @@ def _devices() -> Iterator[Check]:
 
 
 def _compiler() -> Check:
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    return Check("compiler", found is not None, found or "no C++ compiler: torch.compile needs one (apt install g++)")
+    path = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    return Check("compiler", path is not None, path or "no C++ compiler: torch.compile needs one (apt install g++)")
 
 
 def _native() -> Check:
-    """The packed runtime's library (docs/runtime.md)."""
+    """Whether the native kernels can be used (docs/runtime.md)."""
     reason = native.available()
     return Check("kernels", reason is None, native.isa() if reason is None else reason)
 

@@ -1,4 +1,4 @@
-"""`wf eval`: perplexity on held-out text, or lm-eval tasks, of any model: a run, a packed folder, a hub id."""
+"""`wf eval`: measure perplexity on held-out text, or lm-eval tasks, for a run, a packed folder or a hub id."""
 
 import json
 import math
@@ -27,7 +27,10 @@ def run(
     limit: int | None = None,
     as_json: bool = False,
 ) -> None:
-    """Print the figures, as a table or one JSON object. Raises UserError where the text or the context does not fit."""
+    """Evaluate the model and print its figures as a table, or as one JSON object.
+
+    Raises UserError for a file that does not exist, and a context that is longer than the model's.
+    """
     if data is not None and not data.is_file():
         raise UserError(f"--data {data}: no such file")
     model, tokenizer = open_model(path)
@@ -42,7 +45,7 @@ def run(
 
 
 def perplexity(model: Any, tokenizer: Any, data: Path | None, context: int, tokens: int) -> dict[str, Any]:
-    """Perplexity, its logarithm and bits per byte of windows of `context` tokens, each with no text before it."""
+    """Perplexity, its logarithm (nats per token) and bits per byte, of independent windows of `context` tokens."""
     batches = _batches(tokenizer, data, context, tokens)
     quality = measure(model, batches)
     return {
@@ -63,13 +66,14 @@ def _batches(tokenizer: Any, data: Path | None, context: int, tokens: int) -> li
 
 
 def _scored_bytes(tokenizer: Any, batches: list[Batch]) -> int:
-    """Length in UTF-8 of the text of all scored tokens."""
+    """The number of UTF-8 bytes in the text of all scored tokens."""
     labels = [batch["labels"][:, 1:] for batch in batches]
     texts = [tokenizer.decode(row[row != IGNORE], skip_special_tokens=True) for rows in labels for row in rows]
     return sum(len(text.encode()) for text in texts)
 
 
 def _choose_context(model: Any, context: int | None) -> int:
+    """The window length. Raises UserError if `context` is longer than the model's."""
     positions: int | None = model.config.to_dict().get("max_position_embeddings")
     if context is None:
         return min(_DEFAULT_CONTEXT, positions or _DEFAULT_CONTEXT)
@@ -79,6 +83,7 @@ def _choose_context(model: Any, context: int | None) -> int:
 
 
 def _task_figures(model: Any, tokenizer: Any, tasks: str, limit: int | None) -> dict[str, Any]:
+    """The numeric results of lm-eval, by `TASK METRIC`."""
     from wrinklefree.evaluate.harness import run_tasks
 
     results = run_tasks(model, tokenizer, [task.strip() for task in tasks.split(",")], limit)

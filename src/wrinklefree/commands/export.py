@@ -1,4 +1,4 @@
-"""`wf export`: a trained run in the format of a target, read back with the target's own library and compared."""
+"""`wf export`: write a trained run in another format, read it back with that format's own library, and compare."""
 
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,27 @@ CERTIFY_TOKENS = 8192
 
 
 def run(run: Path, format: str, out: Path | None, force: bool, **settings: Any) -> None:
-    """Export the trained model of a run or checkpoint folder. Raises UserError where it cannot be, or not be proved."""
+    """Export the trained model of a run or checkpoint folder, and print the comparison.
+
+    Raises UserError if the model cannot be exported, or the exported model differs from the trained one.
+    """
     known = formats()
     if format not in known:
         raise UserError(f"--format {format}: unknown{did_you_mean(format, known)}; available: {', '.join(known)}")
-    given = {name: value for name, value in settings.items() if value is not None}
-    refuse_foreign(format, given)
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    refuse_foreign(format, chosen)
     folder, target = model_folder(run), out or default_out(run, format)
     config = _config(folder)
-    if target.exists() and not force:  # before the minutes that loading a large model takes
+    if target.exists() and not force:  # checked first, because loading a large model takes minutes
         raise UserError(f"{target}: exists already; choose another with --out or give --force to replace it")
     model, tokenizer = load_model(folder)
     length = min(config.training.max_seq_length, model.config.max_position_embeddings)
     batches = heldout_batches(config.data, tokenizer, batch_size=1, length=length, max_tokens=CERTIFY_TOKENS)
     module = vars(find_module(EXPORT_FORMATS, module_name(known[format])))
     if "from_run" in module:
-        given = module["from_run"](config, target) | given
+        chosen = module["from_run"](config, target) | chosen
     with written_aside(target) as aside:
-        table = module["write"](model, tokenizer, aside, batches, **given)
+        table = module["write"](model, tokenizer, aside, batches, **chosen)
         readme = aside / "README.md"
         if not readme.exists():
             readme.write_text(f"{card(config)}\n{described(format, table)}", encoding="utf-8")
@@ -47,9 +50,9 @@ def run(run: Path, format: str, out: Path | None, force: bool, **settings: Any) 
     print(f"\nwrote {target}/" + (f"; next: {hint}" if hint else ""))
 
 
-def refuse_foreign(format: str, given: dict[str, Any]) -> None:
-    """Raises UserError for an option of another format."""
-    for name in given:
+def refuse_foreign(format: str, chosen: dict[str, Any]) -> None:
+    """Raise UserError for an option that belongs to another format."""
+    for name in chosen:
         owner = options()[name][0]
         if owner != format:
             flag = f"--{name}".replace("_", "-")
@@ -57,19 +60,22 @@ def refuse_foreign(format: str, given: dict[str, Any]) -> None:
 
 
 def described(format: str, table: list[list[str]]) -> str:
-    """The comparison as a section of the model card."""
+    """The comparison `table` as a section of the model card."""
     lines = "\n".join(f"| {name} | {value} |" for name, value in table)
     return f"## Exported as {format}\n\n| read back and compared | value |\n|---|---|\n{lines}\n"
 
 
 def default_out(run: Path, format: str) -> Path:
-    """`RUN/packed`, `RUN/gguf` and so on, or a sibling where one checkpoint was named."""
+    """The default folder of an export: `RUN/packed`, `RUN/gguf` and so on.
+
+    For a checkpoint folder it is a sibling, such as `step_100-gguf`.
+    """
     name = module_name(formats()[format]).replace("_", "-")
     return run / name if model_folder(run) != run else run.with_name(f"{run.name}-{name}")
 
 
 def _config(folder: Path) -> Config:
-    """The config that trained this checkpoint. Raises UserError where there is none, or it does not quantize."""
+    """The config that trained this checkpoint. Raises UserError if there is none, or it has no quantization method."""
     file = folder / checkpoint.CONFIG
     if not file.is_file():
         raise UserError(f"{folder}: no {checkpoint.CONFIG}, so not a checkpoint that `wf train` wrote")

@@ -1,4 +1,4 @@
-"""`wf generate`: text from any model: a run, a packed folder, a hub id."""
+"""`wf generate`: generate text with a run, a packed folder or a hub id."""
 
 import logging
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,27 +21,16 @@ def run(
     temperature: float = 0.7,
     seed: int = 0,
     think: "Think | None" = None,
-    top_k: int | None = None,
+    top_k: int | None = None,  # None: the model's generation config decides, for top_p too
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     stop: list[str] | None = None,
     engine: Literal["auto", "native", "transformers"] = "auto",
     threads: int | None = None,
 ) -> None:
-    """Continue one prompt, or answer line by line. Raises UserError where it is not said which of the two.
-
-    top_k and top_p None are those of the model's generation config.
-    """
-    if (prompt is None) == (not interactive):
-        raise UserError("say either --prompt TEXT or --interactive")
-    if chat and not interactive:
-        raise UserError("--chat goes with --interactive")
-    if repetition_penalty == 0:
-        raise UserError("--repetition-penalty 0: must be above 0")
-    if think is not None and prompt is None:
-        raise UserError("--think goes with --prompt")
-    more: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
-    more["stop"] = stop or ()
+    """Continue one prompt, or answer line by line. Raises UserError for options that exclude one another."""
+    _check_options(prompt, interactive, chat, think, repetition_penalty)
+    more: Any = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "stop": stop or ()}
     if think is not None and prompt is not None:
         if (*more.values(), engine, threads) != (None, None, 1.0, (), "auto", None):
             raise UserError("--think samples by --temperature and --seed alone: leave the other options out")
@@ -54,9 +43,23 @@ def run(
     from wrinklefree.tracking.terminal import show_log_lines
 
     show_log_lines()
-    model, tokenizer, which = open_engine(path, engine, threads)
-    log.info("%s", which)
+    model, tokenizer, description = open_engine(path, engine, threads)
+    log.info("%s", description)
     if prompt is None:
         generate.interactive(model, tokenizer, chat, max_new_tokens, temperature, seed, **more)
     else:
         generate.stream(model, tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed, **more)
+
+
+def _check_options(
+    prompt: str | None, interactive: bool, chat: bool, think: "Think | None", repetition_penalty: float
+) -> None:
+    """Raise UserError unless exactly one of `prompt` and `interactive` is given, with options that fit it."""
+    if repetition_penalty == 0:
+        raise UserError("--repetition-penalty 0: must be above 0")
+    if (prompt is None) == (not interactive):
+        raise UserError("give either --prompt TEXT or --interactive")
+    if chat and not interactive:
+        raise UserError("--chat: works only with --interactive")
+    if think is not None and prompt is None:
+        raise UserError("--think: works only with --prompt")

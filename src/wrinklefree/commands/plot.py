@@ -1,4 +1,4 @@
-"""`wf plot`: loss and learning rate of runs in one PNG."""
+"""`wf plot`: plot loss and learning rate of one or more runs into one PNG."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`wf pretrain`: train a small Llama and its tokenizer from nothing, on text that Python ships with or on a task."""
+"""`wf pretrain`: train a small Llama and its tokenizer from scratch, on text that Python ships with or on a task."""
 
 import dataclasses
 import logging
@@ -46,10 +46,14 @@ Byte-level BPE of {vocab:,} tokens with a ChatML template. The text is under the
 
 
 def run(overrides: list[str], *, force: bool = False, processes: int | None = None) -> None:
-    """Pretrain `model.architecture`; leaves `final/` (fp32) and `shipped/` (bf16, with a model card)."""
+    """Pretrain a model of the sizes in `model.architecture`.
+
+    Writes `final/` in fp32. For the library's text it also writes `shipped/` in bf16, with a model card.
+    Raises UserError if the model config has no architecture.
+    """
     config = load_config(overrides, "pretrain")
     if config.model.architecture is None:
-        raise UserError(f"model={config.model.name}: has no architecture to train from nothing; try model=tiny")
+        raise UserError(f"model={config.model.name}: has no architecture to train from scratch; try model=tiny")
     number = launch.count_processes(config, processes)
     if number > 1:
         launch.torchrun("pretrain", number, overrides, force)
@@ -58,7 +62,7 @@ def run(overrides: list[str], *, force: bool = False, processes: int | None = No
 
 
 def train(config: Config, force: bool) -> None:
-    """Pretrain in this process, which is the only one or one of those that torchrun has started."""
+    """Pretrain in this process, which is the only one or one of torchrun's."""
     run = open_run(config, force, load=build_model)
     objective = LanguageModelling(run.model, config.distillation, compiled=config.training.compile)
     run.begin()
@@ -77,17 +81,22 @@ def build_model(config: Config) -> Loaded:
 
 
 def make_tokenizer(config: Config, vocab_size: int) -> PreTrainedTokenizerBase:
-    """A task of whole words brings its own; else byte-level BPE of the library's text."""
+    """The tokenizer of the task mod7_chains, or else a byte-level BPE tokenizer trained on the library's text."""
     if config.data.task == chains.NAME:
         return chains.tokenizer()
     return train_tokenizer(stdlib.documents("train"), vocab_size)
 
 
 class Curriculum(Iterator[Batch]):
-    """First all text, tests too; then, while the learning rate decays, the library alone, which is what is held out.
+    """A stream that begins with all text, tests included. While the learning rate decays, it has only library text.
 
-    At equal steps this gave a held-out perplexity of 65.7 on a small model, all text throughout 75.8, the library
-    alone 73.9 (LOG.md).
+    The held-out text is library text, too. Held-out perplexity of a small model at equal steps (LOG.md):
+
+    | training text | perplexity |
+    |---|---|
+    | all, then the library | 65.7 |
+    | all | 75.8 |
+    | the library | 73.9 |
     """
 
     def __init__(self, run: Run) -> None:
@@ -111,7 +120,7 @@ class Curriculum(Iterator[Batch]):
 
 
 def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A Llama with random weights, and residual outputs that start at zero."""
+    """A Llama with random weights. The last projection of each block starts at zero."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=architecture.hidden_size,
@@ -128,13 +137,14 @@ def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) 
     )
     model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):  # each block starts as the identity
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # so each block starts as the identity
             nn.init.zeros_(parameter)
     return model
 
 
 def ship(run: Run, model: PreTrainedModel) -> None:
-    """Write `shipped/`: bf16 weights, tokenizer and a card with the perplexity of exactly these weights."""
+    """Write `shipped/`: bf16 weights, tokenizer, and a model card with their held-out perplexity."""
+    # Round the weights first, so that the card gives the perplexity of exactly the weights that are shipped.
     model = model.to(torch.bfloat16).float()
     with run.plan.autocast(model.device):
         quality = measure(model, run.heldout(None))
@@ -147,7 +157,7 @@ def ship(run: Run, model: PreTrainedModel) -> None:
 
 
 def card(run: Run, model: PreTrainedModel, quality: Quality) -> str:
-    """The model card."""
+    """The text of the model card."""
     return CARD.format(
         name=run.config.model.name,
         parameters=model.num_parameters() / 1e6,

@@ -1,4 +1,4 @@
-"""`wf runs`: the runs in a folder, read from what each has written."""
+"""`wf runs`: list the runs in a folder, from the files that each has written."""
 
 import time
 from pathlib import Path
@@ -9,12 +9,12 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.tracking.run_log import CSV_NAME, read_rows
 from wrinklefree.tracking.terminal import print_table
 
-# A log that was written to within this many seconds belongs to a run that is alive.
+# Seconds. If the log of a run has changed within this time, the run is still running.
 _ALIVE = 120
 
 
 def run(folder: Path) -> None:
-    """Print a table of every run folder in `folder`, newest first. Raises UserError where there is none."""
+    """Print a table of the run folders in `folder`, newest first. Raises UserError if there is none."""
     logs = sorted(folder.glob(f"*/{CSV_NAME}"), key=lambda path: path.stat().st_mtime, reverse=True)
     if not logs:
         raise UserError(f"{folder}: no runs here (a run is a folder with {CSV_NAME})")
@@ -36,7 +36,7 @@ def _row(log: Path) -> list[str]:
 
 
 def _last(rows: list[dict[str, str]], column: str) -> str:
-    """The last figure of a column that is filled now and then."""
+    """The last number in a column, which may be empty in some rows; an empty text if there is none."""
     return next((f"{float(row[column]):.3f}" for row in reversed(rows) if row.get(column)), "")
 
 
@@ -47,7 +47,7 @@ def _status(out: Path, written: float) -> str:
 
 
 def _method(out: Path) -> str:
-    """The method's name in the newest resolved config that the run has written, where there is one yet."""
+    """The method's name in the newest config that the run has written; an empty text if there is no config yet."""
     configs = [
         *out.glob("wrinklefree.yaml"),
         *out.glob("*/wrinklefree.yaml"),

@@ -1,5 +1,6 @@
-"""`wf serve`: an OpenAI-compatible endpoint over any model, best a packed folder."""
+"""`wf serve`: serve a model over the OpenAI interface. Packed folders are the fastest."""
 
+import importlib
 import logging
 import shlex
 from pathlib import Path
@@ -28,32 +29,41 @@ def run(
     threads: int | None = None,
     half_cache: bool = False,
 ) -> None:
-    """Serve until SIGINT or SIGTERM. Raises UserError where the extra is missing, and like `load` and `bind`."""
-    try:
-        from wrinklefree.serve import server
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
-            raise
-        raise UserError("wf serve needs two more libraries: pip install 'wrinklefree[serve]'") from None
+    """Serve until SIGINT or SIGTERM.
+
+    Raises UserError if the extra `serve` is not installed, the model cannot be loaded, or the address cannot be used.
+    """
+    _check_extra()
+    from wrinklefree.serve import server
     from wrinklefree.serve.app import Limits, Model, Service
     from wrinklefree.serve.scheduler import Scheduler
     from wrinklefree.tracking.terminal import show_log_lines
 
     show_log_lines()
     if host not in LOOPBACK and api_key is None:
-        log.warning("--host %s without --api-key: whoever reaches this address may use it", host)
+        log.warning("--host %s without --api-key: anyone who can reach this address can use it", host)
     with server.bind(host, port) as bound:
         context = max_prompt_tokens + max_tokens
-        running, tokenizer, which, ends = _open(path, engine, threads, max_concurrent, context, half_cache)
+        running, tokenizer, description, ends = _open(path, engine, threads, max_concurrent, context, half_cache)
         limits = Limits(min(max_prompt_tokens, running.context - 1), min(max_tokens, running.context - 1))
         model = Model(name or model_name(path), tokenizer, ends)
         service = Service(model, Scheduler(running, max_waiting), limits, api_key)
+        sizes = f"prompts up to {limits.prompt} tokens, answers up to {limits.answer}"
         text = (
-            f"serving {model.name} at {server.url(bound)}/v1 ({which}; {max_concurrent} at once, {max_waiting} more "
-            f"may wait; prompts up to {limits.prompt} tokens, answers up to {limits.answer}). "
-            f"Try: {_example(bound, service)}"
+            f"serving {model.name} at {server.url(bound)}/v1 ({description}; {max_concurrent} at once, "
+            f"{max_waiting} more may wait; {sizes}). Try: {_example(bound, service)}"
         )
         server.run(service, bound, lambda: log.info("%s", text))
+
+
+def _check_extra() -> None:
+    """Raise UserError if the libraries of the extra `serve` are not installed."""
+    try:
+        importlib.import_module("wrinklefree.serve.server")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise UserError("wf serve needs two more libraries: pip install 'wrinklefree[serve]'") from None
 
 
 def _open(
@@ -64,31 +74,32 @@ def _open(
     context: int,
     half_cache: bool,
 ) -> tuple[Any, Any, str, frozenset[int]]:
-    """Engine, tokenizer, what it is, and the tokens that end an answer."""
+    """Open the engine. Returns it with its tokenizer, a description, and the tokens that end an answer."""
     from wrinklefree.engine.engine import Engine
     from wrinklefree.generate.generate import context_of, turn_end
     from wrinklefree.generate.open import open_engine
     from wrinklefree.serve.fallback import TransformersEngine
 
-    model, tokenizer, which = open_engine(path, choice, threads, slots, context, half_cache)
+    model, tokenizer, description = open_engine(path, choice, threads, slots, context, half_cache)
     stated = (model.generation if isinstance(model, Engine) else model.generation_config).eos_token_id
     ends = [tokenizer.eos_token_id, turn_end(tokenizer) if tokenizer.chat_template else None]
     ends += stated if isinstance(stated, list) else [stated]
     if not isinstance(model, Engine):
         if half_cache:
-            raise UserError(f"--half-cache is the native engine's, and this is not it ({which})")
+            raise UserError(f"--half-cache: works only with the native engine, and this is another ({description})")
         model = TransformersEngine(model, min(context, context_of(model)), slots)
-        which += ", slow: one sequence after the other"
-    return model, tokenizer, which, frozenset(end for end in ends if end is not None)
+        description += ", slow: one sequence after the other"
+    return model, tokenizer, description, frozenset(end for end in ends if end is not None)
 
 
 def model_name(path: str) -> str:
-    """The folder's name, or the run's where it is one inside of a run."""
+    """The name of the folder. For `packed/` and `final/` it is the name of their run."""
     folder = Path(path).resolve() if Path(path).exists() else Path(path)
     return folder.parent.name if folder.name in ("packed", "final") else folder.name
 
 
 def _example(bound: Any, service: Any) -> str:
+    """A curl command that asks this server for a completion."""
     from wrinklefree.serve.server import url
 
     body = f'{{"model": "{service.model.name}", "prompt": "def ", "max_tokens": 32}}'

@@ -1,4 +1,4 @@
-"""`wf train` and `wf fairy2`: one stage of training."""
+"""`wf train` and `wf fairy2`: run one training stage."""
 
 import logging
 
@@ -15,7 +15,7 @@ from wrinklefree.training.plan import choose_length, make_plan
 
 log = logging.getLogger("wrinklefree")
 
-# The guide's table: processes, batch size, accumulation; `dev` is for trying out, on whatever there is.
+# Processes, batch size and accumulation steps, from the guide's table. `dev` also runs without a GPU.
 SCALES = {"dev": (1, 8, 1), "small": (1, 8, 8), "medium": (2, 8, 4), "large": (4, 8, 2), "xlarge": (8, 8, 1)}
 
 
@@ -27,11 +27,14 @@ def run(
     scale: str | None = None,
     processes: int | None = None,
 ) -> None:
-    """Train as the overrides say. Raises UserError for anything the user can mend."""
+    """Train one stage with the settings in `overrides`. Raises UserError for anything that the user can fix.
+
+    `scale` is a name in SCALES. With `dry_run`, the settings are printed and nothing is trained.
+    """
     if scale is not None:
         processes, batch_size, accumulation = SCALES[scale]
         sizes = [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulation}"]
-        overrides = [*overrides[:2], *sizes, *overrides[2:]]
+        overrides = [*overrides[:2], *sizes, *overrides[2:]]  # the user's own settings come later and win
     if dry_run:
         show(load_config(overrides), processes or 1)
         return
@@ -42,11 +45,11 @@ def run(
 
 
 def show(config: Config, processes: int) -> None:
-    """`--dry-run`: the resolved config and, where the model is at hand, what `auto` means for it."""
+    """Print the config for `--dry-run`. If the model is on this machine, also log what each `auto` resolves to."""
     print(config_yaml(config), end="")
     source = at_hand(config.model.pretrained)
     if source is None:
-        log.info("%s is not at hand: what `auto` means depends on it", config.model.pretrained)
+        log.info("%s is not on this machine: the values of `auto` depend on it", config.model.pretrained)
     else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
@@ -56,6 +59,7 @@ def show(config: Config, processes: int) -> None:
 
 
 def check_gpus(processes: int, what: str) -> None:
-    found = torch.cuda.device_count()
-    if found < processes:
-        raise UserError(f"{what} needs {processes} GPU(s), this machine has {found}: use --scale dev, or leave it out")
+    """Raise UserError if this machine has fewer than `processes` GPUs. `what` names the option in the message."""
+    gpus = torch.cuda.device_count()
+    if gpus < processes:
+        raise UserError(f"{what} needs {processes} GPU(s), this machine has {gpus}: use --scale dev, or leave it out")

@@ -1,4 +1,4 @@
-"""`wf trm`: the stages of a thinker."""
+"""`wf trm`: run the stages of LLM-TRM, which lets a model think in latent vectors."""
 
 import importlib
 
@@ -6,7 +6,7 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 
-# For each verb the module in `thinking/` and the function that run it, and the training that has its settings.
+# For each verb: the module in `thinking/`, the function in it that runs the stage, and the training config.
 VERBS = {
     "pairs": ("pairs_stage", "make_pairs", "trm_pairs"),
     "train": ("stages", "train_network", "trm_recursion"),
@@ -17,7 +17,7 @@ VERBS = {
 
 
 def run(verb: str, overrides: list[str], force: bool, sweep: str | None = None) -> None:
-    """Run one stage. Raises UserError for anything that the user can mend."""
+    """Run one stage. Raises UserError for anything that the user can fix."""
     if verb == "compressor":
         run_compressor(load_stage(overrides, "trm_compressor"), force, sweep)
         return
@@ -27,7 +27,7 @@ def run(verb: str, overrides: list[str], force: bool, sweep: str | None = None) 
 
 
 def run_compressor(config: Config, force: bool, sweep: str | None) -> None:
-    """Make one compressor, or one of each width in `sweep`. Raises UserError for widths that are no numbers."""
+    """Make one compressor, or one for each width in `sweep` (such as `64,128`). Raises UserError for other widths."""
     from wrinklefree.thinking.compressor import make_compressor, sweep_compressors
 
     if sweep is None:
@@ -35,10 +35,10 @@ def run_compressor(config: Config, force: bool, sweep: str | None) -> None:
         return
     widths = sweep.split(",")
     if not all(width.strip().isdigit() for width in widths):
-        raise UserError(f"--sweep {sweep}: numbers with commas in between, such as 64,128,256")
+        raise UserError(f"--sweep {sweep}: give numbers with commas in between, such as 64,128,256")
     sweep_compressors(config, [int(width) for width in widths], force)
 
 
 def load_stage(overrides: list[str], training: str) -> Config:
-    """The config of a stage."""
+    """The config of the stage that `training` names."""
     return load_config([f"training={training}", *overrides])

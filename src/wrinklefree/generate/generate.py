@@ -1,7 +1,7 @@
-"""Text from a model: one completion, or a conversation on the terminal.
+"""Generate text: one completion, or a conversation on the terminal.
 
-A model is one of transformers, or the native loop's `Engine`. Both take the same sampling settings; greedily they say
-the same, at a temperature each has random numbers of its own.
+A model is either a transformers model or the native `Engine`. Both take the same sampling settings. At temperature 0
+they give the same text; above it they differ, because each draws its own random numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ from wrinklefree.generate.text import TextStream
 
 Message = dict[str, str]
 
-TOP_K = 50  # of transformers, where neither the user nor the model's generation config says anything
+TOP_K = 50  # the default of transformers, if neither the user nor the model's generation config sets one
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How text is continued. `top_k` and `top_p` None are those of the model's generation config."""
+    """How to sample. If `top_k` or `top_p` is None, the model's generation config decides."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -32,7 +32,7 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    stop: Sequence[str] = ()  # texts that end it, left out of it
+    stop: Sequence[str] = ()  # the text ends before the first of these
 
 
 def complete(
@@ -45,10 +45,10 @@ def complete(
     show: Callable[[str], None] | None = None,
     **more: Any,
 ) -> str:
-    """The text that follows `prompt`, without it; temperature 0 is greedy and ignores the seed.
+    """Continue `prompt` and return the new text. Temperature 0 always takes the likeliest token and ignores the seed.
 
-    `show` gets it piece by piece as it comes, `more` are further fields of `Choice`. Raises UserError where the prompt
-    is empty, or leaves no room in the model's context.
+    `show` is called with each piece of text as it is generated. `more` are further fields of `SamplingOptions`.
+    Raises UserError if the prompt is empty, or leaves no room in the model's context.
     """
     choice = SamplingOptions(max_new_tokens, temperature, seed, **more)
     return _say(model, tokenizer, _encode(tokenizer, prompt), choice, show=show or _hide)
@@ -64,9 +64,10 @@ def reply(
     repetition_penalty: float = 1.0,
     thinking: bool | None = None,
 ) -> str:
-    """What the model answers in its chat template, or `complete` where it has none.
+    """Answer `prompt` in the model's chat template. Without a template, continue it as plain text.
 
-    `thinking` is handed to templates that know it. Raises UserError like `complete`.
+    `thinking` is passed to the template as `enable_thinking`, unless it is None.
+    Raises UserError if the prompt is empty, or leaves no room in the model's context.
     """
     chat = bool(tokenizer.chat_template)
     ids = _encode_chat(model, tokenizer, [_from_user(prompt)], thinking) if chat else _encode(tokenizer, prompt)
@@ -79,7 +80,10 @@ def _from_user(text: str) -> Message:
 
 
 def stream(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, **more: Any) -> str:
-    """`complete`, printing prompt and text word by word as they come."""
+    """Continue `prompt`, print prompt and text as they are generated, and return the new text.
+
+    `more` are further arguments of `complete`.
+    """
     print(prompt, end="", flush=True)
     return complete(model, tokenizer, prompt, max_new_tokens, show=_show, **more)
 
@@ -96,9 +100,11 @@ def interactive(
     thinking: bool | None = None,
     **more: Any,
 ) -> None:
-    """Answer line after line until `/exit` or Ctrl-D; with `chat`, in the tokenizer's template and with memory.
+    """Read lines and answer each, until `/exit` or Ctrl-D.
 
-    `more` are further fields of `Choice`. Raises UserError where `chat` is asked of a tokenizer without a template.
+    With `chat`, lines go through the tokenizer's chat template and the model sees the earlier turns. `read` returns the
+    next line. `more` are further fields of `SamplingOptions`.
+    Raises UserError if `chat` is set and the tokenizer has no template.
     """
     if chat and not tokenizer.chat_template:
         raise UserError("--chat: this model's tokenizer has no chat template; leave --chat out to complete text")
@@ -127,7 +133,7 @@ def _read_line(read: Callable[[str], str]) -> str | None:
 
 
 def _encode(tokenizer: Any, prompt: str) -> Tensor:
-    """Token ids [1, length]."""
+    """Token ids [1, length] of a prompt. Raises UserError if there are none."""
     ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty: give some text to continue")
@@ -135,13 +141,13 @@ def _encode(tokenizer: Any, prompt: str) -> Tensor:
 
 
 def _encode_chat(model: Any, tokenizer: Any, history: list[Message], thinking: bool | None = None) -> Tensor:
-    """Token ids [1, length] of the conversation, up to where the assistant speaks.
+    """Token ids [1, length] of the conversation, up to the point at which the assistant answers.
 
-    The oldest turns are removed from `history` once they fill more than half of the model's context.
+    Once the conversation fills more than half of the model's context, the oldest turns are removed from `history`.
     """
-    known = {} if thinking is None else {"enable_thinking": thinking}
+    more = {} if thinking is None else {"enable_thinking": thinking}
     while True:
-        text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True, **known)
+        text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True, **more)
         ids: Tensor = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         if len(history) == 1 or ids.shape[1] <= context_of(model) // 2:
             return ids
@@ -149,7 +155,7 @@ def _encode_chat(model: Any, tokenizer: Any, history: list[Message], thinking: b
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The special token that closes an assistant's turn in the template, where it has one."""
+    """The special token that ends an assistant's turn in the chat template, or None if there is no such token."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False).input_ids
     special = [i for i in ids if i in tokenizer.all_special_ids]
@@ -172,7 +178,10 @@ def _say(
     end: int | None = None,
     show: Callable[[str], None] = _hide,
 ) -> str:
-    """The text that follows `ids` [1, length], shown piece by piece; `end` is one more token that ends it."""
+    """Generate the text after `ids` [1, length], and show it piece by piece.
+
+    Generation ends at the tokenizer's end-of-sequence token, and at the token `end` if one is given.
+    """
     room = _room(model, ids.shape[1])
     choice = replace(choice, max_new_tokens=min(choice.max_new_tokens, room))
     ends = [i for i in (tokenizer.eos_token_id, end) if i is not None]
@@ -187,14 +196,14 @@ def _say(
 
 
 class _Teller(BaseStreamer):  # type: ignore[misc]  # transformers is untyped here
-    """Shows the text of tokens, the prompt's left out; a line ends with it where anything is shown."""
+    """Turns generated tokens into text and shows it, then ends the line. The prompt is not shown."""
 
     def __init__(self, text: TextStream, show: Callable[[str], None]) -> None:
         self.text, self.show = text, show
         self.prompt_is_next, self.ended = True, False
 
     def put(self, value: Tensor) -> None:
-        """What `generate` of transformers calls: first with the prompt, then with each token."""
+        """Called by transformers: first with the whole prompt, then with each new token."""
         if not self.prompt_is_next:
             self.add(int(value))
         self.prompt_is_next = False
@@ -209,7 +218,7 @@ class _Teller(BaseStreamer):  # type: ignore[misc]  # transformers is untyped he
 
 
 class _Stop(StoppingCriteria):  # type: ignore[misc]
-    """Ends generation where a stop string has come."""
+    """Tells transformers to stop once the text contains a stop string."""
 
     def __init__(self, text: TextStream) -> None:
         self.text = text
@@ -235,19 +244,19 @@ def _run_native(engine: Engine, ids: Tensor, choice: SamplingOptions, ends: Sequ
 
 
 def _first(*values: Any) -> Any:
-    """The first that is given."""
+    """The first value that is not None."""
     return next(value for value in values if value is not None)
 
 
-@torch.no_grad()  # not inference mode, in which packed layers share no work
+@torch.no_grad()  # not inference mode: in that mode packed layers cannot share work
 def _run_transformers(
     model: Any, tokenizer: Any, ids: Tensor, choice: SamplingOptions, ends: Sequence[int], tell: _Teller
 ) -> None:
-    """The caller's random state is left as it was."""
+    """Generate with transformers. The caller's random state does not change."""
     sampling: dict[str, Any] = {"do_sample": choice.temperature > 0}
     if choice.temperature > 0:
-        given = {"temperature": choice.temperature, "top_k": choice.top_k, "top_p": choice.top_p}
-        sampling |= {name: value for name, value in given.items() if value is not None}
+        options = {"temperature": choice.temperature, "top_k": choice.top_k, "top_p": choice.top_p}
+        sampling |= {name: value for name, value in options.items() if value is not None}
     ids = ids.to(model.device)
     with torch.random.fork_rng():
         torch.manual_seed(choice.seed)
@@ -265,17 +274,17 @@ def _run_transformers(
 
 
 def context_of(model: Any) -> int:
-    """The model's context in tokens; of a model that states none, as good as unlimited."""
+    """The number of tokens in the model's context; 2^31, so no limit, if the model states none."""
     if isinstance(model, Engine):
         return model.context
     return int(model.config.to_dict().get("max_position_embeddings") or 2**31)
 
 
 def _room(model: Any, used: int) -> int:
-    """Tokens that fit after `used` ones. Raises UserError where none does."""
+    """How many tokens fit into the context after `used` of them. Raises UserError if none does."""
     room = context_of(model) - used
     if room < 1:
         raise UserError(
-            f"the prompt has {used} tokens, and the model's context is {context_of(model)}: shorten the prompt"
+            f"the prompt has {used} tokens, but the model's context is {context_of(model)}: shorten the prompt"
         )
     return room

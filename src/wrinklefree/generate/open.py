@@ -1,4 +1,7 @@
-"""Which model a person means, by the name of a model config or by anything that `load` reads, and what runs it."""
+"""Open the model that a user names, and choose what runs it: the native engine or transformers.
+
+A name is that of a model config (`tiny`), a run or model folder, or a hub id.
+"""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +22,23 @@ EngineName = Literal["auto", "native", "transformers"]
 
 
 def pretrained_of(name: str) -> str:
-    """`pretrained` of the model config `name` (`tiny`), unless a folder has that name; else `name` itself."""
+    """The folder or hub id that `name` means: for the name of a model config its `pretrained`, else `name` itself.
+
+    A path that exists comes before a model config of the same name.
+    """
     if Path(name).exists() or name not in options("model"):
         return name
     return load_config([f"model={name}"]).model.pretrained
 
 
 def open_model(name: str) -> Loaded:
-    """The model in eval mode, on the GPU where there is one, and its tokenizer. Raises UserError like `load`."""
+    """Load a model in eval mode, on the GPU if there is one, and its tokenizer.
+
+    Raises UserError if there is no such model, or it cannot be loaded.
+    """
     device = join_world().device
-    dtype = torch.float32 if device.type == "cpu" else None  # as exact as the checkpoint that it may be compared with
+    # fp32 on a CPU, so that the figures of a packed folder can be compared with those of its checkpoint.
+    dtype = torch.float32 if device.type == "cpu" else None
     model, tokenizer = load_model(pretrained_of(name), dtype=dtype)
     return model.to(device), tokenizer
 
@@ -41,10 +51,11 @@ def open_engine(
     context: int | None = None,
     half_cache: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase, str]:
-    """What continues text, a native `Engine` or a model, its tokenizer, and one line that says which it is.
+    """Open a model to generate text: an `Engine` or a transformers model, its tokenizer, and a line that says which.
 
-    `auto` is native for packed folders that it can run. A native engine has `slots`, each for `context` tokens or for
-    the model's context where that is less. Raises UserError like `load`, and where `native` cannot be had.
+    `auto` chooses the native engine for packed folders that it can run. A native engine answers up to `slots`
+    sequences at once, each of `context` tokens, or of the model's context if that is shorter.
+    Raises UserError if there is no such model, or `choice` is `native` and the engine cannot run it.
     """
     folder = model_folder(Path(resolve_pretrained(pretrained_of(name))))
     reason = "asked for" if choice == "transformers" else _why_not_native(folder, choice)
@@ -59,12 +70,12 @@ def open_engine(
 
 
 def _within(folder: Path, context: int | None) -> int | None:
-    """`context`, or the model's where that is less; None is the model's."""
+    """`context`, but no more than the model's context. None means the model's context."""
     return context and min(context, int(AutoConfig.from_pretrained(folder).max_position_embeddings))
 
 
 def _why_not_native(folder: Path, choice: EngineName) -> str | None:
-    """Why the native loop is not taken for this model; None where it is."""
+    """Why the native engine is not used for this model, or None if it is used."""
     if not folder.is_dir():
         return f"{folder} is no local folder"
     check_folder(folder)

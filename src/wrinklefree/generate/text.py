@@ -1,35 +1,41 @@
-"""Text from tokens as they come: no piece is given out that a later token, or a stop string, could still change."""
+"""Turn a stream of tokens into text. A piece is returned only when no later token or stop string can change it."""
 
 from collections.abc import Sequence
 from typing import Any
 
-CONTEXT = 4  # tokens before the new ones that are decoded with them: some tokenizers join words by what stands before
+# Tokens before the new ones that are decoded again with them: in some tokenizers the text of a token, such as its
+# leading space, depends on the tokens before it.
+CONTEXT = 4
 
 
 class TextStream:
-    """Tokens in, text out: `text` is all of it so far. `stopped` once a stop string came; the text ends before it."""
+    """Turns tokens into text.
+
+    `text` is everything so far. `stopped` is true once a stop string came; then `text` ends before it.
+    """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = [stop for stop in stops if stop]
         self._tokens: list[int] = []
-        self._start, self._read = 0, 0  # decoded are the tokens from `start`; the text of those before `read` is known
-        self._given = 0
+        self._start = 0  # tokens from here on are decoded again
+        self._read = 0  # tokens before this one are in `text`
+        self._given = 0  # characters of `text` that were returned
         self.text = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that is certain after one more token, beyond what was given before."""
+        """Take one more token, and return the new text that can no longer change; it may be empty."""
         self._tokens.append(token)
         return "" if self.stopped else self._take(final=False)
 
     def end(self) -> str:
-        """What is left, once no token follows."""
+        """Return the rest of the text. Call this after the last token."""
         return "" if self.stopped else self._take(final=True)
 
     def _take(self, final: bool) -> str:
         known, now = self._decode(self._start, self._read), self._decode(self._start, len(self._tokens))
-        if final or not now.endswith("\ufffd"):  # a character may be in the middle of its bytes
+        if final or not now.endswith("\ufffd"):  # else the last character lacks bytes, which the next tokens bring
             self.text += now[len(known) :]
             self._read = len(self._tokens)
             self._start = max(self._start, self._read - CONTEXT)
@@ -44,13 +50,14 @@ class TextStream:
         return text
 
     def _stop(self) -> None:
-        """End the text before the first stop string in it; none lies in what was given out."""
-        found = [at for at in (self.text.find(stop, self._given) for stop in self._stops) if at >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
+        """Cut the text off before the first stop string in it."""
+        # The search starts at `_given`: text that may begin a stop string is held back, so none starts before it.
+        places = [at for at in (self.text.find(stop, self._given) for stop in self._stops) if at >= 0]
+        if places:
+            self.text, self.stopped = self.text[: min(places)], True
 
     def _held(self) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """How many characters at the end of the text may be the beginning of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         sizes = range(min(longest, len(self.text)), 0, -1)
         return next((n for n in sizes if any(stop.startswith(self.text[-n:]) for stop in self._stops)), 0)

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, where it goes on, how it is made anew."""
+"""A run's output folder: what is in it, which checkpoint to resume from, and how it is cleared."""
 
 import itertools
 import logging
@@ -13,21 +13,23 @@ from wrinklefree.training import checkpoint, storage
 log = logging.getLogger("wrinklefree")
 
 
-# What a run leaves in its folder; `--force` removes these and nothing else.
+# What a run writes into its folder. `--force` removes these and leaves everything else alone.
 OUTPUTS = ["checkpoints", "best", "final", "packed", "shipped", "plots", "training_log.csv", "results.json"]
 
 
 def resume_point(config: Config, force: bool) -> Path | None:
-    """The checkpoint to resume from, if any; nothing is written or removed before `clear`.
+    """Return the checkpoint to resume from, or None for a new run. Nothing is written or removed.
 
-    Raises UserError when the folder already holds a run, neither `training.resume_from` nor `force` is given, and this
-    one does not start from it.
+    Raises UserError if the output folder already holds a run, unless
+    - `training.resume_from` is set,
+    - `force` is given, or
+    - this run starts from the model of that run.
     """
     out = Path(config.output_dir)
     if config.training.resume_from is not None:
-        found = checkpoint.find_checkpoint(config.training.resume_from, out, storage.fetch)
-        log.info("resuming from %s", found)
-        return found
+        folder = checkpoint.find_checkpoint(config.training.resume_from, out, storage.fetch)
+        log.info("resuming from %s", folder)
+        return folder
     if outputs(out) and not force and not _starts_within(config):
         raise UserError(
             f"{out} already holds a run: go on with training.resume_from=latest, choose another output_dir=..., "
@@ -37,9 +39,10 @@ def resume_point(config: Config, force: bool) -> Path | None:
 
 
 def make_run_folder(config: Config) -> None:
-    """Make the run's folder, without what an earlier run left there: once nothing can be wrong with this one.
+    """Make the output folder and remove what an earlier run wrote into it.
 
-    A run that this one starts from is kept, in `earlier_1/` and so on.
+    Call this only after every check has passed, because it deletes files. If this run starts from the model of the
+    earlier run, that run is moved to `earlier_1/` (or the next free number) instead of deleted.
     """
     out = Path(config.output_dir)
     if _starts_within(config):
@@ -54,11 +57,12 @@ def make_run_folder(config: Config) -> None:
 
 
 def _starts_within(config: Config) -> bool:
-    """Whether the model to start from belongs to the run that the output folder holds."""
+    """Whether this run starts from a model that lies in its own output folder."""
     start = prerequisites.starting_folder(config)
     held = [path.resolve() for path in outputs(Path(config.output_dir))]
     return start is not None and any(path in (start.resolve(), *start.resolve().parents) for path in held)
 
 
 def outputs(out: Path) -> list[Path]:
+    """The files and folders in `out` that a run has written."""
     return [out / name for name in OUTPUTS if (out / name).exists()]

@@ -1,4 +1,4 @@
-"""Runs a stage: what has to come before it, in this process or in several."""
+"""Run a training stage, after the stages that it needs, in this process or in several."""
 
 import dataclasses
 import logging
@@ -21,23 +21,23 @@ from wrinklefree.training import checkpoint
 
 log = logging.getLogger("wrinklefree")
 
-SAVING_SECONDS = 1800
+SAVING_SECONDS = 1800  # how long torchrun waits for its processes to save after Ctrl-C
 
-# Settings that say where and how a stage ran, not what it made.
+# Settings that change where and how a stage runs, but not the model that it makes.
 INCIDENTAL = ("auto_prereq", "training.resume_from", "training.upload_to", "training.logging", "distributed")
 
 
 def run_stage(overrides: list[str], *, force: bool = False, processes: int | None = None) -> None:
-    """Train as the overrides say, with `auto_prereq` after the stages that are missing.
+    """Train one stage with the settings in `overrides`. With `auto_prereq=true`, first train the stages it needs.
 
-    `processes` are started by torchrun, unless this is one that it has started. None is one, or one for each GPU where
-    parameters are to be sharded.
+    `processes` is the number of processes that torchrun starts. None means one process, or one per GPU with FSDP. A
+    process that torchrun has started ignores it.
 
-    Raises UserError for anything the user can mend.
+    Raises UserError for anything that the user can fix.
     """
     config = load_config(overrides)
     if config.thinking is not None:
-        raise UserError(f"training={config.training.stage}: a stage of LLM-TRM, which `wf trm` runs")
+        raise UserError(f"training={config.training.stage}: a stage of LLM-TRM: run it with `wf trm`")
     if config.auto_prereq:
         for stage in prerequisites.missing(config):
             log.info("%s needs %s: running it first", config.training.stage, stage)
@@ -50,7 +50,10 @@ def run_stage(overrides: list[str], *, force: bool = False, processes: int | Non
 
 
 def run_once(overrides: list[str], force: bool, processes: int | None) -> Config:
-    """Run a stage, go on with it, or skip what is done; its config. Raises UserError where it was made otherwise."""
+    """Run a stage and return its config. Resume it if it was interrupted, and skip it if it is done.
+
+    Raises UserError if a finished stage was made with other settings. `force` runs it again.
+    """
     config = load_config(overrides)
     out = Path(config.output_dir)
     if prerequisites.is_done(out) and not force:
@@ -64,19 +67,20 @@ def run_once(overrides: list[str], force: bool, processes: int | None) -> Config
 
 
 def _check_same(config: Config, out: Path) -> None:
-    """Raises UserError where the stage was run with other settings."""
+    """Raise UserError if the finished stage in `out` was made with other settings than `config`."""
     before = dict(_flat(dataclasses.asdict(read_config(out / "final" / checkpoint.CONFIG))))
     now = dict(_flat(dataclasses.asdict(config)))
     for key, value in now.items():
         if key.startswith(INCIDENTAL) or value == "auto" or before[key] == value:
             continue
         raise UserError(
-            f"{out}: was made with {key}={before[key]}, now it is {value}: choose another place with output_root=..., "
+            f"{out}: made with {key}={before[key]}, but now it is {value}: choose another place with output_root=..., "
             f"or start over with --force"
         )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a nested config as `("training.lr", 1e-4)`."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -85,8 +89,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def count_processes(config: Config, asked: int | None) -> int:
-    """How many processes to start; 1 is this one. Raises UserError where there are fewer GPUs than asked for."""
-    if "RANK" in os.environ:
+    """The number of processes to train in; 1 means that this process trains.
+
+    `asked` is what `--nproc` says. Raises UserError if it is more than this machine has GPUs.
+    """
+    if "RANK" in os.environ:  # torchrun has started this process, so it must not start others
         return 1
     gpus = torch.cuda.device_count()
     if asked is not None and gpus and asked > gpus:
@@ -95,13 +102,14 @@ def count_processes(config: Config, asked: int | None) -> int:
 
 
 def torchrun(verb: str, processes: int, overrides: list[str], force: bool) -> None:
-    """Start this very training in several processes. Raises UserError when one fails."""
+    """Run `wf VERB` in several processes and wait for them. Raises UserError if one of them fails."""
     command = [sys.executable, "-m", "wrinklefree.distributed.workers", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", "wrinklefree.cli", verb, *overrides, *(["--force"] if force else [])]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-    # torchrun hands Ctrl-C on to its processes, which finish the step and save; it would kill them half a minute later.
+    # On Ctrl-C, torchrun signals its processes, which finish the step and save a checkpoint. By default it kills them
+    # after 30 seconds, which is too short to save a large model.
     patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS)}
-    before = signal.signal(signal.SIGINT, lambda number, frame: None)  # this one waits for them
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)  # this process ignores Ctrl-C and waits
     try:
         failed = subprocess.run(command, check=False, env=threads | patience | os.environ).returncode
     finally:

@@ -1,6 +1,6 @@
-"""Stages that build on one another: where each stands, and what has to be run first.
+"""Stages that build on one another: where their folders are, and which of them must run first.
 
-The stages of one experiment are siblings, `output_root/experiment_stage/`, each with the model it made in `final/`.
+The stages of one experiment have sibling folders, `output_root/EXPERIMENT_STAGE/`. Each has its model in `final/`.
 """
 
 from pathlib import Path
@@ -9,9 +9,9 @@ from wrinklefree.config.compose import options
 from wrinklefree.config.schema import Config, DataConfig, DistributedConfig
 from wrinklefree.core.errors import UserError
 
-TEACHER = "stage0_sft"  # the one earlier stage that reads the task
+TEACHER = "stage0_sft"  # the only earlier stage that is trained on the task
 
-# Stages with a command of their own.
+# Stages that have their own command instead of `wf train`.
 VERBS = {
     "trm_compressor": "trm compressor",
     "trm_pairs": "trm pairs",
@@ -22,41 +22,45 @@ VERBS = {
 
 
 def stage_folder(config: Config, stage: str) -> Path:
-    """The run folder of an earlier stage of this experiment."""
+    """The output folder for `stage` in this experiment."""
     return Path(config.output_root) / f"{config.experiment}_{stage}"
 
 
 def is_done(run: Path) -> bool:
-    """Whether a stage has run to its end."""
+    """Whether the run in this folder has finished."""
     return (run / "final" / "config.json").is_file()
 
 
 def stage_model(config: Config, name: str) -> str:
-    """The model that an earlier stage made; any other `name`, a folder or a hub id, is returned as it is.
+    """The folder of the model that stage `name` made. A `name` that is no stage (a folder, a hub id) is returned as is.
 
-    Raises UserError naming the command to run where the stage has not been run.
+    Raises UserError if the stage has not been run. The message names the command that runs it.
     """
     if name not in options("training"):
         return name
     run = stage_folder(config, name)
     if not is_done(run):
         raise UserError(
-            f"{config.training.stage} needs {name}, and {run}/final is not there: "
+            f"{config.training.stage} needs {name}, but there is no {run}/final: "
             f"run `{command(config, name)}`{'' if name in VERBS else ', or add auto_prereq=true'}"
         )
     return str(run / "final")
 
 
 def command(config: Config, stage: str) -> str:
-    """What runs a stage of this experiment."""
+    """The command line that runs `stage` in this experiment, such as `wf train model=tiny training=...`."""
     settings = prerequisite(config, stage)
-    if stage in VERBS:
+    if stage in VERBS:  # its command chooses the training itself
         settings.remove(f"training={stage}")
     return " ".join(["wf", VERBS.get(stage, "train"), *settings])
 
 
 def prerequisite(config: Config, stage: str) -> list[str]:
-    """The same as overrides: model, place, seed, length, processes and data of `config`; all else is the stage's."""
+    """The overrides that run `stage` in this experiment.
+
+    Model, output root, seed, sequence length, `distributed` and data come from `config`. All other settings keep the
+    stage's defaults.
+    """
     name, task = config.model.name, config.data.task
     overrides = [f"model={name if name in options('model') else config.model.pretrained}", f"training={stage}"]
     if config.output_root != "outputs":
@@ -69,24 +73,24 @@ def prerequisite(config: Config, stage: str) -> list[str]:
         overrides.append(f"distributed={config.distributed.name}")
     if task is not None and stage == TEACHER:
         overrides.append(f"task={task}")
-    if (task is not None) == (stage == TEACHER):  # both read the task's files, or both read text
+    if (task is not None) == (stage == TEACHER):  # both train on the task, or both on text
         overrides += _files(config.data)
     return overrides
 
 
 def _files(data: DataConfig) -> list[str]:
-    """Local files, as overrides; anything else is the stage's own."""
+    """Overrides for the local files in `data`; empty if the data is not in local files."""
     if data.source not in ("local", "downstream") or data.path is None:
         return []
-    given = {"data.path": data.path, "data.heldout_path": data.heldout_path}
-    chosen = ["data=local"] if data.source == "local" else []
-    return chosen + [f"{key}={value}" for key, value in given.items() if value is not None]
+    paths = {"data.path": data.path, "data.heldout_path": data.heldout_path}
+    group = ["data=local"] if data.source == "local" else []
+    return group + [f"{key}={value}" for key, value in paths.items() if value is not None]
 
 
 def starting_folder(config: Config) -> Path | None:
-    """The folder of the model to start from: the first of `training.start_from` that is there; None is the original.
+    """The folder of the model to train from, or None to train from the pretrained model.
 
-    Raises UserError like `locate` where none is.
+    It is the first entry of `training.start_from` that exists. Raises UserError if none does.
     """
     names = config.training.start_from
     if not names:
@@ -96,7 +100,7 @@ def starting_folder(config: Config) -> Path | None:
 
 
 def missing(config: Config) -> list[str]:
-    """The stages that have to be run before this one, in order."""
+    """The names of the stages that have to run before this one, in order; empty if all of them are done."""
     known = options("training")
     names = config.training.start_from
     needed = [name for name in [config.distillation.teacher] if name in known]

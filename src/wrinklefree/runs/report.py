@@ -1,4 +1,4 @@
-"""What a run comes to: one object of figures, one table, one section of the model card."""
+"""The results of a run: the measured figures, and how they are shown as a table and in the model card."""
 
 import dataclasses
 import json
@@ -10,20 +10,20 @@ from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.tracking.terminal import print_table, short_number, short_size
 
-STATES = ("full_precision", "one_shot", "trained")  # of the model, the columns of the table
+STATES = ("full_precision", "one_shot", "trained")  # of the model; these are the columns of the table
 
 
 @dataclass
 class Results:
-    """Figures of a run, filled in as they are measured; kept in `results.json`."""
+    """The figures of a run, filled in as they are measured and saved in `results.json`."""
 
     context: int = 0  # tokens per window of the held-out figures
     full_precision: Quality | None = None
     one_shot: Quality | None = None
     trained: Quality | None = None
-    accuracy: dict[str, Accuracy] = field(default_factory=dict)  # on a task, by the names above
-    original_bytes: int = 0  # the original's weights in bf16
-    original_linear_bytes: int = 0  # of these, the layers that were quantized
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)  # accuracy on the task for each of STATES
+    original_bytes: int = 0  # size of the original model in bf16
+    original_linear_bytes: int = 0  # the part of it that was quantized
     packed_bytes: int = 0
     packed_linear_bytes: int = 0
     bits_per_quantized_weight: float = 0.0
@@ -31,6 +31,7 @@ class Results:
     tokens_per_second: dict[str, float] = field(default_factory=dict)  # greedy decoding, batch 1
 
     def save(self, path: Path) -> None:
+        """Write the figures to `path` as JSON, with perplexities and accuracies computed."""
         values = dataclasses.asdict(self)
         for name in STATES:
             quality: Quality | None = getattr(self, name)
@@ -40,7 +41,7 @@ class Results:
         path.write_text(json.dumps(values, indent=2) + "\n")
 
     def rows(self) -> list[list[str]]:
-        """The table: a line per figure, a column per state of the model."""
+        """The table: one row per figure, one column per state of the model."""
         table = [
             ["held-out perplexity", *(_ppl(q) for q in self._qualities())],
             ["KL to full precision, nats/token", *(_kl(q) for q in self._qualities())],
@@ -64,15 +65,16 @@ class Results:
         return short_number(self.tokens_per_second[name])
 
     def print(self) -> None:
+        """Print the table."""
         print_table(["", "full precision", "one-shot", "trained"], self.rows())
 
     def markdown(self) -> str:
-        """A section of the model card."""
+        """The table as a section of the model card."""
         lines = [f"| {' | '.join(row)} |" for row in self.rows()]
         head = ["| | full precision | quantized, one-shot | trained |", "|---|---|---|---|"]
         assert self.full_precision is not None
-        where = f"On {self.full_precision.tokens:,} held-out tokens in windows of {self.context}."
-        return "\n".join(["## Quality", "", where, "", *head, *lines, ""])
+        measured_on = f"On {self.full_precision.tokens:,} held-out tokens in windows of {self.context}."
+        return "\n".join(["## Quality", "", measured_on, "", *head, *lines, ""])
 
 
 def _ppl(quality: Quality | None) -> str:
@@ -88,6 +90,6 @@ def _share(accuracy: Accuracy | None) -> str:
 
 
 def read_figures(path: Path) -> dict[str, Any]:
-    """The figures of a finished run."""
+    """Read the `results.json` of a finished run."""
     values: dict[str, Any] = json.loads(path.read_text())
     return values

@@ -1,9 +1,9 @@
-"""The one set-up of every training: its processes, resume point, model, plan, data and evaluation.
+"""The set-up that every training shares: processes, resume point, model, plan, data and evaluation.
 
-run = open_run(config, force)       checks everything; nothing is written or removed
-...                                 make the model to train and its objective, which may still fail
-run.begin()                         now the folder is made
-run.fit(model, objective)           the loop
+run = open_run(config, force)       check everything; write and remove nothing
+...                                 make the model to train and its objective; either may raise UserError
+run.begin()                         make the output folder
+run.fit(model, objective)           train
 """
 
 import logging
@@ -41,11 +41,14 @@ log = logging.getLogger("wrinklefree")
 
 @dataclass
 class Run:
-    """What every training works with; `config` is resolved, `model` is the one that the run starts from."""
+    """Everything that a training needs.
+
+    In `config` every `auto` has been replaced. `model` is the model that the run starts from.
+    """
 
     config: Config
     world: World
-    resume: Path | None  # the checkpoint to go on from
+    resume: Path | None  # the checkpoint to resume from
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     placement: Whole
@@ -53,26 +56,27 @@ class Run:
 
     @property
     def out(self) -> Path:
-        """The folder of the run."""
+        """The output folder of the run."""
         return Path(self.config.output_dir)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process does the writing."""
+        """Whether this process writes the files."""
         return self.world.is_main
 
     def begin(self) -> None:
-        """Make the folder of the run, or keep it if the run is resumed. Every process has to call it."""
-        barrier(self.world)  # all have read what they start from, which may be in that folder
+        """Make the output folder, or keep it if the run is resumed. Every process has to call this."""
+        # Other processes may still be reading the model they start from, and it may lie in the folder to be cleared.
+        barrier(self.world)
         if self.is_main and self.resume is None:
             make_run_folder(self.config)
 
     def stream(self) -> BatchStream | KDStream:
-        """The training batches of this process, from the first on."""
+        """This process's training batches, from the first one."""
         return open_stream(self.config, self.tokenizer, self.world)
 
     def heldout(self, max_tokens: int | None) -> list[Batch]:
-        """Held-out batches of the run's length."""
+        """Held-out batches with the run's sequence length, at most `max_tokens` tokens; None means all."""
         return heldout(self.config, self.tokenizer, max_tokens)
 
     def fit(
@@ -85,9 +89,9 @@ class Run:
         evaluate: Evaluate | None = None,
         on_step: OnStep | None = None,
     ) -> Path:
-        """Train `model`, which has been placed with its teacher, and return the folder `final/`.
+        """Train `model` and return the folder `final/`. The model and its teacher must have been placed.
 
-        Before each step `on_step` is called, or without it the method's.
+        `on_step` is called before each step. By default it is the quantization method's.
         """
         if on_step is None and self.config.method is not None:
             on_step = self.config.method.on_step
@@ -110,12 +114,12 @@ class Run:
     def quality(
         self, model: PreTrainedModel, batches: list[Batch], reference: PreTrainedModel | None = None
     ) -> Quality:
-        """Held-out quality of a placed model, in the precision of the run."""
+        """A placed model's perplexity on `batches`, and its KL to `reference`, in the run's precision."""
         with self.plan.autocast(model.device):
             return self.placement.with_whole_parameters(partial(measure, model, batches, reference))
 
     def accuracy(self, model: PreTrainedModel, examples: list[Example]) -> Accuracy:
-        """Accuracy of a placed model on the examples of a task, in the precision of the run."""
+        """Accuracy of a placed model on task examples, in the run's precision."""
         size, length = 4 * self.config.training.batch_size, self.plan.length
         score = partial(measure_accuracy, model, self.tokenizer, examples, batch_size=size, length=length)
         with self.plan.autocast(model.device):
@@ -129,13 +133,15 @@ def open_run(
     load: Callable[[Config], Loaded] | None = None,
     world: World | None = None,
 ) -> Run:
-    """Join the other processes, load the model and resolve every `auto` of `config`, in place.
+    """Join the other processes, load the model and replace every `auto` in `config`. Nothing is written or removed.
 
-    `load` makes the model and its tokenizer; without it, they are the pretrained ones. The random numbers start anew
-    from the seed before that. Nothing is written or removed.
+    `load` makes the model and its tokenizer, after the random numbers have been seeded. By default it loads the
+    pretrained ones.
 
-    Raises UserError for anything that the user can mend: a folder that holds another run (unless `force`), a
-    checkpoint or model that is not there, settings that do not go together.
+    Raises UserError for anything that the user can fix, such as
+    - an output folder that already holds a run, unless `force` is given,
+    - a checkpoint or model that does not exist,
+    - settings that exclude one another.
     """
     world = world or join_world()
     resume = gather(resume_point(config, force) if world.is_main else None, world)[0]
@@ -150,14 +156,14 @@ def open_run(
 
 
 def load_original(config: Config) -> Loaded:
-    """The pretrained model, frozen, and its tokenizer."""
+    """Load the pretrained model, with all parameters frozen, and its tokenizer."""
     log.info("loading %s", config.model.pretrained)
     model, tokenizer = load_pretrained(config.model)
     return model.requires_grad_(False), tokenizer
 
 
 def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, world: World) -> BatchStream | KDStream:
-    """The endless training batches of this process: of the KD cache where there is one, else of the data."""
+    """An endless stream of training batches for this process. They come from the KD cache, if `config` names one."""
     t = config.training
     if config.distillation.cache is not None:
         cache = open_cache(config.distillation.cache, tokenizer)
@@ -174,14 +180,14 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, world: World
 
 
 def open_cache(folder: str, tokenizer: PreTrainedTokenizerBase) -> KDCache:
-    """A KD cache for a student of this tokenizer. Raises UserError where it is broken, or of another tokenizer."""
+    """Open a KD cache. Raises UserError if it is damaged, or was written with another tokenizer."""
     cache = KDCache(Path(folder))
     cache.check_tokenizer(tokenizer)
     return cache
 
 
 def heldout(config: Config, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> list[Batch]:
-    """Held-out batches at the training context length."""
+    """Held-out batches with the training's sequence length, at most `max_tokens` tokens; None means all."""
     t = config.training
     return heldout_batches(
         config.data, tokenizer, batch_size=t.batch_size, length=resolved_length(config), max_tokens=max_tokens
@@ -189,7 +195,7 @@ def heldout(config: Config, tokenizer: PreTrainedTokenizerBase, max_tokens: int 
 
 
 def evaluator(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[nn.Module], dict[str, float]]:
-    """What `fit` calls every `eval_interval` steps: held-out loss and quantization errors."""
+    """The function that `fit` calls every `eval_interval` steps. It returns held-out loss and quantization errors."""
     if config.distillation.cache is not None:
         return _cached_evaluator(config, open_cache(config.distillation.cache, tokenizer))
     batches = heldout(config, tokenizer, config.training.eval_tokens)
@@ -203,7 +209,7 @@ def evaluator(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[n
 
 
 def _cached_evaluator(config: Config, cache: KDCache) -> Callable[[nn.Module], dict[str, float]]:
-    """The loss that is trained for, and its parts, on held-out sequences of the cache."""
+    """A function that returns the training loss and its parts on the cache's held-out sequences."""
 
     @torch.no_grad()
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -221,12 +227,12 @@ def _cached_evaluator(config: Config, cache: KDCache) -> Callable[[nn.Module], d
 
 
 def examples(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Held-out examples of a task with a fixed set of answers; none for other data."""
+    """Held-out examples of a task that has a fixed set of answers; an empty list for other data."""
     return choose(heldout_examples(config.data, tokenizer), config.training.eval_examples)
 
 
 def resolved_length(config: Config) -> int:
-    """The sequence length of a config that `open_run` has resolved. Raises UserError if it is still `auto`."""
+    """`training.max_seq_length` as a number. Raises UserError if it is still `auto`, because `open_run` resolves it."""
     length = config.training.max_seq_length
     if isinstance(length, str):
         raise UserError("training.max_seq_length=auto: the model has not been loaded yet")

@@ -1,7 +1,10 @@
-"""One stage from its config to its figures: what `wf train`, `wf fairy2` and `wf bitdistill` run.
+"""One training stage, from its config to its results. `wf train`, `wf fairy2` and `wf bitdistill` run it.
 
-Evaluate the original (or the teacher), quantize or take up where an earlier stage ended, evaluate, train, evaluate,
-pack, read back, certify, sample, plot, report.
+1. Evaluate the original model, or the teacher.
+2. Quantize it, or load the model that an earlier stage made; evaluate.
+3. Train; evaluate.
+4. Pack, read the packed folder back, compare, and write samples.
+5. Plot and report.
 """
 
 import copy
@@ -35,7 +38,8 @@ log = logging.getLogger("wrinklefree")
 
 ALONE = World(0, 1, torch.device("cpu"))
 
-NUM_SAMPLES, PROMPT_TOKENS = 3, 8  # what the packed model writes after the first tokens of held-out text
+# The model card shows how the model continues the first tokens of this many held-out windows.
+NUM_SAMPLES, PROMPT_TOKENS = 3, 8
 
 CALIBRATION_BATCHES = 4
 
@@ -43,7 +47,7 @@ CERTIFY_TOKENS = 8192
 
 NAMES = {"full_precision": "original or teacher", "one_shot": "before training", "trained": "trained"}
 
-# What a run's folder holds in the end, as its last lines name it.
+# The contents of a finished run's folder, as the last lines of output describe them.
 PARTS = {
     "final": "final/ (checkpoint)",
     "packed": "packed/ (small file)",
@@ -53,11 +57,11 @@ PARTS = {
 
 
 def train_stage(config: Config, force: bool) -> None:
-    """Run one stage from its config to its figures. Raises UserError if an earlier stage is missing."""
+    """Train one stage and report its results. Raises UserError for anything that the user can fix."""
     start = prerequisites.starting_folder(config)
     run = open_run(config, force)
     original = run.model
-    stream = run.stream()  # what is wrong with the data is said before the work begins
+    stream = run.stream()  # opened early, so that errors in the data are reported before the work begins
     teacher = choose_teacher(config, original)
     reference = original if teacher is None else teacher
     measured = Measured(run, reference)
@@ -66,20 +70,20 @@ def train_stage(config: Config, force: bool) -> None:
     run.begin()
     run.placement.place(reference)
     run.placement.place(student)
-    measured.judge("full_precision", reference)
+    measured.measure_state("full_precision", reference)
     if config.method is not None or start is not None:
-        measured.judge("one_shot", student)
+        measured.measure_state("one_shot", student)
     run.fit(student, objective, teacher=teacher, stream=stream)
-    measured.judge("trained", student)
+    measured.measure_state("trained", student)
     if run.is_main:
-        if isinstance(run.placement, Sharded):  # what follows looks at whole models
+        if isinstance(run.placement, Sharded):  # packing needs whole models, and these are sharded
             original, student = load_pretrained(config.model)[0], load_model(run.out / "final")[0]
         finish(config, original, student, run.tokenizer, measured.heldout, measured.results, run.out)
     leave_world()
 
 
 class Measured:
-    """The figures of a run's model in its states, on the same held-out text and examples."""
+    """Measures a model before and after training, always on the same held-out text and examples."""
 
     def __init__(self, run: Run, reference: PreTrainedModel) -> None:
         self.run, self.reference = run, reference
@@ -87,8 +91,11 @@ class Measured:
         self.examples = setup.examples(run.config, run.tokenizer)
         self.results = Results(context=run.plan.length)
 
-    def judge(self, state: str, model: PreTrainedModel) -> None:
-        """Measure one state of the model into `results`, one that is not the reference also against that."""
+    def measure_state(self, state: str, model: PreTrainedModel) -> None:
+        """Measure `model` and store the figures in `results` under `state`, one of `report.STATES`.
+
+        The figures include the KL to the reference, unless `model` is the reference.
+        """
         quality = self.run.quality(model, self.heldout, None if model is self.reference else self.reference)
         setattr(self.results, state, quality)
         right = ""
@@ -101,10 +108,9 @@ class Measured:
 def prepare_student(
     config: Config, original: PreTrainedModel, batches: Batches = (), start: Path | None = None
 ) -> PreTrainedModel:
-    """The model to train: a copy of the original, or the model in `start`, quantized by the method.
+    """The model to train: a copy of `original`, or the model in the folder `start`, quantized by the method.
 
-    `batches` are what a method may calibrate on.
-    Raises UserError for `freeze_names` that match nothing.
+    A method may calibrate on `batches`. Raises UserError if `freeze_names` match no parameter.
     """
     student = copy.deepcopy(original) if start is None else load_model(start)[0].to(original.device)
     student.requires_grad_(True)
@@ -116,12 +122,12 @@ def prepare_student(
 
 
 def calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
-    """The first training batches, read when they are asked for; the stream that trains starts anew."""
+    """The first training batches, for calibration. They are read lazily, from a stream of their own."""
     yield from islice(setup.open_stream(config, tokenizer, ALONE), CALIBRATION_BATCHES)
 
 
 def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel | None:
-    """The model to distil from, if the objective needs one: the original, or `distillation.teacher`."""
+    """The model to distil from: `distillation.teacher`, by default the original. None if the objective needs none."""
     if not find_objective(config.training.objective).needs_teacher(config.distillation):
         return None
     if config.distillation.teacher is None:
@@ -132,7 +138,7 @@ def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel
 
 
 def choose_objective(config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None) -> LanguageObjective:
-    """What `training.objective` names."""
+    """Make the objective that `training.objective` names."""
     objective = find_objective(config.training.objective)
     return objective(student, config.distillation, teacher, config.training.compile)
 
@@ -146,7 +152,7 @@ def finish(
     results: Results,
     out: Path,
 ) -> None:
-    """Pack, prove, sample, plot and report."""
+    """Plot the losses, pack the model, and print and save the results."""
     if config.training.max_steps != 0:
         plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
     if config.method is not None and config.training.pack:
@@ -168,7 +174,7 @@ def pack(
     results: Results,
     out: Path,
 ) -> None:
-    """The packed folder with its certificate, sizes, speeds and a sample of what it writes."""
+    """Write the packed folder and check it. Add sizes and speeds to `results`, and print a sample of its text."""
     some = heldout[: max(1, CERTIFY_TOKENS // heldout[0]["input_ids"].numel())]
     samples = [f"{p}{complete(student, tokenizer, p, 96, 0.7, seed=1)}" for p in prompts(heldout, tokenizer)]
     fenced = "\n\n".join(f"~~~text\n{sample}\n~~~" for sample in samples)
@@ -197,8 +203,9 @@ def pack(
 
 
 def prompts(heldout: list[Batch], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The first tokens of some held-out windows, as text; a window may begin with nothing but special ones."""
+    """Text prompts: the first tokens in some held-out windows."""
     rows = torch.cat([batch["input_ids"] for batch in heldout])
     chosen = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES, :PROMPT_TOKENS]
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in chosen]
+    # A window may begin with nothing but special tokens, which decode to no text.
     return [text for text in texts if text] or [tokenizer.decode(chosen[0])]

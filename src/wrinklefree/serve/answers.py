@@ -1,4 +1,4 @@
-"""Answers: text pieces out of a stream of tokens, and the OpenAI interface's objects around them."""
+"""Answers: the text of a request's tokens, and the JSON objects of the OpenAI interface around it."""
 
 import json
 import secrets
@@ -19,15 +19,15 @@ CHUNK = {"completion": "text_completion", "chat": "chat.completion.chunk"}
 
 
 class Answer:
-    """The text of one stream. `finish` and `tokens` hold once the pieces are through."""
+    """The text of one request. `finish` and `tokens` are valid after the last piece."""
 
     def __init__(self, stream: Stream, text: TextStream) -> None:
         self.stream, self.text = stream, text
-        self.tokens = 0
-        self.finish = "stop"
+        self.tokens = 0  # generated so far
+        self.finish = "stop"  # or "length"
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Text that no later token can change, none of it empty."""
+        """Yield the text piece by piece as it is generated. No piece is empty."""
         async for token in self.stream.tokens():
             self.tokens += 1
             if piece := self.text.add(token):
@@ -42,13 +42,14 @@ class Answer:
             self.finish = "stop"
 
     def usage(self) -> dict[str, int]:
+        """The `usage` object: how many tokens were read and generated."""
         prompt = len(self.stream.prompt)
         return {"prompt_tokens": prompt, "completion_tokens": self.tokens, "total_tokens": prompt + self.tokens}
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """What all objects of one answer share."""
+    """The fields that all JSON objects of one answer share."""
 
     kind: Kind
     model: str
@@ -57,15 +58,21 @@ class Envelope:
 
     @classmethod
     def new(cls, kind: Kind, model: str) -> "Envelope":
+        """An envelope with a random id and the current time."""
         return cls(kind, model, f"{PREFIX[kind]}-{secrets.token_hex(12)}", int(time.time()))
 
     def whole(self, answer: Answer, text: str) -> dict[str, Any]:
+        """The object of an answer that is not streamed."""
         content = {"text": text} if self.kind == "completion" else {"message": {"role": "assistant", "content": text}}
         choice = {"index": 0, **content, "finish_reason": answer.finish, "logprobs": None}
         return self._object(WHOLE, choices=[choice], usage=answer.usage())
 
     async def events(self, answer: Answer, with_usage: bool) -> AsyncIterator[bytes]:
-        """Server-sent events: pieces, why it ended, usage where wanted, `[DONE]`; or an error as the last of them."""
+        """Yield a streamed answer as server-sent events.
+
+        They are the pieces of text, the reason why the answer ended, the usage if `with_usage`, and `[DONE]`. If the
+        server shuts down before that, the last event is an error.
+        """
         more = {"usage": None} if with_usage else {}
         try:
             if self.kind == "chat":

@@ -1,4 +1,4 @@
-"""The endpoint's routes: from a request's bytes to a stream of the scheduler and back, within the limits."""
+"""The HTTP routes: check a request, hand it to the scheduler, and send back the answer."""
 
 import asyncio
 import hmac
@@ -28,47 +28,50 @@ from wrinklefree.serve.scheduler import BusyError, ClosedError, Scheduler, Strea
 
 log = logging.getLogger("wrinklefree")
 
-SHORT = 16  # tokens of a completion that does not say how many; the OpenAI interface's default
-BODY_SECONDS = 30.0  # a body that takes longer is given up
+SHORT = 16  # tokens of a completion without `max_tokens`; the OpenAI interface's default
+BODY_SECONDS = 30.0  # a request whose body takes longer is refused
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """In tokens. What a body may have in bytes follows: a token is rarely more than 64."""
+    """The longest prompt and answer that are accepted, in tokens."""
 
     prompt: int
     answer: int
 
     @property
     def body(self) -> int:
+        """The longest body in bytes. A token rarely has more than 64 bytes; the rest is for the other fields."""
         return 2**16 + 64 * self.prompt
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is served, under which name."""
+    """The model that is served: its name, tokenizer and stop tokens."""
 
     name: str
     tokenizer: Any
-    ends: frozenset[int]  # tokens after which nothing follows
+    ends: frozenset[int]  # tokens that end an answer
     created: int = field(default_factory=lambda: int(time.time()))
 
     def about(self) -> dict[str, Any]:
+        """The model object of the OpenAI interface."""
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "wrinklefree"}
 
 
 class Service:
-    """The routes over one model."""
+    """The routes of a server for one model."""
 
     def __init__(self, model: Model, scheduler: Scheduler, limits: Limits, api_key: str | None = None) -> None:
         self.model, self.scheduler, self.limits = model, scheduler, limits
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
-        # One thread: long prompts keep one another waiting, not the streams.
+        # Prompts are tokenized in one thread of their own, so that a long one does not hold up the running streams.
         self._encoder = ThreadPoolExecutor(1, "encode")
 
     def app(self) -> Starlette:
+        """The ASGI application."""
         routes = [
             Route("/health", self.health),
             Route("/v1/models", self.models),
@@ -85,21 +88,26 @@ class Service:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def health(self, request: Request) -> Response:
+        """`GET /health`: how many slots there are and how many requests are open and waiting. Needs no key."""
         return JSONResponse({"status": "ok", "slots": self.scheduler.engine.slots} | self.scheduler.load())
 
     async def models(self, request: Request) -> Response:
+        """`GET /v1/models`: a list of the one model."""
         self._check_key(request)
         return JSONResponse({"object": "list", "data": [self.model.about()]})
 
     async def one_model(self, request: Request) -> Response:
+        """`GET /v1/models/NAME`."""
         self._check_key(request)
         self._check_model(request.path_params["name"])
         return JSONResponse(self.model.about())
 
     async def completions(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
         return await self._answer("completion", schema.Completion, request)
 
     async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
         return await self._answer("chat", schema.Chat, request)
 
     async def _answer(
@@ -131,34 +139,34 @@ class Service:
             return self.scheduler.submit(prompt, sampling)
         except BusyError:
             wait = {"Retry-After": "1"}
-            raise ApiError(429, "too many requests wait: try again later", code="busy", headers=wait) from None
+            raise ApiError(429, "too many requests are waiting: try again later", code="busy", headers=wait) from None
         except ClosedError:
             raise ending() from None
 
     def _check_key(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if self._key is not None and not hmac.compare_digest(given, self._key):
+        header = request.headers.get("authorization", "").encode()
+        if self._key is not None and not hmac.compare_digest(header, self._key):
             raise ApiError(401, "no valid API key: send it as `Authorization: Bearer KEY`", code="invalid_api_key")
 
     def _check_model(self, name: str) -> None:
         if name != self.model.name:
-            text = f"the model {name[:100]!r} is not here; {self.model.name!r} is"
+            text = f"there is no model {name[:100]!r} here, only {self.model.name!r}"
             raise ApiError(404, text, "model", "model_not_found")
 
     def _check_prompt(self, prompt: list[int], param: str) -> None:
         if not prompt:
             raise ApiError(400, "the prompt is empty: give some text to continue", param, "invalid_value")
         if len(prompt) > self.limits.prompt:
-            text = f"the prompt has {len(prompt)} tokens, and this server takes {self.limits.prompt}: shorten it"
+            text = f"the prompt has {len(prompt)} tokens, but this server takes {self.limits.prompt}: shorten it"
             raise ApiError(400, text, param, "context_length_exceeded")
 
     def _length(self, asked: schema.Request) -> int:
-        """Tokens of the answer at most."""
+        """The longest answer to this request, in tokens. Raises ApiError 400 if it asks for more than the limit."""
         param, length = asked.length()
         if length is None:
             return min(SHORT, self.limits.answer) if isinstance(asked, schema.Completion) else self.limits.answer
         if length > self.limits.answer:
-            text = f"{param}={length}: this server gives {self.limits.answer} tokens at most"
+            text = f"{param}={length}: this server generates at most {self.limits.answer} tokens"
             raise ApiError(400, text, param, "invalid_value")
         return length
 
@@ -174,11 +182,12 @@ class Service:
         )
 
     def close(self) -> None:
+        """Stop the thread that tokenizes prompts."""
         self._encoder.shutdown()
 
 
 class _Events(StreamingResponse):
-    """Server-sent events; the slot is freed however the response ends."""
+    """A streamed response. Its slot is freed no matter how the response ends."""
 
     def __init__(self, answer: Answer, envelope: Envelope, with_usage: bool) -> None:
         headers = {"Cache-Control": "no-cache"}
@@ -198,7 +207,11 @@ async def _whole(answer: Answer) -> str:
 
 
 async def _while_connected(request: Request, stream: Stream, work: Awaitable[T]) -> T:
-    """The work's result. Raises ClientDisconnect once nobody waits for it; the stream is given up where it fails."""
+    """Await `work` and return its result.
+
+    If the client disconnects first, the work is cancelled and ClientDisconnect is raised. The stream is cancelled
+    whenever there is no result, so that its slot is freed.
+    """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -218,7 +231,7 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _read(request: Request, most: int) -> bytes:
-    """The body. Raises ApiError 413 where it is longer than `most` bytes, 408 where it does not come."""
+    """Read the body. Raises ApiError 413 if it is longer than `most` bytes, and 408 if it takes too long."""
     try:
         return await asyncio.wait_for(_collect(request, most), BODY_SECONDS)
     except asyncio.TimeoutError:
@@ -231,7 +244,7 @@ _CLOSE = {"Connection": "close"}  # the rest of the body is not read
 async def _collect(request: Request, most: int) -> bytes:
     stated = request.headers.get("content-length", "")
     body = bytearray()
-    if not stated.isdecimal() or int(stated) <= most:
+    if not stated.isdecimal() or int(stated) <= most:  # a body without a stated length is counted as it comes
         async for chunk in request.stream():
             body += chunk
             if len(body) > most:
@@ -251,11 +264,11 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
 
 
 async def _nobody(request: Request, error: ClientDisconnect) -> Response:
-    """Nobody reads it."""
+    """The client is gone, so nobody reads this response."""
     return Response(status_code=499)
 
 
 async def _defect(request: Request, error: Exception) -> Response:
-    """The log has the traceback."""
+    """Log the traceback of an unexpected error and answer with status 500."""
     log.error("%s %s", request.method, request.url.path, exc_info=error)
     return ApiError(500, "internal error; the server's log has the details").response()

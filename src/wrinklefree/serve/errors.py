@@ -1,4 +1,4 @@
-"""What a client did wrong, or must wait for, in the words of the OpenAI interface: a status and an error object."""
+"""Errors that a client sees: an HTTP status and the error object of the OpenAI interface."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_erro
 
 
 class ApiError(Exception):
-    """`param` is the field of the body that is meant; `code` a word that programs look at."""
+    """A request that is refused. `param` names the wrong field of the body; `code` is a fixed word for programs."""
 
     def __init__(
         self,
@@ -23,13 +23,15 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
     def body(self) -> dict[str, Any]:
+        """The error object."""
         kind = TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
+        """The error as an HTTP response."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 def ending() -> ApiError:
-    """For what is asked, or still under way, while the server shuts down."""
+    """The error for requests that arrive, or are still running, while the server shuts down."""
     return ApiError(503, "the server is shutting down", code="shutting_down")

@@ -1,6 +1,6 @@
-"""The engine's interface on a model of transformers, for models that the native loop cannot run.
+"""The interface of the native engine around a transformers model, for models that the native engine cannot run.
 
-Right and slow: each step reads one sequence after the other, each with a KV cache of its own.
+It is slow: a step runs the model once for each sequence, because each has its own KV cache.
 """
 
 from collections.abc import Sequence
@@ -20,28 +20,34 @@ from transformers.generation.logits_process import (
 from wrinklefree.core.errors import UserError
 from wrinklefree.engine.engine import CHUNK, Sampling
 
-MASK = 2**63 - 1  # torch's generators take no more
+MASK = 2**63 - 1  # seeds of torch's generators have 63 bits
 
 
 @dataclass
 class _Sequence:
     tokens: list[int]  # prompt and answer
-    cache: DynamicCache  # of the first tokens
+    cache: DynamicCache  # keys and values of the tokens that have been read
     sampling: Sampling
     generator: torch.Generator
-    left: int  # tokens it may still get
+    left: int  # how many more tokens may be generated
     finished: str | None = None
 
 
 class TransformersEngine:
-    """`packed.engine.Engine` in the methods that a server needs."""
+    """Has the methods of the native `Engine` that the scheduler calls."""
 
     def __init__(self, model: PreTrainedModel, context: int, slots: int) -> None:
         self.model, self.context, self.slots = model, context, slots
         self._open: dict[int, _Sequence] = {}
 
     def open(self, prompt: Sequence[int], sampling: Sampling) -> int:
-        """The slot of the new sequence. Raises UserError like the native engine."""
+        """Begin a sequence and return its slot.
+
+        Raises UserError if
+        - the prompt is empty or too long,
+        - a token id is outside of the vocabulary,
+        - no slot is free.
+        """
         vocab = self.model.config.get_text_config().vocab_size
         if not 0 < len(prompt) < self.context:
             raise UserError(f"the prompt has {len(prompt)} tokens: 1 to {self.context - 1} fit")
@@ -59,33 +65,38 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def step(self) -> dict[int, int]:
-        """A token for each sequence whose prompt has been read; `CHUNK` tokens of the others' prompts."""
-        found = {}
+        """Advance each open sequence, and return the new tokens by slot.
+
+        A sequence whose prompt has been read gets one token. Of the other prompts, the next `CHUNK` tokens are read.
+        """
+        new = {}
         for slot, sequence in self._open.items():
             if sequence.finished is None and (logits := self._read(sequence)) is not None:
-                found[slot] = _choose(sequence, logits)
-                _note(sequence, found[slot])
-        return found
+                new[slot] = _choose(sequence, logits)
+                _append(sequence, new[slot])
+        return new
 
     def _read(self, sequence: _Sequence) -> Tensor | None:
-        """Read the next tokens; logits [1, vocab] after the last one, None while there are more."""
+        """Read the next `CHUNK` tokens. Returns logits [1, vocab] after the last token, None while some are unread."""
         start = sequence.cache.get_seq_length()
         piece = torch.tensor([sequence.tokens[start : start + CHUNK]], device=self.model.device)
         out = self.model(piece, past_key_values=sequence.cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].float() if start + piece.shape[1] == len(sequence.tokens) else None
 
     def finished(self, slot: int) -> str | None:
+        """Why a sequence has ended, "stop" or "length"; None if it has not."""
         return self._open[slot].finished
 
     def close(self, slot: int) -> None:
+        """Free a slot."""
         del self._open[slot]
 
 
 def _choose(sequence: _Sequence, logits: Tensor) -> int:
-    """In transformers' order: repetition penalty, temperature, top-k, top-p."""
+    """Sample the next token from logits [1, vocab]."""
     sampling = sequence.sampling
     ids = torch.tensor([sequence.tokens], device=logits.device)
-    steps = LogitsProcessorList()
+    steps = LogitsProcessorList()  # the order is that of `generate` in transformers
     if sampling.repetition_penalty != 1:
         steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.temperature == 0:
@@ -98,7 +109,8 @@ def _choose(sequence: _Sequence, logits: Tensor) -> int:
     return int(torch.multinomial(steps(ids, logits).softmax(-1), 1, generator=sequence.generator))
 
 
-def _note(sequence: _Sequence, token: int) -> None:
+def _append(sequence: _Sequence, token: int) -> None:
+    """Add a token to its sequence, and note whether the sequence ends with it."""
     sequence.tokens.append(token)
     sequence.left -= 1
     if token in sequence.sampling.stop_tokens:

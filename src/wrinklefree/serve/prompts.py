@@ -1,4 +1,4 @@
-"""Token ids of what a request asks to continue: a text, ids, or a conversation in the tokenizer's chat template."""
+"""Turn the prompt of a request into token ids. It is a text, token ids, or a conversation for the chat template."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ from wrinklefree.serve.schema import Chat, Completion
 
 
 def encode(tokenizer: Any, request: Completion | Chat) -> list[int]:
-    """Raises ApiError 400 where the tokenizer has no template, or the template refuses the conversation."""
+    """Token ids of the request's prompt.
+
+    Raises ApiError 400 for a conversation if the tokenizer has no chat template, or the template refuses it.
+    """
     return _chat(tokenizer, request) if isinstance(request, Chat) else _completion(tokenizer, request)
 
 

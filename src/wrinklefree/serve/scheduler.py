@@ -1,6 +1,9 @@
-"""Many requests on one engine: a thread owns it, takes requests in between steps and hands tokens to asyncio.
+"""Answer many requests with one engine.
 
-submit -> waiting -> a slot, a token each step -> finished, or left by whoever asked
+A thread owns the engine. Between two steps it takes new requests, and it passes each token to the asyncio loop. A
+request goes through these states:
+
+submit -> waiting -> in a slot, one token per step -> finished or cancelled
 """
 
 import asyncio
@@ -15,7 +18,7 @@ from wrinklefree.engine.engine import Sampling
 
 
 class Engine(Protocol):
-    """What `packed.engine.Engine` says of itself; calls come from one thread at a time."""
+    """What the scheduler calls of an engine, always from one thread at a time; `engine.Engine` documents it."""
 
     context: int
     slots: int
@@ -27,25 +30,25 @@ class Engine(Protocol):
 
 
 class BusyError(Exception):
-    """As many requests as may wait are waiting."""
+    """The queue of waiting requests is full."""
 
 
 class ClosedError(Exception):
-    """The server ends: nothing new is begun and what is open ends here."""
+    """The server is shutting down: new requests are refused and open ones are cut off."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to one request: it was opened (no token), got a token, maybe its last, or was refused."""
+    """What happened to one request: it got a slot, got a token, was refused by the engine, or the server closed."""
 
     kind: Literal["opened", "token", "refused", "closed"]
     token: int = 0
-    finish: str | None = None  # with the last token: "stop" or "length"
+    finish: str | None = None  # set with the last token: "stop" or "length"
     message: str = ""  # why it was refused
 
 
 class Stream:
-    """One request as asyncio sees it. `cancel` frees its slot at the next step."""
+    """One request, as the asyncio side sees it."""
 
     def __init__(self, prompt: list[int], sampling: Sampling) -> None:
         self.prompt, self.sampling = prompt, sampling
@@ -54,14 +57,21 @@ class Stream:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
 
     def cancel(self) -> None:
+        """Give up the request. Its slot is freed before the next step."""
         self.cancelled = True
 
     async def opened(self) -> None:
-        """Wait until it has a slot. Raises UserError where the engine refuses it, ClosedError where the server ends."""
+        """Wait until the request has a slot.
+
+        Raises UserError if the engine refuses the prompt, and ClosedError if the server shuts down.
+        """
         await self._next()
 
     async def tokens(self) -> AsyncIterator[int]:
-        """Tokens as they come; `finish` says afterwards why no more do. Raises ClosedError where the server ends."""
+        """Yield tokens as they are generated. Afterwards, `finish` says why there are no more.
+
+        Raises ClosedError if the server shuts down.
+        """
         while self.finish is None:
             event = await self._next()
             self.finish = event.finish
@@ -77,18 +87,18 @@ class Stream:
 
 
 class Scheduler:
-    """`run` is the thread's work; `submit` and `close` belong to the thread of the asyncio loop."""
+    """Shares an engine between requests. A thread calls `run`; the asyncio loop calls `submit` and `close`."""
 
     def __init__(self, engine: Engine, max_waiting: int) -> None:
         self.engine, self.max_waiting = engine, max_waiting
-        self._changed = threading.Condition()  # guards the three below
+        self._changed = threading.Condition()  # guards `_waiting`, `_open` and `_closed`
         self._waiting: deque[Stream] = deque()
         self._open: dict[int, Stream] = {}  # by slot; only `run` changes it
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, prompt: list[int], sampling: Sampling) -> Stream:
-        """Raises BusyError or ClosedError."""
+        """Queue a request. Raises BusyError if too many are waiting, and ClosedError while the server shuts down."""
         stream = Stream(prompt, sampling)
         with self._changed:
             if self._closed:
@@ -101,18 +111,21 @@ class Scheduler:
         return stream
 
     def load(self) -> dict[str, int]:
-        """Requests that are open, and that wait for a slot."""
+        """How many requests are open (have a slot), and how many are waiting for one."""
         with self._changed:
             return {"open": len(self._open), "waiting": len(self._waiting)}
 
     def close(self) -> None:
-        """End everything that is open or waits, and `run`; safe to call twice."""
+        """End all requests and make `run` return. It is safe to call this twice."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def run(self) -> None:
-        """Step the engine while anything is open, sleep while nothing is, until `close`, or until the engine fails."""
+        """Step the engine while there are requests, and sleep while there are none. Returns after `close`.
+
+        If the engine raises an error, all requests end and the error is raised again.
+        """
         try:
             while self._wait_for_work():
                 self._tell(self._admit())
@@ -121,7 +134,7 @@ class Scheduler:
             self._end_all()
 
     def _wait_for_work(self) -> bool:
-        """Leave out what was given up. False once the server ends."""
+        """Drop cancelled requests, then wait until there is one to answer. Returns False once the server shuts down."""
         with self._changed:
             while True:
                 if self._closed:
@@ -139,7 +152,7 @@ class Scheduler:
             self._waiting = deque(stream for stream in self._waiting if not stream.cancelled)
 
     def _admit(self) -> list[tuple[Stream, Event]]:
-        """Give free slots to those that wait, first come, first served."""
+        """Give free slots to waiting requests, first come, first served."""
         events = []
         with self._changed:
             while self._waiting and len(self._open) < self.engine.slots:
@@ -166,7 +179,7 @@ class Scheduler:
         return events
 
     def _tell(self, events: list[tuple[Stream, Event]]) -> None:
-        """Wake the loop once for all of them."""
+        """Deliver events to the asyncio loop, which is woken once for all of them."""
         if events:
             assert self._loop is not None
             self._loop.call_soon_threadsafe(_deliver, events)

@@ -1,6 +1,6 @@
-"""Bodies of requests: the OpenAI interface's fields that we know, checked. Anything else is refused by its name.
+"""Parse and check the body of a request. A field that is not supported is refused by its name.
 
-Two of vLLM's additions are taken too: `top_k` and `repetition_penalty`.
+The fields are those of the OpenAI interface, plus two that vLLM added: `top_k` and `repetition_penalty`.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wrinklefree.serve.errors import ApiError
 
-LONGEST_STOP = 256  # characters; each token costs a search for the beginnings of all of them
+LONGEST_STOP = 256  # characters; with each token, the end of the text is compared with every beginning of a stop string
 
-# Fields that change nothing in an answer.
+# Fields that are accepted and have no effect on an answer.
 IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"}
 
-# Fields of things that are not to be had, with the values that ask for none of them.
+# Fields that are not supported, with the values at which they have no effect: only these values are accepted.
 NEUTRAL: dict[str, Sequence[Any]] = {
     "n": (1,),
     "best_of": (1,),
@@ -47,7 +47,7 @@ class StreamOptions(_Strict):
 
 
 class Request(_Strict):
-    """What both kinds have in common. None is what the server's limits say."""
+    """The fields that completions and chats share. If `max_tokens` is None, the server chooses the length."""
 
     model: str
     max_tokens: Count | None = None
@@ -61,13 +61,15 @@ class Request(_Strict):
     stream_options: StreamOptions | None = None
 
     def stops(self) -> list[str]:
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     def usage_wanted(self) -> bool:
+        """Whether a streamed answer should end with its token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def length(self) -> tuple[str, int | None]:
-        """The field that says how long the answer may be, and what it says."""
+        """The name and the value of the field that limits the length of the answer."""
         return "max_tokens", self.max_tokens
 
 
@@ -83,10 +85,10 @@ class Part(_Strict):
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    name: str | None = None  # templates do not know it
+    name: str | None = None  # accepted and ignored: chat templates do not use it
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """The message as a chat template expects it: role and one text."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -105,7 +107,7 @@ Kind = TypeVar("Kind", bound=Request)
 
 
 def parse(kind: type[Kind], body: bytes) -> Kind:
-    """The request in a body. Raises ApiError 400 that names what is wrong with it."""
+    """Parse a body. Raises ApiError 400 naming the first field that is wrong."""
     values = _without_neutral(_load(body))
     try:
         request = kind.model_validate(values)
@@ -127,7 +129,10 @@ def _load(body: bytes) -> dict[str, Any]:
 
 
 def _without_neutral(values: dict[str, Any]) -> dict[str, Any]:
-    """Left out: null, which is what clients write for "not given", and fields that ask for nothing."""
+    """`values` without the fields that have no effect. Raises ApiError 400 for fields that are not supported.
+
+    Clients send null for a field that was not given, so null counts as absent.
+    """
     for name in NEUTRAL.keys() & values.keys():
         value = values[name]
         if value is not None and not any(value == v and type(value) is type(v) for v in NEUTRAL[name]):
@@ -135,32 +140,35 @@ def _without_neutral(values: dict[str, Any]) -> dict[str, Any]:
     left_out = IGNORED | NEUTRAL.keys()
     kept = {name: value for name, value in values.items() if name not in left_out and value is not None}
     if isinstance(kept.get("messages"), list):
-        kept["messages"] = [_without_nothing(message) for message in kept["messages"]]
+        kept["messages"] = [_without_empty(message) for message in kept["messages"]]
     return kept
 
 
-def _without_nothing(message: Any) -> Any:
-    """A message of an earlier answer comes back with fields that hold null or an empty list."""
+def _without_empty(message: Any) -> Any:
+    """The message without fields that hold null or an empty list, except `content`."""
+    # Clients send back the message objects of earlier answers, which have such fields.
     if not isinstance(message, dict):
         return message
     return {name: value for name, value in message.items() if name == "content" or value not in (None, [])}
 
 
 def _refusal(values: Any, error: ValidationError) -> ApiError:
-    """What is wrong, deepest inside: of a union's members that is the one which was meant."""
+    """The validation error that helps most, as an ApiError."""
+    # For a union, pydantic reports the errors of every member. The one deepest inside the body belongs to the member
+    # that was meant.
     errors = error.errors(include_url=False)
-    paths = [_path(values, found["loc"], found["type"] == "missing") for found in errors]
+    paths = [_path(values, each["loc"], each["type"] == "missing") for each in errors]
     best = max(range(len(errors)), key=lambda i: len(paths[i]))
-    where, found = ".".join(paths[best]), errors[best]
-    if found["type"] == "extra_forbidden":
-        return ApiError(400, f"{where}: not supported by this server", where, "unsupported_parameter")
-    return ApiError(400, f"{where}: {found['msg']}", where, "invalid_value")
+    field, deepest = ".".join(paths[best]), errors[best]
+    if deepest["type"] == "extra_forbidden":
+        return ApiError(400, f"{field}: not supported by this server", field, "unsupported_parameter")
+    return ApiError(400, f"{field}: {deepest['msg']}", field, "invalid_value")
 
 
 def _path(inside: Any, place: Sequence[int | str], is_missing: bool) -> list[str]:
-    """A place in the body without the names of a union's members, which stand between and are in no body."""
+    """The path to a field of the body `inside`, from the `loc` of a pydantic error."""
     path = []
-    for part in place:
+    for part in place:  # of these, the names of a union's members are not in the body and are left out
         if part in inside if isinstance(inside, dict) else isinstance(inside, list) and isinstance(part, int):
             path.append(str(part))
             inside = inside[part]

@@ -1,7 +1,7 @@
-"""The process: one thread with the engine, one asyncio loop with the connections, and their end.
+"""The server process: one thread runs the engine, and one asyncio loop handles the connections.
 
-SIGINT and SIGTERM: nothing new is taken, streams have `GRACE` seconds to finish, then they are told and cut off. An
-error in the engine's thread ends the server the same way and is raised again.
+On SIGINT or SIGTERM no new requests are accepted. Open streams have `GRACE` seconds to finish; after that they get an
+error event and are cut off. An error in the engine's thread also ends the server, and is raised again.
 """
 
 import asyncio
@@ -19,16 +19,17 @@ import uvicorn
 from wrinklefree.core.errors import UserError
 from wrinklefree.serve.app import Service
 
-GRACE = 2.0  # seconds
-LAST = 1  # more, for connections that do not end by themselves
+GRACE = 2.0  # seconds that open streams have to finish after a signal
+LAST = 1  # seconds more for connections that have not ended by themselves
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet. Raises UserError where the address cannot be had."""
+    """A socket bound to an address, not listening yet. Raises UserError if the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small pieces at once (TCP_NODELAY) only where the protocol is named.
+    # asyncio sets TCP_NODELAY, which sends small pieces at once, only if the protocol is named here.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    if os.name == "posix":  # a port that was just left; elsewhere the option would take one that is in use
+    # On POSIX this option allows a port that was just left. On Windows it would take over a port that is in use.
+    if os.name == "posix":
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
@@ -39,19 +40,21 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url(bound: socket.socket) -> str:
+    """The address of a bound socket as a URL."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def run(service: Service, bound: socket.socket, announce: Callable[[], None]) -> None:
-    """Serve until a signal comes; `announce` is called once requests are taken."""
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each piece that a client left unread
+    """Serve until SIGINT or SIGTERM. `announce` is called once the server accepts requests."""
+    # asyncio warns of every write to a client that has gone.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     with _signals_end_it():
         asyncio.run(_run(service, bound, announce))
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which says when it has begun and lets streams end after a signal."""
+    """uvicorn that calls `announce` once it has started, and `end` some seconds after a signal."""
 
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None], end: Callable[[], None]) -> None:
         super().__init__(config)
@@ -72,7 +75,7 @@ async def _run(service: Service, bound: socket.socket, announce: Callable[[], No
     config = uvicorn.Config(
         service.app(),
         log_config=None,
-        log_level="critical",  # the app logs its own errors; what is left are connections that are cut off at the end
+        log_level="critical",  # the app logs its own errors; uvicorn would add those of connections cut off at the end
         access_log=False,
         lifespan="off",
         server_header=False,
@@ -96,7 +99,7 @@ async def _run(service: Service, bound: socket.socket, announce: Callable[[], No
 
 @contextmanager
 def _signals_end_it() -> Iterator[None]:
-    """uvicorn raises the signals that it got once more when it has ended: here they mean nothing further."""
+    """Ignore SIGINT and SIGTERM outside of uvicorn, which raises the signals that it got again after it has ended."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

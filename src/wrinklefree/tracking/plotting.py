@@ -1,4 +1,4 @@
-"""Curves of runs: loss, distance to the teacher and learning rate over steps, one PNG for any number of runs."""
+"""Plot the logs of one or more runs into one PNG: loss, KL to the teacher and learning rate over the steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +9,19 @@ from wrinklefree.tracking.run_log import read_rows
 
 Series = tuple[list[int], list[float]]
 
-# Steps of training loss that one plotted point averages, as a share of the logged ones.
+# A plotted point of the training loss averages this share of the logged steps on each side.
 _SMOOTHING = 0.02
 
 
 def plot_runs(csvs: list[Path], out: Path) -> None:
-    """Draw loss, KL to the teacher where one was logged, and learning rate of the runs into `out`.
+    """Plot the training logs `csvs` into the PNG `out`. A run is labelled with the name of its folder.
 
-    Training curves are smoothed, with the raw one behind where a single run is shown; evaluations are points. The loss
-    is the cross entropy where that was logged beside the distillation loss, for evaluations too, so that they compare;
-    the KL of evaluations, where they have one, stands in the KL's panel. With more than three runs evaluations are
-    joined. A run is named by its folder. Raises UserError for a log that is missing, has no rows or other columns.
+    - Training curves are smoothed. For a single run, the raw curve is drawn behind.
+    - Evaluations are points, which are joined if there are more than three runs.
+    - If a log has both cross entropy and distillation loss, the loss panel shows the cross entropy.
+    - If a log has a KL to the teacher, it gets a panel of its own.
+
+    Raises UserError if a log is missing, has no rows, or lacks a column.
     """
     import matplotlib
 
@@ -49,7 +51,7 @@ def plot_runs(csvs: list[Path], out: Path) -> None:
 
 
 def _draw(axes: Sequence[Any], name: str, rows: list[dict[str, str]], color: str, raw: bool, mark: str) -> None:
-    """One run: its loss and evaluations in the first axes, the learning rate in the last, KL in those between."""
+    """Draw one run: loss and evaluations into the first axes, KL into the second, learning rate into the last."""
     style = {"color": color, "markeredgecolor": "white", "linewidth": 0.8}
     column = "train_ce" if _logged(rows, "train_ce") else "train_loss"
     _curve(axes[0], series(rows, column), raw, color=color, label=f"{name}, train")
@@ -76,13 +78,16 @@ def _logged(rows: list[dict[str, str]], column: str) -> bool:
 
 
 def series(rows: list[dict[str, str]], column: str) -> Series:
-    """Steps and values of the rows where `column` is filled."""
+    """The steps and values of the rows in which `column` is filled."""
     filled = [row for row in rows if row[column]]
     return [int(row["step"]) for row in filled], [float(row[column]) for row in filled]
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """The mean over `reach` values on each side, fewer on both sides alike near the ends; same length."""
+    """Moving average with `reach` values on each side; the result has the same length.
+
+    Near the ends, fewer values are averaged, as many on one side as on the other.
+    """
     return [_mean(values, i, min(reach, i, len(values) - 1 - i)) for i in range(len(values))]
 
 
@@ -98,12 +103,12 @@ def _read(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path}: no logged steps in it")
     missing = [column for column in ("step", "train_loss", "eval_loss", "lr") if column not in rows[0]]
     if missing:
-        raise UserError(f"{path}: not a training log, it has no column {', '.join(missing)}")
+        raise UserError(f"{path}: not a training log: it has no column {', '.join(missing)}")
     return rows
 
 
 def _names(csvs: list[Path]) -> list[str]:
-    """The folders' names; with the parent's in front where two runs share one."""
+    """A label for each run: the name of its folder, or the whole path if two folders have the same name."""
     folders = [path.resolve().parent for path in csvs]
     short = [folder.name for folder in folders]
     return [str(f) if short.count(f.name) > 1 else f.name for f in folders]

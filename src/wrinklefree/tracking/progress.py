@@ -1,4 +1,4 @@
-"""Progress of anything that takes more than a few seconds: a bar on a terminal, lines elsewhere."""
+"""Show the progress of long work: a bar on a terminal, lines in a file or pipe."""
 
 import logging
 import math
@@ -13,19 +13,19 @@ from wrinklefree.tracking.terminal import short_time
 log = logging.getLogger("wrinklefree")
 
 
-# Seconds between progress lines where standard output is no terminal.
+# Seconds between progress lines if standard output is not a terminal.
 _LINE_INTERVAL = 10.0
 
 
 class Clock:
-    """How long the rest takes, from the mean speed of this process since its first step."""
+    """Estimates the remaining time from the mean speed of this process since its first step."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         self.total_steps = total_steps
         self.first: tuple[int, float] | None = None if start_step else (0, time.monotonic())
 
     def remaining(self, step: int) -> str:
-        """The remaining time as h:mm:ss, `-:--:--` while nothing is known."""
+        """The remaining time after `step` steps as h:mm:ss, or `-:--:--` before the first step is done."""
         now = time.monotonic()
         if self.first is None or step <= self.first[0]:
             self.first = self.first or (step, now)
@@ -34,7 +34,7 @@ class Clock:
 
 
 class Bar:
-    """A live bar on one line of an 80-column terminal; log lines appear above it."""
+    """A progress bar on one line, which fits into 80 columns. Log lines appear above it."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         columns = (TextColumn("{task.completed}/{task.total}"), _stretching_bar(), TextColumn("{task.description}"))
@@ -54,7 +54,7 @@ def _stretching_bar() -> BarColumn:
 
 
 class Lines:
-    """The bar's text as a plain line about every ten seconds, and at the last step."""
+    """Prints progress as a plain line about every ten seconds, and at the last step."""
 
     def __init__(self, total_steps: int, unit: str = "step") -> None:
         self.total_steps, self.unit = total_steps, unit

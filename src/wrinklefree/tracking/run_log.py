@@ -1,7 +1,6 @@
-"""What a person sees of a run while it trains: a progress bar, `training_log.csv`, and W&B when asked.
+"""Report on a run while it trains: a progress bar, `training_log.csv`, and W&B if it is enabled.
 
-One `Tracker` lives on the main process. Numbers come in by name: each name is a column of the CSV, save for one with a
-slash (`quant_error/model.layers.0.mlp.up_proj`), of which there may be hundreds: those go to W&B alone.
+The main process has one `Tracker`. It takes numbers by name, and each name is a column of the CSV.
 """
 
 import csv
@@ -32,15 +31,14 @@ COLUMNS = ("step", "train_loss", "eval_loss", "lr", "elapsed_sec", "grad_norm", 
 
 
 class Tracker:
-    """Progress, CSV and W&B of one run; use it as a context manager so that an exception leaves the terminal whole."""
+    """Progress bar, CSV and W&B of one run. Use it as a context manager: an exception then restores the terminal."""
 
     def __init__(
         self, out_dir: Path, total_steps: int, wandb: WandbConfig, settings: str = "", start_step: int = 0
     ) -> None:
-        """Continue the log in `out_dir` after `start_step`, or begin it anew if that is 0.
+        """Continue the log in `out_dir` after `start_step`, or start a new one if that is 0.
 
-        `settings` is the resolved config as YAML, for W&B.
-        Raises UserError where W&B is asked for and not installed.
+        `settings` is the resolved config as YAML, for W&B. Raises UserError if W&B is enabled but not installed.
         """
         out_dir.mkdir(parents=True, exist_ok=True)
         self.wandb = _start_wandb(out_dir, wandb, settings, start_step) if wandb.enabled else None
@@ -50,19 +48,23 @@ class Tracker:
         self.began = time.monotonic() - self.csv.elapsed
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record `values` at `step`; `elapsed_sec` is filled in and goes on counting where a resumed run left off."""
+        """Record `values` at `step`. `elapsed_sec` is added; in a resumed run it continues from the last row.
+
+        A name with a slash (`quant_error/model.layers.0.mlp.up_proj`) goes to W&B only.
+        """
         row = {"step": step, "elapsed_sec": time.monotonic() - self.began, **values}
+        # Names with a slash stand for one layer each: as columns of the CSV there would be hundreds.
         self.csv.write({name: value for name, value in row.items() if "/" not in name})
         if self.wandb is not None:
             self.wandb.log({name: value for name, value in row.items() if name != "step"}, step=step)
 
     def update(self, step: int, loss: float, lr: float, tokens_per_sec: float) -> None:
-        """Move the progress bar to `step` optimizer steps done."""
+        """Show on the progress bar that `step` optimizer steps are done."""
         rate = f"loss {loss:.3f}  lr {lr:.1e}  {short_number(tokens_per_sec)} tok/s"
         self.bar.show(step, f"{rate}  ETA {self.clock.remaining(step)}")
 
     def close(self) -> None:
-        """Leave the last line of the bar standing, and finish the logs."""
+        """Stop the progress bar and finish the logs."""
         self.bar.close()
         self.csv.close()
         if self.wandb is not None:
@@ -78,7 +80,7 @@ class Tracker:
 
 
 class Silent(Tracker):
-    """What the other processes of a distributed run hold: the main one does the talking."""
+    """A tracker that does nothing, for all processes of a distributed run but the main one."""
 
     def __init__(self) -> None:
         """Nothing to open."""
@@ -94,10 +96,10 @@ class Silent(Tracker):
 
 
 class CsvLog:
-    """A CSV file with one row per logged step, each on disk as soon as it is written."""
+    """A CSV file with one row per logged step. Each row is flushed to disk when it is written."""
 
     def __init__(self, path: Path, columns: Iterable[str], start_step: int) -> None:
-        """Keep the rows up to `start_step` of an earlier log, none where that is 0, and append after them."""
+        """Open a log for appending. The rows of an earlier log are kept up to `start_step`; if that is 0, none is."""
         self.path = path
         kept = read_rows(path, start_step) if start_step and path.exists() else []
         self.elapsed = float(kept[-1].get("elapsed_sec") or 0) if kept else 0.0
@@ -122,19 +124,20 @@ class CsvLog:
 
 
 def read_rows(path: Path, last_step: int | None = None) -> list[dict[str, str]]:
-    """The whole rows of a log, up to `last_step`; a row that a crash cut short is left out."""
+    """The complete rows of a log, up to `last_step`. A row that a crash cut short is left out."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if _is_whole(row)]
     return [row for row in rows if last_step is None or int(row["step"]) <= last_step]
 
 
 def _is_whole(row: Mapping[Any, Any]) -> bool:
-    """Whether every column has a cell, every cell a column (`csv` says None for a missing one), and a step is there."""
+    """Whether the row has exactly one cell per column, and a step."""
+    # `csv.DictReader` uses None as the value of a missing cell, and as the key of surplus cells.
     return None not in row and None not in row.values() and row.get("step", "").isdigit()
 
 
 def _rewrite(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
-    """Replace a log; a crash here leaves the old one whole."""
+    """Replace a log atomically: a crash leaves the old one intact."""
     with file_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
@@ -146,7 +149,7 @@ def _number(value: float) -> str:
 
 
 class WandbRun(Protocol):
-    """What is used of `wandb.Run`."""
+    """The part of `wandb.Run` that is used here."""
 
     id: str
 
@@ -155,8 +158,8 @@ class WandbRun(Protocol):
     def finish(self) -> None: ...
 
 
-def _start_wandb(out_dir: Path, given: WandbConfig, settings: str, start_step: int) -> WandbRun:
-    """Open the W&B run of this folder: the same one again after a resume, else a new one."""
+def _start_wandb(out_dir: Path, config: WandbConfig, settings: str, start_step: int) -> WandbRun:
+    """Start a W&B run for this folder. A resumed training continues its W&B run."""
     try:
         import wandb
     except ImportError as error:
@@ -166,9 +169,9 @@ def _start_wandb(out_dir: Path, given: WandbConfig, settings: str, start_step: i
     run_id = out_dir / "wandb_run_id"
     offline = not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()
     run: Any = wandb.init(
-        project=given.project,
-        name=given.name or out_dir.name,
-        tags=given.tags,
+        project=config.project,
+        name=config.name or out_dir.name,
+        tags=config.tags,
         config=yaml.safe_load(settings),
         dir=str(out_dir),
         mode="offline" if offline else None,

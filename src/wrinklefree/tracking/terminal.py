@@ -1,4 +1,4 @@
-"""How results look on a terminal: tables and short numbers that fit in 80 columns, and plain log lines."""
+"""Print results: tables and short numbers that fit into 80 columns, and plain log lines."""
 
 import logging
 import os
@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Where output goes to a file or a pipe nothing is wrapped.
+# Columns of output to a file or a pipe: wide enough that nothing is wrapped.
 _UNWRAPPED_WIDTH = 240
 
 
 def console() -> Console:
-    """A console on standard output: as wide as the terminal, or unwrapped and uncoloured where there is none."""
+    """A console on standard output, as wide as the terminal. Output to a file or pipe is not wrapped or coloured."""
     return Console(width=None if sys.stdout.isatty() else _UNWRAPPED_WIDTH, highlight=False)
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print aligned columns; a column whose cells all start with a digit (or are empty) is set right."""
+    """Print aligned columns. A column is aligned right if each of its cells is empty or starts with a digit."""
     cells = [list(row) for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for i, header in enumerate(headers):
@@ -32,7 +32,7 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def print_hanging(label: str, text: str) -> None:
-    """Print `label` and `text` beside it, wrapped on a terminal so that the text keeps to its own column."""
+    """Print `text` to the right of `label`. On a terminal, it is wrapped within its own column."""
     indent = " " * len(label)
     wrapper = textwrap.TextWrapper(console().width, label, indent, break_long_words=False, break_on_hyphens=False)
     print("\n".join(wrapper.wrap(text)), flush=True)
@@ -65,17 +65,18 @@ def _three_digits(value: float) -> str:
 
 
 class LineHandler(logging.Handler):
-    """Writes a log record as a plain line on standard error, looked up anew each time: a live bar redirects it."""
+    """Writes log records as plain lines to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        # `sys.stderr` is looked up for each record, because a live progress bar redirects it.
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         print(prefix + self.format(record), file=sys.stderr, flush=True)
 
 
 def show_log_lines() -> None:
-    """Let the `wrinklefree` logger print its lines, once, whatever the root logger does."""
+    """Make the `wrinklefree` logger print to standard error, once, whatever the root logger does."""
     log = logging.getLogger("wrinklefree")
-    is_main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one talks
+    is_main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, only the first logs
     log.setLevel(logging.INFO if is_main else logging.ERROR)
     log.propagate = False
     if not any(isinstance(handler, LineHandler) for handler in log.handlers):
