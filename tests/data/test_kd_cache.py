@@ -656,7 +656,7 @@ def test_two_processes_give_the_losses_of_one(folder: Path, tmp_path: Path) -> N
     jobs = [{"name": n, "settings": [*given, f"distributed={kind}"], "act": None} for n, kind in kinds.items()]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    program = [str(Path(__file__).parent / "processes.py"), str(tmp_path)]
+    program = [str(Path(__file__).parents[1] / "processes.py"), str(tmp_path)]
     done = subprocess.run([*command, *program], capture_output=True, text=True, check=False)
     if "Signal 6 (SIGABRT)" in done.stderr:  # seen once in some fifteen runs, inside of gloo: the same jobs once more
         for name in kinds:
@@ -1021,7 +1021,7 @@ def test_settings_of_conversations_mean_nothing_to_plain_text(folder: Path, sett
 def script(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
     monkeypatch.setattr(sys, "argv", ["precompute_teacher_topk.py", *args])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "precompute_teacher_topk.py"), run_name="__main__")
+        runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "precompute_teacher_topk.py"), run_name="__main__")
     return int(stopped.value.code or 0)
 
 

@@ -31,7 +31,7 @@ from wrinklefree.models.find import model_folder
 from wrinklefree.models.load import load_model
 from wrinklefree.training import checkpoint
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHORT = ["data=local", "data.path=text", "training.final_eval_tokens=64", "training.eval_tokens=64"]
 SMALL = ["--batch-size", "2", "--max-steps", "3"]
 

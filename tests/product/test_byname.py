@@ -23,7 +23,7 @@ from wrinklefree.data.open import training_stream
 from wrinklefree.export.flags import formats
 from wrinklefree.models.load import load_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHORT = ["training.max_steps=3", "training.scheduler.warmup_ratio=0"]
 
 
@@ -204,7 +204,7 @@ def test_lists_in_the_documents_are_whole(what: str) -> None:
     assert LISTS[what]()
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*/test_*.py")), ids=lambda path: path.name)
 def test_every_file_of_tests_says_what_it_checks(path: Path) -> None:
     """CONTRIBUTING sends readers to these lines."""
     assert re.match(r'"""\w.+\.', path.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from wrinklefree.config.check import key_paths
 from wrinklefree.config.schema import Config
 from wrinklefree.core import method
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("native/*.md")])
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 

@@ -44,7 +44,7 @@ from wrinklefree.thinking.reconstruction import (
 
 pytestmark = pytest.mark.numeric
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "src" / "train" / "phase1_compressor.py"))
 PAD = VOCAB - 1
 WIDTH, SIZE = 64, 8
