@@ -12,11 +12,10 @@ from torch import Tensor
 from wrinklefree.commands import cache as command
 from wrinklefree.config.schema import DataConfig, DistillationConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.fingerprint import model_fingerprint
 from wrinklefree.data.kd_cache.manifest import HEADER_BYTES, read_manifest
 from wrinklefree.data.kd_cache.read import KDCache
 from wrinklefree.data.open import heldout_batches, training_stream
-from wrinklefree.data.tokenizer import tokenizer_fingerprint, train_tokenizer
+from wrinklefree.data.tokenizer import train_tokenizer
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.objectives.losses import NEVER
@@ -145,23 +144,3 @@ def test_a_student_of_another_tokenizer_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"written with the tokenizer of .*toy, the student's .* is another") as error:
         setup.open_cache(str(folder / "cache"), train_tokenizer(["some text"], 300))
     assert "\n" not in str(error.value)
-
-
-def test_tokenizers_of_one_vocabulary_that_end_or_cut_otherwise_differ() -> None:
-    from tokenizers import pre_tokenizers
-
-    other = tokenizer()
-    other.eos_token = "w1"
-    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer())
-    other = tokenizer()
-    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(",")
-    assert other.get_vocab() == tokenizer().get_vocab()
-    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer())
-
-
-def test_fingerprints_of_models_tell_a_trained_one(folder: Path) -> None:
-    first, second = llama(), llama()
-    assert model_fingerprint(first.state_dict()) == model_fingerprint(second.state_dict())
-    with torch.no_grad():
-        second.model.norm.weight += 1e-3
-    assert model_fingerprint(first.state_dict()) != model_fingerprint(second.state_dict())

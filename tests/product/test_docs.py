@@ -44,6 +44,13 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_tests_exist(document: Path) -> None:
+    """Files, and the folders of `head`'s pattern, from the root or from beside the document."""
+    named = re.findall(r"[\w/]*tests/[\w*/]*\.\w+", document.read_text(encoding="utf-8"))
+    assert [path for path in named if not any(any(at.glob(path)) for at in (ROOT, document.parent))] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_exist(document: Path) -> None:
     """`wf VERB` in code: planned commands are named as such in the README alone."""
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}

@@ -83,6 +83,12 @@ def test_the_architecture_page_shows_the_rooms_as_they_say_themselves() -> None:
     assert [(int(rank), name, sentence) for rank, name, sentence in shown] == order
 
 
+def test_tests_are_in_the_folder_of_a_room_or_of_the_whole_product() -> None:
+    files = list(Path(__file__).parents[1].glob("**/test_*.py"))
+    assert {path.parents[1].name for path in files} == {"tests"}
+    assert {path.parent.name for path in files} <= ROOMS.keys() | {"product"}
+
+
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_imports_point_to_lower_ranks(name: str) -> None:
     """Files of one folder may import each other."""

@@ -46,7 +46,8 @@ def test_each_stage_trains_its_own_part(trained: Path) -> None:
     ]
     assert changed[0] >= {"network"}
     assert "compressor" not in changed[0]
-    assert changed[1:] == [{"adapter", "pause"}, {"adapter"}] or changed[2] == set()  # the start may have been the best
+    assert changed[1] == {"adapter", "pause"}
+    assert changed[2] <= {"adapter"}  # the start may have been the best
 
 
 def test_a_stage_leaves_a_log_a_plot_and_figures(trained: Path) -> None:
