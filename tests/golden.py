@@ -15,8 +15,10 @@ Bits depend on the processor and on torch, so traces are compared on one machine
 
 import csv
 import hashlib
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -71,7 +73,7 @@ def commands(thinking: str) -> list[list[str]]:
         ["train", "model=tiny", "training=stage3_distill", "task=stdlib_kind", *FEW, "training.eval_examples=20"],
         ["anemll", "-m", "tiny", "--workflow", "a", *FEW],
         ["train", "model=tiny", "training=uniform_w4", *FEW, "export.head_bits=8"],
-        ["cache", "-m", "tiny", "--out", "cache", "--length", "64", "--sequences", "40", "--heldout", "8"],
+        ["cache", "-m", "teacher", "--out", "cache", "--length", "64", "--sequences", "40", "--heldout", "8"],
         ["train", "model=tiny", "training=anemll_v2", *FEW, *cached, "output_dir=outputs/cached"],
         ["pretrain", *CHAINS, "training.max_steps=30"],
         ["trm", "compressor", *CHAINS, "training.eval_tokens=1024", f"{thinking}.moment_tokens=4096"],
@@ -104,6 +106,7 @@ def record(out: Path) -> None:
     thinking = "thinking" if "thinking" in shown_config() else "method"
     with tempfile.TemporaryDirectory() as name:
         folder, trace = Path(name), dict[str, str]()
+        shutil.copytree(embedded_model(), folder / "teacher")  # a KD cache keeps the place of its teacher
         for command in commands(thinking):
             said = run(command, folder)
             if command[0] == "generate":
@@ -111,6 +114,17 @@ def record(out: Path) -> None:
         trace |= dict(traces(folder))
     out.write_text(json.dumps(trace, indent=1, sort_keys=True) + "\n")
     print(f"wrote {out}: {len(trace)} traces")
+
+
+def embedded_model() -> Path:
+    """The folder of the model `tiny` in the package, wherever that keeps it."""
+    package = importlib.util.find_spec("wrinklefree")
+    assert package is not None
+    return next(
+        path.parent
+        for root in package.submodule_search_locations or ()
+        for path in Path(root).rglob("tiny/config.json")
+    )
 
 
 def shown_config() -> list[str]:

@@ -1,7 +1,6 @@
 """Plain values against the schema: every mistake at once, one line each, with the closest known key."""
 
 import dataclasses
-import difflib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -52,7 +51,7 @@ def _without_section(values: Mapping[str, Any]) -> Iterator[str]:
         for path, _ in flatten({section: given}):
             if section == "method" and _is_chosen(values.get("thinking")):
                 known = [key for key, _ in key_paths(ThinkingConfig, "thinking.")]
-                yield f"{path}: unknown key{_closest(path.replace('method', 'thinking', 1), known)}"
+                yield f"{path}: unknown key{did_you_mean(path.replace('method', 'thinking', 1), known)}"
             else:
                 yield f"{path}: has no effect, since this training has no section {section!r}"
 
@@ -126,18 +125,12 @@ def _describe(cls: type, prefix: str, error: Any) -> str:
     path = prefix + ".".join(where)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = dict(key_paths(cls, prefix))
-        return f"{path}: unknown key{_closest(path, list(known))}"
+        return f"{path}: unknown key{did_you_mean(path, known)}"
     if error["type"] == "missing" or error["input"] == "???":
         return f"{path}: a value is required"
     if error["type"] == "value_error" and not where:  # two settings that do not go together
         return f"{prefix.rstrip('.')}: {error['msg'].removeprefix('Value error, ')}"
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
-
-
-def _closest(path: str, known: list[str]) -> str:
-    elsewhere = [k for k in known if k.rpartition(".")[2] == path.rpartition(".")[2]]
-    close = difflib.get_close_matches(path, elsewhere, n=1, cutoff=0) or difflib.get_close_matches(path, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def key_paths(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,10 +2,15 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest known word, or nothing."""
-    close: list[Any] = difflib.get_close_matches(word, list(known), n=1)
+    """` (did you mean 'x'?)` for the closest known word, or nothing if none is close.
+
+    Words with dots are paths of settings. Of these, one with the same last part is meant rather than any other.
+    """
+    words, last = list(known), word.rpartition(".")[2]
+    elsewhere = [path for path in words if "." in word and path.rpartition(".")[2] == last]
+    close: list[str] = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0)
+    close = close or difflib.get_close_matches(word, words, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -10,13 +10,15 @@ from wrinklefree.core.forms import Complex, Integers, rounded
 from wrinklefree.engine import family
 from wrinklefree.engine.binding import Floats, Layer, Linear, Model
 from wrinklefree.engine.source import Source
+from wrinklefree.families.architectures import ATTENTION, MLP
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products import native
 from wrinklefree.packed.products.choose import method_layer
 
 Mode = Literal["int8", "exact"]
 
-ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+HOMES = {name.removesuffix("_proj"): f"self_attn.{name}" for name in ATTENTION}
+HOMES |= {name.removesuffix("_proj"): f"mlp.{name}" for name in MLP}
 SUB_NORMS = {"o": "self_attn.attn_sub_norm", "down": "mlp.ffn_sub_norm"}  # of a BitNet
 
 
@@ -61,7 +63,7 @@ def _layer(source: Source, index: int, mode: Mode) -> Layer:
     shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     linears = {}
     for name, shape in shapes.items():
-        fqn = f"{prefix}{'self_attn' if name in ATTENTION else 'mlp'}.{name}_proj"
+        fqn = f"{prefix}{HOMES[name]}"
         layer = source.linear(fqn, shape, bias=source.has(f"{fqn}.bias"))
         linears[name] = _linear(fqn, layer, mode, _sub_norm(source, prefix, name, shape[1]), values["rms_norm_eps"])
     norms = {

@@ -1,8 +1,4 @@
-"""Which models the native decoder runs, and what their configs say about them.
-
-All are Llamas. What differs: biases (Qwen2) and are the layers' own; norms of the heads (Qwen3); layers without
-positions (SmolLM3); two more norms (BitNet); layers that see a window of the last tokens only (Mistral, Qwen).
-"""
+"""Which models the native decoder runs, and what their configs say about them."""
 
 from typing import Any
 
@@ -12,10 +8,10 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from wrinklefree.engine.binding import ACTIVATIONS, Floats
+from wrinklefree.families.architectures import FAMILIES, FIXED_ROPES, head_dim
 from wrinklefree.packed.quantizer import QUANT_METHOD
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "bitnet")
-FIXED_ROPES = ("linear", "llama3", "yarn")  # besides the default: frequencies that do not depend on the length
+MODEL_TYPES = tuple(family.model_type for family in FAMILIES)
 LARGEST_HEAD = 256  # native/decoder.cpp
 LARGEST_GROUP = 32
 LARGEST = 2**24  # of any size below
@@ -33,8 +29,8 @@ COUNTS = (
 def supports(config: PreTrainedConfig) -> str | None:
     """Why the native decoder cannot run a model of this config; None where it can."""
     values = config.to_dict()
-    if values["model_type"] not in FAMILY:
-        return f"model_type {values['model_type']} is not one of {', '.join(FAMILY)}"
+    if values["model_type"] not in MODEL_TYPES:
+        return f"model_type {values['model_type']} is not one of {', '.join(MODEL_TYPES)}"
     quantization = values.get("quantization_config")
     if quantization is not None and quantization["quant_method"] != QUANT_METHOD:
         return f"quant_method {quantization['quant_method']} is not {QUANT_METHOD}"
@@ -46,17 +42,12 @@ def supports(config: PreTrainedConfig) -> str | None:
     if values["hidden_act"] not in ACTIVATIONS:
         return f"hidden_act {values['hidden_act']} is not one of {', '.join(ACTIVATIONS)}"
     rope = values["rope_parameters"]
-    if rope["rope_type"] not in ("default", *FIXED_ROPES) or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return f"rope_type {rope['rope_type']} is not one of default, {', '.join(FIXED_ROPES)}, of whole heads"
+    if rope["rope_type"] not in FIXED_ROPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"rope_type {rope['rope_type']} is not one of {', '.join(FIXED_ROPES)}, of whole heads"
     size, heads, groups = head_dim(values), values["num_attention_heads"], values["num_key_value_heads"]
     if size % 2 or size > LARGEST_HEAD or heads % groups or heads // groups > LARGEST_GROUP:
         return f"{heads} heads of {size} for {groups} of the keys are not what it was written for"
     return None
-
-
-def head_dim(values: dict[str, Any]) -> int:
-    """Width of one head, by a config as a dict."""
-    return int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
 
 
 def sizes(values: dict[str, Any]) -> dict[str, int]:

@@ -7,7 +7,6 @@ compressor in `moments.safetensors`, so that stage 1b can mix it with the moment
 """
 
 import logging
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import file_aside
 from wrinklefree.distributed.world import World
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import CHUNK
@@ -97,12 +97,11 @@ class Gathered:
         return Gathered(self.moments.scaled(a) + other.moments.scaled(b), metric)
 
     def save(self, folder: Path) -> None:
-        """Write the file aside, then rename it."""
+        """Write the file, whole or not at all."""
         m = self.moments
         tensors = {"count": m.count, "total": m.total, "outer": m.outer}
-        aside = folder / f".{FILE}"
-        save_file(tensors | ({} if self.metric is None else {"metric": self.metric}), aside)
-        os.replace(aside, folder / FILE)
+        with file_aside(folder / FILE) as aside:
+            save_file(tensors | ({} if self.metric is None else {"metric": self.metric}), aside)
 
 
 def read_gathered(folder: Path) -> Gathered:

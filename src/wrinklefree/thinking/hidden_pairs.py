@@ -18,7 +18,6 @@ Every file is written aside and renamed. The manifest is the last one: a folder 
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import file_aside
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.data.sources import Split
 
@@ -75,10 +75,9 @@ class Manifest:
         return fingerprint({name: made[name] for name in made if name not in ("counts", "dropped", "model")})
 
     def save(self, folder: Path) -> None:
-        """Write the manifest aside, then rename it."""
-        aside = folder / f".{MANIFEST}.tmp"
-        aside.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        os.replace(aside, folder / MANIFEST)
+        """Write the manifest, whole or not at all."""
+        with file_aside(folder / MANIFEST) as aside:
+            aside.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -100,7 +99,7 @@ def shard_path(folder: Path, split: Split, number: int) -> Path:
 
 
 def write_shard(path: Path, pairs: Sequence[Pair], key: str) -> None:
-    """Write the shard aside, then rename it. Raises UserError for a state that is beyond the range of fp16."""
+    """Write a shard, whole or not at all. Raises UserError for a state that is beyond the range of fp16."""
     tensors = {name: torch.cat([pair._asdict()[name] for pair in pairs]) for name in RAGGED}
     for name, tensor in tensors.items():
         tensors[name] = tensor.half() if tensor.is_floating_point() else tensor.int()
@@ -108,9 +107,8 @@ def write_shard(path: Path, pairs: Sequence[Pair], key: str) -> None:
             raise UserError(f"{path}: a compressed state is too large for fp16; choose a larger thinking.d_compressed")
     lengths = [[len(pair.prompt_ids), len(pair.thought_ids), len(pair.answer_ids), len(pair.tokens)] for pair in pairs]
     tensors["counts"] = torch.tensor(lengths, dtype=torch.int32)
-    aside = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, aside, metadata={"key": key})
-    os.replace(aside, path)
+    with file_aside(path) as aside:
+        save_file(tensors, aside, metadata={"key": key})
 
 
 def read_shard(path: Path, key: str) -> list[Pair]:

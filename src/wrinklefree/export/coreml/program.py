@@ -48,7 +48,9 @@ class Sizes:
 
 
 @torch.no_grad()
-def program(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: Sizes, length: int, factored: int) -> Program:
+def build_program(
+    model: PreTrainedModel, layers: Mapping[str, Palette], sizes: Sizes, length: int, factored: int
+) -> Program:
     """The program for `length` ids at a time; layers of more than `factored` ranks are baked."""
     cache = (sizes.layers, sizes.kv_heads, sizes.context, sizes.head_dim)
     inputs = {

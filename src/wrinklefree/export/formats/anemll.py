@@ -23,12 +23,12 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import refuse_norms, unquantized_state
 from wrinklefree.export.views.lut import Palette, palettes
+from wrinklefree.families.architectures import ATTENTION
 from wrinklefree.tracking.terminal import short_size
 
 NEXT = "ANEMLL's converter, with {target}/model_state_dict.pt"
 
 FILE = "model_state_dict.pt"
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def described(model: PreTrainedModel, layers: Mapping[str, Palette]) -> dict[str
     """The model's own config, and what ANEMLL's tools look for beside it."""
     sizes: dict[str, int] = {}
     for fqn, layer in layers.items():
-        prefix = "attn_" if surgery.matches(fqn, ATTENTION) else "mlp_"
+        prefix = "attn_" if surgery.matches(fqn, list(ATTENTION)) else "mlp_"
         sizes |= {f"{prefix}lut_bits": layer.bits, f"{prefix}scale_rank": layer.rank}
     plain = {key: sizes[f"mlp_{key}"] for key in ("lut_bits", "scale_rank") if f"mlp_{key}" in sizes}
     fixed = {"version": "v2", "force_positive_scales": False, "magnitude_activation": "identity", "fp16": True}

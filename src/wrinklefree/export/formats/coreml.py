@@ -1,7 +1,7 @@
 """`--format coreml`: a model package for Core ML (iOS 18, macOS 15) that keeps codes and tables as they were trained.
 
     folder/model.mlpackage     functions `prefill` (64 ids at a time) and `decode` (one), with the same weights and
-                               states for keys and values: see mil.py for the program
+                               states for keys and values: see export/coreml/program.py
     folder/tokenizer files     as transformers writes them
 
 Quantized layers stay codes and a table, their scales a product before and after the convolution. With more than
@@ -29,6 +29,7 @@ from wrinklefree.core.method import quant_layers, rounds_inputs
 from wrinklefree.export.proof.agreement import Agreement, compare, judge
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.lut import Palette, palettes
+from wrinklefree.families.architectures import FAMILIES, FIXED_ROPES, head_dim
 from wrinklefree.tracking.terminal import short_size
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ OPTIONS = {
     }
 }
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "BitNetForCausalLM")
-ROTARY = ("default", "linear", "llama3", "yarn")  # tables that do not depend on the length of the text
+ARCHITECTURES = tuple(family.causal_lm for family in FAMILIES if family.coreml)
 
 PREFILL = 64  # ids at a time
 CONTEXT = 2048  # columns of the cache, where the model knows as many positions
@@ -109,7 +109,7 @@ def refuse(model: PreTrainedModel) -> None:
         raise UserError(f"--format coreml: {name} is none of {', '.join(ARCHITECTURES)}: use --format dense or hf")
     if config.hidden_act != "silu":
         raise UserError(f"--format coreml: activation {config.hidden_act}; the program has silu: use --format dense")
-    if config.rope_parameters["rope_type"] not in ROTARY:
+    if config.rope_parameters["rope_type"] not in FIXED_ROPES:
         raise UserError(
             f"--format coreml: rotary positions of type {config.rope_parameters['rope_type']} depend on the length of "
             f"the text: use --format dense"
@@ -123,25 +123,23 @@ def attention_sizes(model: PreTrainedModel) -> "Sizes":
     from wrinklefree.export.coreml.program import Sizes
 
     c = model.config
-    head_dim = c.to_dict().get("head_dim") or c.hidden_size // c.num_attention_heads
     context = min(c.max_position_embeddings, CONTEXT)
-    return Sizes(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, head_dim, context)
+    return Sizes(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, head_dim(c.to_dict()), context)
 
 
 def save(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", package: Path, factored: int) -> None:
     """Write a package whose functions share their weights."""
     import coremltools as ct
 
-    from wrinklefree.export.coreml import program
+    from wrinklefree.export.coreml.program import build_program
 
     both = ct.utils.MultiFunctionDescriptor()
     parts = {"prefill": min(PREFILL, sizes.context), "decode": 1}
     with _no_progress_bars():
         for name, length in parts.items():
             part = package.with_name(f"{name}.mlpackage")
-            program = program.program(model, layers, sizes, length, factored)
             ct.convert(
-                program,
+                build_program(model, layers, sizes, length, factored),
                 minimum_deployment_target=ct.target.iOS18,
                 compute_precision=ct.precision.FLOAT32,  # that is: leave it as it was built, fp16
                 skip_model_load=True,

@@ -25,6 +25,7 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import refuse_norms, unquantized_state
 from wrinklefree.export.views.ternary import Ternary, ternary_layers
+from wrinklefree.families.architectures import FAMILIES, head_dim
 from wrinklefree.tracking.terminal import short_size
 
 NEXT = "llama-cli -m {target}/model.gguf -p 'def '"
@@ -37,12 +38,7 @@ OPTIONS = {
 
 GgufType = Literal["tq2_0", "tq1_0"]
 
-ARCHITECTURES = {
-    "BitNetForCausalLM": "bitnet",
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+ARCHITECTURES = {family.causal_lm: family.gguf for family in FAMILIES if family.gguf is not None}
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -120,12 +116,6 @@ def architecture(model: PreTrainedModel) -> str:
     return ARCHITECTURES[name]
 
 
-def head_dim(config: Any) -> int:
-    """Width of an attention head."""
-    values = config.to_dict()
-    return int(values.get("head_dim") or config.hidden_size // config.num_attention_heads)
-
-
 def describe(writer: Any, model: PreTrainedModel, gguf_type: GgufType) -> None:
     """Sizes and settings of the model."""
     import gguf
@@ -140,9 +130,10 @@ def describe(writer: Any, model: PreTrainedModel, gguf_type: GgufType) -> None:
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_key_length(head_dim(c))
-    writer.add_value_length(head_dim(c))
-    writer.add_rope_dimension_count(head_dim(c))
+    width = head_dim(c.to_dict())
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_vocab_size(c.vocab_size)

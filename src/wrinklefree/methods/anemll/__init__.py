@@ -42,6 +42,7 @@ from wrinklefree.core.codes import Codes, look_up
 from wrinklefree.core.forms import Form, low_rank
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
 from wrinklefree.core.ste import round_fp16
+from wrinklefree.families.architectures import ATTENTION
 from wrinklefree.methods.anemll import lowrank
 from wrinklefree.methods.anemll.decode import decode
 from wrinklefree.methods.anemll.lowrank import Factors, guarded, nearest
@@ -199,7 +200,7 @@ class Config(QuantMethod):
     rank: Annotated[int, Field(gt=0)] = 32
     attn_bits: Literal[2, 3, 4] = 4
     attn_rank: Annotated[int, Field(gt=0)] = 8
-    attn_names: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    attn_names: list[str] = field(default_factory=lambda: list(ATTENTION))
     group_size: Annotated[int, Field(gt=0)] = 32  # columns that share a maximum at the start; nothing of it is stored
     init: Literal["als", "svd"] = "als"
     als_iterations: Annotated[int, Field(ge=0)] = 10

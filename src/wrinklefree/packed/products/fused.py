@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from wrinklefree.core.inputs import compute_dtype
+from wrinklefree.families.architectures import FAMILIES, MLP
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products.native import Matrix, NativeProduct, available, matmul, norm
 
-FAMILY = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "BitNet")
-MLPS = tuple(f"{name}MLP" for name in FAMILY)
-NORMS = tuple(f"{name}RMSNorm" for name in FAMILY)
-LAYERS = ("gate_proj", "up_proj", "down_proj")
+MLPS = tuple(f"{family.stem}MLP" for family in FAMILIES)
+NORMS = tuple(f"{family.stem}RMSNorm" for family in FAMILIES)
 
 
 def _plain(x: Tensor) -> bool:
@@ -111,6 +110,6 @@ def fuse(model: nn.Module) -> None:
 def _fused(module: nn.Module) -> type[Fused] | None:
     """The class that goes before the module's own."""
     name, children = type(module).__name__, dict(module.named_children())
-    if name in MLPS and all(isinstance(children.get(layer), PackedLinear) for layer in LAYERS):
+    if name in MLPS and all(isinstance(children.get(layer), PackedLinear) for layer in MLP):
         return FusedMLP
     return FusedNorm if name in NORMS else None

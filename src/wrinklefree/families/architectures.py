@@ -1,0 +1,48 @@
+"""The architectures of transformers that this package runs or writes itself, and the names of their parts.
+
+All of them are Llamas. They differ in biases (Qwen2), norms of the heads (Qwen3), layers without positions (SmolLM3),
+two further norms (BitNet), and layers that see only a window of the last tokens (Mistral, Qwen). Any other causal
+language model trains and runs in transformers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: `model_type` is its name in config.json, its classes in transformers begin with `stem`."""
+
+    model_type: str
+    stem: str
+    gguf: str | None = None  # llama.cpp's name, if `--format gguf` writes it
+    coreml: bool = False  # whether `--format coreml` writes it
+
+    @property
+    def causal_lm(self) -> str:
+        """The name of its class with a head."""
+        return f"{self.stem}ForCausalLM"
+
+
+# The native loop runs all of these, and their MLPs and norms are fused in transformers.
+FAMILIES = (
+    Family("llama", "Llama", gguf="llama", coreml=True),
+    Family("mistral", "Mistral"),
+    Family("qwen2", "Qwen2", gguf="qwen2", coreml=True),
+    Family("qwen3", "Qwen3", gguf="qwen3", coreml=True),
+    Family("smollm3", "SmolLM3"),
+    Family("bitnet", "BitNet", gguf="bitnet", coreml=True),
+)
+
+# Linear layers of a decoder layer by what they do. `self_attn` and `mlp` are the modules that hold them.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+# Rotary tables that do not depend on the length of the text.
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    """The width of an attention head, from a model's config as a dictionary."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
