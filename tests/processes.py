@@ -1,4 +1,4 @@
-"""What one of several processes does for tests/test_distributed.py: toy runs, one after the other in one torchrun.
+"""What one of several processes does for the tests: toy runs, one after the other in one torchrun.
 
     torchrun --nproc_per_node=2 tests/processes.py FOLDER
 

@@ -2,7 +2,7 @@
 // that are appended to, cut and cleared in any order, choices of the next token, wrong arguments, memory that runs out.
 //
 // The logits of a story are those of one sequence alone, read token by token on one thread. Everything else has to give
-// the same bits. tests/test_engine.py compares with transformers.
+// the same bits. tests/engine/test_engine.py compares with transformers.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>

@@ -1,5 +1,5 @@
 // Runs random layers of every kind through every function, to be checked by sanitizers: sizes, codes and factors at
-// their edges, wrong arguments, several threads. It compares one token with many; tests/test_kernels.py compares with
+// their edges, wrong arguments, several threads. It compares one token with many; tests/product/test_kernels.py compares with
 // float64. The checksum has to be the same on every instruction set.
 #include <cmath>
 

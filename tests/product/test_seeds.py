@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from wrinklefree.cli import app
 from wrinklefree.core.method import quant_layers
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 # The line, and what of the resolved config it must set.
 LINES: dict[str, dict[str, object]] = {

@@ -65,7 +65,7 @@ def other_jobs(folder: Path) -> dict[str, list[str]]:
 
 def start(folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    program = [str(Path(__file__).parent / "processes.py"), str(folder)]
+    program = [str(Path(__file__).parents[1] / "processes.py"), str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, *program], capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr

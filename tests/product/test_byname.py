@@ -1,6 +1,5 @@
 """Found by name: one of each kind, written from the documents' own code into an empty folder, is chosen and works."""
 
-import inspect
 import json
 import re
 from collections.abc import Callable
@@ -8,34 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_contract
+from pages import ROOT, blocks, put
 from tiny import tokenizer
-from toyrun import overrides, resolved, rows, run, toy_files
+from toyrun import resolved, rows, run, toy_files
 
 from wrinklefree.commands import export as export_command
 from wrinklefree.commands import methods as methods_command
-from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config, DataConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import DATA_FORMATS, KINDS, SCHEDULES, find_named, names
-from wrinklefree.core.method import QuantMethod, find
 from wrinklefree.data.open import training_stream
 from wrinklefree.export.flags import formats
-from wrinklefree.models.load import load_model
 
-ROOT = Path(__file__).parents[1]
 SHORT = ["training.max_steps=3", "training.scheduler.warmup_ratio=0"]
 
 
-def blocks(page: str) -> dict[str, str]:
-    """The code of a page by the path in its first line."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    found = re.findall(r"^```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return {path.removeprefix("src/wrinklefree/"): code for path, code in found}
-
-
 PAGE = blocks("CONTRIBUTING.md")
-SIGN = blocks("docs/architecture.md")
 
 
 @pytest.fixture
@@ -44,12 +31,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     toy_files(tmp_path)
     return tmp_path
-
-
-def put(here: Path, path: str, code: str) -> None:
-    file = here / path
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(code, encoding="utf-8")
 
 
 def trained(here: Path, path: str, *settings: str) -> Config:
@@ -95,26 +76,6 @@ def test_a_data_format_is_one_file(here: Path) -> None:
     batch = next(iter(training_stream(config, tokenizer(), batch_size=1, length=16, seed=0)))
     question, answer = batch["input_ids"][0, :2].tolist()
     assert answer == question + 1
-
-
-def test_the_worked_method_keeps_the_contract_and_trains(here: Path) -> None:
-    """Every promise of tests/test_contract.py that takes a method or a model alone holds for it."""
-    for path, code in SIGN.items():
-        put(here, path.replace("config/yaml", "configs"), code)
-    method = find("sign")(name="sign")
-    assert isinstance(method, QuantMethod)
-    kept = 0
-    for name, test in vars(test_contract).items():
-        wanted = set(inspect.signature(test).parameters) if name.startswith("test_") else {""}
-        if wanted and wanted <= {"method", "default", "model"}:
-            given = {"method": method, "default": method, "model": method.prepare(test_contract.net())}
-            test(**{key: given[key] for key in wanted})
-            kept += 1
-    assert kept > 10
-    settings = [s for s in overrides(here, *SHORT) if s != "training=fairy2_w2"]
-    run(load_config([*settings, "training=sign"]))
-    model, _ = load_model(here / "run" / "final")
-    assert test_contract.quant_layers(model)
 
 
 def test_a_name_of_the_package_is_not_shadowed(here: Path) -> None:
@@ -204,7 +165,7 @@ def test_lists_in_the_documents_are_whole(what: str) -> None:
     assert LISTS[what]()
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*/test_*.py")), ids=lambda path: path.name)
 def test_every_file_of_tests_says_what_it_checks(path: Path) -> None:
     """CONTRIBUTING sends readers to these lines."""
     assert re.match(r'"""\w.+\.', path.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from wrinklefree.models.load import load_model
 from wrinklefree.packed.products.choose import exactly
 from wrinklefree.thinking import loading
 
-FOLDER = Path(__file__).parent / "fixtures" / "version_0_1"
+FOLDER = Path(__file__).parents[1] / "fixtures" / "version_0_1"
 EXPECTED = load_file(FOLDER / "expected.safetensors")
 IDS = torch.arange(24).reshape(2, 12) * 7 % 94
 

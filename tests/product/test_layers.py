@@ -77,10 +77,16 @@ def test_every_module_is_in_a_room_with_a_rank() -> None:
 
 
 def test_the_architecture_page_shows_the_rooms_as_they_say_themselves() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\| (\d+) \| `(\w+)/` \| ([^|]+) \|", page, re.MULTILINE)
     order = sorted((rank, name, sentence) for name, (rank, sentence) in ROOMS.items())
     assert [(int(rank), name, sentence) for rank, name, sentence in shown] == order
+
+
+def test_tests_are_in_the_folder_of_a_room_or_of_the_whole_product() -> None:
+    files = list(Path(__file__).parents[1].glob("**/test_*.py"))
+    assert {path.parents[1].name for path in files} == {"tests"}
+    assert {path.parent.name for path in files} <= ROOMS.keys() | {"product"}
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

@@ -11,7 +11,7 @@ from wrinklefree.config.check import key_paths
 from wrinklefree.config.schema import Config
 from wrinklefree.core import method
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("native/*.md")])
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
@@ -41,6 +41,13 @@ def test_no_described_setting_is_unknown() -> None:
 def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8"))
     assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_tests_exist(document: Path) -> None:
+    """Files, and the folders of `head`'s pattern, from the root or from beside the document."""
+    named = re.findall(r"[\w/]*tests/[\w*/]*\.\w+", document.read_text(encoding="utf-8"))
+    assert [path for path in named if not any(any(at.glob(path)) for at in (ROOT, document.parent))] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

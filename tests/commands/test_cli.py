@@ -324,7 +324,7 @@ def test_a_model_config_name_stands_for_its_model() -> None:
 
 @pytest.mark.parametrize(("last", "code"), [("2.5", 0), ("3.5", 0), ("nan", 1), ("", 1)])
 def test_smoke_script_judges_the_log(tmp_path: Path, monkeypatch, capsys, last: str, code: int) -> None:
-    script = Path(__file__).parents[1] / "scripts" / "smoke_test.py"
+    script = Path(__file__).parents[2] / "scripts" / "smoke_test.py"
     given: list[list[str]] = []
 
     def run(overrides: list[str], **options: object) -> None:
