@@ -1,4 +1,4 @@
-"""Helpers for messages: suggest the closest known word."""
+"""Helpers for messages: the closest known word, the first line of an error."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,3 +14,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close: list[str] = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0)
     close = close or difflib.get_close_matches(word, words, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not empty, or its type if there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

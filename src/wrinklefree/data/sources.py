@@ -19,6 +19,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import first_line
 
 
 class Example(NamedTuple):
@@ -272,7 +273,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a whole Parquet file: {_first_line(error)}") from error
+        raise UserError(f"{path}: not a whole Parquet file: {first_line(error)}") from error
 
 
 def load_hub(name: str, path: str | None, subset: str | None, split: str, instead: str) -> Any:
@@ -292,7 +293,7 @@ def load_hub(name: str, path: str | None, subset: str | None, split: str, instea
     try:
         return load_dataset(path, subset, split=split, streaming=True)
     except (OSError, ValueError) as error:  # no such dataset, no access; no such subset or split
-        raise UserError(f"{name} data.subset={subset} data.split={split}: {_first_line(error)}") from error
+        raise UserError(f"{name} data.subset={subset} data.split={split}: {first_line(error)}") from error
 
 
 def hub_reachable(endpoint: str, timeout: float = 5) -> bool:
@@ -307,7 +308,3 @@ def hub_reachable(endpoint: str, timeout: float = 5) -> bool:
     except OSError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

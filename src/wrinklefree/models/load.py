@@ -16,6 +16,7 @@ import wrinklefree.packed  # noqa: F401  # registers the packed format
 from wrinklefree.config.compose import read_config
 from wrinklefree.config.schema import ModelConfig
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import first_line
 from wrinklefree.models.check import check_causal, check_folder
 from wrinklefree.models.find import model_folder, resolve_pretrained
 from wrinklefree.training import checkpoint
@@ -94,7 +95,7 @@ def _open(
             source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:  # transformers raises these three for all it cannot read
-        raise UserError(f"{source}: transformers cannot load it: {_first_line(error)}") from error
+        raise UserError(f"{source}: transformers cannot load it: {first_line(error)}") from error
     return model, info
 
 
@@ -103,12 +104,8 @@ def open_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no tokenizer: {_first_line(error)}; copy the tokenizer's files into it") from error
+        raise UserError(f"{source}: no tokenizer: {first_line(error)}; copy the tokenizer's files into it") from error
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

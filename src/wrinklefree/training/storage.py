@@ -18,6 +18,7 @@ from typing import Any
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint
+from wrinklefree.core.text import first_line
 
 MANIFEST = ".wrinklefree-manifest.json"
 
@@ -155,8 +156,7 @@ def _refusals_explained(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{url}: nothing there") from error
     except _refusals() as error:
-        line = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{url}: {line}; is the service reachable, are you logged in?") from error
+        raise UserError(f"{url}: {first_line(error)}; is the service reachable, are you logged in?") from error
 
 
 def _refusals() -> tuple[type[Exception], ...]:
