@@ -205,7 +205,7 @@ def test_a_broken_thinker_is_one_line(trained: Path, tmp_path: Path) -> None:
 def test_stages_name_what_has_to_come_first(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trm_pairs needs trm_compressor"):
         pairs_stage.make_pairs(resolved(toy, "trm_pairs", f"output_root={tmp_path}"), force=False)
-    with pytest.raises(UserError, match=r"trm_grpo needs trm_injection, and .* run `wf trm inject model=[^`]*`$"):
+    with pytest.raises(UserError, match=r"trm_grpo needs trm_injection, but .* run `wf trm inject model=[^`]*`$"):
         stages.reinforce(resolved(toy, "trm_grpo", f"output_root={tmp_path}"), force=False)
 
 
