@@ -8,6 +8,7 @@ import pytest
 
 from wrinklefree.cli import app
 from wrinklefree.config.check import key_paths
+from wrinklefree.config.compose import option_files, options
 from wrinklefree.config.schema import Config
 from wrinklefree.core import method
 
@@ -35,6 +36,19 @@ def test_no_described_setting_is_unknown() -> None:
     )
     assert described
     assert set(described) <= set(settings()) | {"model.architecture"}
+
+
+@pytest.mark.parametrize("group", ["model", "data", "distributed", "distillation"])
+def test_the_choices_of_a_group_are_those_that_there_are(group: str) -> None:
+    (listed,) = re.findall(rf"^\| `{group}` \| (.*) \|$", CONFIGURATION, re.MULTILINE)
+    known = set(options(group))
+    assert {name for name in re.findall(r"`(\w+)`", listed) if name in known} == known
+
+
+def test_every_training_is_listed_with_what_its_file_says() -> None:
+    for file in option_files("training"):
+        opening = file.read_text(encoding="utf-8").splitlines()[1]
+        assert f"| `{file.stem}` | {opening.removeprefix('# ')}" in CONFIGURATION
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
