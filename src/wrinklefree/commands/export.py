@@ -14,7 +14,7 @@ from wrinklefree.export.card import card
 from wrinklefree.export.flags import formats, module_name, options
 from wrinklefree.models.find import model_folder
 from wrinklefree.models.load import load_model
-from wrinklefree.tracking.terminal import print_table
+from wrinklefree.tracking.terminal import markdown_table, print_table
 from wrinklefree.training import checkpoint
 
 CERTIFY_TOKENS = 8192
@@ -61,8 +61,7 @@ def refuse_foreign(format: str, chosen: dict[str, Any]) -> None:
 
 def described(format: str, table: list[list[str]]) -> str:
     """The comparison `table` as a section of the model card."""
-    lines = "\n".join(f"| {name} | {value} |" for name, value in table)
-    return f"## Exported as {format}\n\n| read back and compared | value |\n|---|---|\n{lines}\n"
+    return f"## Exported as {format}\n\n{markdown_table(['read back and compared', 'value'], table)}\n"
 
 
 def default_out(run: Path, format: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.perplexity import Quality
-from wrinklefree.tracking.terminal import print_table, short_number, short_size
+from wrinklefree.tracking.terminal import markdown_table, print_table, short_number, short_size
 
 STATES = ("full_precision", "one_shot", "trained")  # of the model; these are the columns of the table
 
@@ -70,11 +70,10 @@ class Results:
 
     def markdown(self) -> str:
         """The table as a section of the model card."""
-        lines = [f"| {' | '.join(row)} |" for row in self.rows()]
-        head = ["| | full precision | quantized, one-shot | trained |", "|---|---|---|---|"]
+        table = markdown_table(["", "full precision", "quantized, one-shot", "trained"], self.rows())
         assert self.full_precision is not None
         measured_on = f"On {self.full_precision.tokens:,} held-out tokens in windows of {self.context}."
-        return "\n".join(["## Quality", "", measured_on, "", *head, *lines, ""])
+        return "\n".join(["## Quality", "", measured_on, "", table, ""])
 
 
 def _ppl(quality: Quality | None) -> str:

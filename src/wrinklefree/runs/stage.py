@@ -78,7 +78,7 @@ def train_stage(config: Config, force: bool) -> None:
     if run.is_main:
         if isinstance(run.placement, Sharded):  # packing needs whole models, and these are sharded
             original, student = load_pretrained(config.model)[0], load_model(run.out / "final")[0]
-        finish(config, original, student, run.tokenizer, measured.heldout, measured.results, run.out)
+        finish(measured, original, student)
     leave_world()
 
 
@@ -143,20 +143,13 @@ def choose_objective(config: Config, student: PreTrainedModel, teacher: PreTrain
     return objective(student, config.distillation, teacher, config.training.compile)
 
 
-def finish(
-    config: Config,
-    original: PreTrainedModel,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    heldout: list[Batch],
-    results: Results,
-    out: Path,
-) -> None:
+def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedModel) -> None:
     """Plot the losses, pack the model, and print and save the results."""
-    if config.training.max_steps != 0:
+    run, results, out = measured.run, measured.results, measured.run.out
+    if run.config.training.max_steps != 0:
         plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
-    if config.method is not None and config.training.pack:
-        pack(config, original, student, tokenizer, heldout, results, out)
+    if run.config.method is not None and run.config.training.pack:
+        pack(measured, original, student)
     results.save(out / "results.json")
     results.print()
     wrote = [text for name, text in PARTS.items() if (out / name).exists()]
@@ -165,16 +158,10 @@ def finish(
     print(f"next: wf generate {best} --prompt 'def '    wf eval {best}")
 
 
-def pack(
-    config: Config,
-    original: PreTrainedModel,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    heldout: list[Batch],
-    results: Results,
-    out: Path,
-) -> None:
-    """Write the packed folder and check it. Add sizes and speeds to `results`, and print a sample of its text."""
+def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Write the packed folder and check it. Add sizes and speeds to the results, and print a sample of its text."""
+    run, results, heldout = measured.run, measured.results, measured.heldout
+    config, tokenizer, folder = run.config, run.tokenizer, run.out / "packed"
     some = heldout[: max(1, CERTIFY_TOKENS // heldout[0]["input_ids"].numel())]
     samples = [f"{p}{complete(student, tokenizer, p, 96, 0.7, seed=1)}" for p in prompts(heldout, tokenizer)]
     fenced = "\n\n".join(f"~~~text\n{sample}\n~~~" for sample in samples)
@@ -183,14 +170,14 @@ def pack(
         student,
         tokenizer,
         config.method,
-        out / "packed",
+        folder,
         card=text,
         force=True,
         batches=some,
         head_bits=config.export.head_bits,
         snap_scales=config.export.snap_scales,
     )
-    packed, _ = load_model(out / "packed", dtype=torch.float32)
+    packed, _ = load_model(folder, dtype=torch.float32)
     results.original_bytes = 2 * original.num_parameters()
     results.original_linear_bytes = 2 * report.num_quantized
     results.packed_bytes, results.packed_linear_bytes = report.file_bytes, report.linear_bytes

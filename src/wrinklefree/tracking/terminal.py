@@ -31,6 +31,12 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console().print(table)
 
 
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return the lines of a Markdown table, for model cards."""
+    head, *body = ["|".join(["", *(f" {cell} " if cell else " " for cell in row), ""]) for row in [headers, *rows]]
+    return "\n".join([head, "|" + "---|" * len(headers), *body])
+
+
 def print_hanging(label: str, text: str) -> None:
     """Print `text` to the right of `label`. On a terminal, it is wrapped within its own column."""
     indent = " " * len(label)

@@ -29,7 +29,7 @@ from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.pack import pack_layer, packed_layers
 from wrinklefree.packed.products.choose import exactly
 from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WrinkleFreeConfig
-from wrinklefree.tracking.terminal import short_size
+from wrinklefree.tracking.terminal import markdown_table, short_size
 
 FLAG = "hf"
 NEXT = "wf generate {target} --prompt 'def '"
@@ -95,18 +95,15 @@ class PackedReport:
 
     def markdown(self) -> str:
         """Return the sizes as a table for the model card."""
-        return "\n".join(
-            [
-                "| size | value |",
-                "|---|---|",
-                f"| weights file | {self.file_bytes:,} bytes |",
-                f"| quantized layers in it | {self.linear_bytes:,} bytes |",
-                f"| bits per quantized weight, scales counted | {self.bits_per_quantized_weight:.4f} |",
-                f"| bits per weight, whole model | {self.bits_per_weight:.4f} |",
-                f"| parameters | {self.num_parameters:,} |",
-                f"| of these quantized | {self.num_quantized:,} |",
-            ]
-        )
+        rows = [
+            ["weights file", f"{self.file_bytes:,} bytes"],
+            ["quantized layers in it", f"{self.linear_bytes:,} bytes"],
+            ["bits per quantized weight, scales counted", f"{self.bits_per_quantized_weight:.4f}"],
+            ["bits per weight, whole model", f"{self.bits_per_weight:.4f}"],
+            ["parameters", f"{self.num_parameters:,}"],
+            ["of these quantized", f"{self.num_quantized:,}"],
+        ]
+        return markdown_table(["size", "value"], rows)
 
 
 def export_packed(
@@ -199,12 +196,11 @@ def _write_proved(
 
 def described(words: list[str], cost: Agreement) -> str:
     """Return a section of the model card: what was rounded after training, and the cost of it."""
-    lines = "\n".join(f"| {name} | {value} |" for name, value in cost.rows())
     how = (
         f"Rounded when the model was packed, not in training: {' and '.join(words)}. The certificate above is for the "
         "trained model with the same rounding; against the trained model as it was:"
     )
-    return f"## Rounded when packed\n\n{how}\n\n| | value |\n|---|---|\n{lines}\n"
+    return f"## Rounded when packed\n\n{how}\n\n{markdown_table(['', 'value'], cost.rows())}\n"
 
 
 def _write(

@@ -22,6 +22,7 @@ from wrinklefree.core.method import QuantLinear, quant_layers
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.pack import packed_layers
 from wrinklefree.packed.products.choose import exactly
+from wrinklefree.tracking.terminal import markdown_table
 
 LOGITS = 1e-4  # relative to the largest absolute logit
 KL = 1e-3  # nats per token
@@ -49,18 +50,15 @@ class Certificate:
 
     def markdown(self) -> str:
         """Return a table for the model card."""
-        return "\n".join(
-            [
-                "| packed against trained | value |",
-                "|---|---|",
-                f"| layers with identical codes and scales | {self.layers} of {self.layers} |",
-                f"| largest difference of an effective weight | {self.max_weight_difference:g} |",
-                f"| largest difference of a logit at equal rounding, relative | {self.max_logit_difference:.1e} |",
-                f"| KL(trained, packed) in nats per token, mean / largest | {self.kl_mean:.1e} / {self.kl_max:.1e} |",
-                f"| same most likely token | {self.same_top1:.2%} |",
-                f"| tokens compared | {self.tokens:,} |",
-            ]
-        )
+        rows = [
+            ["layers with identical codes and scales", f"{self.layers} of {self.layers}"],
+            ["largest difference of an effective weight", f"{self.max_weight_difference:g}"],
+            ["largest difference of a logit at equal rounding, relative", f"{self.max_logit_difference:.1e}"],
+            ["KL(trained, packed) in nats per token, mean / largest", f"{self.kl_mean:.1e} / {self.kl_max:.1e}"],
+            ["same most likely token", f"{self.same_top1:.2%}"],
+            ["tokens compared", f"{self.tokens:,}"],
+        ]
+        return markdown_table(["packed against trained", "value"], rows)
 
 
 def certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Certificate:
