@@ -1,14 +1,14 @@
 """Golden traces: does another state of the code do exactly what this one does?
 
-    python tests/golden.py record golden.json              in one checkout (some five minutes on one core)
-    python tests/golden.py record other.json               in the other, on the same machine
+    python tests/golden.py record golden.json              with the Python of one checkout (five minutes on one core)
+    python tests/golden.py record other.json               with that of the other, on the same machine
     python tests/golden.py compare golden.json other.json  exits with 1 and names what differs
 
 `record` runs the product at toy size through its commands alone, so that it works on any state of the code: Fairy2i,
-BitDistill's stages, ANEMLL's tables from V1 to V2, a KD cache and a training on it, the chain of LLM-TRM, and every
-export. What it keeps is a checksum of each file that a run leaves: figures of logs without their clocks, tensors of
-checkpoints and packed folders, trainer states. The loader in a packed folder, model cards and resolved configs are left
-out, because they may be worded anew while nothing changes.
+BitDistill's stages, ANEMLL's tables from V1 to V2, a KD cache and a training on it, the chain of LLM-TRM, and the
+exports but `compressed-tensors`. What it keeps is a checksum of each file that a run leaves: figures of logs without
+their clocks, tensors of checkpoints and packed folders, trainer states. The loader in a packed folder, model cards and
+resolved configs are left out, because they may be worded anew while nothing changes.
 
 Bits depend on the processor and on torch, so traces are compared on one machine and none is kept in the repository.
 """
@@ -28,15 +28,8 @@ from typing import Any
 
 import torch
 
-CLOCKS = (
-    "elapsed_sec",
-    "tokens_per_sec",
-    "seconds",
-    "tokens_per_second",
-    "speed",
-    "p50",
-    "p95",
-)  # what no two runs share
+# What no two runs share.
+CLOCKS = ("elapsed_sec", "tokens_per_sec", "seconds", "tokens_per_second", "speed", "p50", "p95")
 LEFT_OUT = (".py", ".md", ".yaml", ".png", ".log", ".mlmodel")
 RANDOM = ("Manifest.json",)  # coremltools draws new names for each package, here and in the .mlmodel
 
@@ -45,6 +38,7 @@ SMALL = [
     *("training.eval_interval=2", "training.save_interval=2", "training.eval_tokens=1024"),
     "training.final_eval_tokens=2048",
 ]
+PACKAGE = "package"  # under this key a file of traces says whose they are
 FEW = [*SMALL, "training.max_steps=4"]
 CHAINS = ["model=chains", "training.precision=fp32", "training.log_interval=1"]
 THINK = [*CHAINS, "training.max_steps=3", "training.eval_examples=20"]
@@ -113,19 +107,22 @@ def record(out: Path) -> None:
             if command[0] == "generate":
                 trace[" ".join(command)] = digest(said.encode())
         trace |= dict(traces(folder))
+    trace[PACKAGE] = str(package_folder())
     out.write_text(json.dumps(trace, indent=1, sort_keys=True) + "\n")
     print(f"wrote {out}: {len(trace)} traces")
 
 
-def embedded_model() -> Path:
-    """The folder of the model `tiny` in the package, wherever that keeps it."""
+def package_folder() -> Path:
+    """The folder of the package that this Python imports: in an editable installation, that of its checkout."""
     package = importlib.util.find_spec("wrinklefree")
     assert package is not None
-    return next(
-        path.parent
-        for root in package.submodule_search_locations or ()
-        for path in Path(root).rglob("tiny/config.json")
-    )
+    assert package.origin is not None
+    return Path(package.origin).parent
+
+
+def embedded_model() -> Path:
+    """The folder of the model `tiny` in the package, wherever that keeps it."""
+    return next(path.parent for path in package_folder().rglob("tiny/config.json"))
 
 
 def shown_config() -> list[str]:
@@ -188,6 +185,10 @@ def digest(content: bytes) -> str:
 def compare(one: Path, other: Path) -> None:
     """Name every trace that is in one file alone, or differs. Exits with 1 if there is one."""
     mine, others = json.loads(one.read_text()), json.loads(other.read_text())
+    packages = mine.pop(PACKAGE, "unknown"), others.pop(PACKAGE, "unknown")
+    print(f"packages: {packages[0]} against {packages[1]}")
+    if not mine or not others:
+        sys.exit("a file has no traces")
     different = sorted(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name))
     for name in different:
         where = "differs" if name in mine and name in others else f"only in {one if name in mine else other}"

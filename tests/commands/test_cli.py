@@ -204,6 +204,7 @@ def test_doctor_reports_line_by_line(monkeypatch) -> None:
     code, out, err = wf("doctor")
     assert (code, err) == (0, "")
     assert {line.split()[0] for line in out.splitlines()} <= {"OK", "missing"}
+    assert ["OK", "model", "tiny"] in [line.split()[:3] for line in out.splitlines()]
     assert ["missing", "hub", "HF_HUB_OFFLINE=1"] in [line.split()[:3] for line in out.splitlines()]
 
 

@@ -4,13 +4,12 @@ import ast
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 import wrinklefree
-from wrinklefree.config.check import _union_members
 from wrinklefree.config.compose import CONFIGS, config_yaml, load_config, options, read_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
@@ -55,7 +54,7 @@ def sections(cls: type, prefix: str = "") -> Iterator[tuple[type, str]]:
     """Every config dataclass below `cls`, with the path of its keys."""
     yield cls, prefix
     for f in dataclasses.fields(cls):
-        for part in (f.type, *_union_members(f.type)):
+        for part in (f.type, *get_args(f.type)):
             if isinstance(part, type) and dataclasses.is_dataclass(part):
                 yield from sections(part, f"{prefix}{f.name}.")
 

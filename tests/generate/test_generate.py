@@ -84,8 +84,10 @@ def test_interactive_answers_until_exit_or_end_of_input(model, tokenizer, capsys
     assert complete(model, tokenizer, "def", 5) in capsys.readouterr().out
 
 
-def test_chat_goes_on_past_the_context(model, tokenizer) -> None:
+def test_chat_goes_on_past_the_context(model, tokenizer, capsys) -> None:
     interactive(model, tokenizer, chat=True, max_new_tokens=8, read=lines(*["def main"] * 6))
+    help_line, replies, end = 1, 6, 1
+    assert capsys.readouterr().out.count("\n") >= help_line + replies + end
 
 
 def test_chat_needs_a_template(model, tokenizer, monkeypatch) -> None:

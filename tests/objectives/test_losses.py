@@ -9,8 +9,7 @@ from torch import Tensor
 from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.data.packing import encode, make_batch, pack
 from wrinklefree.objectives import losses
-from wrinklefree.objectives.kinds.language_modelling import compare
-from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.language_model import BodyAndHead, vocabulary_losses
 from wrinklefree.objectives.losses import shifted, token_losses
 
 pytestmark = pytest.mark.numeric
@@ -132,7 +131,7 @@ KL = DistillationConfig(name="logits", weight=1.0, ce_weight=0.0)
 
 def test_kl_to_itself_is_zero() -> None:
     model = BodyAndHead(llama())
-    found = compare(model, model, batch(), KL)
+    found = vocabulary_losses(model, model, batch(), KL)
     assert found.kl.abs() < 1e-7
     assert found.same_top1 == 1
 
@@ -140,15 +139,15 @@ def test_kl_to_itself_is_zero() -> None:
 def test_compare_is_the_models_own_loss() -> None:
     model = llama()
     expected = model(**batch(), use_cache=False).loss
-    assert torch.allclose(compare(BodyAndHead(model), None, batch(), CE).loss, expected, rtol=1e-5)
+    assert torch.allclose(vocabulary_losses(BodyAndHead(model), None, batch(), CE).loss, expected, rtol=1e-5)
 
 
 def test_unlabelled_tokens_do_not_count() -> None:
     model, data = BodyAndHead(llama()), batch()
-    expected = compare(model, None, data, CE).ce
+    expected = vocabulary_losses(model, None, data, CE).ce
     more = {name: torch.cat([tensor, tensor.flip(0)]) for name, tensor in data.items()}
     more["labels"][len(data["labels"]) :] = -100
-    assert torch.allclose(compare(model, None, more, CE).ce, expected)
+    assert torch.allclose(vocabulary_losses(model, None, more, CE).ce, expected)
 
 
 def test_shifted_pairs_each_state_with_the_next_label() -> None:

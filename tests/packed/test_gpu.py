@@ -56,7 +56,7 @@ def test_fairy_is_the_decoded_weight(stages: int, n: int, m: int, rows: int, gro
     index = torch.randint(0, 4, (2, stages, n, m), dtype=torch.uint8)
     scales, x = torch.rand(2, stages, 2, rows, groups) + 0.1, torch.randn(2, 2 * m)
     weight = to_real(Dequantize.apply(index, scales))
-    found = triton.fairy_product(*(t.to(DEVICE) for t in (pack(index, 2), scales, x)))
+    found = triton.complex_product(*(t.to(DEVICE) for t in (pack(index, 2), scales, x)))
     assert_near(found, x.double() @ weight.double().T)
 
 

@@ -94,6 +94,13 @@ def test_files_of_another_kind_do_no_harm(here: Path) -> None:
     assert "crash" not in names(SCHEDULES)
     with pytest.raises(UserError, match=r"schedules/crash.py: defines no `rate`, so it is no schedule"):
         find_named(SCHEDULES, "crash")
+    with pytest.raises(UserError, match=r"schedules/python2.py, line 1: "):
+        find_named(SCHEDULES, "python2")
+
+
+def test_a_member_may_be_assigned(here: Path) -> None:
+    put(here, "schedules/half.py", "rate = lambda config, progress: 0.5\n")
+    assert find_named(SCHEDULES, "half")(None, 0.0) == 0.5
 
 
 def test_another_folder_has_files_of_its_own(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

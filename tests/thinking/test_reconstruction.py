@@ -14,7 +14,7 @@ from wrinklefree.distributed.world import ALONE
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking import gathering
 from wrinklefree.thinking.gathering import Gathered
-from wrinklefree.thinking.moments import Moments, tied_error, weighted_code
+from wrinklefree.thinking.moments import Moments, principal_axes, weighted_code
 from wrinklefree.thinking.network import DimensionCompressor
 from wrinklefree.thinking.reading import compare_readings
 from wrinklefree.thinking.reconstruction import (
@@ -119,7 +119,8 @@ def test_the_floor_of_pca_is_the_measured_error(decoder: BodyAndHead, states: Te
         made = found.pca.put(DimensionCompressor(WIDTH, size))
         measured = F.mse_loss(made(states), states).item()
         assert found.pca.mse(found.moments, size) == pytest.approx(measured, rel=1e-4, abs=1e-6)
-        assert tied_error(found.moments, size) == pytest.approx(measured, rel=1e-4, abs=1e-6)
+        left_out = principal_axes(found.moments.second)[0][size:].sum().item() / WIDTH  # eigenvalues
+        assert left_out == pytest.approx(measured, rel=1e-4, abs=1e-6)
     figures, count = Reconstruction(made, decoder, "mse").measure([mark(rows(64), PAD)], {"all": made})
     assert count == len(states)
     assert figures["all"]["r2"] == pytest.approx(1, abs=1e-5)

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import stdlib
 from wrinklefree.data.sources import hub_reachable
+from wrinklefree.distributed.world import has_bf16
 from wrinklefree.packed.products import native
 from wrinklefree.tracking.terminal import print_hanging, short_size
 
@@ -81,13 +82,13 @@ def _python() -> Check:
 def _devices() -> Iterator[Check]:
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16, so fp32"
+        bf16 = "bf16" if has_bf16(torch.device("cuda", i)) else "no bf16, so fp32"
         yield Check(f"cuda:{i}", True, f"{properties.name}, {short_size(properties.total_memory)}, {bf16}")
     if not torch.cuda.is_available():
         yield Check("cuda", False, "no GPU that torch can use: small models train on the CPU")
     if torch.backends.mps.is_available():
         yield Check("mps", True, "Apple GPU found; training uses the CPU")
-    bf16 = "bf16" if torch.cpu._is_avx512_bf16_supported() else "no fast bf16, so fp32"
+    bf16 = "bf16" if has_bf16(torch.device("cpu")) else "no fast bf16, so fp32"
     yield Check("cpu", True, f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {bf16}")
 
 
@@ -129,7 +130,7 @@ def _hub() -> Check:
 
 
 def _builtin_model() -> Check:
-    found = (PACKAGE / "models" / "tiny" / "model.safetensors").is_file()
+    found = (PACKAGE / "models" / "builtin" / "tiny" / "model.safetensors").is_file()
     return Check("model tiny", found, "shipped in the package" if found else "make it: wf pretrain model=tiny")
 
 

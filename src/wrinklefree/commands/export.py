@@ -12,12 +12,11 @@ from wrinklefree.core.text import did_you_mean
 from wrinklefree.data.open import heldout_batches
 from wrinklefree.export.card import card
 from wrinklefree.export.flags import formats, module_name, options
+from wrinklefree.export.proof.certify import CERTIFY_TOKENS
 from wrinklefree.models.find import model_folder
 from wrinklefree.models.load import load_model
 from wrinklefree.tracking.terminal import markdown_table, print_table
 from wrinklefree.training import checkpoint
-
-CERTIFY_TOKENS = 8192
 
 
 def run(run: Path, format: str, out: Path | None, force: bool, **settings: Any) -> None:

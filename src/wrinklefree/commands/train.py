@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.distributed.world import World
+from wrinklefree.distributed.world import World, own_device
 from wrinklefree.models.find import at_hand
 from wrinklefree.runs import launch
 from wrinklefree.training.plan import choose_length, make_plan
@@ -36,7 +36,8 @@ def run(
         sizes = [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulation}"]
         overrides = [*overrides[:2], *sizes, *overrides[2:]]  # the user's own settings come later and win
     if dry_run:
-        show(load_config(overrides), processes or 1)
+        config = load_config(overrides)
+        show(config, processes or launch.count_processes(config, None))
         return
     if scale not in (None, "dev") and processes is not None:
         load_config(overrides)
@@ -54,7 +55,7 @@ def show(config: Config, processes: int) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
         length = choose_length(config.training.max_seq_length, model, config.distillation.cache)
-        make_plan(config.training, config.model, model, length, World(0, processes, torch.device("cpu")))
+        make_plan(config.training, config.model, model, length, World(0, processes, own_device()))
     log.info("dry run: nothing was trained or written")
 
 

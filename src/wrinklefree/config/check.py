@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -145,13 +145,6 @@ def key_paths(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for f in dataclasses.fields(cls):
         path = f"{prefix}{f.name}"
         yield path, f
-        for inner in (f.type, *_union_members(f.type)):
+        for inner in (f.type, *get_args(f.type)):
             if isinstance(inner, type) and dataclasses.is_dataclass(inner):
                 yield from key_paths(inner, path + ".")
-
-
-def _union_members(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union annotation: (int, NoneType) for `int | None`."""
-    from typing import get_args
-
-    return get_args(annotation)

@@ -3,18 +3,13 @@
 import dataclasses
 import json
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from wrinklefree.config.check import check_config, flatten
 from wrinklefree.config.schema import (
     Config,
-    DataConfig,
-    DistillationConfig,
-    DistributedConfig,
-    ExportConfig,
-    ModelConfig,
-    TrainingConfig,
 )
 from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core import method as methods
@@ -119,14 +114,7 @@ def _store_schema() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    sections = {
-        "model": ModelConfig,
-        "training": TrainingConfig,
-        "data": DataConfig,
-        "distillation": DistillationConfig,
-        "distributed": DistributedConfig,
-        "export": ExportConfig,
-    }
+    sections = {f.name: f.type for f in dataclasses.fields(Config) if isinstance(f.type, type) and is_dataclass(f.type)}
     plain = {f.name: f.default for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING}
     store.store("schema", {**plain, **{name: defaults(cls) for name, cls in sections.items()}})
     for name in methods.available():

@@ -50,18 +50,25 @@ def find_named(kind: Kind, name: str) -> Any:
 
 def find_module(kind: Kind, name: str) -> ModuleType:
     """Import the file `name` of this kind. Raises UserError if the name is unknown."""
-    known = files(kind)
-    if name not in known:
-        raise UserError(unknown(kind, name, known))
+    own, users = _own_and_users(kind)
     module = f"{kind.package}.{name}"
-    return importlib.import_module(module) if name in _own(kind) else _import_file(module, known[name])
+    if name in own:
+        return importlib.import_module(module)
+    if name in users:
+        return _import_file(module, users[name])
+    raise UserError(unknown(kind, name, own | users))
 
 
 def unknown(kind: Kind, name: str, known: Iterable[str]) -> str:
     """The error message for a name that is not among the `known` ones."""
-    if Path(kind.folder, f"{name}.py").is_file():
-        return f"{kind.folder}/{name}.py: defines no `{kind.member}`, so it is no {kind.word}"
-    return f"unknown {kind.word} {name!r}{did_you_mean(name, known)}; available: {', '.join(sorted(known))}"
+    path = _files([kind.folder]).get(name)
+    if path is None:
+        return f"unknown {kind.word} {name!r}{did_you_mean(name, known)}; available: {', '.join(sorted(known))}"
+    try:
+        _parse(path)
+    except SyntaxError as error:
+        return f"{path}, line {error.lineno}: {error.msg}"
+    return f"{path}: defines no `{kind.member}`, so it is no {kind.word}"
 
 
 def files(kind: Kind) -> dict[str, Path]:
@@ -69,10 +76,16 @@ def files(kind: Kind) -> dict[str, Path]:
 
     Raises UserError if the user's folder has a name that the package has already.
     """
+    own, users = _own_and_users(kind)
+    return own | users
+
+
+def _own_and_users(kind: Kind) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The package's names and the user's. Raises UserError if both have one."""
     own, users = _own(kind), _users(kind)
     for name in sorted(own.keys() & users.keys()):
         raise UserError(f"{users[name]}: the package has a {kind.word} {name!r} already; rename the file")
-    return own | users
+    return own, users
 
 
 def _own(kind: Kind) -> dict[str, Path]:
@@ -114,12 +127,14 @@ def _files(folders: Iterable[str]) -> dict[str, Path]:
 
 
 def _defined(path: Path) -> set[str]:
-    """The names that a file defines or imports at top level. Empty if the file is not valid Python."""
+    """The names that a file defines, assigns or imports at top level. Empty if the file is not valid Python."""
     try:
         nodes = _parse(path).body
     except SyntaxError:
         return set()
     defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined |= {ast.unparse(node.target) for node in nodes if isinstance(node, ast.AnnAssign)}
+    defined |= {ast.unparse(target) for node in nodes if isinstance(node, ast.Assign) for target in node.targets}
     imported = [alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
     return defined | {alias.asname or alias.name for alias in imported}
 

@@ -31,11 +31,23 @@ class World:
 ALONE = World(0, 1, torch.device("cpu"))
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions to multiply bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def own_device(local_rank: int = 0) -> torch.device:
+    """The device of a process: a GPU of its own if there is one, else the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def join_world() -> World:
     """Join the processes that torchrun started. Without torchrun, the world is this process alone."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    device = own_device(local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():

@@ -1,6 +1,6 @@
 """Build the native decoder's model from a source of weights that have transformers' names."""
 
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +8,16 @@ from torch import Tensor, nn
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Complex, Integers, rounded
 from wrinklefree.engine import family
-from wrinklefree.engine.binding import Floats, Layer, Linear, Model
+from wrinklefree.engine.binding import Floats, Layer, Linear, Mode, Model
 from wrinklefree.engine.source import Source
-from wrinklefree.families.architectures import ATTENTION, MLP
+from wrinklefree.families.architectures import ATTENTION, MLP, SUB_NORMS
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products import native
 from wrinklefree.packed.products.choose import method_layer
 
-Mode = Literal["int8", "exact"]
-
 HOMES = {name.removesuffix("_proj"): f"self_attn.{name}" for name in ATTENTION}
 HOMES |= {name.removesuffix("_proj"): f"mlp.{name}" for name in MLP}
-SUB_NORMS = {"o": "self_attn.attn_sub_norm", "down": "mlp.ffn_sub_norm"}  # of a BitNet
+BITNET_NORMS = {HOMES[name.removesuffix("_proj")]: norm for name, norm in SUB_NORMS.items()}
 
 
 def assemble(source: Source, mode: Mode) -> Model:
@@ -42,7 +40,7 @@ def assemble(source: Source, mode: Mode) -> Model:
         embedding=head.matrix if tied or embedding is None else _table(embedding),
         norm=_floats(source.tensor("model.norm.weight", (sizes["hidden"],))),
         head=head,
-        layers=[_layer(source, index, mode) for index in range(sizes["num_layers"])],
+        layers=[_layer(source, values, sizes, index, mode) for index in range(sizes["num_layers"])],
     )
 
 
@@ -57,9 +55,8 @@ def _head(source: Source, sizes: dict[str, int], mode: Mode) -> Linear:
     return _linear("lm_head", source.linear("lm_head", (sizes["vocab"], sizes["hidden"]), bias=False), mode)
 
 
-def _layer(source: Source, index: int, mode: Mode) -> Layer:
-    values = source.config.to_dict()
-    sizes, prefix = family.sizes(values), f"model.layers.{index}."
+def _layer(source: Source, values: dict[str, Any], sizes: dict[str, int], index: int, mode: Mode) -> Layer:
+    prefix = f"model.layers.{index}."
     hidden, inner = sizes["hidden"], sizes["intermediate"]
     q, kv = sizes["heads"] * sizes["head_dim"], sizes["kv_heads"] * sizes["head_dim"]
     shapes = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
@@ -81,7 +78,8 @@ def _layer(source: Source, index: int, mode: Mode) -> Layer:
 
 def _sub_norm(source: Source, prefix: str, name: str, width: int) -> Floats | None:
     """The gain of BitNet's norm before the layer `name`, or None if there is no such norm."""
-    norm = f"{prefix}{SUB_NORMS[name]}.weight" if name in SUB_NORMS else ""
+    home = HOMES[name]
+    norm = f"{prefix}{home.rpartition('.')[0]}.{BITNET_NORMS[home]}.weight" if home in BITNET_NORMS else ""
     return _floats(source.tensor(norm, (width,))) if source.has(norm) else None
 
 

@@ -19,7 +19,8 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
 ACTIVATIONS = {"silu": 0, "relu2": 1}
-MODES = {"int8": 0, "exact": 1}
+Mode = Literal["int8", "exact"]
+MODES: dict[Mode, int] = {"int8": native.INT8, "exact": native.EXACT}
 MASK = 2**64 - 1  # keeps the bits of a seed that C has room for
 
 
@@ -139,7 +140,7 @@ class Decoder:
         context: int,
         slots: int,
         max_rows: int,
-        mode: Literal["int8", "exact"],
+        mode: Mode,
         half_cache: bool = False,
     ) -> None:
         self._lib = _library()
@@ -151,7 +152,7 @@ class Decoder:
         self._handle = self._lib.wf_decoder_new(pool.handle, ctypes.byref(struct))
         del borrowed  # the struct points into it, so it had to live until here
         if not self._handle:
-            raise ValueError(_error(self._lib))
+            raise ValueError(native.last_error(self._lib))
         self._appends = (_Append * slots)()
         self._chosen = [c_int32() for _ in range(slots)]
         self._to_chosen = [ctypes.pointer(token) for token in self._chosen]
@@ -174,7 +175,7 @@ class Decoder:
 
     def _check(self, code: int) -> None:
         if code:
-            raise ValueError(_error(self._lib))
+            raise ValueError(native.last_error(self._lib))
 
     def length(self, slot: int) -> int:
         """How many tokens the cache of `slot` holds."""
@@ -216,13 +217,8 @@ def sample(logits: Floats, history: Sequence[int], sampling: CSampling) -> int:
     library = _library()
     token = int(library.wf_sample(values.ctypes.data, len(values), tokens, len(history), ctypes.byref(sampling)))
     if token < 0:
-        raise ValueError(_error(library))
+        raise ValueError(native.last_error(library))
     return token
-
-
-def _error(library: ctypes.CDLL) -> str:
-    """The reason for the library's last failure."""
-    return str(library.wf_error().decode())
 
 
 @cache
@@ -230,20 +226,17 @@ def _library() -> ctypes.CDLL:
     """The library, with the decoder's functions declared."""
     lib = native.load()
     handle, model = c_void_p, POINTER(_Model)
-    declared: dict[str, tuple[list[Any], Any]] = {
-        "wf_decoder_new": ([handle, model], handle),
-        "wf_decoder_free": ([handle], None),
-        "wf_decoder_step": ([handle, POINTER(_Append), c_int], c_int),
-        "wf_decoder_length": ([handle, c_int], c_int),
-        "wf_decoder_truncate": ([handle, c_int, c_int], c_int),
-        "wf_decoder_clear": ([handle, c_int], c_int),
-        "wf_decoder_bytes": ([handle], c_size_t),
-        "wf_sample": ([c_void_p, c_int, POINTER(c_int32), c_int, POINTER(CSampling)], c_int32),
+    declared: dict[str, tuple[Any, list[Any]]] = {
+        "wf_decoder_new": (handle, [handle, model]),
+        "wf_decoder_free": (None, [handle]),
+        "wf_decoder_step": (c_int, [handle, POINTER(_Append), c_int]),
+        "wf_decoder_length": (c_int, [handle, c_int]),
+        "wf_decoder_truncate": (c_int, [handle, c_int, c_int]),
+        "wf_decoder_clear": (c_int, [handle, c_int]),
+        "wf_decoder_bytes": (c_size_t, [handle]),
+        "wf_sample": (c_int32, [c_void_p, c_int, POINTER(c_int32), c_int, POINTER(CSampling)]),
     }
-    for name, (arguments, result) in declared.items():
-        function = lib[name]
-        function.argtypes, function.restype = arguments, result
-        setattr(lib, name, function)
+    native.declare(lib, declared)
     return lib
 
 

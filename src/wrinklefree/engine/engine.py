@@ -20,8 +20,8 @@ from typing_extensions import Self
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.engine import family
-from wrinklefree.engine.assemble import Mode, assemble
-from wrinklefree.engine.binding import MASK, Append, CSampling, Decoder, Model
+from wrinklefree.engine.assemble import assemble
+from wrinklefree.engine.binding import MASK, Append, CSampling, Decoder, Mode, Model
 from wrinklefree.engine.source import FolderSource, ModelSource, Source
 from wrinklefree.packed.products import native
 

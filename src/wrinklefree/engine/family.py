@@ -11,7 +11,7 @@ from wrinklefree.engine.binding import ACTIVATIONS, Floats
 from wrinklefree.families.architectures import FAMILIES, FIXED_ROPES, head_dim
 from wrinklefree.packed.quantizer import QUANT_METHOD
 
-MODEL_TYPES = tuple(family.model_type for family in FAMILIES)
+MODEL_TYPES = {family.model_type: family for family in FAMILIES}
 LARGEST_HEAD = 256  # native/decoder.cpp
 LARGEST_GROUP = 32
 LARGEST = 2**24  # of any size below
@@ -76,13 +76,13 @@ def frequencies(config: PreTrainedConfig) -> tuple[Floats, float]:
 
 def has_positions(values: dict[str, Any], layer: int) -> bool:
     """Whether this layer uses RoPE. Some layers of SmolLM3 do not."""
-    return values["model_type"] != "smollm3" or bool(values["no_rope_layers"][layer])
+    return not MODEL_TYPES[values["model_type"]].skips_positions or bool(values["no_rope_layers"][layer])
 
 
 def window(values: dict[str, Any], layer: int) -> int:
     """How many of the last tokens this layer sees. 0 means all."""
     size = values.get("sliding_window") or 0
-    if values["model_type"] == "mistral":
+    if MODEL_TYPES[values["model_type"]].window_everywhere:
         return int(size)
     kinds = values.get("layer_types")
     return int(size) if kinds and kinds[layer] == "sliding_attention" else 0

@@ -91,6 +91,7 @@ class FolderSource:
     def __init__(self, folder: Path) -> None:
         """Raises UserError if the folder's config cannot be read, or a file is damaged."""
         self.folder = folder
+        self._adapters: dict[type, TypeAdapter[Any]] = {}
         try:
             self.config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
@@ -157,7 +158,10 @@ class FolderSource:
     def _typed(self, cls: type[T], values: Any) -> T:
         """Check a part of config.json and return it as the dataclass `cls`. Raises UserError if it does not fit."""
         try:
-            return TypeAdapter(cls).validate_python(values)
+            if cls not in self._adapters:  # making one takes longer than using it for a layer
+                self._adapters[cls] = TypeAdapter(cls)
+            checked: T = self._adapters[cls].validate_python(values)
+            return checked
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

@@ -15,8 +15,7 @@ from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core.batch import Batch, labelled
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.sharding import whole_layers
-from wrinklefree.objectives.kinds.language_modelling import compare
-from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.language_model import BodyAndHead, vocabulary_losses
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch], reference: PreTrai
     for batch in batches:
         count = int(labelled(batch).sum())
         here = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        losses = compare(student, teacher, here, config)
+        losses = vocabulary_losses(student, teacher, here, config)
         sums += count * torch.stack([losses.ce, losses.kl, losses.same_top1]).double().cpu()
         tokens += count
     if tokens == 0:

@@ -24,6 +24,8 @@ class Family:
     stem: str
     gguf: str | None = None  # llama.cpp's name, if `--format gguf` writes it
     coreml: bool = False  # whether `--format coreml` writes it
+    skips_positions: bool = False  # whether some layers have no RoPE
+    window_everywhere: bool = False  # whether a window of the last tokens is that of every layer
 
     @property
     def causal_lm(self) -> str:
@@ -34,16 +36,19 @@ class Family:
 # The native loop runs all of these, and their MLPs and norms are fused in transformers.
 FAMILIES = (
     Family("llama", "Llama", gguf="llama", coreml=True),
-    Family("mistral", "Mistral"),
+    Family("mistral", "Mistral", window_everywhere=True),
     Family("qwen2", "Qwen2", gguf="qwen2", coreml=True),
     Family("qwen3", "Qwen3", gguf="qwen3", coreml=True),
-    Family("smollm3", "SmolLM3"),
+    Family("smollm3", "SmolLM3", skips_positions=True),
     Family("bitnet", "BitNet", gguf="bitnet", coreml=True),
 )
 
 # Linear layers of a decoder layer by what they do. `self_attn` and `mlp` are the modules that hold them.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+
+# A layer whose input BitNet normalizes, and the name of that norm beside it.
+SUB_NORMS = {"o_proj": "attn_sub_norm", "down_proj": "ffn_sub_norm"}
 
 # Rotary tables that do not depend on the length of the text.
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")

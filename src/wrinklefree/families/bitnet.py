@@ -3,14 +3,14 @@
 Plain transformers loads such a checkpoint: it reads the fp32 masters, and quantizes weights and activations on the fly.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import BitNetConfig, BitNetForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from wrinklefree.core.norm import RMSNorm
-
-# The layers whose inputs BitNet normalizes, and the name of each norm, which is in the same module as its layer.
-NORMS = {"o_proj": "attn_sub_norm", "down_proj": "ffn_sub_norm"}
+from wrinklefree.families.architectures import SUB_NORMS
 
 
 def fits(model: nn.Module) -> bool:
@@ -29,7 +29,7 @@ def from_llama(model: LlamaForCausalLM) -> BitNetForCausalLM:
     with torch.device("meta"):
         bitnet = BitNetForCausalLM(config)
     state = {name: p.detach() for name, p in model.named_parameters()}
-    norms = [name for name in bitnet.state_dict() if name.rpartition(".")[0].endswith(tuple(NORMS.values()))]
+    norms = [name for name in bitnet.state_dict() if name.rpartition(".")[0].endswith(tuple(SUB_NORMS.values()))]
     state |= {name: torch.ones(bitnet.get_parameter(name).shape, device=model.device) for name in norms}
     bitnet.load_state_dict(state, strict=False, assign=True)
     bitnet.tie_weights()
@@ -41,7 +41,7 @@ def from_llama(model: LlamaForCausalLM) -> BitNetForCausalLM:
 def quicken(model: nn.Module) -> None:
     """Replace the additional norms of a BitNet by our `RMSNorm`, which trains in half the time with equal results."""
     for name, norm in list(model.named_modules()):
-        if name.endswith(tuple(NORMS.values())) and not isinstance(norm, RMSNorm):
+        if name.endswith(tuple(SUB_NORMS.values())) and not isinstance(norm, RMSNorm):
             own = RMSNorm(norm.get_parameter("weight"), norm.variance_epsilon)
             own.weight = norm.get_parameter("weight")  # the same object, in case something else refers to it
             model.set_submodule(name, own.train(norm.training))
@@ -50,21 +50,28 @@ def quicken(model: nn.Module) -> None:
 def norm_beside(model: nn.Module, fqn: str) -> nn.Module | None:
     """The norm that BitNet applies to the inputs of the layer `fqn`. None if there is none or `model` is no BitNet."""
     parent, _, name = fqn.rpartition(".")
-    if isinstance(model, BitNetForCausalLM) and name in NORMS:
-        return model.get_submodule(f"{parent}.{NORMS[name]}")
+    if isinstance(model, BitNetForCausalLM) and name in SUB_NORMS:
+        return model.get_submodule(f"{parent}.{SUB_NORMS[name]}")
     return None
 
 
 def state_online(model: PreTrainedModel, norms_inside: bool, eps: float) -> None:
-    """Write into the model's config that transformers should quantize it on the fly: ternary, int8 activations.
+    """Write into the config of a checkpoint: quantize to ternary with int8 activations while it is loaded.
 
-    `norms_inside` adds an RMSNorm with `eps` to every quantized layer.
+    `norms_inside` says that every quantized layer normalizes its inputs by an RMSNorm.
     """
-    model.config.quantization_config = {
+    model.config.quantization_config = quantization_config(model, "autobitlinear", "online", norms_inside, eps)
+
+
+def quantization_config(
+    model: nn.Module, linear_class: str, mode: str, norms_inside: bool, eps: float
+) -> dict[str, Any]:
+    """The section that makes transformers read a model's quantized layers as BitNet's."""
+    return {
         "quant_method": "bitnet",
-        "linear_class": "autobitlinear",
-        "quantization_mode": "online",
-        "modules_to_not_convert": [fqn for fqn, m in model.named_modules() if type(m) is nn.Linear],
+        "linear_class": linear_class,
+        "quantization_mode": mode,
+        "modules_to_not_convert": [fqn for fqn, module in model.named_modules() if type(module) is nn.Linear],
         "use_rms_norm": norms_inside,
         "rms_norm_eps": eps,
     }

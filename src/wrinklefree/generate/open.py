@@ -15,7 +15,7 @@ from wrinklefree.distributed.world import join_world
 from wrinklefree.engine.engine import Engine, supports
 from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import model_folder, resolve_pretrained
-from wrinklefree.models.load import Loaded, is_training_checkpoint, load_model, open_tokenizer
+from wrinklefree.models.load import Loaded, checkpoint_config, load_model, open_tokenizer
 from wrinklefree.packed.quantizer import QUANT_METHOD
 
 EngineName = Literal["auto", "native", "transformers"]
@@ -79,7 +79,7 @@ def _why_not_native(folder: Path, choice: EngineName) -> str | None:
     if not folder.is_dir():
         return f"{folder} is no local folder"
     check_folder(folder)
-    if is_training_checkpoint(folder):
+    if checkpoint_config(folder) is not None:
         return "a training checkpoint; `wf export` makes a packed folder of it"
     settings = AutoConfig.from_pretrained(folder)
     quantization = settings.to_dict().get("quantization_config") or {}

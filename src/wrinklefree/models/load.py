@@ -14,7 +14,7 @@ from transformers.utils import logging as hf_logging
 
 import wrinklefree.packed  # noqa: F401  # registers the packed format
 from wrinklefree.config.compose import read_config
-from wrinklefree.config.schema import ModelConfig
+from wrinklefree.config.schema import Config, ModelConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import first_line
 from wrinklefree.models.check import check_causal, check_folder
@@ -39,8 +39,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remo
     folder = model_folder(Path(source))
     if folder.exists():
         check_folder(folder)
-        if is_training_checkpoint(folder):
-            return _load_checkpoint(folder, dtype)
+        config = checkpoint_config(folder)
+        if config is not None:
+            return _load_checkpoint(folder, config, dtype)
         source = str(folder)
     return _from_pretrained(source, dtype or "auto", trust_remote_code), open_tokenizer(source, trust_remote_code)
 
@@ -50,19 +51,19 @@ def load_pretrained(model: ModelConfig, dtype: torch.dtype = torch.float32) -> L
     return load_model(model.pretrained, dtype=dtype, trust_remote_code=model.trust_remote_code)
 
 
-def is_training_checkpoint(folder: Path) -> bool:
-    """Whether the folder holds fp32 masters, which a method has to quantize before use."""
+def checkpoint_config(folder: Path) -> Config | None:
+    """The config of a folder with fp32 masters, which a method has to quantize before use; None for other folders."""
     file = folder / checkpoint.CONFIG
-    return file.is_file() and read_config(file).method is not None
+    config = read_config(file) if file.is_file() else None
+    return None if config is None or config.method is None else config
 
 
-def _load_checkpoint(folder: Path, dtype: torch.dtype | None) -> Loaded:
+def _load_checkpoint(folder: Path, config: Config, dtype: torch.dtype | None) -> Loaded:
     """Load a model as it was trained. The method prepares it first, so that its own parameters have a place."""
     if dtype not in (None, torch.float32):
         raise UserError(
             f"{folder}: a training checkpoint computes from fp32 masters; for {dtype} run `wf export` first"
         )
-    config = read_config(folder / checkpoint.CONFIG)
     with _quiet():  # transformers would report the method's parameters as unexpected
         model = _open(str(folder), torch.float32, config.model.trust_remote_code, masters=True)[0]
     model = config.method.prepare(model, initialize=False)

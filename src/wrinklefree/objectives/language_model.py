@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import DistillationConfig
-from wrinklefree.core.batch import Batch
+from wrinklefree.core.batch import Batch, model_inputs
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import OBJECTIVES, find_named
 from wrinklefree.core.inputs import compute_dtype
 from wrinklefree.objectives.base import Objective, Shares
+from wrinklefree.objectives.losses import TokenLosses, shifted, token_losses
 
 
 class BodyAndHead:
@@ -27,8 +28,7 @@ class BodyAndHead:
 
     def states(self, batch: Batch) -> Tensor:
         """Run the body and return the last hidden states [B, L, D]."""
-        inputs = {k: batch[k] for k in ("input_ids", "position_ids") if k in batch}
-        hidden: Tensor = self.body(**inputs, use_cache=False).last_hidden_state
+        hidden: Tensor = self.body(**model_inputs(batch), use_cache=False).last_hidden_state
         return hidden
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +49,30 @@ def _check_head(model: PreTrainedModel, decoder: BodyAndHead) -> None:
     expected = model(input_ids=ids, use_cache=False).logits.float()
     if not torch.allclose((states @ head.to(states.dtype).T).float(), expected, atol=1e-2, rtol=1e-2):
         raise UserError(f"{type(model).__name__}: scales or caps its logits after the head, which is not supported yet")
+
+
+def vocabulary_losses(
+    student: BodyAndHead, teacher: BodyAndHead | None, batch: Batch, config: DistillationConfig
+) -> TokenLosses:
+    """Return the losses of one batch. Logits are computed in chunks of tokens and summed in fp32."""
+    other = None
+    if teacher is not None:
+        with torch.no_grad():
+            hidden, _ = shifted(teacher.states(batch), batch["labels"])
+            states, head = teacher.project(hidden)
+            other = states, head.to(states.dtype)
+    hidden, targets = shifted(student.states(batch), batch["labels"])
+    states, head = student.project(hidden)
+    return token_losses(
+        states,
+        head,
+        targets,
+        teacher=other,
+        ce_weight=config.ce_weight,
+        kl_weight=config.weight,
+        temperature=config.temperature,
+        tau_squared=config.tau_squared,
+    )
 
 
 def check_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -1,5 +1,6 @@
 """The package's plug-in for transformers: it reads packed folders of every method, and uses the fast kernels."""
 
+import json
 from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -15,11 +16,13 @@ class PackageQuantizer(WrinkleFreeQuantizer):
     """Reads packed folders of any method, found by name, and fuses the modules that it knows."""
 
     def method_of(self, settings: dict[str, Any], fqn: str) -> QuantMethod:
-        config = find(settings["name"])(**settings)
-        assert isinstance(config, QuantMethod)
-        return config.config_for(fqn)
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self.methods:
+            self.methods[key] = find(settings["name"])(**settings)
+        return self.methods[key].config_for(fqn)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.methods: dict[str, QuantMethod] = {}  # made once for all layers with the same settings
         super()._process_model_before_weight_loading(model, **kwargs)
         fuse(model)
 

@@ -17,10 +17,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from wrinklefree.packed.layer import LayerSpec, Method, PackedEmbedding, PackedLinear, TiedEmbedding
 
 QUANT_METHOD = "wrinklefree"
-FORMAT = 3  # the newest format that this version reads
 # A folder is written in the oldest format that can hold it, so older versions can read it: 2 if layers have norms of
 # their own, 3 if embedding or head are packed (they may have another method).
 PLAIN, WITH_NORMS, WITH_HEAD = 1, 2, 3
+FORMAT = WITH_HEAD  # the newest that is read; a reader refuses newer ones
 
 
 class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here

@@ -8,7 +8,7 @@ from pathlib import Path
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.runs import prerequisites
-from wrinklefree.training import checkpoint, storage
+from wrinklefree.training import checkpoint
 
 log = logging.getLogger("wrinklefree")
 
@@ -27,7 +27,7 @@ def resume_point(config: Config, force: bool) -> Path | None:
     """
     out = Path(config.output_dir)
     if config.training.resume_from is not None:
-        folder = checkpoint.find_checkpoint(config.training.resume_from, out, storage.fetch)
+        folder = checkpoint.find_checkpoint(config.training.resume_from, out)
         log.info("resuming from %s", folder)
         return folder
     if outputs(out) and not force and not _starts_within(config):

@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from wrinklefree.config.check import flatten
 from wrinklefree.config.compose import load_config, read_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
@@ -24,7 +23,14 @@ log = logging.getLogger("wrinklefree")
 SAVING_SECONDS = 1800  # how long torchrun waits for its processes to save after Ctrl-C
 
 # Settings that change where and how a stage runs, but not the model that it makes.
-INCIDENTAL = ("auto_prereq", "training.resume_from", "training.upload_to", "training.logging", "distributed")
+INCIDENTAL = (
+    "auto_prereq",
+    "model.auto_tokens",
+    "training.resume_from",
+    "training.upload_to",
+    "training.logging",
+    "distributed",
+)
 
 
 def run_stage(overrides: list[str], *, force: bool = False, processes: int | None = None) -> None:
@@ -68,8 +74,8 @@ def run_once(overrides: list[str], force: bool, processes: int | None) -> Config
 
 def _check_same(config: Config, out: Path) -> None:
     """Raise UserError if the finished stage in `out` was made with other settings than `config`."""
-    before = dict(_flat(dataclasses.asdict(read_config(out / "final" / checkpoint.CONFIG))))
-    now = dict(_flat(dataclasses.asdict(config)))
+    before = dict(flatten(dataclasses.asdict(read_config(out / "final" / checkpoint.CONFIG))))
+    now = dict(flatten(dataclasses.asdict(config)))
     for key, value in now.items():
         if key.startswith(INCIDENTAL) or value == "auto" or before[key] == value:
             continue
@@ -77,15 +83,6 @@ def _check_same(config: Config, out: Path) -> None:
             f"{out}: made with {key}={before[key]}, but now it is {value}: choose another place with output_root=..., "
             f"or start over with --force"
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a nested config as `("training.lr", 1e-4)`."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def count_processes(config: Config, asked: int | None) -> int:

@@ -43,7 +43,7 @@ log = logging.getLogger("wrinklefree")
 class Run:
     """Everything that a training needs.
 
-    In `config` every `auto` has been replaced. `model` is the model that the run starts from.
+    `plan` says what each `auto` of `config` came to. `model` is the model that the run starts from.
     """
 
     config: Config
@@ -133,7 +133,9 @@ def open_run(
     load: Callable[[Config], Loaded] | None = None,
     world: World | None = None,
 ) -> Run:
-    """Join the other processes, load the model and replace every `auto` in `config`. Nothing is written or removed.
+    """Join the other processes, load the model, and make the plan that every `auto` comes to.
+
+    Only `max_seq_length` is written into `config`. On the disk nothing is written or removed.
 
     `load` makes the model and its tokenizer, after the random numbers have been seeded. By default it loads the
     pretrained ones.

@@ -21,10 +21,11 @@ from wrinklefree.core import surgery
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import Batches, quant_layers
 from wrinklefree.distributed.sharding import Sharded
-from wrinklefree.distributed.world import World, leave_world
+from wrinklefree.distributed.world import ALONE, leave_world
 from wrinklefree.evaluate.speed import decoding_speed
 from wrinklefree.export.card import card
 from wrinklefree.export.formats.packed import export_packed
+from wrinklefree.export.proof.certify import CERTIFY_TOKENS
 from wrinklefree.generate.generate import complete
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.objectives.language_model import LanguageObjective, check_vocabulary, find_objective
@@ -36,14 +37,10 @@ from wrinklefree.tracking.plotting import plot_runs
 log = logging.getLogger("wrinklefree")
 
 
-ALONE = World(0, 1, torch.device("cpu"))
-
 # The model card shows how the model continues the first tokens of this many held-out windows.
 NUM_SAMPLES, PROMPT_TOKENS = 3, 8
 
 CALIBRATION_BATCHES = 4
-
-CERTIFY_TOKENS = 8192
 
 NAMES = {"full_precision": "original or teacher", "one_shot": "before training", "trained": "trained"}
 

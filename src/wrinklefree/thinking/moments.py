@@ -58,11 +58,6 @@ class Moments:
         """C [D, D], not centred."""
         return self.outer / self.count
 
-    @property
-    def covariance(self) -> Tensor:
-        """Centred, [D, D]."""
-        return self.second - torch.outer(self.mean, self.mean)
-
 
 def principal_axes(matrix: Tensor) -> Axes:
     """Eigenvalues and eigenvectors of a symmetric matrix [D, D], each vector's largest entry positive."""
@@ -75,12 +70,6 @@ def principal_axes(matrix: Tensor) -> Axes:
 def tied_code(moments: Moments, size: int) -> Tensor:
     """W [size, D] with the least mean squared error."""
     return principal_axes(moments.second)[1][:size]
-
-
-def tied_error(moments: Moments, size: int) -> float:
-    """The squared error of the tied code of this size, a mean over the D entries."""
-    values = principal_axes(moments.second)[0]
-    return float(values[size:].sum() / len(values))
 
 
 def weighted_code(moments: Moments, metric: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ def whiten(thinker: LatentThinker, train: HiddenPairs) -> None:
     thinker.deviation.copy_(deviation.clamp(min=1e-3 * deviation.max()))
 
 
-def train_stage(setup: StageSetup, objective: Objective, evaluate: Callable[[nn.Module], Figures]) -> Path:
+def train_thinker(setup: StageSetup, objective: Objective, evaluate: Callable[[nn.Module], Figures]) -> Path:
     """Train on the hidden pairs; the folder of the thinker that is kept."""
     run, config = setup.run, setup.run.config
     stream = ShuffledStream(

@@ -16,7 +16,7 @@ from wrinklefree.thinking.grpo import GRPO
 from wrinklefree.thinking.injection import Injection, fit_adapter, scale_adapter
 from wrinklefree.thinking.recursion import Recursion, read_out
 from wrinklefree.thinking.speech import Speaker
-from wrinklefree.thinking.stage import Figures, open_stage, report_stage, spoken_accuracy, train_stage
+from wrinklefree.thinking.stage import Figures, open_stage, report_stage, spoken_accuracy, train_thinker
 
 
 def train_network(config: Config, force: bool) -> Path:
@@ -35,7 +35,7 @@ def train_network(config: Config, force: bool) -> Path:
         }
 
     objective = Recursion(thinker, decoder, loading.settings_of(config).network)
-    final = train_stage(setup, objective, evaluate)
+    final = train_thinker(setup, objective, evaluate)
     figures = read_out(thinker, decoder, setup.heldout, count)._asdict()
     by_steps = figures.pop("by_steps")
     return report_stage(setup, final, figures, by_steps, "inject")
@@ -49,7 +49,7 @@ def train_adapter(config: Config, force: bool) -> Path:
         fit_adapter(setup.thinker, speaker, setup.train, given.fitted_pairs)
     elif setup.run.resume is None:
         scale_adapter(setup.thinker, speaker, setup.train)
-    final = train_stage(setup, Injection(setup.thinker, speaker, given), spoken_accuracy(setup, speaker))
+    final = train_thinker(setup, Injection(setup.thinker, speaker, given), spoken_accuracy(setup, speaker))
     return report_stage(setup, final, spoken_accuracy(setup, speaker)(setup.thinker), {}, "grpo")
 
 
@@ -61,5 +61,5 @@ def reinforce(config: Config, force: bool) -> Path:
         setup.thinker.network.requires_grad_(False)
     else:
         setup.thinker.keep_average()
-    final = train_stage(setup, GRPO(setup.thinker, speaker, given), spoken_accuracy(setup, speaker))
+    final = train_thinker(setup, GRPO(setup.thinker, speaker, given), spoken_accuracy(setup, speaker))
     return report_stage(setup, final, spoken_accuracy(setup, speaker)(setup.thinker), {}, "eval")

@@ -12,7 +12,7 @@ A run may resume with another number of processes: weights are stored whole, and
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import aside_of, full_disk_said, written_aside
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.world import ALONE, World, barrier
+from wrinklefree.training import storage
 
 State = dict[str, Any]
 
@@ -132,7 +133,7 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def find_checkpoint(resume_from: str, run: Path, fetch: Callable[[str], Path]) -> Path:
+def find_checkpoint(resume_from: str, run: Path) -> Path:
     """Return the checkpoint folder that `resume_from` names. Raises UserError if there is none.
 
     | `resume_from` | checkpoint |
@@ -140,10 +141,10 @@ def find_checkpoint(resume_from: str, run: Path, fetch: Callable[[str], Path]) -
     | `latest` | the newest one in the run folder `run` |
     | a checkpoint folder | this one |
     | a run folder | the newest one in it |
-    | `scheme://...` | as for a folder, once `fetch` has copied it |
+    | `scheme://...` | as for a folder, once it has been copied here |
     """
     name = resume_from.removesuffix(".pt")  # the training guide writes step_N.pt
-    path = run if name == "latest" else fetch(name) if "://" in name else Path(name)
+    path = run if name == "latest" else storage.fetch(name)
     if (path / TRAINER).is_file():
         return path
     steps = step_folders(path / "checkpoints") or step_folders(path)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from wrinklefree.config.schema import ModelConfig, TrainingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.manifest import read_manifest
-from wrinklefree.distributed.world import World
+from wrinklefree.distributed.world import World, has_bf16
 
 log = logging.getLogger("wrinklefree")
 
@@ -104,13 +104,6 @@ def make_plan(t: TrainingConfig, config: ModelConfig, model: PreTrainedModel, le
     log.info("%d steps of %s tokens (%s)", steps.value, f"{per_step:,}", steps.reason)
     log.info("precision %s on %s", str(dtype).removeprefix("torch."), world.device)
     return Plan(int(steps.value), lr.value, dtype, length, per_step)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions to multiply bf16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

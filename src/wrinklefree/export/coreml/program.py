@@ -133,7 +133,7 @@ class _Decoder:
         """Return queries, keys or values [1, heads, head width, S]. In Qwen3, queries and keys have a norm per head."""
         y = self._linear(x, f"{prefix}.{part}_proj")
         y = mb.reshape(x=y, shape=[1, heads, self.sizes.head_dim, self.length])
-        if type(self.model).__name__ == "Qwen3ForCausalLM" and part in "qk":
+        if f"{part}_norm" in dict(self.model.get_submodule(prefix).named_children()):
             y = _rms_norm(y, self.model.get_submodule(f"{prefix}.{part}_norm"), axis=2)
         return y
 

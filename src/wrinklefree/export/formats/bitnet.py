@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
@@ -22,6 +22,7 @@ from wrinklefree.export.proof.agreement import Agreement, compare, judge
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import unquantized_state
 from wrinklefree.export.views.ternary import Ternary, one_scale, ternary_layers
+from wrinklefree.families.bitnet import quantization_config
 
 NEXT = "AutoModelForCausalLM.from_pretrained('{target}')"
 
@@ -41,14 +42,7 @@ def write(
     layers = ternary_layers(model, "bitnet")
     eps = _check(model, layers)
     config = copy.deepcopy(model.config)
-    config.quantization_config = {
-        "quant_method": "bitnet",
-        "linear_class": "bitlinear",
-        "quantization_mode": "offline",
-        "modules_to_not_convert": [fqn for fqn, m in model.named_modules() if type(m) is nn.Linear],
-        "use_rms_norm": eps is not None,
-        "rms_norm_eps": eps or 1e-6,
-    }
+    config.quantization_config = quantization_config(model, "bitlinear", "offline", eps is not None, eps or 1e-6)
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -8,8 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.export.proof import certify
-from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.export.proof.certify import CertificateError, logits_of, sequences_of, token_figures
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,16 @@ def compare(trained: PreTrainedModel, other: PreTrainedModel, batches: Iterable[
     """
     trained.eval()
     other.eval()
-    sequences = list(certify._sequences(batches, trained.device))
-    if not sequences:
+    figures, differences = [], []
+    for inputs in sequences_of(batches, trained.device):
+        expected, found = logits_of(trained, inputs), logits_of(other, inputs)
+        figures.append(token_figures(expected, found))
+        differences.append((found - expected).abs().max() / expected.abs().max())
+    if not figures:
         raise UserError("nothing to compare the exported model on: no text was given")
-    figures = torch.cat([certify._figures(trained, other, inputs) for inputs in sequences])
-    differences = torch.stack([_difference(trained, other, inputs) for inputs in sequences])
-    kl, same = figures.mean(0).tolist()
+    kl, same = torch.cat(figures).mean(0).tolist()
     # The median: at a single token, rounding to int8 may go the other way, and all later tokens then differ.
-    return Agreement(len(figures), differences.median().item(), kl, same)
-
-
-def _difference(trained: PreTrainedModel, other: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    expected = certify._logits(trained, inputs)
-    return (certify._logits(other, inputs) - expected).abs().max() / expected.abs().max()
+    return Agreement(len(torch.cat(figures)), torch.stack(differences).median().item(), kl, same)
 
 
 def judge(agreement: Agreement, kl: float, what: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from wrinklefree.core.batch import model_inputs
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, quant_layers
@@ -26,6 +27,7 @@ from wrinklefree.tracking.terminal import markdown_table
 
 LOGITS = 1e-4  # relative to the largest absolute logit
 KL = 1e-3  # nats per token
+CERTIFY_TOKENS = 8192  # held-out tokens that an export is compared on
 CHUNK = 256  # tokens whose logits are compared at once
 NO_CACHE = {"use_cache": False}
 # Sequences compared at equal rounding. Few, because exchanged dense weights make layers with biases encode anew.
@@ -80,11 +82,11 @@ def _certify(trained: PreTrainedModel, packed: PreTrainedModel, batches: Iterabl
     if packed.dtype != torch.float32:
         raise ValueError(f"load the packed model with dtype=torch.float32 to certify it, not {packed.dtype}")
     weight_difference = _compare_layers(quant_layers(trained), trained_layers(packed))
-    sequences = list(_sequences(batches, trained.device))
+    sequences = list(sequences_of(batches, trained.device))
     if not sequences:
         raise UserError("nothing to compare the packed model on: no text was given")
     logit_difference = max(_logit_difference(trained, packed, inputs) for inputs in sequences[:EXACT])
-    figures = torch.cat([_figures(trained, packed, inputs) for inputs in sequences])
+    figures = torch.cat([token_figures(logits_of(trained, x), logits_of(packed, x)) for x in sequences])
     mean, largest = figures.mean(0).tolist(), figures.amax(0).tolist()
     certificate = Certificate(
         layers=len(trained_layers(packed)),
@@ -108,11 +110,11 @@ def _logit_difference(trained: PreTrainedModel, packed: PreTrainedModel, inputs:
     """Return the largest difference of a logit at equal rounding, relative to the largest logit."""
     rounded = _dense_weights(packed, trained)
     expected = functional_call(trained, rounded, kwargs=inputs | NO_CACHE, tie_weights=False).logits
-    difference: Tensor = (_logits(packed, inputs) - expected).abs().max() / expected.abs().max()
+    difference: Tensor = (logits_of(packed, inputs) - expected).abs().max() / expected.abs().max()
     return difference.item()
 
 
-def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Return the logits [1, L, V]."""
     # With a cache, transformers would not use restarting position_ids to keep packed documents apart.
     logits: Tensor = model(**inputs, **NO_CACHE).logits
@@ -125,10 +127,12 @@ def _dense_weights(packed: nn.Module, trained: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in packed.named_parameters(remove_duplicate=False) if name in names}
 
 
-def _figures(trained: PreTrainedModel, packed: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Return per token KL(trained || packed) in nats, and 1 if the likeliest next token is the same: fp64 [L, 2]."""
-    ours, theirs = _logits(packed, inputs)[0], _logits(trained, inputs)[0]
-    chunks = zip(torch.split(theirs, CHUNK), torch.split(ours, CHUNK), strict=True)
+def token_figures(trained: Tensor, packed: Tensor) -> Tensor:
+    """Return per token KL(trained || packed) in nats, and 1 if the likeliest next token is the same: fp64 [L, 2].
+
+    Both are logits [1, L, V].
+    """
+    chunks = zip(torch.split(trained[0], CHUNK), torch.split(packed[0], CHUNK), strict=True)
     return torch.cat([torch.stack([_kl(p, q), (p.argmax(-1) == q.argmax(-1)).double()], -1) for p, q in chunks])
 
 
@@ -141,16 +145,15 @@ def _judge(certificate: Certificate) -> None:
     if not certificate.kl_mean <= KL:
         raise CertificateError(
             f"KL(trained, packed) is {certificate.kl_mean:.1e} nats per token (allowed {KL:g}): "
-            f"export with dense_dtype=float32"
+            f"rounding its unquantized weights to bf16 changes it too much"
         )
 
 
-def _sequences(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+def sequences_of(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Yield one sequence [1, L] at a time, so that the logits of a large vocabulary fit into memory."""
     for batch in batches:
         for row in range(len(batch["input_ids"])):
-            names = [name for name in ("input_ids", "position_ids") if name in batch]
-            yield {name: batch[name][row : row + 1].to(device) for name in names}
+            yield {name: tensor[row : row + 1].to(device) for name, tensor in model_inputs(batch).items()}
 
 
 def _kl(reference: Tensor, other: Tensor) -> Tensor:

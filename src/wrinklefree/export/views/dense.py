@@ -23,7 +23,8 @@ def refuse_norms(model: PreTrainedModel, target: str) -> None:
 
 def unquantized_state(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, Tensor]:
     """Return what is stored beside the quantized weights: biases, norms, embeddings, and a head that is not tied."""
-    own = {f"{fqn}.{name}" for fqn in layers for name, _ in quant_layers(model)[fqn].named_parameters(recurse=False)}
+    quantized = quant_layers(model)
+    own = {f"{fqn}.{name}" for fqn in layers for name, _ in quantized[fqn].named_parameters(recurse=False)}
     left_out = {name for name in own if not name.endswith(".bias")}
     if model.config.tie_word_embeddings:
         left_out.add("lm_head.weight")

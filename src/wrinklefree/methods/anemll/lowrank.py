@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wrinklefree.core.batch import model_inputs
 from wrinklefree.core.codes import look_up
 
 RIDGE = 1e-6  # share of the mean diagonal that is added to it: keeps undetermined directions small
@@ -186,7 +187,7 @@ def input_squares(
     handles = [site.register_forward_pre_hook(partial(see, name)) for name, site in sites.items()]
     for batch in batches:
         device = next(model.parameters()).device
-        model(**{name: batch[name].to(device) for name in ("input_ids", "position_ids") if name in batch})
+        model(**{name: tensor.to(device) for name, tensor in model_inputs(batch).items()})
     for handle in handles:
         handle.remove()
     return {name: (total / total.mean().clamp_min(SMALLEST)).clamp(0.01, 100).float() for name, total in sums.items()}

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import BitNetForCausalLM, PreTrainedModel
 
 from wrinklefree.core import surgery
+from wrinklefree.core.batch import model_inputs
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Table
@@ -44,6 +45,7 @@ from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_group
 from wrinklefree.core.norm import RMSNorm, normalized
 from wrinklefree.core.ste import round_fp16, straight_through
 from wrinklefree.families import bitnet
+from wrinklefree.families.architectures import SUB_NORMS
 from wrinklefree.methods.bitdistill.decode import decode, int8_inputs
 
 log = logging.getLogger("wrinklefree")
@@ -147,7 +149,7 @@ def gains(model: PreTrainedModel, sites: Mapping[str, nn.Linear], batches: Batch
     handles = [site.register_forward_pre_hook(partial(see, fqn)) for fqn, site in sites.items()]
     with torch.no_grad():
         for batch in batches:
-            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
+            inputs = {name: tensor.to(model.device) for name, tensor in model_inputs(batch).items()}
             model.base_model(**inputs, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -167,7 +169,7 @@ class Config(QuantMethod):
     group_size: Annotated[int, Field(gt=0)] = 128  # columns, for granularity group
     activation_bits: Literal[8] | None = 8  # None leaves activations in floating point
     norm_mode: Literal["subln", "per_linear", "none"] = "subln"
-    norm_names: list[str] = field(default_factory=lambda: list(bitnet.NORMS))
+    norm_names: list[str] = field(default_factory=lambda: list(SUB_NORMS))
     subln_init: Literal["calibrated", "ones"] = "calibrated"
     weight_warmup_steps: Annotated[int, Field(ge=0)] = 0
     activation_warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -211,7 +213,7 @@ class Config(QuantMethod):
             return self._adopt(model)
         sites = self._sites(model)
         fitted = gains(model, sites, batches if self.subln_init == "calibrated" else ())
-        if self.norm_mode == "subln" and self.norm_names == list(bitnet.NORMS) and bitnet.fits(model):
+        if self.norm_mode == "subln" and self.norm_names == list(SUB_NORMS) and bitnet.fits(model):
             model = bitnet.from_llama(model)
         if isinstance(model, BitNetForCausalLM):
             bitnet.quicken(model)
@@ -265,7 +267,7 @@ def _set_norm(model: nn.Module, fqn: str, gain: Tensor) -> None:
     """Give the inputs of the layer `fqn` a norm with this gain: BitNet's own norm, or an `rms_norm` in the layer."""
     beside = bitnet.norm_beside(model, fqn)
     if beside is None:
-        quant_layers(model)[fqn].rms_norm = RMSNorm(gain, EPS)
+        model.get_submodule(fqn).rms_norm = RMSNorm(gain, EPS)
     else:
         beside.get_parameter("weight").data.copy_(gain)
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -11,8 +10,8 @@ from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.objectives.base import Metrics
-from wrinklefree.objectives.language_model import BodyAndHead, LanguageObjective
-from wrinklefree.objectives.losses import TokenLosses, shifted, token_losses
+from wrinklefree.objectives.language_model import LanguageObjective, vocabulary_losses
+from wrinklefree.objectives.losses import TokenLosses
 from wrinklefree.objectives.terms import AttentionRelations, HiddenStates, hidden_share
 
 
@@ -51,7 +50,7 @@ class Objective(LanguageObjective):
         with ExitStack() as stack:
             for part in parts:
                 stack.enter_context(part.watching())
-            result = compare(self.student, self.teacher, batch, self.config)
+            result = vocabulary_losses(self.student, self.teacher, batch, self.config)
         metrics = {"ce": result.ce} | ({"kl": result.kl} if self.teacher else {})
         terms = self._vocabulary_terms(result)
         loss = result.loss
@@ -83,25 +82,3 @@ def _needed(teacher: PreTrainedModel | None, setting: str, compiled: bool) -> Pr
     if compiled:
         raise UserError(f"distillation.{setting}: watches layers inside of the model; set training.compile=false")
     return teacher
-
-
-def compare(student: BodyAndHead, teacher: BodyAndHead | None, batch: Batch, config: DistillationConfig) -> TokenLosses:
-    """Return the losses of one batch. Logits are computed in chunks of tokens and summed in fp32."""
-    other = None
-    if teacher is not None:
-        with torch.no_grad():
-            hidden, _ = shifted(teacher.states(batch), batch["labels"])
-            states, head = teacher.project(hidden)
-            other = states, head.to(states.dtype)
-    hidden, targets = shifted(student.states(batch), batch["labels"])
-    states, head = student.project(hidden)
-    return token_losses(
-        states,
-        head,
-        targets,
-        teacher=other,
-        ce_weight=config.ce_weight,
-        kl_weight=config.weight,
-        temperature=config.temperature,
-        tau_squared=config.tau_squared,
-    )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wrinklefree.core.inputs import compute_dtype
-from wrinklefree.families.architectures import FAMILIES, MLP
+from wrinklefree.families.architectures import FAMILIES, MLP, SUB_NORMS
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products.native import Matrix, NativeProduct, available, matmul, norm
 
@@ -71,7 +71,7 @@ class FusedMLP(Fused):
             return y
         with torch.no_grad():
             gate, up = matmul(matrices[:2], x)
-            inner, between = self.act_fn(gate).mul_(up), self._modules.get("ffn_sub_norm")
+            inner, between = self.act_fn(gate).mul_(up), self._modules.get(SUB_NORMS["down_proj"])
             (y,) = matmul(matrices[2:], inner if between is None else between(inner))
         return y.to(compute_dtype(x))
 

@@ -7,7 +7,7 @@ one line. `available()` says why the library cannot be used.
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -62,12 +62,17 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path()))
     if library.wf_abi() != ABI:  # check first: another version may lack the functions below
         raise OSError(f"{path()}: version {library.wf_abi()}, this wrinklefree needs {ABI}: build it again")
-    for name, (result, arguments) in SIGNATURES.items():
+    declare(library, SIGNATURES)
+    if library.wf_isa() is None:
+        raise OSError(last_error(library))
+    return library
+
+
+def declare(library: ctypes.CDLL, signatures: Mapping[str, tuple[Any, list[Any]]]) -> None:
+    """Tell ctypes the (result, arguments) of functions. Raises AttributeError if the library lacks one."""
+    for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    if library.wf_isa() is None:
-        raise OSError(_error(library))
-    return library
 
 
 @cache
@@ -85,13 +90,14 @@ def isa() -> str:
     return str(load().wf_isa().decode())
 
 
-def _error(library: ctypes.CDLL) -> str:
+def last_error(library: ctypes.CDLL) -> str:
+    """The reason for the library's last failure."""
     return str(library.wf_error().decode())
 
 
 def _checked(handle: int | None) -> int:
     if handle is None:
-        raise ValueError(_error(load()))
+        raise ValueError(last_error(load()))
     return handle
 
 
@@ -177,7 +183,7 @@ class Matrix:
         col: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> "Matrix":
-        """The real matrix of Fairy2i's codes, times row [n] and col [k].
+        """The real matrix of complex codes, times row [n] and col [k].
 
         codes uint8 [2 (U, W), T, n / 2, k / 2]; scales [2, T, 2 (re, im), 1 or n / 2, groups].
         """
@@ -221,7 +227,7 @@ class Matrix:
         """Row n of the dense weight: fp32 [k]."""
         out = torch.empty(self.shape[1])
         if load().wf_matrix_row(self.handle, n, out.data_ptr()):
-            raise ValueError(_error(load()))
+            raise ValueError(last_error(load()))
         return out
 
 
@@ -254,7 +260,7 @@ def matmul(matrices: Sequence[Matrix], x: Tensor, mode: int = INT8, threads: Poo
     targets = _few[count](*[out.data_ptr() for out in outs])
     batch, owner = x.numel() // x.shape[-1], pool() if threads is None else threads
     if batch and load().wf_matmul(owner.handle, handles, count, x.data_ptr(), batch, targets, mode):
-        raise ValueError(_error(load()))
+        raise ValueError(last_error(load()))
     return outs
 
 
@@ -265,7 +271,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(f"x {list(x.shape)} does not fit a weight {list(weight.shape)}")
     y, batch = torch.empty_like(x), x.numel() // k
     if batch and load().wf_norm(x.data_ptr(), weight.data_ptr(), eps, batch, k, y.data_ptr()):
-        raise ValueError(_error(load()))
+        raise ValueError(last_error(load()))
     return y
 
 

@@ -4,7 +4,7 @@ At batch 1 a GPU waits for its memory, so reading weights as 1 to 4 bits saves t
 with the decoded weight is faster.
 
     table    weight uint8 [n, k bits / 8], bits 1, 2, 4 or 8        y = row * sum_k table[code] scales[r, g] col x
-    fairy    weight uint8 [2 (U, W), T, n / 2, k / 8], 2 bits       y = U z + W conj(z), z the halves of col x
+    complex  weight uint8 [2 (U, W), T, n / 2, k / 8], 2 bits       y = U z + W conj(z), z the halves of col x
 
 Scales are [R, G] and [2, T, 2, R, G] as in core/forms.py. Sums are in fp32. TRITON_INTERPRET=1 runs the programs on a
 CPU, slowly; the tests do so.
@@ -64,7 +64,7 @@ def _table_kernel(
 
 
 @triton.jit
-def _fairy_kernel(
+def _complex_kernel(
     weight,
     scales,
     x,
@@ -139,15 +139,15 @@ def table_product(weight: Tensor, bits: int, table: Tensor, scales: Tensor, x: T
     return y
 
 
-def fairy_product(weight: Tensor, scales: Tensor, x: Tensor) -> Tensor:
-    """Multiply x fp32 [B, 2 m] with Fairy2i's codes: fp32 [B, 2 n].
+def complex_product(weight: Tensor, scales: Tensor, x: Tensor) -> Tensor:
+    """Multiply x fp32 [B, 2 m] with complex codes: fp32 [B, 2 n].
 
     `weight` uint8 [2 (U, W), T, n, ceil(m / 4)] packed; `scales` fp32 [2, T, 2 (re, im), 1 or n, G].
     """
     _, stages, n, width = weight.shape
     tokens, m = x.shape[0], x.shape[1] // 2
     y = torch.empty(tokens, 2 * n, dtype=torch.float32, device=x.device)
-    _fairy_kernel[(triton.cdiv(n, ROWS), tokens)](
+    _complex_kernel[(triton.cdiv(n, ROWS), tokens)](
         weight,
         scales,
         x,
@@ -170,7 +170,7 @@ class TritonProduct(FewTokens):
     """Multiplies a packed layer by one of these programs. All its tensors are fp32 on the layer's device."""
 
     bits: int
-    table: Tensor | None  # None means Fairy2i's codes
+    table: Tensor | None  # None means complex codes
     scales: Tensor
     row: Tensor | None
     col: Tensor | None
@@ -179,7 +179,7 @@ class TritonProduct(FewTokens):
         z = x.float().flatten(0, -2)
         z = z.contiguous() if self.col is None else z * self.col
         if self.table is None:
-            y = fairy_product(weight, self.scales, z)
+            y = complex_product(weight, self.scales, z)
         else:
             y = table_product(weight, self.bits, self.table, self.scales, z)
         return (y if self.row is None else y * self.row).unflatten(0, x.shape[:-1])
