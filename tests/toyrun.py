@@ -59,16 +59,17 @@ def run(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     objective: Callable[[PreTrainedModel, PreTrainedModel], Objective] | None = None,
     world: World = CPU,
+    force: bool = False,
 ) -> PreTrainedModel:
     """What `wf train` does between loading and packing; returns the trained model."""
-    opened = open_run(config, world=world)
-    opened.begin()
-    teacher, student = opened.model, prepare_student(config, opened.model)
-    made = (objective or partial(choose_objective, config))(student, teacher)
-    for model in (student, teacher):
-        opened.placement.place(model)
-    opened.fit(student, made, teacher=teacher, evaluate=evaluate, on_step=on_step)
-    return student
+    with open_run(config, force, world=world) as opened:
+        opened.begin()
+        teacher, student = opened.model, prepare_student(config, opened.model)
+        made = (objective or partial(choose_objective, config))(student, teacher)
+        for model in (student, teacher):
+            opened.placement.place(model)
+        opened.fit(student, made, teacher=teacher, evaluate=evaluate, on_step=on_step)
+        return student
 
 
 def rows(run_folder: Path) -> list[dict[str, str]]:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from wrinklefree.cli import app
 from wrinklefree.config.compose import CONFIGS, load_config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.lock import locked
 from wrinklefree.core.method import available
 
 VERBS = [
@@ -221,7 +222,11 @@ def test_runs_shows_last_figures_newest_first(tmp_path: Path) -> None:
     assert list(rows) == ["new", "old"]
     assert rows["new"][1:5] == ["fairy2", "10", "2.250", "2.500"]
     assert rows["old"][1:5] == ["fairy2", "5", "2.750", "2.500"]
-    assert rows["new"][-1] == "done"
+    assert rows["new"][-1] == "stopped"  # killed before its results were written
+    (tmp_path / "new" / "results.json").write_text("{}")
+    assert wf("runs", str(tmp_path))[1].splitlines()[1].split()[-1] == "done"
+    with locked(tmp_path / "new"):
+        assert wf("runs", str(tmp_path))[1].splitlines()[1].split()[-1] == "running"
 
 
 def test_runs_says_where_there_are_none(tmp_path: Path) -> None:

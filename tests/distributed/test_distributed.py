@@ -25,6 +25,7 @@ from wrinklefree.distributed.world import ALONE
 from wrinklefree.models.load import load_model
 from wrinklefree.runs import launch
 from wrinklefree.training import checkpoint
+from wrinklefree.training.loop import STOPPING
 
 # Sequences of an odd length have unlike numbers of labels, so that a mean of means would show.
 ODD = ["training.max_seq_length=11"]
@@ -275,23 +276,54 @@ def test_processes_are_counted_by_gpus_and_wishes(monkeypatch: pytest.MonkeyPatc
     assert launch.count_processes(sharded, None) == 1
 
 
-@pytest.mark.slow
-def test_ctrl_c_at_the_terminal_saves_before_it_stops(tmp_path: Path) -> None:
-    """The terminal sends it to `wf` and torchrun; torchrun hands it on to the processes that train, and waits."""
-    toy_files(tmp_path)
+def started(folder: Path) -> "subprocess.Popen[str]":
+    """A long run of two processes that has taken some steps."""
+    toy_files(folder)
     settings = ["training.max_steps=100000", "distributed=fsdp_multi"]
-    command = [sys.executable, "-m", "wrinklefree.cli", "train", *overrides(tmp_path, *settings), "--nproc", "2"]
-    started = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "run" / "training_log.csv"
+    command = [sys.executable, "-m", "wrinklefree.cli", "train", *overrides(folder, *settings), "--nproc", "2"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    log = folder / "run" / "training_log.csv"
     while not log.exists() or len(log.read_text().splitlines()) < 3:
-        assert started.poll() is None
+        assert process.poll() is None
         time.sleep(0.2)
-    os.killpg(started.pid, signal.SIGINT)
-    _, errors = started.communicate(timeout=120)
-    assert started.returncode == 2
+    return process
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """The processes that train in `folder`, without `wf` and torchrun."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            ranked = b"RANK=" in (process / "environ").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if ranked and f"output_dir={folder / 'run'}".encode() in words:
+            found.append(int(process.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_to_wf_saves_in_all_processes_and_ends_them(tmp_path: Path, number: signal.Signals) -> None:
+    """`wf` hands it on to torchrun, which hands it on to the processes that train, and waits."""
+    process = started(tmp_path)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
     assert "saved; go on with training.resume_from=latest" in errors
     assert "Traceback" not in errors
     assert len(checkpoint.step_folders(tmp_path / "run" / "checkpoints")) == 1
+    assert ranks_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_when_one_process_dies_all_end(tmp_path: Path) -> None:
+    process = started(tmp_path)
+    os.kill(ranks_of(tmp_path)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 2, errors
+    assert ranks_of(tmp_path) == []
 
 
 def test_nproc_trains_and_packs(tmp_path: Path) -> None:

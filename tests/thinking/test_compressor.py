@@ -118,6 +118,37 @@ def test_text_is_not_counted_over_and_over(folder: Path) -> None:
     assert 2000 < count < 2600  # 57 documents of 41 tokens, and the rest of the last batch
 
 
+def test_an_interrupted_pass_goes_on_and_has_the_bits_of_an_unbroken_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["thinking.objective=fisher", "thinking.moment_tokens=400", "training.batch_size=3"]
+    expected = gathering.read_gathered(compressor.make_compressor(config(*settings, "output_dir=whole"), False))
+    read, calls, add = [0], [4], gathering._add
+
+    def failing(*args: object) -> None:
+        read[0] += 1
+        if read[0] == calls[0]:
+            raise KeyboardInterrupt
+        add(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gathering, "_add", failing)
+    monkeypatch.setattr(gathering, "KEPT_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        compressor.make_compressor(config(*settings), False)
+    read[0], calls[0] = 0, 0
+    found = gathering.read_gathered(compressor.make_compressor(config(*settings), False))
+    assert read[0] == 9 - 3
+    assert torch.equal(found.moments.outer, expected.moments.outer)
+    assert torch.equal(found.metric, expected.metric)
+    assert not list((folder / "run").glob(".moments*"))
+    read[0], calls[0] = 0, 4
+    with pytest.raises(KeyboardInterrupt):
+        compressor.make_compressor(config(*settings), True)
+    read[0], calls[0] = 0, 0
+    compressor.make_compressor(config(*settings, "seed=7"), True)  # other text first: nothing to go on with
+    assert read[0] == 9
+
+
 def test_two_processes_are_one(folder: Path) -> None:
     """The same moments and weights from two CPU processes with 2 sequences each as from one with 4, trained too."""
     words = toy_script("--num_epochs", "1", "training.gradient_accumulation_steps=1", "training.save_interval=8")

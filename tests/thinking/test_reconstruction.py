@@ -1,5 +1,6 @@
 """Reconstruction counts no padding and sums exactly, and PCA and Fisher codes are the optima of what they minimize."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,10 +141,18 @@ def test_training_comes_near_pca_and_not_below(states: Tensor) -> None:
     assert floor <= F.mse_loss(trained(states), states).item() < 1.02 * floor
 
 
-def test_fisher_has_the_least_error_in_its_metric_and_less_kl(decoder: BodyAndHead, states: Tensor) -> None:
+def passed_over(decoder: BodyAndHead, stream: MarkedStream, kept: Path) -> gathering.Gathered:
+    return gathering.gather_moments(
+        decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True, kept=kept, identity="one"
+    )
+
+
+def test_fisher_has_the_least_error_in_its_metric_and_less_kl(
+    decoder: BodyAndHead, states: Tensor, tmp_path: Path
+) -> None:
     """Less than PCA and a random metric in its objective; and in the KL itself, which that stands for."""
     stream = MarkedStream(Repeated(rows(64)), PAD)
-    found = gathering.gather_moments(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
+    found = passed_over(decoder, stream, tmp_path)
     assert found.mean_metric is not None
     noise = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     codes = {
@@ -163,10 +172,10 @@ def test_fisher_has_the_least_error_in_its_metric_and_less_kl(decoder: BodyAndHe
     assert weight.grad.norm() < 1e-3 * loss / weight.detach().norm()  # nothing to gain in any direction
 
 
-def test_the_fisher_metric_is_the_kl_to_second_order(decoder: BodyAndHead, states: Tensor) -> None:
+def test_the_fisher_metric_is_the_kl_to_second_order(decoder: BodyAndHead, states: Tensor, tmp_path: Path) -> None:
     """Of small errors that know nothing of the state."""
     stream = MarkedStream(Repeated(rows(64)), PAD)
-    found = gathering.gather_moments(decoder, stream, ALONE, blocks=64, batch_size=64, width=WIDTH, weighted=True)
+    found = passed_over(decoder, stream, tmp_path)
     objective = Reconstruction(DimensionCompressor(WIDTH, SIZE), decoder, "fisher", found.mean_metric)
     rebuilt = states + 0.1 * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
     assert objective.loss(states, rebuilt).item() == pytest.approx(

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.schema import Config
+from wrinklefree.core.files import write_json
 from wrinklefree.data import chains
 from wrinklefree.data.packing import encode, make_batch, pack_whole
 from wrinklefree.objectives.language_model import BodyAndHead
@@ -52,6 +53,7 @@ def compressor(folder: Path, model: LlamaForCausalLM) -> None:
         thinker = make_thinker(model, loading.settings_of(config))
         thinker.compressor.weight.copy_(tied_code(moments, 32))
     checkpoint.save(Path(config.output_dir) / "final", thinker, TOKENIZER, config_yaml(config), None)
+    write_json(Path(config.output_dir) / "results.json", {})  # so the stage is done
 
 
 def resolved(folder: Path, training: str, *more: str) -> Config:

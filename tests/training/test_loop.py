@@ -25,7 +25,7 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.models.load import load_model
 from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
-from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.runs.folder import resume_point, writing
 from wrinklefree.training import checkpoint
 
 
@@ -307,8 +307,11 @@ def test_an_existing_run_is_refused_unless_forced(folder: Path) -> None:
     assert (folder / "run" / "final" / "model.safetensors").is_file()
     assert resume_point(resolved(folder), force=True) is None
     assert (folder / "run" / "final" / "model.safetensors").is_file()  # until nothing can be wrong any more
-    make_run_folder(resolved(folder))
-    assert [path.name for path in (folder / "run").iterdir()] == ["notes.txt"]
+    with writing(resolved(folder), None):
+        assert {path.name for path in (folder / "run").iterdir()} == {"notes.txt", ".replaced"}
+    assert (folder / "run" / "final" / "model.safetensors").is_file()  # nothing was saved in its place
+    run(resolved(folder, "training.max_steps=0"), force=True)
+    assert {path.name for path in (folder / "run").iterdir()} == {"notes.txt", "final", "training_log.csv"}
 
 
 def test_keep_best_returns_the_best_model_also_across_a_resume(folder: Path) -> None:

@@ -11,7 +11,7 @@ from wrinklefree.training.schedule import rates as rates_of
 
 def rates(name: str, max_steps: int, warmup: float = 0.05, decay: float = 0.15, floor: float = 0.0) -> list[float]:
     settings = SchedulerConfig(name=name, warmup_ratio=warmup, decay_ratio=decay, min_lr_ratio=floor)
-    return [rates_of(settings, max_steps)(step) for step in range(max_steps)]
+    return [rates_of(settings)((step + 0.5) / max_steps) for step in range(max_steps)]
 
 
 @pytest.mark.parametrize("max_steps", [100, 1000, 10_000])

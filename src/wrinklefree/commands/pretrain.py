@@ -17,11 +17,12 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
 from wrinklefree.data import chains, stdlib
 from wrinklefree.data.tokenizer import train_tokenizer
-from wrinklefree.distributed.world import leave_world
 from wrinklefree.evaluate.perplexity import Quality, measure
 from wrinklefree.models.load import Loaded, load_model
 from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.runs import launch
+from wrinklefree.runs.folder import RESULTS
+from wrinklefree.runs.report import Results
 from wrinklefree.runs.setup import Run, open_run, open_stream
 
 log = logging.getLogger("wrinklefree")
@@ -63,14 +64,20 @@ def run(overrides: list[str], *, force: bool = False, processes: int | None = No
 
 def train(config: Config, force: bool) -> None:
     """Pretrain in this process, which is the only one or one of torchrun's."""
-    run = open_run(config, force, load=build_model)
+    with open_run(config, force, load=build_model) as run:
+        _train(run)
+
+
+def _train(run: Run) -> None:
+    config = run.config
     objective = LanguageModelling(run.model, config.distillation, compiled=config.training.compile)
     run.begin()
     run.placement.place(run.model)
     final = run.fit(run.model, objective, stream=Curriculum(run) if config.data.tests else None)
-    if run.is_main and config.data.source == "stdlib":
-        ship(run, run.model if run.world.size == 1 else load_model(final)[0])
-    leave_world()
+    if run.is_main:
+        model = run.model if run.world.size == 1 else load_model(final)[0]
+        quality = ship(run, model) if config.data.source == "stdlib" else _measure(run, model)
+        Results(context=run.plan.length, trained=quality).save(run.out / RESULTS)
 
 
 def build_model(config: Config) -> Loaded:
@@ -142,18 +149,23 @@ def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) 
     return model
 
 
-def ship(run: Run, model: PreTrainedModel) -> None:
-    """Write `shipped/`: bf16 weights, tokenizer, and a model card with their held-out perplexity."""
+def ship(run: Run, model: PreTrainedModel) -> Quality:
+    """Write `shipped/`: bf16 weights, tokenizer, and a model card with their held-out perplexity, which is returned."""
     # Round the weights first, so that the card gives the perplexity of exactly the weights that are shipped.
     model = model.to(torch.bfloat16).float()
-    with run.plan.autocast(model.device):
-        quality = measure(model, run.heldout(None))
+    quality = _measure(run, model)
     out = run.out / "shipped"
     with written_aside(out) as aside:
         model.to(torch.bfloat16).save_pretrained(aside)
         run.tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(card(run, model, quality))
     log.info("held-out perplexity %.2f; wrote %s", quality.ppl, out)
+    return quality
+
+
+def _measure(run: Run, model: PreTrainedModel) -> Quality:
+    with run.plan.autocast(model.device):
+        return measure(model, run.heldout(None))
 
 
 def card(run: Run, model: PreTrainedModel, quality: Quality) -> str:

@@ -6,11 +6,10 @@ from pathlib import Path
 import yaml
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.lock import is_locked
+from wrinklefree.runs.folder import RESULTS
 from wrinklefree.tracking.run_log import CSV_NAME, read_rows
 from wrinklefree.tracking.terminal import print_table
-
-# Seconds. If the log of a run has changed within this time, the run is still running.
-_ALIVE = 120
 
 
 def run(folder: Path) -> None:
@@ -31,7 +30,7 @@ def _row(log: Path) -> list[str]:
         _last(rows, "train_loss"),
         _last(rows, "eval_loss"),
         time.strftime("%m-%d %H:%M", time.localtime(written)),
-        _status(out, written),
+        _status(out),
     ]
 
 
@@ -40,10 +39,11 @@ def _last(rows: list[dict[str, str]], column: str) -> str:
     return next((f"{float(row[column]):.3f}" for row in reversed(rows) if row.get(column)), "")
 
 
-def _status(out: Path, written: float) -> str:
-    if (out / "final").is_dir():
-        return "done"
-    return "running" if time.time() - written < _ALIVE else "stopped"
+def _status(out: Path) -> str:
+    """A running process holds the folder's lock; results are written last."""
+    if is_locked(out):
+        return "running"
+    return "done" if (out / RESULTS).is_file() else "stopped"
 
 
 def _method(out: Path) -> str:

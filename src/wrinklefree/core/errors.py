@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can mend."""
+"""The exceptions for mistakes that a user can mend."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class DataError(UserError):
+    """The training data cannot be read on. The model is as good as before, and worth saving."""

@@ -1,11 +1,13 @@
 """Write files and folders so that a crash never leaves half of one: write aside, flush, then rename."""
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -49,6 +51,12 @@ def file_aside(path: Path) -> Iterator[Path]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write values as JSON, whole or not at all. Raises UserError if the disk is full."""
+    with file_aside(path) as aside:
+        aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def rename(aside: Path, path: Path) -> None:

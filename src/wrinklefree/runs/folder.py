@@ -3,29 +3,42 @@
 import itertools
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from wrinklefree.config.schema import Config
+from wrinklefree.core import replaced
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.lock import locked, refuse_locked
 from wrinklefree.runs import prerequisites
+from wrinklefree.tracking.run_log import CSV_NAME
 from wrinklefree.training import checkpoint
 
 log = logging.getLogger("wrinklefree")
 
 
-# What a run writes into its folder. `--force` removes these and leaves everything else alone.
-OUTPUTS = ["checkpoints", "best", "final", "packed", "shipped", "plots", "training_log.csv", "results.json"]
+RESULTS = "results.json"
+
+# What a run writes into its folder. `--force` replaces these and leaves everything else alone.
+MADE_OF_CHECKPOINTS = ["best", "final", "packed", "shipped", "plots", RESULTS]
+OUTPUTS = ["checkpoints", *MADE_OF_CHECKPOINTS, CSV_NAME, "uploads.json"]
 
 
 def resume_point(config: Config, force: bool) -> Path | None:
-    """Return the checkpoint to resume from, or None for a new run. Nothing is written or removed.
+    """Return the checkpoint to resume from, or None for a new run.
 
-    Raises UserError if the output folder already holds a run, unless
+    Nothing is written or removed, but if a run with `--force` was killed before it had saved anything, the run that it
+    was to replace is put back.
+
+    Raises UserError if another process trains in the output folder, or if the folder already holds a run, unless
     - `training.resume_from` is set,
     - `force` is given, or
     - this run starts from the model of that run.
     """
     out = Path(config.output_dir)
+    refuse_locked(out)
+    put_back(out)
     if config.training.resume_from is not None:
         folder = checkpoint.find_checkpoint(config.training.resume_from, out)
         log.info("resuming from %s", folder)
@@ -38,22 +51,69 @@ def resume_point(config: Config, force: bool) -> Path | None:
     return None
 
 
-def make_run_folder(config: Config) -> None:
-    """Make the output folder and remove what an earlier run wrote into it.
+def clear(config: Config) -> None:
+    """Move what an earlier run wrote into the output folder out of the way.
 
-    Call this only after every check has passed, because it deletes files. If this run starts from the model of the
-    earlier run, that run is moved to `earlier_1/` (or the next free number) instead of deleted.
+    It is removed once the new run has saved a model. If the new run starts from the model of the earlier one, that goes
+    to `earlier_1/` (or the next free number), and stays.
     """
     out = Path(config.output_dir)
+    if not outputs(out):
+        return
     if _starts_within(config):
-        kept = next(path for n in itertools.count(1) if not (path := out / f"earlier_{n}").exists())
-        kept.mkdir()
-        for path in outputs(out):
-            path.rename(kept / path.name)
+        kept = replaced.move(outputs(out), _unused(out, "earlier"))
         log.info("%s: the run that this one starts from is now in %s", out, kept)
-    for path in outputs(out):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    out.mkdir(parents=True, exist_ok=True)
+    else:
+        replaced.set_aside(out, outputs(out))
+
+
+@contextmanager
+def writing(config: Config, resume: Path | None) -> Iterator[None]:
+    """Make the output folder ready for a new run, or for one that goes on from `resume`; lock it while the block runs.
+
+    Raises UserError if another process trains there.
+    """
+    out = Path(config.output_dir)
+    with locked(out):
+        if resume is None:
+            clear(config)
+        else:
+            go_on(out, resume)
+        try:
+            yield
+        finally:
+            put_back(out)  # nothing is left to put back if the run has saved a model
+
+
+def put_back(out: Path) -> None:
+    """If the run in `out` was to be replaced, but the new one has saved no model, put it back."""
+    if replaced.put_back(out, outputs(out)):
+        log.info("%s: the earlier run is there again, because no model of the new one was saved", out)
+
+
+def go_on(out: Path, resume: Path) -> None:
+    """Make the folder ready for a run that goes on from the checkpoint `resume`.
+
+    Results are removed, for they are of the run as it was. Checkpoints that do not lead to `resume`, and what was made
+    of them, are moved to `abandoned_1/` (or the next free number). So the newest is always of the branch that runs.
+    """
+    own = checkpoint.step_folders(out / "checkpoints")
+    inside = resume.resolve().parent == (out / "checkpoints").resolve()
+    abandoned = [path for path in own if not inside or checkpoint.step_of(path) > checkpoint.step_of(resume)]
+    if abandoned:
+        kept = _unused(out, "abandoned")
+        replaced.move(abandoned, kept / "checkpoints")
+        for name in MADE_OF_CHECKPOINTS:
+            if (out / name).exists():
+                (out / name).rename(kept / name)
+        if (out / CSV_NAME).is_file():
+            shutil.copy2(out / CSV_NAME, kept)
+        log.info("going back to %s: what came after it is now in %s", resume.name, kept)
+    (out / RESULTS).unlink(missing_ok=True)
+
+
+def _unused(out: Path, name: str) -> Path:
+    return next(path for n in itertools.count(1) if not (path := out / f"{name}_{n}").exists())
 
 
 def _starts_within(config: Config) -> bool:

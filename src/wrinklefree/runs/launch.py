@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,10 +19,11 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.stage import train_stage
 from wrinklefree.training import checkpoint
+from wrinklefree.training.loop import STOPPING
 
 log = logging.getLogger("wrinklefree")
 
-SAVING_SECONDS = 1800  # how long torchrun waits for its processes to save after Ctrl-C
+SAVING_SECONDS = 600  # how long torchrun waits for its processes to save after it was told to stop
 
 # Settings that change where and how a stage runs, but not the model that it makes.
 INCIDENTAL = (
@@ -103,13 +106,26 @@ def torchrun(verb: str, processes: int, overrides: list[str], force: bool) -> No
     command = [sys.executable, "-m", "wrinklefree.distributed.workers", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", "wrinklefree.cli", verb, *overrides, *(["--force"] if force else [])]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-    # On Ctrl-C, torchrun signals its processes, which finish the step and save a checkpoint. By default it kills them
-    # after 30 seconds, which is too short to save a large model.
+    # When it is told to stop, torchrun tells its processes, which finish the step and save a checkpoint. By default it
+    # kills them after 30 seconds, which is too short to save a large model.
     patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS)}
-    before = signal.signal(signal.SIGINT, lambda number, frame: None)  # this process ignores Ctrl-C and waits
-    try:
-        failed = subprocess.run(command, check=False, env=threads | patience | os.environ).returncode
-    finally:
-        signal.signal(signal.SIGINT, before)
+    # In a session of its own, so that a signal to this terminal's processes reaches it once, from here.
+    process = subprocess.Popen(command, env=threads | patience | os.environ, start_new_session=True)
+    with _passed_on(process):
+        failed = process.wait()
     if failed:
         raise UserError("a training process failed; its message is above")
+
+
+@contextmanager
+def _passed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """While the block runs, pass Ctrl-C, SIGTERM and SIGHUP on to `process`, and stay. Ignored ones stay ignored."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number in STOPPING:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, lambda got, frame: process.send_signal(got))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

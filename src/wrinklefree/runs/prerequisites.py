@@ -27,8 +27,8 @@ def stage_folder(config: Config, stage: str) -> Path:
 
 
 def is_done(run: Path) -> bool:
-    """Whether the run in this folder has finished."""
-    return (run / "final" / "config.json").is_file()
+    """Whether the run in this folder has finished: its results are written, after all else."""
+    return (run / "results.json").is_file() and (run / "final" / "config.json").is_file()
 
 
 def stage_model(config: Config, name: str) -> str:

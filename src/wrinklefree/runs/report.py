@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wrinklefree.core.files import write_json
 from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.tracking.terminal import markdown_table, print_table, short_number, short_size
@@ -38,7 +39,7 @@ class Results:
             values[name] = None if quality is None else {**values[name], "ppl": quality.ppl}
         for name, accuracy in self.accuracy.items():
             values["accuracy"][name] |= {"value": accuracy.value, "interval": accuracy.interval}
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        write_json(path, values)
 
     def rows(self) -> list[list[str]]:
         """The table: one row per figure, one column per state of the model."""

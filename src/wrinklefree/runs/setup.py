@@ -1,20 +1,23 @@
 """The set-up that every training shares: processes, resume point, model, plan, data and evaluation.
 
-run = open_run(config, force)       check everything; write and remove nothing
-...                                 make the model to train and its objective; either may raise UserError
-run.begin()                         make the output folder
-run.fit(model, objective)           train
+with open_run(config, force) as run:    check everything; write and remove nothing
+    ...                                 make the model to train and its objective; either may raise UserError
+    run.begin()                         make and lock the output folder
+    run.fit(model, objective)           train
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Self
 
 from wrinklefree.config.compose import config_yaml
 from wrinklefree.config.schema import Config
@@ -25,13 +28,13 @@ from wrinklefree.data.open import heldout_batches, heldout_examples, training_st
 from wrinklefree.data.packing import BatchStream
 from wrinklefree.data.sources import Example
 from wrinklefree.distributed.sharding import Whole, choose_placement
-from wrinklefree.distributed.world import World, barrier, gather, join_world
+from wrinklefree.distributed.world import World, barrier, gather, join_world, leave_world
 from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
 from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
 from wrinklefree.models.load import Loaded, load_pretrained
 from wrinklefree.objectives.base import Objective
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
-from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.runs import folder
 from wrinklefree.training.loop import Evaluate, OnStep, do_nothing, fit
 from wrinklefree.training.plan import Plan, choose_length, make_plan
 from wrinklefree.training.state import Stream
@@ -41,7 +44,7 @@ log = logging.getLogger("wrinklefree")
 
 @dataclass
 class Run:
-    """Everything that a training needs.
+    """Everything that a training needs. Use it as a context manager; its end unlocks the output folder.
 
     `plan` says what each `auto` of `config` came to. `model` is the model that the run starts from.
     """
@@ -53,6 +56,8 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     placement: Whole
     plan: Plan
+    joined: bool = False  # whether this run has joined the other processes, and so has to leave them
+    lock: ExitStack = field(default_factory=ExitStack)
 
     @property
     def out(self) -> Path:
@@ -65,11 +70,24 @@ class Run:
         return self.world.is_main
 
     def begin(self) -> None:
-        """Make the output folder, or keep it if the run is resumed. Every process has to call this."""
+        """Make the output folder, or keep it if the run is resumed. Every process has to call this.
+
+        Raises UserError if another process trains there.
+        """
         # Other processes may still be reading the model they start from, and it may lie in the folder to be cleared.
         barrier(self.world)
-        if self.is_main and self.resume is None:
-            make_run_folder(self.config)
+        if self.is_main:
+            self.lock.enter_context(folder.writing(self.config, self.resume))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lock.close()
+        if self.joined and error is None:
+            leave_world()
 
     def stream(self) -> BatchStream | KDStream:
         """This process's training batches, from the first one."""
@@ -145,8 +163,8 @@ def open_run(
     - a checkpoint or model that does not exist,
     - settings that exclude one another.
     """
-    world = world or join_world()
-    resume = gather(resume_point(config, force) if world.is_main else None, world)[0]
+    joined, world = world is None, world or join_world()
+    resume = gather(folder.resume_point(config, force) if world.is_main else None, world)[0]
     torch.manual_seed(config.seed)
     model, tokenizer = (load or load_original)(config)
     t = config.training
@@ -154,7 +172,7 @@ def open_run(
     placement = choose_placement(config.distributed, t.compile, world)
     model.to(placement.build_device)
     plan = make_plan(t, config.model, model, length, world)
-    return Run(config, world, resume, model, tokenizer, placement, plan)
+    return Run(config, world, resume, model, tokenizer, placement, plan, joined)
 
 
 def load_original(config: Config) -> Loaded:
@@ -181,9 +199,9 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, world: World
     )
 
 
-def open_cache(folder: str, tokenizer: PreTrainedTokenizerBase) -> KDCache:
+def open_cache(path: str, tokenizer: PreTrainedTokenizerBase) -> KDCache:
     """Open a KD cache. Raises UserError if it is damaged, or was written with another tokenizer."""
-    cache = KDCache(Path(folder))
+    cache = KDCache(Path(path))
     cache.check_tokenizer(tokenizer)
     return cache
 

@@ -21,7 +21,7 @@ from wrinklefree.core import surgery
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import Batches, quant_layers
 from wrinklefree.distributed.sharding import Sharded
-from wrinklefree.distributed.world import ALONE, leave_world
+from wrinklefree.distributed.world import ALONE
 from wrinklefree.evaluate.speed import decoding_speed
 from wrinklefree.export.card import card
 from wrinklefree.export.formats.packed import export_packed
@@ -56,8 +56,12 @@ PARTS = {
 def train_stage(config: Config, force: bool) -> None:
     """Train one stage and report its results. Raises UserError for anything that the user can fix."""
     start = prerequisites.starting_folder(config)
-    run = open_run(config, force)
-    original = run.model
+    with open_run(config, force) as run:
+        _train(run, start)
+
+
+def _train(run: Run, start: Path | None) -> None:
+    config, original = run.config, run.model
     stream = run.stream()  # opened early, so that errors in the data are reported before the work begins
     teacher = choose_teacher(config, original)
     reference = original if teacher is None else teacher
@@ -76,7 +80,6 @@ def train_stage(config: Config, force: bool) -> None:
         if isinstance(run.placement, Sharded):  # packing needs whole models, and these are sharded
             original, student = load_pretrained(config.model)[0], load_model(run.out / "final")[0]
         finish(measured, original, student)
-    leave_world()
 
 
 class Measured:

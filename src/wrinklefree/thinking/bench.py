@@ -10,6 +10,7 @@ import torch
 from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.thinking import gathering, loading
@@ -64,7 +65,17 @@ class Bench(NamedTuple):
                 batch_size=self.run.config.training.batch_size,
                 width=self.width,
                 weighted=settings.objective == "fisher",
+                kept=self.run.out,
+                identity=self._identity(),
             )
+
+    def _identity(self) -> str:
+        """A fingerprint of the model, and of the settings that the pass depends on."""
+        config, world = self.run.config, self.run.world
+        settings = loading.settings_of(config)
+        facts = [dataclasses.asdict(config.data), settings.moment_tokens, settings.objective == "fisher"]
+        facts += [config.training.batch_size, config.seed, self.run.plan.length, str(self.run.plan.dtype), world.size]
+        return fingerprint([model_fingerprint(self.run.model.state_dict()), *facts])
 
 
 class Made(NamedTuple):

@@ -11,7 +11,6 @@
 Latency is measured on one problem at a time, from its tokens to the end of its answer. p is McNemar's, against nothing.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -25,13 +24,15 @@ from torch import Tensor
 
 from wrinklefree.config.schema import Config
 from wrinklefree.config.thinking import PairsConfig
+from wrinklefree.core.files import write_json
+from wrinklefree.core.replaced import let_go
 from wrinklefree.data import problems
 from wrinklefree.data.problems import Problem
 from wrinklefree.distributed.world import join_world
 from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.paired import mcnemar, quantile
 from wrinklefree.runs import prerequisites
-from wrinklefree.runs.folder import make_run_folder, resume_point
+from wrinklefree.runs.folder import RESULTS, resume_point, writing
 from wrinklefree.thinking import loading, tags
 from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.pairs import Reader, Writer
@@ -87,18 +88,21 @@ def compare_ways(config: Config, force: bool) -> Path:
     device = join_world().device
     speaker = Speaker(model.to(device), tokenizer)
     thinkers = {name: thinker.to(device) for name, thinker in _thinkers(config).items()}
-    make_run_folder(config)
-    bench = WaysOfThinking(speaker, asked, settings)
+    with writing(config, None):
+        _compare(config, WaysOfThinking(speaker, asked, settings), thinkers)
+    return out
+
+
+def _compare(config: Config, bench: "WaysOfThinking", thinkers: dict[str, LatentThinker]) -> None:
     ways = bench.ways(thinkers)
     rows = [bench.measure(way) for way in ways]
     bench.measure_times(ways, rows)
     nothing = next(row for row in rows if row.name == "nothing")
     for row in rows:
         row.p_value = mcnemar(row.right, nothing.right)
-    figures = {"readout": bench.read_out(thinkers["latent"]), "problems": len(asked)}
+    figures = {"readout": bench.read_out(thinkers["latent"]), "problems": len(bench.asked)}
     print_ways(rows, figures)
-    save_ways(rows, figures, out)
-    return out
+    save_ways(rows, figures, Path(config.output_dir))
 
 
 def _thinkers(config: Config) -> dict[str, LatentThinker]:
@@ -251,7 +255,8 @@ def print_ways(rows: list[Row], figures: dict[str, float]) -> None:
 def save_ways(rows: list[Row], figures: dict[str, float], out: Path) -> None:
     """Write `results.json` and `plots/thinking.png`."""
     values = {row.name: summary(row) for row in rows}
-    (out / "results.json").write_text(json.dumps({**figures, "ways": values}, indent=2) + "\n")
+    write_json(out / RESULTS, {**figures, "ways": values})
+    let_go(out)
     plot_ways(rows, out / "plots" / "thinking.png")
     print(f"\nwrote {out}/: results.json, plots/thinking.png")
     print("next: wf generate THINKER --think latent --prompt TEXT, THINKER being the folder of a stage above")

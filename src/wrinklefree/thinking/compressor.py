@@ -15,7 +15,6 @@ from torch import nn
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.distributed.world import leave_world
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.folder import resume_point
 from wrinklefree.thinking import gathering, loading, results
@@ -31,18 +30,30 @@ def make_compressor(config: Config, force: bool) -> Path:
     """Make one compressor, and return its folder `final/`. Raises UserError for anything that the user can mend."""
     start = prerequisites.starting_folder(config)
     bench = open_bench(config, force)
-    thinker = bench.thinker()
+    with bench.run:
+        return _make_one(bench, start, force)
+
+
+def _make_one(bench: Bench, start: Path | None, force: bool) -> Path:
+    config, thinker = bench.run.config, bench.thinker()
     earlier = None if start is None else _earlier(start, config, thinker)
-    found = bench.gather()
     bench.run.begin()
+    found = _gather(bench, force)
     seen = int(found.moments.count)
     if earlier is not None:
         found = earlier.mixed(found, loading.settings_of(config).thought_share)
     made = _make(bench, thinker, found, anew=earlier is None)
     if bench.run.is_main:
         results.report(bench, made, found, seen)
-    leave_world()
+    gathering.forget(bench.run.out, bench.run.world)
     return made.final
+
+
+def _gather(bench: Bench, force: bool) -> Gathered:
+    """Run the pass over the text, or go on with it; with `force`, from its beginning."""
+    if force:
+        gathering.forget(bench.run.out, bench.run.world)
+    return bench.gather()
 
 
 def sweep_compressors(config: Config, values: list[int], force: bool) -> Path:
@@ -57,13 +68,18 @@ def sweep_compressors(config: Config, values: list[int], force: bool) -> Path:
     benches = [whole.sized(_sized(config, size)) for size in sizes]
     for bench in benches if whole.run.is_main else ():
         resume_point(bench.run.config, force)
-    found = whole.gather()
+    with whole.run:
+        return _sweep(whole, benches, force)
+
+
+def _sweep(whole: Bench, benches: list[Bench], force: bool) -> Path:
     for bench in (whole, *benches):
         bench.run.begin()
+    found = _gather(whole, force)
     made = [_make(bench, bench.thinker(), found) for bench in benches]
     if whole.run.is_main:
         results.report_sweep(whole, made, found)
-    leave_world()
+    gathering.forget(whole.run.out, whole.run.world)
     return whole.run.out
 
 

@@ -4,24 +4,29 @@ Each process reads its rows of the same blocks, and all of them add up their sum
 compressor in `moments.safetensors`, so that stage 1b can mix it with the moments of thoughts:
 
     count  fp64 []         total  fp64 [D]        outer  fp64 [D, D]        metric  fp64 [D, D], for fisher alone
+
+While it runs, each process keeps its sums so far in `.moments.RANK.safetensors`. An interrupted pass goes on from there
+and gives the same bits as an unbroken one.
 """
 
+import json
 import logging
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside
-from wrinklefree.distributed.world import World
+from wrinklefree.distributed.world import World, any_of, gather
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import CHUNK
 from wrinklefree.thinking.moments import Fisher, Moments, tied_code, weighted_code
@@ -33,6 +38,7 @@ from wrinklefree.tracking.terminal import short_number
 log = logging.getLogger("wrinklefree")
 
 FILE = "moments.safetensors"
+KEPT_SECONDS = 30.0  # between two files of the sums so far
 SHARES = (0.9, 0.95, 0.99)  # of the energy; the log says how many dimensions have that much
 
 
@@ -126,16 +132,23 @@ def gather_moments(
     batch_size: int,
     width: int,
     weighted: bool,
+    kept: Path,
+    identity: str,
 ) -> Gathered:
     """The moments of `blocks` blocks of the stream, at most one epoch of it; with `weighted` the head's metric too.
 
-    Every process has to call it, and each gets the sum of all.
+    Every process has to call it, and each gets the sum of all. The sums so far are kept in the folder `kept`. A pass
+    with the same `identity` goes on from them.
     """
     moments = Moments.zeros(width)
     fisher = Fisher(decoder.project(torch.zeros(1, width, device=world.device))[1]) if weighted else None
     together = world.size * batch_size
     lines = Lines(-(-blocks // together), unit="moments: batch")
-    for number, start in enumerate(range(0, blocks, together), start=1):
+    partial = Partial(_kept(kept, world), identity, moments, fisher, stream)
+    done = partial.go_on(world)
+    for number, start in list(enumerate(range(0, blocks, together), start=1))[done:]:
+        if stream.state_dict()["epoch"]:  # an interrupted pass had come to the end
+            break
         batch = next(stream)
         mine = min(max(0, blocks - start - world.rank * batch_size), batch_size)
         if mine:
@@ -143,6 +156,7 @@ def gather_moments(
             _add(moments, fisher, decoder, here)
         if world.is_main:
             lines.show(number, f"{short_number(float(moments.count) * world.size)} tokens")
+        partial.keep(number, world)
         if stream.state_dict()["epoch"]:
             log.info("the text ends here: moments of all of it")
             break
@@ -152,6 +166,64 @@ def gather_moments(
             dist.all_reduce(part)
     log_energy(moments)
     return Gathered(moments, metric)
+
+
+def forget(folder: Path, world: World) -> None:
+    """Remove the sums that a pass has kept in `folder`."""
+    _kept(folder, world).unlink(missing_ok=True)
+
+
+def _kept(folder: Path, world: World) -> Path:
+    return folder / f".moments.{world.rank}.safetensors"
+
+
+class Partial:
+    """The sums of a pass so far, in a file that an interrupted pass goes on from."""
+
+    def __init__(
+        self, file: Path, identity: str, moments: Moments, fisher: Fisher | None, stream: MarkedStream
+    ) -> None:
+        self.file, self.identity, self.stream = file, identity, stream
+        self.sums = {"count": moments.count, "total": moments.total, "outer": moments.outer}
+        if fisher is not None:
+            self.sums |= {"probabilities": fisher.probabilities, "means": fisher.means}
+        self.written = time.monotonic()
+
+    def go_on(self, world: World) -> int:
+        """Take over the sums of an interrupted pass. Returns how many batches they are of; 0 if there are none."""
+        kept = gather(self._read(), world)
+        if any(number != kept[0] for number in kept) or not kept[0]:
+            return 0
+        number, position = kept[0]
+        try:
+            self.stream.load_state_dict(position)
+        except UserError:
+            log.info("moments: the text has changed since an interrupted pass, so all of it is read again")
+            return 0
+        for name, tensor in load_file(self.file).items():
+            self.sums[name].copy_(tensor)
+        log.info("moments: going on after batch %d of an interrupted pass", number)
+        return int(number)
+
+    def keep(self, number: int, world: World) -> None:
+        """Write the sums of `number` batches, if the last time was long ago."""
+        if not any_of(time.monotonic() - self.written > KEPT_SECONDS, world):  # all processes write, or none does
+            return
+        facts = {"identity": self.identity, "batch": number, "stream": self.stream.state_dict()}
+        with file_aside(self.file) as aside:
+            save_file(self.sums, aside, metadata={"facts": json.dumps(facts)})
+        self.written = time.monotonic()
+
+    def _read(self) -> tuple[int, dict[str, Any]] | None:
+        """The number of batches and the position in the file; None if there is none of this pass."""
+        if not self.file.is_file():
+            return None
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+        except (SafetensorError, ValueError, LookupError, TypeError):
+            return None
+        return (facts["batch"], facts["stream"]) if facts["identity"] == self.identity else None
 
 
 @torch.no_grad()

@@ -1,14 +1,16 @@
 """`wf trm pairs` from its config to its figures: the model writes thoughts, then reads them back as hidden pairs."""
 
 import json
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
+from wrinklefree.core import replaced
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import model_fingerprint
+from wrinklefree.core.lock import locked
 from wrinklefree.data import problems
 from wrinklefree.data.problems import Problem
 from wrinklefree.data.sources import Split
@@ -32,19 +34,21 @@ def make_pairs(config: Config, force: bool) -> Path:
     thinker = loading.inherit(config, loading.starting_thinker(config)).to(world.device)
     model, tokenizer = loading.load_language_model(config)
     manifest = describe_pairs(config, model, tokenizer, thinker)
-    if world.is_main:
-        _claim_folder(folder, manifest, force)
-    barrier(world)
     found: dict[Split, list[Problem]] = {
         "train": problems.load_problems(settings.problems, "train", settings.num_problems, settings.num_heldout),
         "heldout": problems.load_problems(settings.problems, "heldout", settings.num_heldout, settings.num_heldout),
     }
     model.to(world.device)
-    pairs.write_thoughts(pairs.Writer(model, tokenizer, settings), folder, found, config.seed, world)
-    keep_pairs(pairs.Reader(model, tokenizer, thinker, settings), folder, found, manifest, world)
-    if world.is_main:
-        manifest.save(folder)
-        _report(folder, manifest, config)
+    with locked(folder) if world.is_main else nullcontext():
+        if world.is_main:
+            _claim_folder(folder, manifest, force)
+        barrier(world)
+        pairs.write_thoughts(pairs.Writer(model, tokenizer, settings), folder, found, config.seed, world)
+        replaced.let_go(folder)
+        keep_pairs(pairs.Reader(model, tokenizer, thinker, settings), folder, found, manifest, world)
+        if world.is_main:
+            manifest.save(folder)
+            _report(folder, manifest, config)
     leave_world()
     return folder
 
@@ -69,18 +73,20 @@ def describe_pairs(
 
 
 def _claim_folder(folder: Path, manifest: Manifest, force: bool) -> None:
-    """Make the folder, or find that the same settings began it. Raises UserError for a folder of anything else."""
+    """Begin pairs, or find that the same settings began them. Raises UserError for a folder of anything else."""
     started = folder / STARTED
-    if force and folder.exists():
-        shutil.rmtree(folder)
-    if not started.is_file() and folder.exists() and any(folder.iterdir()):
+    if not any(folder.glob("thoughts-*.jsonl")):  # a run with `--force` was killed before it had written a thought
+        replaced.put_back(folder, [started] if started.is_file() else [])
+    if force:
+        replaced.let_go(folder)
+        replaced.set_aside(folder, list(folder.iterdir()))
+    if not started.is_file() and any(path.name != replaced.NAME for path in folder.iterdir()):
         raise UserError(f"{folder}: not empty, and not hidden pairs; choose another output_root=... or experiment=...")
     if started.is_file() and json.loads(started.read_text())["key"] != manifest.key:
         raise UserError(
             f"{folder}: begun with another model, compressor or thinking.pairs.* settings: go on with those, choose "
             f"another experiment=..., or start over with --force"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     started.write_text(json.dumps({"key": manifest.key}) + "\n")
 
 

@@ -1,10 +1,10 @@
 """The figures of a compressor, or of a sweep: measured on held-out text, printed, kept."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from wrinklefree.config.schema import Config
+from wrinklefree.core.files import write_json
 from wrinklefree.thinking import loading
 from wrinklefree.thinking.bench import Bench, Made
 from wrinklefree.thinking.curves import plot_sweep
@@ -83,7 +83,7 @@ def report(bench: Bench, made: Made, found: Gathered, seen: int) -> None:
     (figures,), measured = _measure(bench, [made], found)
     out, facts = Path(made.config.output_dir), _facts(made, found, figures)
     used = _forward_tokens(bench, seen, measured, 1)
-    (out / "results.json").write_text(json.dumps({**facts, "forward_tokens": used}, indent=2) + "\n")
+    write_json(out / "results.json", {**facts, "forward_tokens": used})
     title = f"D'={facts['d_compressed']} of {facts['hidden_size']}, held-out text"
     print_table(
         [title, *figures], [[label, *(_number(f[name]) for f in figures.values())] for name, label in SHOWN.items()]
@@ -98,9 +98,9 @@ def report_sweep(bench: Bench, made: list[Made], found: Gathered) -> None:
     figures, measured = _measure(bench, made, found)
     rows = [_facts(one, found, of) for one, of in zip(made, figures, strict=True)]
     for one, row in zip(made, rows, strict=True):
-        (Path(one.config.output_dir) / "results.json").write_text(json.dumps(row, indent=2) + "\n")
+        write_json(Path(one.config.output_dir) / "results.json", row)
     used = _forward_tokens(bench, int(found.moments.count), measured, len(made))
-    (out / "sweep.json").write_text(json.dumps({"forward_tokens": used, "rows": rows}, indent=2) + "\n")
+    write_json(out / "sweep.json", {"forward_tokens": used, "rows": rows})
     plot_sweep(rows, out / "plots" / "sweep.png")
     print_table(
         ["D'", "ratio", "compressor", "cosine", "rel. error", "R^2", "KL", "top-1"],

@@ -1,6 +1,5 @@
 """What the stages that train on hidden pairs share: the set-up, the loop, the judging of answers, the report."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +13,8 @@ from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core import surgery
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import write_json
 from wrinklefree.data.shuffled import ShuffledStream
-from wrinklefree.distributed.world import leave_world
 from wrinklefree.objectives.base import Objective
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.thinking import hidden_pairs, loading
@@ -129,10 +128,9 @@ def report_stage(setup: StageSetup, final: Path, figures: Figures, by_steps: dic
     if setup.run.is_main:
         if config.training.max_steps:
             plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
-        (out / "results.json").write_text(json.dumps({**figures, "by_steps": by_steps}, indent=2) + "\n")
+        write_json(out / "results.json", {**figures, "by_steps": by_steps})
         shown = {name.removeprefix("eval_"): value for name, value in figures.items()}
         print_table(["held-out pairs", "value"], [[name, f"{value:.4g}"] for name, value in shown.items()])
         print(f"\nwrote {out}/: final/ (thinker), training_log.csv, results.json")
         print(f"next: wf trm {following} model={config.model.name}")
-    leave_world()
     return final

@@ -16,12 +16,18 @@ from wrinklefree.thinking.grpo import GRPO
 from wrinklefree.thinking.injection import Injection, fit_adapter, scale_adapter
 from wrinklefree.thinking.recursion import Recursion, read_out
 from wrinklefree.thinking.speech import Speaker
-from wrinklefree.thinking.stage import Figures, open_stage, report_stage, spoken_accuracy, train_thinker
+from wrinklefree.thinking.stage import Figures, StageSetup, open_stage, report_stage, spoken_accuracy, train_thinker
 
 
 def train_network(config: Config, force: bool) -> Path:
     """Train the network, until the head reads the answer in its last thought; the folder of the thinker."""
     setup = open_stage(config, force, anew=True)
+    with setup.run:
+        return _train_network(setup)
+
+
+def _train_network(setup: StageSetup) -> Path:
+    config = setup.run.config
     decoder, thinker = BodyAndHead(setup.run.model), setup.thinker
     count = config.training.eval_examples
 
@@ -44,7 +50,12 @@ def train_network(config: Config, force: bool) -> Path:
 def train_adapter(config: Config, force: bool) -> Path:
     """Train the adapter, until the language model answers from the thoughts; the folder of the thinker."""
     setup = open_stage(config, force)
-    speaker, given = Speaker(setup.run.model, setup.run.tokenizer), loading.settings_of(config).injection
+    with setup.run:
+        return _train_adapter(setup)
+
+
+def _train_adapter(setup: StageSetup) -> Path:
+    speaker, given = Speaker(setup.run.model, setup.run.tokenizer), loading.settings_of(setup.run.config).injection
     if setup.run.resume is None and given.init == "least_squares":
         fit_adapter(setup.thinker, speaker, setup.train, given.fitted_pairs)
     elif setup.run.resume is None:
@@ -56,7 +67,12 @@ def train_adapter(config: Config, force: bool) -> Path:
 def reinforce(config: Config, force: bool) -> Path:
     """Reinforce what leads to right answers; the folder of the thinker, which is the start if nothing is better."""
     setup = open_stage(config, force)
-    speaker, given = Speaker(setup.run.model, setup.run.tokenizer), loading.settings_of(config).grpo
+    with setup.run:
+        return _reinforce(setup)
+
+
+def _reinforce(setup: StageSetup) -> Path:
+    speaker, given = Speaker(setup.run.model, setup.run.tokenizer), loading.settings_of(setup.run.config).grpo
     if given.trains == "adapter":
         setup.thinker.network.requires_grad_(False)
     else:

@@ -9,10 +9,11 @@ A folder is written under a temporary name, flushed to disk and renamed, so ever
 A run may resume with another number of processes: weights are stored whole, and shards carry their place in the whole.
 """
 
+import json
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ TRAINER = "state/trainer.pt"
 
 SHARDS = "state/shards"
 
+PROGRESS = "progress.json"
+
 
 @contextmanager
 def _written_together(path: Path, world: World) -> Iterator[Path]:
@@ -69,11 +72,12 @@ def save(
     settings: str,
     state: State | None,
     world: World = ALONE,
+    progress: Mapping[str, float] | None = None,
 ) -> None:
     """Write a checkpoint folder; `settings` is the resolved config as YAML.
 
     Every process has to call this, because a sharded model is gathered on the main one.
-    Without `state` the folder can be loaded and exported, but not resumed from.
+    Without `state` the folder can be loaded and exported, but not resumed from. `progress` goes to `progress.json`.
     """
     weights = sharding.whole_state(model, world)
     with _written_together(path, world) as aside:
@@ -81,8 +85,15 @@ def save(
             model.save_pretrained(aside, state_dict=weights)
             tokenizer.save_pretrained(aside)
             (aside / CONFIG).write_text(settings)
+            if progress is not None:
+                write_progress(aside, progress)
         if state is not None:
             _save_state(aside, state, world)
+
+
+def write_progress(folder: Path, progress: Mapping[str, float]) -> None:
+    """Write where in its run the model in `folder` is from."""
+    (folder / PROGRESS).write_text(json.dumps(progress) + "\n")
 
 
 def _save_state(folder: Path, state: State, world: World) -> None:
@@ -124,13 +135,21 @@ def _save_shards(folder: Path, shards: dict[str, Tensor]) -> None:
 def step_folders(folder: Path) -> list[Path]:
     """Return the `step_N` folders in `folder`, oldest first."""
     steps = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()]
-    return sorted(steps, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(steps, key=step_of)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for path in step_folders(folder)[:-keep]:
-        shutil.rmtree(path)
+def step_of(path: Path) -> int:
+    """The number in the name of a `step_N` folder."""
+    return int(path.name.removeprefix("step_"))
+
+
+def prune(folder: Path, keep: int, spare: Collection[str] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints, and of those whose names are in `spare` the newest `keep` more."""
+    old = step_folders(folder)[:-keep]
+    spared = [path for path in old if path.name in spare][-keep:]
+    for path in old:
+        if path not in spared:
+            shutil.rmtree(path)
 
 
 def find_checkpoint(resume_from: str, run: Path) -> Path:

@@ -14,25 +14,28 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import OptimizerConfig, TrainingConfig
-from wrinklefree.core.batch import labelled
-from wrinklefree.core.errors import UserError
+from wrinklefree.core.batch import Batch, labelled
+from wrinklefree.core.errors import DataError, UserError
 from wrinklefree.core.method import refresh
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.sharding import Whole
 from wrinklefree.distributed.world import World, any_of, barrier, sum_over_processes
 from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.tracking.run_log import Silent, Tracker
-from wrinklefree.training import checkpoint, optim, storage
+from wrinklefree.training import best, checkpoint, optim
 from wrinklefree.training.diagnose import explain_nonfinite
 from wrinklefree.training.plan import Plan
 from wrinklefree.training.schedule import rates
 from wrinklefree.training.state import Stream, TrainingState
+from wrinklefree.training.uploads import Uploads
 
 log = logging.getLogger("wrinklefree")
 
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 OnStep = Callable[[nn.Module, int], None]  # the model and the number of the step that comes, from 0
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals after which a run saves and ends
 
 
 def do_nothing(model: nn.Module, step: int) -> None:
@@ -55,13 +58,15 @@ def fit(
     resume: Path | None = None,
     on_step: OnStep = do_nothing,
 ) -> Path:
-    """Train to `plan.max_steps` in the run folder `out`. Returns `out/final`, which is the best model if `keep_best`.
+    """Train to the end of `plan` in the run folder `out`. Returns `out/final`, which is the best model if `keep_best`.
 
     `settings` is the resolved config as YAML, for checkpoints and W&B. `resume` is a checkpoint to continue, bit for
     bit. `placement` says how model and teacher are sharded; None means that each process has both whole.
 
-    Raises UserError after Ctrl-C, once the step is finished and saved; and if the loss is not finite, without saving,
-    so that the newest checkpoint is a good one.
+    Raises UserError
+    - after Ctrl-C, SIGTERM or SIGHUP, once the step is finished and saved,
+    - if the data cannot be read on, once what was trained so far is saved,
+    - if the loss is not finite; nothing is saved then, so that the newest checkpoint is a good one.
     """
     t = training
     placement, optimizers = placement or Whole(world), _optimizers(model, t.optimizer, plan)
@@ -69,37 +74,52 @@ def fit(
         model, objective, stream, t, plan, world, placement, optimizers, out=out, tokenizer=tokenizer, settings=settings
     )
     if resume is not None:
-        checkpoint.load_weights(resume, model)
-        run.load_state(resume)
+        _resume(run, resume)
     if t.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    rate = rates(t.scheduler, plan.max_steps)
     model.train()
-    tracker = Tracker(out, plan.max_steps, t.logging.wandb, settings, run.step) if world.is_main else Silent()
-    with tracker, _interruptible() as stopped:
-        _run_steps(run, rate, evaluate, on_step, tracker, stopped)
+    tracker = Tracker(out, run.plan.max_steps, t.logging.wandb, settings, run.step) if world.is_main else Silent()
+    with tracker, _uploading(run), _interruptible() as stopped:
+        _run_steps(run, evaluate, on_step, tracker, stopped)
     model.eval()
     return _finish(run)
 
 
+def _resume(run: TrainingState, path: Path) -> None:
+    """Take over the weights and the state of a checkpoint."""
+    checkpoint.load_weights(path, run.model)
+    run.load_state(path)
+    best.resume(run, path)
+    end = run.plan.max_steps
+    if run.step < end:
+        log.info("step %d, %d steps to go", run.step, end - run.step)
+    else:
+        log.info("step %d: the training ends with step %d, so there is nothing left to train", run.step, end)
+
+
 def _run_steps(
     run: TrainingState,
-    rate: Callable[[int], float],
     evaluate: Evaluate,
     on_step: OnStep,
     tracker: Tracker | Silent,
     stopped: Callable[[], bool],
 ) -> None:
-    """Step, evaluate, log and save until the last step, or until patience runs out. Raises UserError after Ctrl-C."""
-    t, max_steps, first, losses = run.training, run.plan.max_steps, run.step, _losses(run)
+    """Step, evaluate, log and save until the last step, or until patience runs out. Raises UserError if stopped."""
+    t, max_steps, first, losses, rate = (
+        run.training,
+        run.plan.max_steps,
+        run.step,
+        _losses(run),
+        rates(run.training.scheduler),
+    )
     row: dict[str, float] = {}
     while True:
         # Evaluating and saving come before the step: the last pass does both, and no code follows the loop.
-        last = run.step == max_steps
+        last = run.step >= max_steps
         due = run.step > first and (last or run.step % t.eval_interval == 0)
         if due or (t.eval_first and run.step == 0):
             row |= _evaluate(run, evaluate)
-            last = last or _had_enough(run)
+        last = last or _had_enough(run)
         if row and (last or "eval_loss" in row or run.step == 1 or run.step % t.log_interval == 0):
             tracker.log(run.step, row)
         stop = any_of(stopped(), run.world)
@@ -111,8 +131,26 @@ def _run_steps(
             raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
         run.objective.on_step(run.step, max_steps)
         on_step(run.model, run.step)
-        row = _step(run, losses, rate(run.step))
+        row = _step_or_save(run, losses, rate(run.plan.progress(run.step, run.planned)), first)
+        run.planned += run.plan.tokens_per_step
         tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
+
+
+def _step_or_save(
+    run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: float, first: int
+) -> dict[str, float]:
+    """Take one step. If the data cannot be read on, save the steps since `first`, and raise UserError."""
+    position = run.stream.state_dict()
+    try:
+        return _step(run, losses, factor)
+    except DataError as error:
+        if run.step == first:
+            raise
+        run.stream.load_state_dict(position)  # a resumed run reads this step's batches again
+        _save(run)
+        raise UserError(
+            f"{error}; stopped at step {run.step}, saved; once it is mended, go on with training.resume_from=latest"
+        ) from error
 
 
 def _optimizers(model: PreTrainedModel, o: OptimizerConfig, plan: Plan) -> list[Optimizer]:
@@ -129,7 +167,7 @@ def _optimizers(model: PreTrainedModel, o: OptimizerConfig, plan: Plan) -> list[
 
 def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
     """Yield (loss, metrics) without end. A batch may give any number of them."""
-    for batch in run.stream:
+    for batch in _batches(run.stream):
         run.last_batch = {name: tensor.to(run.world.device) for name, tensor in batch.items()}
         results = run.objective(run.last_batch)
         while True:
@@ -138,6 +176,17 @@ def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
             if result is None:
                 break
             yield result
+
+
+def _batches(stream: Stream) -> Iterator[Batch]:
+    """Yield the batches of a stream. Raises DataError if it cannot be read on."""
+    batches = iter(stream)
+    while True:
+        try:
+            batch = next(batches)
+        except UserError as error:
+            raise DataError(str(error)) from error
+        yield batch
 
 
 def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: float) -> dict[str, float]:
@@ -200,7 +249,7 @@ def _evaluate(run: TrainingState, evaluate: Evaluate) -> dict[str, float]:
     run.best_loss = min(run.best_loss, values["eval_loss"])
     run.stale = 0 if better else run.stale + 1
     if better and run.training.keep_best:
-        run.save("best")
+        best.keep(run, values["eval_loss"])
     return values
 
 
@@ -213,35 +262,55 @@ def _had_enough(run: TrainingState) -> bool:
 
 
 def _save(run: TrainingState) -> None:
-    folder, name = run.out / "checkpoints", f"step_{run.step}"
+    folder, name, limit = run.out / "checkpoints", f"step_{run.step}", run.training.save_total_limit
     run.save(f"checkpoints/{name}", run.state())
+    best.checkpoint_saved(run)
+    if run.uploads is not None:
+        run.uploads.add(name)
     if run.world.is_main:
-        checkpoint.prune(folder, run.training.save_total_limit)
-        if run.training.upload_to is not None:
-            storage.push(folder / name, f"{run.training.upload_to.rstrip('/')}/{name}")
+        checkpoint.prune(folder, limit, spare=[] if run.uploads is None else run.uploads.waiting())
     barrier(run.world)
 
 
 def _finish(run: TrainingState) -> Path:
-    best = run.out / "best"
-    if run.training.keep_best and best.is_dir():
-        checkpoint.load_weights(best, run.model)
+    if run.training.keep_best and (run.out / best.BEST).is_dir():
+        checkpoint.load_weights(run.out / best.BEST, run.model)
     run.save("final")
     return run.out / "final"
 
 
 @contextmanager
+def _uploading(run: TrainingState) -> Iterator[None]:
+    """Upload checkpoints while the block runs, if `training.upload_to` names a place; only the main process does."""
+    if run.training.upload_to is None or not run.world.is_main:
+        yield
+        return
+    run.uploads = Uploads(run.out / "checkpoints", run.training.upload_to)
+    try:
+        yield
+    finally:
+        run.uploads.close()
+
+
+@contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Give a function that tells whether Ctrl-C was pressed. A second Ctrl-C stops at once."""
+    """Give a function that tells whether Ctrl-C was pressed, or SIGTERM or SIGHUP sent. A second one stops at once.
+
+    A signal that was ignored before stays ignored, as SIGHUP is under nohup.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
-        signal.signal(signal.SIGINT, before)
-        log.warning("stopping after this step (Ctrl-C again stops at once, without saving)")
+        signal.signal(number, before[signal.Signals(number)])
+        log.warning("%s: stopping after this step (once more stops at once, without saving)", signal.strsignal(number))
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.getsignal(number) for number in STOPPING}
     try:
+        for number in STOPPING:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, ask)
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

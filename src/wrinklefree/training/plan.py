@@ -3,7 +3,7 @@
 import logging
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,24 @@ class Plan:
     dtype: torch.dtype  # of the matrix products; weights and optimizer state are fp32
     length: int  # tokens in a sequence
     tokens_per_step: int  # all processes together
+    total_tokens: int | None = None  # if the user gave tokens: the training ends with them, however a step is cut
+
+    def resumed(self, step: int, tokens: int) -> "Plan":
+        """The plan of a run that has taken `step` steps over `tokens` tokens, which may have been of another size."""
+        if self.total_tokens is None:
+            return self
+        left = max(0, self.total_tokens - tokens) // self.tokens_per_step
+        return replace(self, max_steps=step + left)
+
+    def progress(self, step: int, tokens: int) -> float:
+        """The share of the training that is done in the middle of the step after `step` steps over `tokens` tokens.
+
+        In the middle, because at the ends of a step the first or the last learning rate would be 0.
+        """
+        if self.total_tokens is None:
+            return (step + 0.5) / self.max_steps
+        end = tokens + (self.max_steps - step) * self.tokens_per_step
+        return (tokens + 0.5 * self.tokens_per_step) / end
 
     def autocast(self, device: torch.device, cached: bool = True) -> AbstractContextManager[Any]:
         """Compute matrix products in `dtype` while the block runs; `cached` keeps a copy of each plain weight in it."""
@@ -103,7 +121,8 @@ def make_plan(t: TrainingConfig, config: ModelConfig, model: PreTrainedModel, le
     log.info("learning rate %g (%s)", lr.value, lr.reason)
     log.info("%d steps of %s tokens (%s)", steps.value, f"{per_step:,}", steps.reason)
     log.info("precision %s on %s", str(dtype).removeprefix("torch."), world.device)
-    return Plan(int(steps.value), lr.value, dtype, length, per_step)
+    total = int(tokens.value) if t.max_steps is None else None
+    return Plan(int(steps.value), lr.value, dtype, length, per_step, total)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

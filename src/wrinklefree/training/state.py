@@ -1,7 +1,7 @@
 """What changes while a model trains, and the part of it that a checkpoint keeps."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import TrainingConfig
+from wrinklefree.core import replaced
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.sharding import Sharded, Whole
@@ -19,6 +20,7 @@ from wrinklefree.distributed.world import World, gather
 from wrinklefree.objectives.base import Objective
 from wrinklefree.training import checkpoint
 from wrinklefree.training.plan import Plan
+from wrinklefree.training.uploads import Uploads
 
 
 class Stream(Protocol):
@@ -48,16 +50,22 @@ class TrainingState:
     settings: str  # the resolved config as YAML, for checkpoints
     step: int = 0
     tokens: int = 0
+    planned: int = 0  # the tokens that the plan has counted; `tokens` differs if batches differ in length
     best_loss: float = math.inf
+    best_step: int | None = None  # the step of the model in best/, if `keep_best`
+    saved_best_step: int | None = None  # what the newest checkpoint says of it
     stale: int = 0  # evaluations in a row without a better one
     last_batch: Batch = field(default_factory=dict)
+    uploads: Uploads | None = None  # the main process has one, if `training.upload_to` is set
 
     def state(self) -> checkpoint.State:
         """Return what a checkpoint keeps beside the weights. Every process has to call this."""
         return {
             "step": self.step,
             "tokens": self.tokens,
+            "planned": self.planned,
             "best_loss": self.best_loss,
+            "best_step": self.best_step,
             "stale": self.stale,
             "optimizers": [o.state_dict() for o in self.optimizers],
             "stream": self.stream.state_dict(),  # the same on every process
@@ -71,7 +79,10 @@ class TrainingState:
         """
         state = checkpoint.load_state(path)
         self.step, self.tokens, self.best_loss = state["step"], state["tokens"], state["best_loss"]
-        self.stale = state.get("stale", 0)  # version 0.1 did not save it
+        # Version 0.1 did not save these.
+        self.stale, self.best_step = state.get("stale", 0), state.get("best_step")
+        self.planned = state.get("planned", self.tokens)
+        self.plan = self.plan.resumed(self.step, self.planned)
         try:
             checkpoint.place_moments(path, state, self.optimizers)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -83,9 +94,13 @@ class TrainingState:
         self.stream.load_state_dict(state["stream"])
         torch.set_rng_state(state["rng"][self.world.rank % len(state["rng"])])
 
-    def save(self, name: str, state: checkpoint.State | None = None) -> None:
+    def save(
+        self, name: str, state: checkpoint.State | None = None, progress: Mapping[str, float] | None = None
+    ) -> None:
         """Write the checkpoint folder `name` inside the run. Every process has to call this."""
-        checkpoint.save(self.out / name, self.model, self.tokenizer, self.settings, state, self.world)
+        checkpoint.save(self.out / name, self.model, self.tokenizer, self.settings, state, self.world, progress)
+        if self.world.is_main:
+            replaced.let_go(self.out)
 
     def autocast(self) -> AbstractContextManager[Any]:
         # The cache keeps a bf16 copy of each plain layer's weight. With sharding, that would be the whole model again.

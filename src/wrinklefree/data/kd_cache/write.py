@@ -1,10 +1,8 @@
 """Writes a KD cache, shard by shard. An interrupted cache is continued."""
 
 import dataclasses
-import fcntl
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside
+from wrinklefree.core.lock import locked
 from wrinklefree.data.kd_cache.manifest import MANIFEST, SPARE, Manifest, read_manifest, shard_name, shards_in
 from wrinklefree.data.sources import Split
 
@@ -37,7 +36,7 @@ def begin(folder: Path, wanted: Manifest, *, force: bool = False) -> Iterator[Ma
         check_disk(folder, wanted, sum(file.stat().st_size for file in shards_in(folder)))
     else:
         check_disk(folder, _manifest_to_continue(folder, wanted))
-    with _locked(folder):
+    with locked(folder):
         if anew:
             write_manifest(folder, wanted)  # before deleting: after a kill, no manifest may name deleted shards
             for file in shards_in(folder):
@@ -55,30 +54,6 @@ def _manifest_to_continue(folder: Path, wanted: Manifest) -> Manifest:
     if folder.is_dir() and any(not file.match(".*.tmp") for file in folder.iterdir()):
         raise UserError(f"{folder}: not empty, and no KD cache: choose another folder")
     return wanted
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Create `folder`, and keep other processes from writing a cache there while the block runs."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}: choose another folder") from error
-    try:
-        _lock(folder, handle)
-        yield
-    finally:
-        os.close(handle)  # this unlocks it, and so does the end of the process
-
-
-def _lock(folder: Path, handle: int) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{folder}: another process is writing it: wait for that one, or choose another") from error
-    except OSError:
-        log.info("%s: cannot be locked on this file system: let no other process write there", folder)
 
 
 def _check_same(folder: Path, present: Manifest, wanted: Manifest) -> None:

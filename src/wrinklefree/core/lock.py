@@ -1,0 +1,65 @@
+"""One writer for a folder: a lock that ends with the process that holds it."""
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wrinklefree.core.errors import UserError
+
+log = logging.getLogger("wrinklefree")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create `folder`, and keep other processes from writing there while the block runs.
+
+    Raises UserError if another process holds the lock, or if the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}: choose another folder") from error
+    try:
+        _lock(folder, handle)
+        yield
+    finally:
+        os.close(handle)  # this unlocks it, and so does the end of the process
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of `folder`."""
+    if not folder.is_dir():
+        return False
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def refuse_locked(folder: Path) -> None:
+    """Raises UserError if a process holds the lock of `folder`."""
+    if is_locked(folder):
+        raise UserError(_taken(folder))
+
+
+def _lock(folder: Path, handle: int) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(_taken(folder)) from error
+    except OSError:
+        log.info("%s: cannot be locked on this file system: let no other process write there", folder)
+
+
+def _taken(folder: Path) -> str:
+    return f"{folder}: another process is writing it: wait for that one, or choose another folder"

@@ -1,0 +1,80 @@
+"""The best model so far. Checkpoints say of which step it is, so that a resumed run has the one that it had then.
+
+    best/            the model with the lowest held-out loss, and `progress.json` with its step
+    .best_before/    the one before it, until a checkpoint knows of the new one
+
+A killed run resumes from its newest checkpoint, which may know the older of the two.
+"""
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+from wrinklefree.core.files import written_aside
+from wrinklefree.distributed.world import gather
+from wrinklefree.training import checkpoint
+from wrinklefree.training.state import TrainingState
+
+log = logging.getLogger("wrinklefree")
+
+BEST, BEFORE = "best", ".best_before"
+
+
+def keep(run: TrainingState, loss: float) -> None:
+    """Save the model as the best so far. Every process has to call this."""
+    best, before = run.out / BEST, run.out / BEFORE
+    if run.world.is_main and best.is_dir() and _step(best) == run.saved_best_step:
+        shutil.rmtree(before, ignore_errors=True)
+        best.rename(before)
+    run.best_step = run.step
+    run.save(BEST, progress={"step": run.step, "eval_loss": loss})
+
+
+def checkpoint_saved(run: TrainingState) -> None:
+    """A checkpoint now knows of the best model, so the one before it can go."""
+    run.saved_best_step = run.best_step
+    if run.world.is_main:
+        shutil.rmtree(run.out / BEFORE, ignore_errors=True)
+
+
+def resume(run: TrainingState, resumed_from: Path) -> None:
+    """Put back the best model that the checkpoint knows of. Every process has to call this.
+
+    If it is gone, because the run goes back to an early checkpoint, the best model is looked for anew.
+    """
+    run.saved_best_step = run.best_step
+    if not run.training.keep_best or run.best_step is None:
+        return
+    found = gather(_put_back(run, resumed_from) if run.world.is_main else None, run.world)[0]
+    if not found:
+        log.info("the best model so far, of step %d, is gone: from here on it is looked for anew", run.best_step)
+        run.best_loss, run.best_step, run.saved_best_step, run.stale = math.inf, None, None, 0
+
+
+def _put_back(run: TrainingState, resumed_from: Path) -> bool:
+    """Whether `best/` is now the model of `run.best_step`."""
+    best, before = run.out / BEST, run.out / BEFORE
+    if _step(best) == run.best_step:
+        return True
+    shutil.rmtree(best, ignore_errors=True)
+    if _step(before) == run.best_step:
+        before.rename(best)
+        return True
+    saved = resumed_from.parent / f"step_{run.best_step}"
+    if not (saved / checkpoint.WEIGHTS).is_file():
+        return False
+    with written_aside(best) as aside:
+        shutil.copytree(saved, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("state"))
+        checkpoint.write_progress(aside, {"step": checkpoint.step_of(saved), "eval_loss": run.best_loss})
+    return True
+
+
+def _step(folder: Path) -> int | None:
+    """The step of the model in a folder; None if there is none, or it was saved by version 0.1."""
+    file = folder / checkpoint.PROGRESS
+    if not file.is_file():
+        return None
+    step: int = json.loads(file.read_text(encoding="utf-8"))["step"]
+    return step

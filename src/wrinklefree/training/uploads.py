@@ -1,0 +1,116 @@
+"""Copies checkpoints to an object store beside the training. An upload that fails neither ends nor delays a run.
+
+One thread uploads in order. It tries a checkpoint again, after longer and longer waits, until the run ends. What is
+there is written down in `uploads.json` in the run folder, so that a later run in it uploads what is missing.
+"""
+
+import json
+import logging
+import threading
+from pathlib import Path
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import file_aside
+from wrinklefree.training import checkpoint, storage
+
+log = logging.getLogger("wrinklefree")
+
+RECORD = "uploads.json"
+
+FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds before an upload is tried again; the wait doubles each time
+
+LAST_TRY = 60.0  # seconds that the end of a run waits for what is still missing
+
+
+class Uploads:
+    """Uploads the checkpoints in `folder` to `url`. `close` has to be called at the end."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        """Begin with the checkpoints that an earlier run could not upload."""
+        self.folder, self.url = folder, url.rstrip("/")
+        self._record = folder.parent / RECORD
+        self._done: set[str] = _read(self._record, self.url)
+        self._waiting = [path.name for path in checkpoint.step_folders(folder) if path.name not in self._done]
+        self._changed, self._ending, self._failed = threading.Condition(), False, False
+        self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
+        self._thread.start()
+
+    def add(self, name: str) -> None:
+        """Upload the checkpoint `name` after those that wait already."""
+        with self._changed:
+            self._waiting.append(name)
+            self._changed.notify()
+
+    def waiting(self) -> list[str]:
+        """The names of the checkpoints that are still to be uploaded, oldest first."""
+        with self._changed:
+            return list(self._waiting)
+
+    def close(self, seconds: float = LAST_TRY) -> None:
+        """Wait at most `seconds` for what is missing, and log what is still missing then."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        self._thread.join(seconds)
+        missing = self.waiting()
+        if missing:
+            log.warning(
+                "not uploaded to %s: %s; they are in %s, and the next run in this folder uploads them",
+                *(self.url, ", ".join(missing), self.folder),
+            )
+
+    def _work(self) -> None:
+        wait = FIRST_WAIT
+        while (name := self._next()) is not None:
+            if self._upload(name):
+                wait = FIRST_WAIT
+                continue
+            with self._changed:
+                if self._ending:  # the last try has failed
+                    return
+                self._changed.wait_for(lambda: self._ending, wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    def _next(self) -> str | None:
+        """Wait for the oldest checkpoint that is missing. None if there is none and the run ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._ending)
+            return self._waiting[0] if self._waiting else None
+
+    def _upload(self, name: str) -> bool:
+        """Whether the checkpoint is done with: it is in the store now, or gone from the disk."""
+        if not (self.folder / name).is_dir():
+            log.warning("%s: removed before it could be uploaded", name)
+            with self._changed:
+                self._waiting.remove(name)
+            return True
+        try:
+            storage.push(self.folder / name, f"{self.url}/{name}")
+        except UserError as error:
+            if not self._failed:
+                log.warning("upload failed, and is tried again while the training goes on: %s", error)
+            self._failed = True
+            return False
+        if self._failed:
+            log.info("uploads work again: %s is at %s", name, self.url)
+        self._failed = False
+        with self._changed:
+            self._waiting.remove(name)
+            self._done.add(name)
+        self._write()
+        return True
+
+    def _write(self) -> None:
+        with file_aside(self._record) as aside:
+            aside.write_text(json.dumps({"url": self.url, "done": sorted(self._done)}, indent=1) + "\n")
+
+
+def _read(record: Path, url: str) -> set[str]:
+    """The names of the checkpoints that an earlier run uploaded to `url`."""
+    if not record.is_file():
+        return set()
+    try:
+        values = json.loads(record.read_text(encoding="utf-8"))
+        return set(values["done"]) if values["url"] == url else set()
+    except (ValueError, LookupError, TypeError):  # not written by this file: then upload everything again
+        return set()
