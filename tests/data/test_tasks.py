@@ -261,7 +261,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer
     monkeypatch.setitem(tasks.TASKS, "sst2", dataclasses.replace(tasks.TASKS["sst2"], path=str(tmp_path)))
     batches = stream(downstream(None), tokenizer, batch_size=40)
     assert {text.partition("\n")[0] for text in shown(next(batches), tokenizer)} <= set(SENTENCES[:80])
-    assert batches.state_dict()["source"] == f"data.task=sst2 data.path={tmp_path}"
+    assert batches.state_dict()["data"]["data.path"] == str(tmp_path)
     examples = heldout_examples(downstream(None), tokenizer)
     assert [e.prompt.partition("\n")[0] for e in examples] == SENTENCES[80:]
 

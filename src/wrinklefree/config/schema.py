@@ -64,6 +64,8 @@ class DataConfig(Node):
     heldout_split: str | None = None  # hub: a split; without it, the first documents are held out
     shuffle_buffer: Positive = 2048  # documents shuffled together
     document_mask: bool = True  # packed documents do not attend to each other
+    bad_rows: Literal["error", "skip"] = "error"  # a row that cannot be read ends the run, or is left out and counted
+    allow_changes: bool = False  # resume although the data is not what the checkpoint was trained on
 
 
 @dataclass(kw_only=True)

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import first_line
 from wrinklefree.data.sources import Document, Example, Row
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content, which are text, and what else a template may read, such as tool_calls
 # For models that write a thought before they answer (Qwen3). True: as the chat template writes it. False: without
 # <think>...</think>. None: the bare contents, without a template.
 Thinking = bool | None
@@ -22,7 +23,18 @@ VARIANTS: dict[bool | str, tuple[Thinking, ...]] = {
     "all": (False, True, None),
 }
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+# The roles that datasets write, in small letters, with those that chat templates know.
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "function_call"), "assistant"),
+    **{"system": "system", "developer": "developer"},
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response"), "tool"),
+}
+# Other names of a role, of which the first one counts that the chat template has.
+OTHERS = {"developer": ("developer", "system"), "tool": ("tool", "observation", "ipython", "function")}
+# What a template may raise at data of a shape that it does not expect, besides TemplateError.
+TEMPLATE_ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+PROBE = "wrinkle7"  # a content that no template changes
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
@@ -41,7 +53,7 @@ def conversation(messages: list[Message], reading: Reading, where: str) -> Docum
     With `mask_prompt` it is an `Example`, of which only the last answer is learned. `where` is for error messages.
     """
     tokenizer, _, thinking, mask_prompt = reading
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+    if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         return ""
     text = as_text(tokenizer, messages, thinking, where)
     if not mask_prompt:
@@ -62,20 +74,44 @@ def as_text(
     where: str,
     add_generation_prompt: bool = False,
 ) -> str:
-    """Return messages as text, written by the chat template. Raises UserError if there is none, or if it refuses."""
-    from jinja2 import TemplateError
-
+    """Return messages as text, written by the chat template. Raises UserError if it cannot write them."""
     if thinking is None:
         return "\n\n".join(message["content"] for message in messages) + "\n\n" * add_generation_prompt
+    text = written(tokenizer, messages, where, add_generation_prompt=add_generation_prompt, enable_thinking=thinking)
+    return text if thinking else THOUGHT.sub("", text)
+
+
+def written(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, **values: bool) -> str:
+    """Return messages as the chat template writes them, with `values` for it.
+
+    Raises UserError if there is no template, if it refuses, or if it leaves out what a tool said.
+    """
+    text = _apply(tokenizer, messages, where, values)
+    if any(message["role"] == "tool" for message in messages):
+        probes = [message | {"content": PROBE} if message["role"] == "tool" else message for message in messages]
+        if PROBE not in _apply(tokenizer, probes, where, values):
+            raise UserError(f"{where}: a turn of role 'tool', which the chat template leaves out")
+    return text
+
+
+def _spoken(role: str, template: str) -> str:
+    """Return the name that a chat template has for a role."""
+    names = OTHERS.get(role, (role,))
+    known = (name for name in names if f"'{name}'" in template or f'"{name}"' in template)
+    return next(known, "system" if role == "developer" else role)
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, values: dict[str, bool]) -> str:
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
-        raise UserError(f"{where}: tokenizer {tokenizer.name_or_path!r} has no chat template to write it with")
+        raise UserError(f"{where}: tokenizer {tokenizer.name_or_path!r} has no chat template to write messages with")
+    template = str(tokenizer.chat_template)
+    spoken = [message | {"role": _spoken(message["role"], template)} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
-        )
-    except TemplateError as error:
-        raise UserError(f"{where}: the chat template says: {error}") from error
-    return str(text) if thinking else THOUGHT.sub("", str(text))
+        return str(tokenizer.apply_chat_template(spoken, tokenize=False, **values))
+    except (TemplateError, *TEMPLATE_ERRORS) as error:
+        raise UserError(f"{where}: the chat template says: {first_line(error)}") from error
 
 
 def turns(instruction: str, more: str, answer: str, between: str) -> list[Message]:
@@ -84,27 +120,69 @@ def turns(instruction: str, more: str, answer: str, between: str) -> list[Messag
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def listed(row: Row, columns: tuple[str, ...], where: str) -> list[Message]:
-    """Return the messages in the first of `columns` that is not empty. Raises UserError if they are no messages."""
-    value = next((row[column] for column in columns if row.get(column)), None)
+def listed(row: Row, names: tuple[str, ...], where: str) -> list[Message]:
+    """Return the messages in the first column of `names` that is not empty; an empty list if all are empty.
+
+    Raises UserError if there is no such column, or if it holds no messages.
+    """
+    if not row.keys() & set(names):
+        raise UserError(f"{where}: no column {' or '.join(names)}; there are {columns(row)}")
+    name = next((name for name in names if row.get(name)), names[0])
+    value = row.get(name) or []
     if not isinstance(value, list):
-        raise UserError(f"{where}: no list in {' or '.join(columns)}; there are {', '.join(map(str, row))}")
+        raise UserError(f"{where}: no list in {name}, but {type(value).__name__}")
     return [_message(turn, where) for turn in value]
 
 
 def _message(turn: Any, where: str) -> Message:
+    """Return a turn with a role that templates know, and with text as its content."""
     if not isinstance(turn, dict):
         raise UserError(f"{where}: a turn is {type(turn).__name__}, not {{role, content}} or {{from, value}}")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
-        raise UserError(f"{where}: a turn of role {role!r} with {type(content).__name__}; roles: {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": content}
+    said: Any = turn.get("role", turn.get("from"))
+    role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
+    if role is None:
+        raise UserError(f"{where}: a turn of role {short(said)}; roles: {', '.join(ROLES)}")
+    content = _content(turn.get("content", turn.get("value")), said, where)
+    more = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
+    return {**more, "role": role, "content": content}
+
+
+def _content(content: Any, role: str, where: str) -> str:
+    """Return a turn's content as text. Null, as beside a call of a tool, is an empty text; parts are joined."""
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        return "".join(_part(part, role, where) for part in content)
+    if not isinstance(content, str):
+        raise UserError(f"{where}: the content of role {role!r} is {type(content).__name__}, not text")
+    return content
+
+
+def _part(part: Any, role: str, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise UserError(f"{where}: the content of role {role!r} has a part that is no text but {short(kind)}")
+    return text
+
+
+def short(value: Any) -> str:
+    """Return a value for a message, cut to 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def columns(row: Row) -> str:
+    """Return the names of a row's columns, for a message of one line."""
+    names = [name if name.isprintable() else repr(name) for name in map(str, row)]
+    shown = ", ".join(name[:40] for name in names[:12]) or "none"
+    return f"{shown} and {len(names) - 12} more" if len(names) > 12 else shown
 
 
 def text(row: Row, column: str, where: str) -> str:
     """Return the text in a column. Raises UserError if the column is missing or holds something else."""
     if not isinstance(row.get(column), str):
-        raise UserError(f"{where}: no text in {column!r}; there are {', '.join(map(str, row))}: another data.format?")
+        raise UserError(f"{where}: no text in {column!r}; there are {columns(row)}: another data.format?")
     return str(row[column])
 
 

@@ -16,9 +16,13 @@ from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import DATA_FORMATS, find_module, find_named
+from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.data import chat, sources, stdlib, stdlib_kind, tasks
+from wrinklefree.data.identity import Identity, files_identity
 from wrinklefree.data.packing import BatchStream, encode, make_batch, pack, pack_whole, spread
-from wrinklefree.data.sources import Document, Example, Source, Split
+from wrinklefree.data.rows import find_files
+from wrinklefree.data.sources import Document, Example, GoodRows, Source, Split
+from wrinklefree.data.tokenizer import tokenizer_fingerprint
 
 # Settings that only some sources read, with those sources. Set for any other source, they are an error.
 _READ_BY = {
@@ -33,7 +37,14 @@ _READ_BY = {
     "heldout_split": ("hub",),
     "heldout_path": ("local", "downstream"),
     "task": ("downstream",),
+    "bad_rows": ("local", "hub", "downstream"),
 }
+
+# What decides which documents a setting gives, and how they are read; paths are compared by their content instead.
+_IDENTITY = (
+    *("source", "task", "tests", "subset", "split", "heldout_split"),
+    *("text_column", "format", "enable_thinking", "mask_prompt"),
+)
 
 
 def training_stream(
@@ -52,8 +63,10 @@ def training_stream(
     the first batch.
     """
     return BatchStream(
-        _training_source(config, tokenizer),
+        training_rows(config, tokenizer),
         partial(encode, tokenizer),
+        identity=identity(config, tokenizer),
+        allow_changes=config.allow_changes,
         batch_size=batch_size,
         length=length,
         seed=seed,
@@ -76,9 +89,9 @@ def heldout_batches(
     """Return the held-out documents as batches, the same at every call. The last batch may be smaller.
 
     `max_tokens` keeps fewer blocks, spread evenly over all documents.
-    Raises UserError if the source does not read a setting, cannot be opened, or has nothing held out.
+    Raises UserError if the source does not read a setting, cannot be opened, has a bad row, or has nothing held out.
     """
-    source = _heldout_source(config, tokenizer)
+    source = heldout_rows(config, tokenizer)
     first = sources.HELDOUT_DOCUMENTS if _may_be_endless(config) else None
     texts = list(islice(source.documents(None), first))
     if not texts:
@@ -91,7 +104,7 @@ def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """Return all held-out examples that have a fixed set of answers; an empty list if the data is no task."""
     if config.source != "downstream":
         return []
-    documents = _heldout_source(config, tokenizer).documents(None)
+    documents = heldout_rows(config, tokenizer).documents(None)
     return [example for example in documents if isinstance(example, Example) and example.choices]
 
 
@@ -104,12 +117,12 @@ def file_batches(
     max_tokens: int | None = None,
     text_column: str = "text",
 ) -> list[Batch]:
-    """Return a file as batches. A text file is one document; .jsonl, .json and .parquet hold one per row.
+    """Return a file as batches. A text file is one document; files of rows (see data/rows.py) hold one per row.
 
     Raises UserError if there is no such file, or no text in it.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: a folder, not a file" if path.is_dir() else f"{path}: no such file")
     rows = sources.read_documents(path, _render("plain", chat.Reading(tokenizer, text_column)), piece=-1)
     texts = [text for text in rows if not sources.is_blank(text)]
     if not texts:
@@ -169,19 +182,46 @@ def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thinking: chat
     return _Rows(name, render, config.path or task.path, task.subset, task.train, task.heldout, instead)
 
 
-def _training_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Source:
+def training_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> GoodRows:
+    """Return the training documents without bad rows. Raises UserError as `training_stream` does."""
     _refuse_unread(config)
-    variants = chat.VARIANTS[config.enable_thinking]
-    return _together([_training_variant(config, tokenizer, thinking) for thinking in variants])
+    variants = [_training_variant(config, tokenizer, thinking) for thinking in chat.VARIANTS[config.enable_thinking]]
+    return GoodRows(together(variants), skip=config.bad_rows == "skip")
 
 
-def _heldout_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Source:
+def heldout_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> GoodRows:
+    """Return the held-out documents without bad rows. Raises UserError as `heldout_batches` does."""
     _refuse_unread(config)
-    variants = chat.VARIANTS[config.enable_thinking]
-    return _together([_heldout_variant(config, tokenizer, thinking) for thinking in variants])
+    variants = [_heldout_variant(config, tokenizer, thinking) for thinking in chat.VARIANTS[config.enable_thinking]]
+    return GoodRows(together(variants), skip=config.bad_rows == "skip")
 
 
-def _together(variants: list[Source]) -> Source:
+def identity(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Identity:
+    """Return what the training data is, by content and settings: what a resume compares.
+
+    Raises UserError if a setting has no effect, or if a file cannot be read.
+    """
+    _refuse_unread(config)
+    found: Identity = {f"data.{key}": vars(config)[key] for key in _IDENTITY}
+    written_by = [tokenizer_fingerprint(tokenizer), tokenizer.chat_template]
+    return found | _content(config) | {"tokenizer": fingerprint(written_by)}
+
+
+def _content(config: DataConfig) -> Identity:
+    """Return the content of the texts that a config names: fingerprints of files and texts, or a dataset's id."""
+    if config.source == "stdlib":
+        return {"data.source.text": fingerprint(_library("train", config.tests).texts)}
+    if _is_builtin(config):
+        return {"data.task.text": fingerprint(_builtin(config, "train").texts)}
+    if not _is_local(config):
+        return {"data.path": config.path or tasks.find_task(config.task).path}
+    paths = {"data.path": config.path, "data.heldout_path": config.heldout_path}
+    named = {key: path for key, path in paths.items() if path or key == "data.path"}
+    return {key: files_identity(str(path), find_files(key, path)) for key, path in named.items()}
+
+
+def together(variants: list[Source]) -> Source:
+    """Return one source that gives the documents of all, which have equally many."""
     return variants[0] if len(variants) == 1 else sources.Interleaved(variants)
 
 
@@ -192,7 +232,7 @@ def _training_variant(config: DataConfig, tokenizer: PreTrainedTokenizerBase, th
         return _builtin(config, "train")
     rows = _rows(config, tokenizer, thinking)
     if _is_local(config):
-        files = sources.find_files("data.path", rows.path)
+        files = find_files("data.path", rows.path)
         if config.heldout_path:
             return sources.Files(rows.name, files, rows.render)
         hint = " (the first document is held out): add text, or name a held-out file with data.heldout_path"
@@ -215,9 +255,9 @@ def _heldout_variant(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thi
         stream = sources.load_hub(rows.name, rows.path, rows.subset, split, rows.instead)
         return sources.Hub(rows.name, stream, rows.render)
     if config.heldout_path:
-        files = sources.find_files("data.heldout_path", config.heldout_path)
+        files = find_files("data.heldout_path", config.heldout_path)
         return sources.Files(f"data.heldout_path={config.heldout_path}", files, rows.render)
-    files = sources.find_files("data.path", rows.path)
+    files = find_files("data.path", rows.path)
     return sources.Files(rows.name, files, rows.render, keep=lambda n: n % sources.HOLDOUT_EVERY == 0)
 
 
@@ -225,7 +265,7 @@ def _is_builtin(config: DataConfig) -> bool:
     return config.source == "downstream" and config.task in tasks.BUILTIN
 
 
-def _builtin(config: DataConfig, split: Split) -> Source:
+def _builtin(config: DataConfig, split: Split) -> sources.Memory:
     assert config.task is not None
     return sources.Memory(f"data.task={config.task}", tasks.BUILTIN[config.task](split))
 
@@ -239,7 +279,7 @@ def _is_local(config: DataConfig) -> bool:
     return config.source == "local" or (config.source == "downstream" and config.path is not None)
 
 
-def _library(split: Split, tests: bool) -> Source:
+def _library(split: Split, tests: bool) -> sources.Memory:
     try:
         return sources.Memory("data=stdlib" + " with tests" * tests, stdlib.documents(split, tests))
     except ValueError as error:

@@ -10,6 +10,7 @@ Texts are joined and cut into blocks of equal length. A text that is cut continu
 context before the cut. Examples are never cut: one that does not fit begins the next block, and padding fills the gap.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -21,7 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.sources import Document, Example, Position, Source
+from wrinklefree.data.identity import Identity, check_same, keeps_place
+from wrinklefree.data.sources import Document, Example, GoodRows, Position
+
+log = logging.getLogger("wrinklefree")
 
 Encode = Callable[[Sequence[Document]], list[Tensor]]
 
@@ -147,6 +151,7 @@ class BatchStream(Iterator[Batch]):
 
     All processes follow one order of blocks. Process `rank` takes its own `batch_size` rows from each global batch.
     `batch_size`, `length` and `world_size` may change at a resume: no document is skipped or seen twice.
+    A batch that cannot be made, because a row is bad, leaves the position where the batch before it ended.
     """
 
     # Documents are shuffled in chunks, not in a rolling buffer, so that a position is a few numbers: where the chunk
@@ -155,9 +160,11 @@ class BatchStream(Iterator[Batch]):
 
     def __init__(
         self,
-        source: Source,
+        source: GoodRows,
         encode: Encode,
         *,
+        identity: Identity,
+        allow_changes: bool = False,
         batch_size: int,
         length: int,
         seed: int,
@@ -167,30 +174,80 @@ class BatchStream(Iterator[Batch]):
         document_mask: bool,
         pad: int | None = None,
     ):
-        """`pad` is the token that fills blocks, if documents must not be cut. With None they are cut."""
+        """`identity` says what the source reads; a position under another is refused, unless `allow_changes`.
+
+        `pad` is the token that fills blocks, if documents must not be cut. With None they are cut.
+        """
         self._source, self._encode = source, encode
         self._batch_size, self._length, self._document_mask, self._pad = batch_size, length, document_mask, pad
         self._rank, self._world_size = rank, world_size
-        # A position is valid under these values only; a resume with others is refused.
-        self._identity: dict[str, Any] = {"source": source.name, "seed": seed, "shuffle_buffer": shuffle_buffer}
+        self._data, self._allow_changes = identity, allow_changes
+        self._order: dict[str, Any] = {"seed": seed, "shuffle_buffer": shuffle_buffer}
         self._epoch = self._chunk = self._document = self._offset = 0
         self._chunk_start: Position | None = None
         self._incoming: Iterator[Document] | None = None  # None until the first batch is asked for
         self._shuffled: list[Document] = []
         self._encoded: dict[int, Tensor] = {}
 
+    @property
+    def skipped(self) -> int:
+        """How many bad rows were left out. A row counts once, however often the data is read."""
+        return self._source.skipped
+
     def __next__(self) -> Batch:
-        """Return this process's rows of the next global batch. Raises UserError if the source has no documents."""
-        if self._incoming is None:
-            self._open_chunk()
-        blocks = [self._block() for _ in range(self._world_size * self._batch_size)]
+        """Return this process's rows of the next global batch.
+
+        Raises UserError if the source has no documents, or if a row is bad. The position stays where it was.
+        """
+        before = self._position()
+        try:
+            if self._incoming is None:
+                self._open_chunk()
+            blocks = [self._block() for _ in range(self._world_size * self._batch_size)]
+        except UserError:
+            self._go_to(before)
+            raise
         first = self._rank * self._batch_size
         return make_batch(torch.stack(blocks[first : first + self._batch_size]), self._document_mask)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the exact position in plain values. It is the same in every process."""
+        return {**self._order, "data": self._data, **self._position()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position.
+
+        Raises UserError if it was saved with other data, another seed or another shuffle buffer, unless changes are
+        allowed. Then it goes to the same place as far as there is one, or else to the beginning of the same pass.
+        """
+        saved, now = self._identities(state)
+        changed = check_same(saved, now, self._allow_changes)
+        place = {key: state.get(key) for key in self._position()}
+        if changed and not self._has_place(changed, saved, now, state):
+            log.warning("the data is too different to go on in the middle: its pass begins anew")
+            place = {"epoch": state.get("epoch", 0), "chunk": 0, "chunk_start": None, "document": 0, "offset": 0}
+        self._go_to(place)
+
+    def _identities(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the identity that a state has, and that of this stream in the same form."""
+        saved = {key: state.get(key) for key in self._order}
+        if isinstance(state.get("data"), dict):
+            return {**saved, **state["data"]}, {**self._order, **self._data}
+        source = {"source": state.get("source")}  # version 0.1, or a stream of another kind
+        return {**source, **saved}, {"source": self._source.name, **self._order}
+
+    def _has_place(self, changed: set[str], saved: Identity, now: Identity, state: dict[str, Any]) -> bool:
+        """Whether a saved place exists in data that has changed."""
+        if not {*self._position()} <= state.keys():
+            return False
+        start = state["chunk_start"]
+        if start is None:  # the beginning of a pass is one in any data
+            return state["chunk"] == 0
+        inner = start["turn"][0] or {} if "turn" in start else start
+        return keeps_place(changed, saved, now, inner.get("file"))
+
+    def _position(self) -> dict[str, Any]:
         return {
-            **self._identity,
             "epoch": self._epoch,
             "chunk": self._chunk,
             "chunk_start": self._chunk_start,
@@ -198,16 +255,10 @@ class BatchStream(Iterator[Batch]):
             "offset": self._offset,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises UserError if it was saved with another source, seed or shuffle buffer."""
-        for key, value in self._identity.items():
-            if state[key] != value:
-                raise UserError(
-                    f"data position was saved with {key}={state[key]!r}, this run has {value!r}: "
-                    f"resume with {state[key]!r}, or start anew from the checkpoint's weights"
-                )
-        self._epoch, self._chunk, self._chunk_start = state["epoch"], state["chunk"], state["chunk_start"]
-        self._document, self._offset = state["document"], state["offset"]
+    def _go_to(self, position: dict[str, Any]) -> None:
+        """Go to a position. The next batch reads its chunk anew."""
+        self._epoch, self._chunk, self._chunk_start = position["epoch"], position["chunk"], position["chunk_start"]
+        self._document, self._offset = position["document"], position["offset"]
         self._incoming = None
 
     def _block(self) -> Tensor:
@@ -235,13 +286,15 @@ class BatchStream(Iterator[Batch]):
 
     def _current(self) -> Tensor:
         """Return the document [3, n] at the position. If the last one was all taken, move on to the next."""
-        tokens = self._tokens()
-        while self._offset >= tokens.shape[1]:
+        while self._offset >= (tokens := self._tokens()).shape[1]:
             self._document, self._offset = self._document + 1, 0
-            while self._document == len(self._shuffled):
-                self._next_chunk()
-            tokens = self._tokens()
+            self._find_document()
         return tokens
+
+    def _find_document(self) -> None:
+        """Move on to the next chunk if this one has no more documents."""
+        while self._document >= len(self._shuffled):
+            self._next_chunk()
 
     def _tokens(self) -> Tensor:
         if self._document not in self._encoded:
@@ -250,7 +303,8 @@ class BatchStream(Iterator[Batch]):
         return self._encoded[self._document]
 
     def _next_chunk(self) -> None:
-        self._chunk, self._chunk_start, self._document = self._chunk + 1, self._source.position(), 0
+        self._chunk, self._chunk_start = self._chunk + 1, self._source.position()
+        self._document = self._offset = 0
         if not self._fill():
             self._epoch, self._chunk, self._chunk_start = self._epoch + 1, 0, None
             self._open_chunk()
@@ -258,12 +312,13 @@ class BatchStream(Iterator[Batch]):
     def _open_chunk(self) -> None:
         """Start to read the source at the current chunk. Raises UserError if there is nothing to read."""
         self._incoming = self._source.documents(self._chunk_start)
-        if not self._fill():
+        if not self._fill() and self._chunk_start is None:
             raise UserError(f"{self._source.name}: no text to train on{self._source.hint}")
+        self._find_document()  # data that has changed may have fewer documents here
 
     def _fill(self) -> int:
         """Read and shuffle one chunk. Returns its number of documents, 0 at the end of the source."""
         assert self._incoming is not None
-        self._shuffled, self._encoded = list(islice(self._incoming, self._identity["shuffle_buffer"])), {}
-        random.Random(f"{self._identity['seed']} {self._epoch} {self._chunk}").shuffle(self._shuffled)
+        self._shuffled, self._encoded = list(islice(self._incoming, self._order["shuffle_buffer"])), {}
+        random.Random(f"{self._order['seed']} {self._epoch} {self._chunk}").shuffle(self._shuffled)
         return len(self._shuffled)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import chains, sources
+from wrinklefree.data.chat import columns
 from wrinklefree.data.sources import Split
 
 GSM8K = "openai/gsm8k"
@@ -72,7 +73,7 @@ def _read(path: Path) -> list[Problem]:
 def _problem(row: sources.Row, where: str) -> Problem:
     for column in ("question", "answer"):
         if not isinstance(row.get(column), (str, int, float)):
-            raise UserError(f"{where}: a problem needs a {column!r}; there are {', '.join(map(str, row))}")
+            raise UserError(f"{where}: a problem needs a {column!r}; there are {columns(row)}")
     return Problem(str(row["question"]).strip(), str(row["answer"]).rpartition(MARK)[2].strip())
 
 

@@ -9,10 +9,10 @@ A source yields its documents in one fixed order and can continue from any posit
 | hub | the first 512 documents of the split that the config names, or else of the training split |
 """
 
-import json
+import logging
+import re
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 from urllib.error import HTTPError, URLError
@@ -20,6 +20,10 @@ from urllib.request import Request, urlopen
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import first_line
+from wrinklefree.data.rows import PIECE, BadRowError, is_saved_dataset, read_rows
+from wrinklefree.data.rows import Row as Row  # for the files of data formats, a user's too
+
+log = logging.getLogger("wrinklefree")
 
 
 class Example(NamedTuple):
@@ -33,34 +37,31 @@ class Example(NamedTuple):
 Split = Literal["train", "heldout"]
 
 Document = str | Example
+Item = Document | BadRowError
 Position = dict[str, Any]
-Row = Mapping[str, Any]
 Render = Callable[[Row, str], Document]  # (a row, its place for error messages) -> its text
-
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
 
 HOLDOUT_EVERY = 20
 # About 0.5 M tokens of ordinary documents: enough for a figure, tokenized in seconds, even if the dataset is terabytes.
 HELDOUT_DOCUMENTS = 512
-# ValueError: broken JSON, or a number with thousands of digits. RecursionError: thousands of nested lists.
-JSON_ERRORS = (ValueError, RecursionError)
-# Text files are cut at the first line end after so many characters, so that parts of a book are shuffled and held out.
-PIECE = 32768
+_SPLIT = re.compile(r"(?P<name>[\w.-]+)(?P<rows>\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
-def is_blank(document: Document) -> bool:
+def is_blank(document: Item) -> bool:
     """Whether a document has nothing to learn: an empty text, or an example with an empty answer."""
+    if isinstance(document, BadRowError):
+        return False
     return not (document if isinstance(document, str) else document.answer).strip()
 
 
 class Source(Protocol):
-    """Documents in a fixed order."""
+    """Documents in a fixed order. A row that gives none is there as a `BadRowError`, held out or not."""
 
-    name: str  # the setting that names it; for error messages, and to recognize it at a resume
+    name: str  # the setting that names it; for error messages, and to recognize it in positions of version 0.1
     hint: str  # appended to the error message if the source is empty
 
-    def documents(self, start: Position | None) -> Iterator[Document]:
+    def documents(self, start: Position | None) -> Iterator[Item]:
         """Yield the documents from `start` (None: the first) to the last, once."""
 
     def position(self) -> Position:
@@ -74,14 +75,14 @@ class Memory:
 
     def __init__(self, name: str, texts: Iterable[Document]):
         self.name = name
-        self._texts = list(texts)
+        self.texts = list(texts)
         self._next = 0
 
-    def documents(self, start: Position | None) -> Iterator[Document]:
+    def documents(self, start: Position | None) -> Iterator[Item]:
         self._next = start["document"] if start else 0
-        while self._next < len(self._texts):
+        while self._next < len(self.texts):
             self._next += 1
-            yield self._texts[self._next - 1]
+            yield self.texts[self._next - 1]
 
     def position(self) -> Position:
         return {"document": self._next}
@@ -97,16 +98,16 @@ class Files:
         self._paths, self._render, self._keep = paths, render, keep
         self._position = {"file": 0, "row": 0, "document": 0}
 
-    def documents(self, start: Position | None) -> Iterator[Document]:
+    def documents(self, start: Position | None) -> Iterator[Item]:
         at = self._position = dict(start or {"file": 0, "row": 0, "document": 0})
         while at["file"] < len(self._paths):
-            for text in islice(read_documents(self._paths[at["file"]], self._render), at["row"], None):
+            for item in read_items(self._paths[at["file"]], self._render, first=at["row"]):
                 at["row"] += 1
-                if is_blank(text):
+                if is_blank(item):
                     continue
                 at["document"] += 1
-                if self._keep(at["document"] - 1):
-                    yield text
+                if isinstance(item, BadRowError) or self._keep(at["document"] - 1):
+                    yield item
             at["file"], at["row"] = at["file"] + 1, 0
 
     def position(self) -> Position:
@@ -119,23 +120,39 @@ class Hub:
     def __init__(self, name: str, dataset: Any, render: Render, skip: int = 0, hint: str = ""):
         self.name, self.hint = name, hint
         self._dataset, self._render, self._skip = dataset, render, skip
-        self._seen = 0
+        self._seen = self._row = 0
         self._beginning = dataset.state_dict()
 
-    def documents(self, start: Position | None) -> Iterator[Document]:
+    def documents(self, start: Position | None) -> Iterator[Item]:
         # Load a state even at the start, because otherwise `datasets` continues from the last state it was given.
         self._dataset.load_state_dict(start["rows"] if start else self._beginning)
         self._seen = start["document"] if start else 0
-        for row in self._dataset:
-            text = self._render(row, self.name)
-            if is_blank(text):
+        self._row = start["row"] if start and "row" in start else self._seen  # version 0.1 did not save it
+        for row in self._rows():
+            self._row += 1
+            item = rendered(self._render, row, f"{self.name}, row {self._row}")
+            if is_blank(item):
                 continue
             self._seen += 1
-            if self._seen > self._skip:
-                yield text
+            if isinstance(item, BadRowError) or self._seen > self._skip:
+                yield item
+
+    def _rows(self) -> Iterator[Row]:
+        """Yield the rows. Raises UserError if the dataset cannot be read on, or the hub is gone."""
+        from datasets.exceptions import DatasetsError
+
+        rows = iter(self._dataset)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except (DatasetsError, OSError, ValueError) as error:  # ValueError: pyarrow's errors, and broken JSON
+                raise UserError(f"{self.name}: cannot be read after row {self._row}: {first_line(error)}") from error
+            yield row
 
     def position(self) -> Position:
-        return {"document": self._seen, "rows": self._dataset.state_dict()}
+        return {"document": self._seen, "row": self._row, "rows": self._dataset.state_dict()}
 
 
 class Interleaved:
@@ -147,11 +164,14 @@ class Interleaved:
         self._turn: list[Position | None] = [None] * len(sources)  # positions before this turn
         self._given = 0  # documents of this turn that are done
 
-    def documents(self, start: Position | None) -> Iterator[Document]:
+    def documents(self, start: Position | None) -> Iterator[Item]:
         self._turn = start["turn"] if start else [None] * len(self._sources)
         self._given = start["given"] if start else 0
         streams = [source.documents(at) for source, at in zip(self._sources, self._turn, strict=True)]
         for turn in zip(*streams, strict=True):
+            if self._given < len(turn) and (bad := _first_bad(turn)):  # one bad row, however many ways it is written
+                self._given = len(turn)
+                yield bad
             while self._given < len(turn):
                 document, before = turn[self._given], turn[: self._given]
                 self._given += 1
@@ -163,137 +183,132 @@ class Interleaved:
         return {"turn": self._turn, "given": self._given}
 
 
-def row_text(row: Row, where: str, column: str, chat: Callable[[Row, str], str]) -> str:
-    """Return the text of a row: its `column`, or if it has none, its `messages`, which `chat` writes as text.
+def _first_bad(items: Iterable[Item]) -> BadRowError | None:
+    return next((item for item in items if isinstance(item, BadRowError)), None)
 
-    Raises UserError if the row has neither (naming its columns), or if the column does not hold text.
+
+class GoodRows:
+    """The good rows of a source. Its first bad row is raised, or with `skip` all bad rows are left out and counted."""
+
+    def __init__(self, source: Source, skip: bool):
+        self.name, self.hint = source.name, source.hint
+        self._source, self._skip = source, skip
+        self._here = self._most = 0  # skipped in this pass over the data, and in the pass that skipped most
+        self._said = False
+
+    @property
+    def skipped(self) -> int:
+        """How many bad rows were left out. A row counts once, however often the data is read."""
+        return max(self._here, self._most)
+
+    def documents(self, start: Position | None) -> Iterator[Document]:
+        """Yield the good rows. Raises BadRowError at the first bad one, unless they are skipped."""
+        self._most = self.skipped
+        self._here = start.get("skipped", 0) if start else 0
+        for item in self._source.documents(start):
+            if not isinstance(item, BadRowError):
+                yield item
+            elif self._skip:
+                self._leave_out(item)
+            else:
+                raise BadRowError(
+                    f"{item}; mend it and go on with data.allow_changes=true, or leave out such rows with "
+                    f"data.bad_rows=skip"
+                )
+
+    def position(self) -> Position:
+        """Return the position just after the last good row, with the bad rows that were skipped before it."""
+        return {**self._source.position(), "skipped": self._here}
+
+    def _leave_out(self, row: BadRowError) -> None:
+        self._here += 1
+        if not self._said:
+            log.warning("data.bad_rows=skip leaves out the first bad row: %s", row)
+            self._said = True
+
+
+def read_items(path: Path, render: Render, piece: int = PIECE, first: int = 0) -> Iterator[Item]:
+    """Yield the documents of one file from row `first` on, with a `BadRowError` for each row that gives none.
+
+    Raises UserError if the file cannot be read on.
     """
-    if column not in row:
-        if "messages" in row:
-            return chat(row, where)
-        raise UserError(f"{where}: no column {column!r}; set data.text_column to one of: {', '.join(map(str, row))}")
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise UserError(f"{where}: column {column!r} holds {type(text).__name__}, not text: set data.text_column")
-    return text
-
-
-def find_files(setting: str, path: str | None) -> list[Path]:
-    """Return the file `path`, or all files in the folder `path` that end in one of `SUFFIXES`, sorted by POSIX path.
-
-    Hidden files are left out. Raises UserError, beginning with the key `setting`, if there is no such file.
-    """
-    if path is None:
-        raise UserError(f"{setting}: a value is required: a file or folder of {', '.join(SUFFIXES)}")
-    root = Path(path).expanduser()
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise UserError(f"{setting}={path}: no such file or folder")
-    relative = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.suffix in SUFFIXES)
-    files = [root / name for name in relative if not _is_hidden(name) and (root / name).is_file()]
-    if not files:
-        raise UserError(f"{setting}={path}: no file here ends in {', '.join(SUFFIXES)}")
-    return files
-
-
-def _is_hidden(relative: str) -> bool:
-    return any(part.startswith(".") for part in relative.split("/"))
+    for number, row in enumerate(read_rows(path, piece), start=1):
+        if number > first:
+            yield row if isinstance(row, str | BadRowError) else rendered(render, row, f"{path}, row {number}")
 
 
 def read_documents(path: Path, render: Render, piece: int = PIECE) -> Iterator[Document]:
-    """Yield the documents of one file: the rows of .jsonl, .json or .parquet, else text in parts of `piece` characters.
+    """Yield the documents of one file. Raises UserError at the first row that cannot be read."""
+    for item in read_items(path, render, piece):
+        if isinstance(item, BadRowError):
+            raise item
+        yield item
 
-    Raises UserError if the file is not what its suffix says, or not UTF-8.
-    """
-    # The library `datasets` could do this, but it logs lines of its own before it raises, does not say in which line a
-    # JSON file is broken, and takes 0.8 s to import.
+
+def rendered(render: Render, row: Row, where: str) -> Item:
+    """Return the document of a row, or what is wrong with it."""
     try:
-        if path.suffix in (".jsonl", ".json"):
-            yield from (render(row, f"{path}, row {number}") for number, row in enumerate(_json_rows(path), start=1))
-        elif path.suffix == ".parquet":
-            yield from (render(row, f"{path}, row {number}") for number, row in enumerate(_parquet_rows(path), start=1))
-        else:
-            yield from _pieces(path, piece)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 ({error.reason}): convert it, for example: iconv -f latin1 -t utf-8 {path.name}"
-        ) from error
+        document = render(row, where)
+    except UserError as error:
+        return BadRowError(str(error))
+    if isinstance(document, str):
+        return _whole(document)
+    return document._replace(prompt=_whole(document.prompt), answer=_whole(document.answer))
 
 
-def _pieces(path: Path, piece: int) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as file:
-        while lines := file.readlines(piece):
-            yield "".join(lines)
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    """Yield the objects of a file that has one per line, or that is one array of them."""
-    with path.open(encoding="utf-8-sig") as file:
-        if path.suffix == ".json" and file.read(1) == "[":
-            yield from _json_array(path)
-            return
-        file.seek(0)
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _json_object(line, f"{path}, line {number}")
-
-
-def _json_array(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = json.loads(text)
-    except JSON_ERRORS as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: not an array of objects")
-    return list(rows)
-
-
-def _json_object(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    except JSON_ERRORS as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not an object with named columns but {type(row).__name__}")
-    return row
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a whole Parquet file: {first_line(error)}") from error
+def _whole(text: str) -> str:
+    """Replace halves of surrogate pairs (an emoji that was cut in two, in JSON) by U+FFFD, as browsers do."""
+    return text if text.isascii() else _HALF.sub("\ufffd", text)
 
 
 def load_hub(name: str, path: str | None, subset: str | None, split: str, instead: str) -> Any:
     """Return a dataset of the hub, or of a local folder, as a streaming `datasets.IterableDataset`.
 
+    `split` is the name of a split, or a part of one: `train[:1000]`, `train[90%:]`.
     Raises UserError, beginning with `name`, if the hub does not answer within seconds (and says what to use `instead`),
     or if there is no such dataset, subset or split.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
 
     if path is None:
         raise UserError("data.path: a value is required: a dataset on the hub, for example HuggingFaceFW/fineweb-edu")
+    if is_saved_dataset(Path(path)):
+        raise UserError(f"{name}: a folder of save_to_disk: read it with data=local data.path={path}")
+    where = f"{name} data.subset={subset} data.split={split}"
+    part = _SPLIT.fullmatch(split)
+    if part is None:
+        raise UserError(f"{where}: no split, and no part of one such as train[:1000] or train[10%:20%]")
     if not Path(path).exists() and (constants.HF_HUB_OFFLINE or not hub_reachable(constants.ENDPOINT)):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
         raise UserError(f"{name}: {why}: use {instead}")
     try:
-        return load_dataset(path, subset, split=split, streaming=True)
-    except (OSError, ValueError) as error:  # no such dataset, no access; no such subset or split
-        raise UserError(f"{name} data.subset={subset} data.split={split}: {first_line(error)}") from error
+        dataset = load_dataset(path, subset, split=part["name"], streaming=True)
+    except (OSError, ValueError, DatasetsError) as error:  # no such dataset, no access; no such subset or split
+        raise UserError(f"{where}: {first_line(error)}") from error
+    return dataset if part["rows"] is None else _part(dataset, part, where)
+
+
+def _part(dataset: Any, part: re.Match[str], where: str) -> Any:
+    """Return the rows of a dataset that `train[FIRST:LAST]` names. Raises UserError if there are none."""
+    info = (dataset.info.splits or {}).get(part["name"])
+    total = info.num_examples if info is not None else None
+    first = _row_number(part["first"] or "0", total, where)
+    last = total if part["last"] is None else _row_number(part["last"], total, where)
+    if last is not None and last <= first:
+        raise UserError(f"{where}: no row in this part")
+    rows = dataset.skip(first) if first else dataset
+    return rows if last is None else rows.take(last - first)
+
+
+def _row_number(text: str, total: int | None, where: str) -> int:
+    """Return the row that `1000` or `10%` names. Raises UserError if the dataset does not say how many it has."""
+    if not text.endswith("%"):
+        return int(text)
+    if not total:
+        raise UserError(f"{where}: the dataset does not say how many rows it has: give row numbers, such as [:1000]")
+    return round(int(text[:-1]) * total / 100)
 
 
 def hub_reachable(endpoint: str, timeout: float = 5) -> bool:

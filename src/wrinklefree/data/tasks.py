@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import did_you_mean
 from wrinklefree.data import chains, stdlib_kind
+from wrinklefree.data.chat import columns, short
 from wrinklefree.data.sources import Example, Row
 
 
@@ -110,9 +111,7 @@ def render(task: Task, row: Row, where: str) -> Example:
     """
     missing = [column for column in (*task.columns, task.target) if column not in row]
     if missing:
-        raise UserError(
-            f"{where}: no column {missing[0]!r}, which {task.name} needs; there are {', '.join(map(str, row))}"
-        )
+        raise UserError(f"{where}: no column {missing[0]!r}, which {task.name} needs; there are {columns(row)}")
     texts = task.columns if task.classes else (*task.columns, task.target)
     wrong = [column for column in texts if not isinstance(row[column], str)]
     if wrong:
@@ -120,10 +119,16 @@ def render(task: Task, row: Row, where: str) -> Example:
     # The space before the answer belongs to the answer, as the harness scores it: training sees the same tokens.
     if not task.classes:
         return Example(task.prompt(row), f" {row[task.target]}")
-    if row[task.target] == -1:
+    label = _number(row[task.target])
+    if label == -1:
         return Example("", "")
     choices = tuple(f" {word}" for word in task.words)
-    return Example(task.prompt(row), choices[_class(task, row[task.target], where)], choices)
+    return Example(task.prompt(row), choices[_class(task, label, where)], choices)
+
+
+def _number(label: object) -> object:
+    """Return a label as a number if it is the text of one, as in CSV."""
+    return int(label) if isinstance(label, str) and label.removeprefix("-").isdecimal() else label
 
 
 def _class(task: Task, label: object, where: str) -> int:
@@ -131,5 +136,5 @@ def _class(task: Task, label: object, where: str) -> int:
     known = [*range(len(task.classes)), *task.classes]
     if label not in known:
         names = ", ".join(task.classes)
-        raise UserError(f"{where}: label {label!r}; {task.name} has {names}, or 0 to {len(task.classes) - 1}")
+        raise UserError(f"{where}: label {short(label)}; {task.name} has {names}, or 0 to {len(task.classes) - 1}")
     return known.index(label) % len(task.classes)

@@ -1,32 +1,41 @@
 """Rows with text in the column `data.text_column`, or else with `messages`, which the chat template writes."""
 
-from functools import partial
-
-from transformers import PreTrainedTokenizerBase
-
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.chat import Reading
-from wrinklefree.data.sources import Document, Row, row_text
+from wrinklefree.data.chat import Reading, columns, listed, written
+from wrinklefree.data.sources import Document, Row
 
 READS = ("text_column",)
+
+# Columns by which a row shows that it has another format.
+SIGNS = {
+    "sharegpt": {"conversations"},
+    "alpaca_chat": {"instruction", "output"},
+    "dolly": {"instruction", "response"},
+}
 
 
 def document(row: Row, reading: Reading, where: str) -> Document:
     """Return the row's text. Raises UserError, naming the row's columns, if there is none."""
-    return row_text(row, where, column=reading.column, chat=partial(_chat, reading.tokenizer))
+    if reading.column in row:
+        return _text(row[reading.column], reading.column, where)
+    if "messages" not in row:
+        raise UserError(f"{where}: no column {reading.column!r}; {_instead(row)}")
+    if not isinstance(row["messages"], list | None):
+        raise UserError(f"{where}: messages must be a list of {{role, content}}")
+    messages = listed(row, ("messages",), where)
+    return written(reading.tokenizer, messages, where) if messages else ""
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> str:
-    """Return a row's `messages`, a list of {role, content}, as the tokenizer's chat template writes them."""
-    from jinja2 import TemplateError
+def _text(value: object, column: str, where: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: column {column!r} holds {type(value).__name__}, not text: set data.text_column")
+    return value
 
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{where}: messages, but tokenizer {tokenizer.name_or_path!r} has no chat template to write them"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-    except (TemplateError, TypeError) as error:
-        raise UserError(
-            f"{where}: messages must be a list of {{role, content}}; the chat template says: {error}"
-        ) from error
+
+def _instead(row: Row) -> str:
+    """Return what would read a row like this one."""
+    format = next((name for name, signs in SIGNS.items() if signs <= row.keys()), None)
+    other = f"set data.format={format}, or " if format else ""
+    return f"{other}set data.text_column to one of: {columns(row)}"

@@ -1,0 +1,460 @@
+"""Finds files and reads one row by row, in the memory of a row: text, JSON, CSV, Parquet and Arrow, plain or gzipped.
+
+What cannot be read is refused by name. Nothing is read as text that is none.
+
+| a file | gives |
+|---|---|
+| `.txt`, `.md`, `.py`, or another text file that was named outright | parts of `PIECE` characters |
+| `.jsonl`, `.ndjson`, `.json` | the objects of its lines, or of its array |
+| `.csv`, `.tsv` | its lines, with the columns of the first one |
+| `.parquet`, `.arrow` | its rows |
+
+Text may be UTF-8, or UTF-16 or UTF-32 with their mark. All but Parquet and Arrow may end in `.gz`.
+"""
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import IO, Any, BinaryIO, TextIO, cast
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import first_line
+
+Row = Mapping[str, Any]
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLE_SUFFIXES = (".parquet", ".arrow")
+SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *DELIMITERS, *TABLE_SUFFIXES)
+ZIPPED = ".gz"
+
+# Files that may hold text to train on, but that nothing here reads. Leaving them out in silence would train on a part.
+UNREAD = (
+    *(".zst", ".bz2", ".xz", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz"),
+    *(".feather", ".orc", ".avro", ".xlsx", ".xls", ".ods"),
+)
+
+MAX_ROW = 32 << 20  # characters or bytes; the longest books have 5 million
+# Text files are cut at the first line end after so many characters, so that parts of a book are shuffled and held out.
+PIECE = 32768
+LONGEST_LINE = 1 << 20  # a longer line of a text file is cut
+HEAD = 1 << 16  # bytes that are looked at to tell text from other things
+
+# ValueError: broken JSON, or a number with thousands of digits. RecursionError: thousands of nested lists.
+JSON_ERRORS = (ValueError, RecursionError)
+
+_MAGIC = {
+    b"\x1f\x8b": "compressed by gzip: end its name in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: decompress it",
+    b"BZh": "compressed by bzip2: decompress it",
+    b"\xfd7zXZ": "compressed by xz: decompress it",
+    b"PK\x03\x04": "a zip archive (or an office document): take its text out",
+    b"%PDF": "a PDF: take its text out, for example with pdftotext",
+    b"PAR1": "a Parquet file: end its name in .parquet",
+    b"ARROW1": "an Arrow file: end its name in .arrow",
+}
+_MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))
+_NOT_SPACE = re.compile(r"\S")
+_ESCAPED = re.compile("[\udc80-\udcff]")  # the bytes that are not UTF-8, after decoding with surrogateescape
+
+
+class BadRowError(UserError):
+    """One row that cannot be read, or that does not hold what it should. The rows after it may be good."""
+
+
+def find_files(setting: str, path: str | None) -> list[Path]:
+    """Return the file `path`, or all files in the folder `path` that end in one of `SUFFIXES`, sorted by POSIX path.
+
+    Hidden files are left out. A folder that `datasets.save_to_disk` wrote gives its Arrow files.
+    Raises UserError, beginning with the key `setting`, if there is no such file, or if the folder has data in a format
+    that is not read.
+    """
+    if path is None:
+        raise UserError(f"{setting}: a value is required: a file or folder of {', '.join(SUFFIXES)}")
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise UserError(f"{setting}={path}: no such file or folder")
+    if is_saved_dataset(root):
+        return _saved_files(f"{setting}={path}", root)
+    found = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if _suffix(file) in SUFFIXES + UNREAD)
+    names = [name for name in found if not _is_hidden(name) and (root / name).is_file()]
+    for name in names:
+        _check_in_folder(f"{setting}={path}", root / name)
+    if not names:
+        raise UserError(f"{setting}={path}: no file here ends in {', '.join(SUFFIXES)}")
+    return [root / name for name in names]
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote this folder."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def _saved_files(where: str, root: Path) -> list[Path]:
+    """Return the Arrow files of a saved dataset. Raises UserError if it has several splits, or is damaged."""
+    if (root / "dataset_dict.json").is_file():
+        splits = sorted(file.parent.name for file in root.glob("*/state.json"))
+        raise UserError(f"{where}: a dataset with the splits {', '.join(splits)}: name one, such as {root / splits[0]}")
+    try:
+        names = [entry["filename"] for entry in json.loads((root / "state.json").read_bytes())["_data_files"]]
+    except (*JSON_ERRORS, LookupError, TypeError, OSError) as error:
+        raise UserError(f"{where}: state.json does not name the dataset's files: save it again") from error
+    absent = [name for name in names if name != Path(str(name)).name or not (root / name).is_file()]
+    if absent or not names:
+        raise UserError(f"{where}: no file {absent[0]!r}, which state.json names" if absent else f"{where}: no files")
+    if json.loads((root / "state.json").read_bytes()).get("_indices_data_files"):
+        raise UserError(f"{where}: rows were chosen or shuffled after they were written: flatten_indices(), save again")
+    return [root / name for name in names]
+
+
+def _check_in_folder(where: str, file: Path) -> None:
+    """Raises UserError if a file in a folder holds data in a format that is not read."""
+    if _suffix(file) in UNREAD:
+        raise UserError(f"{where}: {file.name}: {_suffix(file)} is not read: unpack or convert it, or take it out")
+    if is_saved_dataset(file.parent):
+        raise UserError(f"{where}: {file.parent} is a folder of save_to_disk: name it alone")
+
+
+def _suffix(path: Path) -> str:
+    """Return the last suffix in small letters, without a `.gz` after it."""
+    name = path.name.lower()
+    return Path(name.removesuffix(ZIPPED)).suffix
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(".") for part in relative.split("/"))
+
+
+def read_rows(path: Path, piece: int = PIECE) -> Iterator[Row | str | BadRowError]:
+    """Yield the rows of one file, or its text in parts of `piece` characters (-1: whole).
+
+    A row that cannot be read is given as a `BadRowError`, and reading goes on. Raises UserError if it cannot go on: if
+    the file is not what its suffix says, or is no text.
+    """
+    # The library `datasets` could do this, but it logs lines of its own before it raises, does not say in which line a
+    # JSON file is broken, reads huge rows into memory, and takes 0.8 s to import.
+    suffix = _suffix(path)
+    if suffix in UNREAD:
+        raise UserError(f"{path}: {suffix} is not read: unpack or convert it")
+    if suffix in TABLE_SUFFIXES:
+        yield from _table_rows(path, suffix)
+        return
+    with _opened(path, newline="" if suffix in DELIMITERS else None) as file:
+        if suffix in JSON_SUFFIXES:
+            yield from _json_rows(file, path, suffix)
+        elif suffix in DELIMITERS:
+            yield from _csv_rows(file, path, DELIMITERS[suffix])
+        else:
+            yield from _pieces(file, path, piece)
+
+
+@contextmanager
+def _opened(path: Path, newline: str | None) -> Iterator[TextIO]:
+    """Open a file as text. Raises UserError, also for errors of the block, if it is no text or not a whole gzip file.
+
+    Bytes that are not UTF-8 come as surrogates, which `_not_utf8` describes.
+    """
+    try:
+        with _raw(path) as raw:
+            encoding = _encoding(path, raw.read(HEAD))
+            raw.seek(0)
+            errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
+            with TextIOWrapper(cast("IO[bytes]", raw), encoding=encoding, errors=errors, newline=newline) as file:
+                yield file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not whole {error.encoding.upper()} ({error.reason}): save it as UTF-8") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file: {first_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
+
+
+def _raw(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(ZIPPED) else path.open("rb")
+
+
+def _encoding(path: Path, head: bytes) -> str:
+    """Return the encoding of a text file that begins with `head`. Raises UserError if it is no text."""
+    marked = next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None)
+    if marked is not None:
+        return marked
+    for magic, what in _MAGIC.items():
+        if head.startswith(magic):
+            raise UserError(f"{path}: {what}")
+    if b"\0" in head:
+        raise UserError(f"{path}: not text, since it has zero bytes; if it is UTF-16, save it as UTF-8")
+    return "utf-8-sig"
+
+
+def _not_utf8(path: Path, where: str, text: str) -> str | None:
+    """Return what is wrong if `text` came from bytes that are not UTF-8, or None."""
+    if text.isascii() or not _ESCAPED.search(text):
+        return None
+    raw = text.encode("utf-8", "surrogateescape")
+    if 50 * (len(raw) - len(raw.translate(None, _CONTROL))) > len(raw):
+        return f"{where}: not text but bytes of another kind"
+    return f"{where}: not UTF-8: convert the file, for example: iconv -f latin1 -t utf-8 {path.name}"
+
+
+# Text
+
+
+def _pieces(file: TextIO, path: Path, piece: int) -> Iterator[str]:
+    """Yield text, cut at the first line end after each `piece` characters."""
+    lines, size = [], 0
+    while line := file.readline(LONGEST_LINE):
+        lines.append(line)
+        size += len(line)
+        if 0 <= piece < size:
+            yield _checked("".join(lines), path)
+            lines, size = [], 0
+    if lines:
+        yield _checked("".join(lines), path)
+
+
+def _checked(text: str, path: Path) -> str:
+    problem = _not_utf8(path, str(path), text)
+    if problem:
+        raise UserError(problem)
+    return text
+
+
+# JSON
+
+
+def _json_rows(file: TextIO, path: Path, suffix: str) -> Iterator[Row | BadRowError]:
+    """Yield the objects of a file that has one per line, or that is one array of them."""
+    start = file.read(HEAD)
+    while start.isspace():
+        start = file.read(HEAD)
+    file.seek(0)
+    if suffix == ".json" and start.lstrip().startswith("["):
+        yield from _json_array(file, path)
+        return
+    more = "; a .json file has one object per line, or is one array of objects" if suffix == ".json" else ""
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        if line.strip():
+            yield _json_line(file, line, path, f"{path}, line {number}", more)
+
+
+def _json_line(file: TextIO, line: str, path: Path, where: str, more: str) -> Row | BadRowError:
+    if len(line) > MAX_ROW:
+        _finish_line(file)
+        return _too_long(where)
+    problem = _not_utf8(path, where, line)
+    if problem:
+        return BadRowError(problem)
+    try:
+        return _object(json.loads(line), where)
+    except json.JSONDecodeError as error:
+        return BadRowError(f"{where}: not JSON: {error.msg} at column {error.colno}{more}")
+    except JSON_ERRORS as error:
+        return BadRowError(f"{where}: not JSON: {first_line(error)}")
+
+
+def _finish_line(file: TextIO) -> None:
+    """Read on to the end of a line, without keeping it."""
+    while (part := file.readline(HEAD)) and not part.endswith("\n"):
+        pass
+
+
+def _too_long(where: str) -> BadRowError:
+    return BadRowError(f"{where}: longer than {MAX_ROW >> 20} MB: cut it into several rows")
+
+
+def _object(value: Any, where: str) -> Row | BadRowError:
+    if isinstance(value, dict):
+        return value
+    return BadRowError(f"{where}: not an object with named columns but {type(value).__name__}")
+
+
+def _json_array(file: TextIO, path: Path) -> Iterator[Row | BadRowError]:
+    """Yield the objects of one array, without ever holding more than one row and what was read with it."""
+    text = _Window(file, path)
+    text.skip("[")
+    number = 0
+    while not text.skip("]"):
+        number += 1
+        if number > 1 and not text.skip(","):
+            raise UserError(f"{path}: not JSON: no comma before row {number}")
+        yield _object(text.value(number), f"{path}, row {number}")
+    if text.more():
+        raise UserError(f"{path}: not JSON: more text after the array")
+
+
+class _Window:
+    """The part of a JSON text that was read and not used."""
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._text, self._at = "", 0
+
+    def more(self) -> bool:
+        """Move on to the next character that is no space. Return whether there is one."""
+        while not (found := _NOT_SPACE.search(self._text, self._at)):
+            self._at = len(self._text)
+            if not self._read(HEAD):
+                return False
+        self._at = found.start()
+        return True
+
+    def skip(self, character: str) -> bool:
+        """Move over `character` if it comes next. Return whether it did. Raises UserError at the end of the file."""
+        if not self.more():
+            raise UserError(f"{self._path}: not JSON: the array has no end")
+        here = self._text[self._at] == character
+        self._at += here
+        return here
+
+    def value(self, number: int) -> Any:
+        """Return the value that comes next. Raises UserError if row `number` is broken or longer than `MAX_ROW`."""
+        self.more()
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self._text, self._at)
+            except JSON_ERRORS as error:
+                self._read_more_of(number, error)
+                continue
+            if end == len(self._text) and self._read(HEAD):  # a number could go on
+                continue
+            self._at = min(end, len(self._text))
+            return value
+
+    def _read_more_of(self, number: int, error: ValueError | RecursionError) -> None:
+        """Read on, since a row may only look broken because its end is missing. Raises UserError if that cannot be."""
+        held = len(self._text) - self._at
+        if held > MAX_ROW:
+            raise UserError(str(_too_long(f"{self._path}, row {number}"))) from error
+        if isinstance(error, RecursionError) or not self._read(max(HEAD, held)):  # twice as much each time: linear time
+            what = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+            raise UserError(f"{self._path}: not JSON: {what} in row {number}") from error
+
+    def _read(self, size: int) -> bool:
+        """Forget what was used, and read on. Return whether there was more."""
+        part = self._file.read(size)
+        problem = _not_utf8(self._path, str(self._path), part)
+        if problem:
+            raise UserError(problem)
+        self._text, self._at = self._text[self._at :] + part, 0
+        return bool(part)
+
+
+# CSV
+
+
+class _CountedLines(Iterator[str]):
+    """The lines of a file. Raises UserError if those since `size` was set to 0 are longer than a row may be."""
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path, self.size = file, path, 0
+
+    def __next__(self) -> str:
+        line = self._file.readline(MAX_ROW + 1)
+        self.size += len(line)
+        if self.size > MAX_ROW:
+            raise UserError(str(_too_long(f"{self._path}, a row")) + "; or is a closing quote missing?")
+        if not line:
+            raise StopIteration
+        return line
+
+
+def _csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[Row | BadRowError]:
+    """Yield the rows under the header. Raises UserError if quotes are broken: nothing after them is certain."""
+    csv.field_size_limit(MAX_ROW)  # a document may be longer than the 128 kB of the default
+    lines = _CountedLines(file, path)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        columns = next(reader, [])
+        if len(set(columns)) != len(columns):
+            raise UserError(f"{path}: two columns of one name in the first line: {', '.join(columns)}")
+        number = 0
+        for fields in reader:
+            lines.size = 0
+            if fields:
+                number += 1
+                yield _csv_row(fields, columns, path, f"{path}, row {number}")
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _csv_row(fields: list[str], columns: list[str], path: Path, where: str) -> Row | BadRowError:
+    problem = _not_utf8(path, where, "".join(fields))
+    if problem:
+        return BadRowError(problem)
+    if len(fields) != len(columns):
+        return BadRowError(f"{where}: {len(fields)} fields, and the first line names {len(columns)} columns")
+    return dict(zip(columns, fields, strict=True))
+
+
+# Tables
+
+
+def _table_rows(path: Path, suffix: str) -> Iterator[Row | BadRowError]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    read, kind = (_parquet_batches, "Parquet") if suffix == ".parquet" else (_arrow_batches, "Arrow")
+    done = 0
+    try:
+        for batch in read(path):
+            yield from _batch_rows(batch, path, done)
+            done += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a whole {kind} file: {first_line(error)}") from error
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    with pq.ParquetFile(path) as file:
+        about = file.metadata
+        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        yield from file.iter_batches(batch_size=max(1, min(1024, MAX_ROW * about.num_rows // max(1, size))))
+
+
+def _arrow_batches(path: Path) -> Iterable[Any]:
+    """Yield the record batches of a stream, as `datasets` writes it, or of an Arrow file."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as mapped:
+        if mapped.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(mapped)
+            yield from (file.get_batch(i) for i in range(file.num_record_batches))
+            return
+        mapped.seek(0)
+        yield from pa.ipc.open_stream(mapped)
+
+
+def _batch_rows(batch: Any, path: Path, done: int) -> Iterator[Row | BadRowError]:
+    """Yield the rows of a record batch, one by one if they are large or if one is broken."""
+    if batch.nbytes <= MAX_ROW:
+        try:
+            yield from batch.to_pylist()
+            return
+        except UnicodeDecodeError:  # before the first row was given
+            pass
+    for number in range(batch.num_rows):
+        yield _table_row(batch.slice(number, 1), f"{path}, row {done + number + 1}")
+
+
+def _table_row(batch: Any, where: str) -> Row | BadRowError:
+    if batch.nbytes > MAX_ROW:
+        return _too_long(where)
+    try:
+        row: Row = batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRowError(f"{where}: not UTF-8 ({error.reason})")
+    return row
