@@ -200,8 +200,14 @@ def config_yaml(config: Config) -> str:
 
 
 def read_config(path: Path) -> Config:
-    """Read the config of a run, `wrinklefree.yaml`. Raises UserError if the file is not such a config."""
-    return check_config(_as_of_today(read_yaml(path)))
+    """Read the config of a run, `wrinklefree.yaml`. Raises UserError if the file is not such a config.
+
+    `model.trust_remote_code` is false in the result: the permission to run a folder's Python comes from the command
+    line of this user, never from a file in that folder.
+    """
+    config = check_config(_as_of_today(read_yaml(path)))
+    config.model.trust_remote_code = False
+    return config
 
 
 def _as_of_today(values: dict[str, Any]) -> dict[str, Any]:
