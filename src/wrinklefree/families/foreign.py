@@ -26,6 +26,12 @@ REFUSALS = (
 )
 
 
+NEEDS_CODE = (
+    "it needs the Python code in it, which runs only if you trust it: add --trust-remote-code, or in a training "
+    "model.trust_remote_code=true"
+)
+
+
 @contextmanager
 def refused_in_one_line(what: str, advice: str = "") -> Iterator[None]:
     """Turn what a library raises inside the block into `UserError("WHAT: REASON")`.
@@ -45,6 +51,8 @@ def refused_in_one_line(what: str, advice: str = "") -> Iterator[None]:
 
 def _said(what: str, error: Exception, advice: str) -> UserError:
     words = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in words:
+        return UserError(f"{what}: {NEEDS_CODE}")
     if isinstance(error, (KeyError, AttributeError, TypeError)):  # these say only a name or a type
         words = f"{type(error).__name__} {words}"
     return UserError(f"{what}: {words[:300]}{advice}")

@@ -26,6 +26,7 @@ SAVING_SECONDS = 1800  # how long torchrun waits for its processes to save after
 INCIDENTAL = (
     "auto_prereq",
     "model.auto_tokens",
+    "model.trust_remote_code",
     "training.resume_from",
     "training.upload_to",
     "training.logging",
