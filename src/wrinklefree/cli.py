@@ -47,6 +47,9 @@ EngineChoice = Annotated[
     typer.Option(help="auto is native for packed folders that allow it."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python that this folder or hub id brings.")
+]
 Scale = Literal["dev", "small", "medium", "large", "xlarge"]
 
 
@@ -304,6 +307,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Run these lm-eval tasks instead, comma-separated.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples per lm-eval task.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure perplexity on held-out text, or lm-eval tasks.
 
@@ -313,7 +317,8 @@ def evaluate(
       wf eval outputs/fairy2_tiny_w2 --data book.txt --context 256
       wf eval outputs/fairy2_tiny_w2 --tasks arc_easy,piqa --limit 100
     """
-    call("evaluate", path, data=data, context=context, tokens=tokens, tasks=tasks, limit=limit, as_json=json)
+    chosen = {"data": data, "context": context, "tokens": tokens, "tasks": tasks, "limit": limit}
+    call("evaluate", path, **chosen, as_json=json, trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -357,6 +362,7 @@ def generate(
     ] = 1.0,
     engine: EngineChoice = "auto",
     threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text from a model.
 
@@ -370,6 +376,7 @@ def generate(
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     sampling |= {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "stop": stop}
     running: dict[str, Any] = {"think": think, "engine": engine, "threads": threads}
+    running |= {"trust_remote_code": trust_remote_code}
     call("generate", path, prompt=prompt, interactive=interactive, chat=chat, **sampling, **running)
 
 
@@ -391,6 +398,7 @@ def serve(
     half_cache: Annotated[
         bool, typer.Option("--half-cache", help="Keep keys and values in bf16: half the memory, nearly the same text.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model to OpenAI clients, with streaming.
 
@@ -402,7 +410,7 @@ def serve(
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
     limits |= {"max_concurrent": max_concurrent, "max_waiting": max_waiting}
     more = {"api_key": api_key, "name": name, "engine": engine, "threads": threads}
-    more |= {"half_cache": half_cache}
+    more |= {"half_cache": half_cache, "trust_remote_code": trust_remote_code}
     call("serve", path, host=host, port=port, **limits, **more)
 
 
@@ -413,6 +421,7 @@ def export(
         Path | None, typer.Option("--out", "-o", help="Folder to write; default: RUN/FORMAT, RUN/packed for hf.")
     ] = None,
     force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
     **settings: str | int | None,
 ) -> None:
     """Write a trained run in another format, and verify the result.
@@ -422,7 +431,7 @@ def export(
       wf export outputs/fairy2_tiny_w2 --format hf --out tiny-w2
       wf export outputs/bitdistill_tiny_stage2_pretrain --format gguf
     """
-    call("export", run, format, out, force, **settings)
+    call("export", run, format, out, force, trust_remote_code, **settings)
 
 
 def with_format_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,5 +1,6 @@
 """Storage: what is pushed comes back, versions do not mix, and half a folder is never taken for a whole one."""
 
+import json
 import sys
 import uuid
 from pathlib import Path
@@ -8,6 +9,7 @@ import fsspec
 import pytest
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import inner_path
 from wrinklefree.training import storage
 
 
@@ -115,3 +117,60 @@ def test_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
 def test_unknown_protocol() -> None:
     with pytest.raises(UserError, match="use gs://, s3:// or a local path"):
         storage.fetch("ftpx://bucket/run")
+
+
+OUTSIDE = ["../outside", "a/../../outside", "/outside", "a\\..\\..\\outside", "C:outside", "C:/outside", "a\nb", ""]
+
+
+@pytest.mark.parametrize("name", OUTSIDE[:-1])
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+    name: str, folder: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a listing of the store, and in a manifest. Nothing is written, inside the cache or outside."""
+    storage.push(folder, url)
+    memory, root = fsspec.filesystem("memory"), url.removeprefix("memory:/")
+    before = contents(tmp_path)
+    with monkeypatch.context() as patched:
+        listed = {f"{root}/{name}": {"type": "file", "size": 1, "name": f"{root}/{name}"}}
+        patched.setattr(type(memory), "find", lambda *_, **__: listed)
+        with pytest.raises(UserError, match="leads out of the folder"):
+            storage.fetch(url, tmp_path / "cache")
+    memory.pipe_file(f"{root}/{storage.MANIFEST}", json.dumps({name: 1}).encode())
+    with pytest.raises(UserError, match="leads out of the folder") as caught:
+        storage.fetch(url, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_are_checked_in_one_place(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leads out of the folder"):
+        inner_path(tmp_path, name)
+    assert inner_path(tmp_path, "a/b..c/.d") == tmp_path / "a" / "b..c" / ".d"
+
+
+def test_a_changed_file_is_not_fetched(folder: Path, url: str, tmp_path: Path) -> None:
+    """Of the same size: the manifest has its SHA-256."""
+    storage.push(folder, url)
+    fsspec.filesystem("memory").pipe_file(url.removeprefix("memory:/") + "/model.safetensors", b"WEIGHTS")
+    with pytest.raises(UserError, match=r"model.safetensors is not the file that was uploaded"):
+        storage.fetch(url, tmp_path / "cache")
+    assert not contents(tmp_path / "cache")
+
+
+def test_a_manifest_of_an_older_version_is_read(folder: Path, url: str, tmp_path: Path) -> None:
+    """It has sizes alone."""
+    storage.push(folder, url)
+    sizes = {name: len(data) for name, data in contents(folder).items()}
+    manifest = f"{url.removeprefix('memory:/')}/{storage.MANIFEST}"
+    fsspec.filesystem("memory").pipe_file(manifest, json.dumps(sizes).encode())
+    assert contents(storage.fetch(url, tmp_path / "cache")) == contents(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": "b"}', '{"a": {"size": 1}}', "[" * 99_999])
+def test_a_broken_manifest_is_one_line(text: str, folder: Path, url: str, tmp_path: Path) -> None:
+    storage.push(folder, url)
+    fsspec.filesystem("memory").pipe_file(f"{url.removeprefix('memory:/')}/{storage.MANIFEST}", text.encode())
+    with pytest.raises(UserError, match="manifest") as caught:
+        storage.fetch(url, tmp_path / "cache")
+    assert "\n" not in str(caught.value)

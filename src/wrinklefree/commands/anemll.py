@@ -44,7 +44,7 @@ def run(
             chosen += ["training.objective=cached_kd", f"distillation.cache={cache}"]
         finished.append(launch.run_once([*chosen, *own[name]], force, processes))
     last = Path(finished[-1].output_dir)
-    trained, tokenizer = load_model(last)
+    trained, tokenizer = load_model(last, trust_remote_code=finished[-1].model.trust_remote_code)
     table = anemll.write(trained, tokenizer, last / "anemll", [])
     summary(finished, table)
     print(f"\nwrote {last}/anemll/ (for ANEMLL's converters) and {last}/packed/ (for transformers)")

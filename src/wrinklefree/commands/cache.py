@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
@@ -35,7 +34,7 @@ from wrinklefree.data.sources import Split
 from wrinklefree.data.tokenizer import tokenizer_fingerprint
 from wrinklefree.distributed.world import join_world, leave_world
 from wrinklefree.models.find import resolve_pretrained
-from wrinklefree.models.load import load_pretrained
+from wrinklefree.models.load import load_pretrained, open_tokenizer
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import CHUNK, NEVER
 from wrinklefree.tracking.progress import Bar, Clock, Lines
@@ -251,7 +250,7 @@ def take_over(source: Path, out: Path, model: str | None, force: bool) -> Manife
       tokens; without these, it is unknown.
     """
     meta, data, files = _upstream(source)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(_tokenizer_name(meta, model)))
+    tokenizer = open_tokenizer(resolve_pretrained(_tokenizer_name(meta, model)))
     wanted = _manifest(
         teacher=meta.teacher_model,
         teacher_fingerprint="",  # the original cache records neither this nor the precision

@@ -26,6 +26,7 @@ def run(
     tasks: str | None = None,
     limit: int | None = None,
     as_json: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Evaluate the model and print its figures as a table, or as one JSON object.
 
@@ -33,7 +34,7 @@ def run(
     """
     if data is not None and not data.is_file():
         raise UserError(f"--data {data}: no such file")
-    model, tokenizer = open_model(path)
+    model, tokenizer = open_model(path, trust_remote_code)
     if tasks is None:
         figures = perplexity(model, tokenizer, data, _choose_context(model, context), tokens)
     else:

@@ -19,7 +19,9 @@ from wrinklefree.tracking.terminal import markdown_table, print_table
 from wrinklefree.training import checkpoint
 
 
-def run(run: Path, format: str, out: Path | None, force: bool, **settings: Any) -> None:
+def run(
+    run: Path, format: str, out: Path | None, force: bool, trust_remote_code: bool = False, **settings: Any
+) -> None:
     """Export the trained model of a run or checkpoint folder, and print the comparison.
 
     Raises UserError if the model cannot be exported, or the exported model differs from the trained one.
@@ -33,7 +35,7 @@ def run(run: Path, format: str, out: Path | None, force: bool, **settings: Any) 
     config = _config(folder)
     if target.exists() and not force:  # checked first, because loading a large model takes minutes
         raise UserError(f"{target}: exists already; choose another with --out or give --force to replace it")
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, trust_remote_code=trust_remote_code)
     length = min(config.training.max_seq_length, model.config.max_position_embeddings)
     batches = heldout_batches(config.data, tokenizer, batch_size=1, length=length, max_tokens=CERTIFY_TOKENS)
     module = vars(find_module(EXPORT_FORMATS, module_name(known[format])))

@@ -27,6 +27,7 @@ def run(
     stop: list[str] | None = None,
     engine: Literal["auto", "native", "transformers"] = "auto",
     threads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Continue one prompt, or answer line by line. Raises UserError for options that exclude one another."""
     _check_options(prompt, interactive, chat, think, repetition_penalty)
@@ -36,14 +37,14 @@ def run(
             raise UserError("--think samples by --temperature and --seed alone: leave the other options out")
         from wrinklefree.thinking.reply import reply
 
-        print(reply(path, prompt, think, max_new_tokens, temperature, seed))
+        print(reply(path, prompt, think, max_new_tokens, temperature, seed, trust_remote_code))
         return
     from wrinklefree.generate import generate
     from wrinklefree.generate.open import open_engine
     from wrinklefree.tracking.terminal import show_log_lines
 
     show_log_lines()
-    model, tokenizer, description = open_engine(path, engine, threads)
+    model, tokenizer, description = open_engine(path, engine, threads, trust_remote_code=trust_remote_code)
     log.info("%s", description)
     if prompt is None:
         generate.interactive(model, tokenizer, chat, max_new_tokens, temperature, seed, **more)

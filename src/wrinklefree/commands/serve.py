@@ -28,6 +28,7 @@ def run(
     engine: Literal["auto", "native", "transformers"] = "auto",
     threads: int | None = None,
     half_cache: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM.
 
@@ -44,7 +45,9 @@ def run(
         log.warning("--host %s without --api-key: anyone who can reach this address can use it", host)
     with server.bind(host, port) as bound:
         context = max_prompt_tokens + max_tokens
-        running, tokenizer, description, ends = _open(path, engine, threads, max_concurrent, context, half_cache)
+        running, tokenizer, description, ends = _open(
+            path, engine, threads, max_concurrent, context, half_cache, trust_remote_code
+        )
         limits = Limits(min(max_prompt_tokens, running.context - 1), min(max_tokens, running.context - 1))
         model = Model(name or model_name(path), tokenizer, ends)
         service = Service(model, Scheduler(running, max_waiting), limits, api_key)
@@ -73,6 +76,7 @@ def _open(
     slots: int,
     context: int,
     half_cache: bool,
+    trust_remote_code: bool,
 ) -> tuple[Any, Any, str, frozenset[int]]:
     """Open the engine. Returns it with its tokenizer, a description, and the tokens that end an answer."""
     from wrinklefree.engine.engine import Engine
@@ -80,7 +84,7 @@ def _open(
     from wrinklefree.generate.open import open_engine
     from wrinklefree.serve.fallback import TransformersEngine
 
-    model, tokenizer, description = open_engine(path, choice, threads, slots, context, half_cache)
+    model, tokenizer, description = open_engine(path, choice, threads, slots, context, half_cache, trust_remote_code)
     stated = (model.generation if isinstance(model, Engine) else model.generation_config).eos_token_id
     ends = [tokenizer.eos_token_id, turn_end(tokenizer) if tokenizer.chat_template else None]
     ends += stated if isinstance(stated, list) else [stated]

@@ -3,13 +3,13 @@
 import logging
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import World, own_device
 from wrinklefree.models.find import at_hand
+from wrinklefree.models.load import meta_model
 from wrinklefree.runs import launch
 from wrinklefree.training.plan import choose_length, make_plan
 
@@ -52,8 +52,7 @@ def show(config: Config, processes: int) -> None:
     if source is None:
         log.info("%s is not on this machine: the values of `auto` depend on it", config.model.pretrained)
     else:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model = meta_model(str(source), config.model.trust_remote_code)
         length = choose_length(config.training.max_seq_length, model, config.distillation.cache)
         make_plan(config.training, config.model, model, length, World(0, processes, own_device()))
     log.info("dry run: nothing was trained or written")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core import method as methods
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import did_you_mean
+
+LARGEST_YAML = 1 << 18  # bytes; a run's settings have 3,000
+
+LARGEST_SETTINGS = 10_000  # values and keys in a file of settings
 
 CONFIGS = Path(__file__).parent / "yaml"
 
@@ -144,17 +149,47 @@ def local_overrides(given: list[str]) -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file whose top level is a mapping. Raises UserError if it is not one."""
+    """Read a YAML file whose top level is a mapping.
+
+    Raises UserError if it is not one, or if it is too large, as it stands or with its aliases written out.
+    """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    if path.stat().st_size > LARGEST_YAML:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for settings")
     try:
+        _check_nodes(path)
         values = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: not a readable YAML file ({error.__class__.__name__})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a wrinklefree config")
     return {str(key): value for key, value in values.items()}
+
+
+def _check_nodes(path: Path) -> None:
+    """Raises UserError if a YAML file has too many values once its aliases are written out, as OmegaConf does.
+
+    Nine lines, each a list of ten aliases of the line before, are a billion values.
+    """
+    import yaml
+
+    with path.open(encoding="utf-8") as file:
+        root = yaml.compose(file)
+    sizes: dict[int, float] = {}
+
+    def size(node: Any) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # for a node that contains itself
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            inner = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        return sizes[id(node)]
+
+    if size(root) > LARGEST_SETTINGS:
+        raise UserError(f"{path}: more than {LARGEST_SETTINGS:,} values, with its aliases written out")
 
 
 def _soften(override: str) -> str:
@@ -200,8 +235,14 @@ def config_yaml(config: Config) -> str:
 
 
 def read_config(path: Path) -> Config:
-    """Read the config of a run, `wrinklefree.yaml`. Raises UserError if the file is not such a config."""
-    return check_config(_as_of_today(read_yaml(path)))
+    """Read the config of a run, `wrinklefree.yaml`. Raises UserError if the file is not such a config.
+
+    `model.trust_remote_code` is false in the result: the permission to run a folder's Python comes from the command
+    line of this user, never from a file in that folder.
+    """
+    config = check_config(_as_of_today(read_yaml(path)))
+    config.model.trust_remote_code = False
+    return config
 
 
 def _as_of_today(values: dict[str, Any]) -> dict[str, Any]:

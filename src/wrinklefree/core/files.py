@@ -1,4 +1,7 @@
-"""Write files and folders so that a crash never leaves half of one: write aside, flush, then rename."""
+"""Write files and folders so that a crash never leaves half of one, and read those of others with care.
+
+Writing: write aside, flush, then rename. Reading: names stay inside their folder, JSON has a largest size and depth.
+"""
 
 import errno
 import json
@@ -6,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -14,6 +17,10 @@ from safetensors import SafetensorError
 from wrinklefree.core.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+LARGEST_JSON = 1 << 28  # bytes; the largest tokenizer.json in use has 35 MB
+
+DEEPEST_JSON = 64  # nested lists and objects; a config has about 6
 
 
 @contextmanager
@@ -73,6 +80,62 @@ def full_disk_said(path: Path) -> Iterator[None]:
         if not _disk_full(error):
             raise
         raise UserError(f"disk full while writing {path}: free some space; earlier files are unharmed") from error
+
+
+def inner_path(folder: Path, name: Any, where: str = "") -> Path:
+    """Return `folder / name` for a name that a file or a store gave.
+
+    `where` says in the message who gave it. By default this is `folder`.
+    Raises UserError if the name is not text, or if it leads out of the folder on any operating system.
+    """
+    if not isinstance(name, str) or not _stays_inside(name):
+        raise UserError(f"{where or folder}: the name {str(name)[:200]!r} leads out of the folder: not read or written")
+    return folder / name
+
+
+def _stays_inside(name: str) -> bool:
+    windows, posix = PureWindowsPath(name), PurePosixPath(name)
+    outside = windows.drive or windows.root or posix.root or ".." in windows.parts  # Windows splits at both slashes
+    return bool(posix.parts) and not outside and name.isprintable() and "\\" not in name
+
+
+def read_json(file: Path, largest: int = LARGEST_JSON) -> Any:
+    """Read a JSON file. Raises UserError if it is missing, not JSON, too large or nested too deeply."""
+    try:
+        size = file.stat().st_size
+        if size > largest:
+            raise UserError(f"{file}: {size:,} bytes, more than the {largest:,} that such a file may have")
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    return parse_json(data, str(file))
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Parse JSON. `where` names its file in messages. Raises UserError if it is not JSON or nested too deeply."""
+    try:
+        values = json.loads(data.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{where}: not readable JSON ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: nested more than {DEEPEST_JSON} deep") from error
+    _check_depth(values, where)
+    return values
+
+
+def _check_depth(values: Any, where: str) -> None:
+    level = [values]
+    for _ in range(DEEPEST_JSON):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return
+    raise UserError(f"{where}: nested more than {DEEPEST_JSON} deep")
+
+
+def _inside(value: Any) -> list[Any]:
+    """The lists and objects directly in `value`."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [part for part in parts if isinstance(part, (dict, list))]
 
 
 def aside_of(path: Path) -> Path:

@@ -38,7 +38,7 @@ def assemble(source: Source, mode: Mode) -> Model:
         rope_scale=rope_scale,
         activation=values["hidden_act"],
         embedding=head.matrix if tied or embedding is None else _table(embedding),
-        norm=_floats(source.tensor("model.norm.weight", (sizes["hidden"],))),
+        norm=_floats(source.numbers("model.norm.weight", (sizes["hidden"],))),
         head=head,
         layers=[_layer(source, values, sizes, index, mode) for index in range(sizes["num_layers"])],
     )
@@ -67,12 +67,12 @@ def _layer(source: Source, values: dict[str, Any], sizes: dict[str, int], index:
         layer = source.linear(fqn, shape, bias=source.has(f"{fqn}.bias"))
         linears[name] = _linear(fqn, layer, mode, _sub_norm(source, prefix, name, shape[1]), values["rms_norm_eps"])
     norms = {
-        "attention_norm": _floats(source.tensor(f"{prefix}input_layernorm.weight", (hidden,))),
-        "mlp_norm": _floats(source.tensor(f"{prefix}post_attention_layernorm.weight", (hidden,))),
+        "attention_norm": _floats(source.numbers(f"{prefix}input_layernorm.weight", (hidden,))),
+        "mlp_norm": _floats(source.numbers(f"{prefix}post_attention_layernorm.weight", (hidden,))),
     }
     for name in ("q_norm", "k_norm"):
         if source.has(f"{prefix}self_attn.{name}.weight"):
-            norms[name] = _floats(source.tensor(f"{prefix}self_attn.{name}.weight", (sizes["head_dim"],)))
+            norms[name] = _floats(source.numbers(f"{prefix}self_attn.{name}.weight", (sizes["head_dim"],)))
     return Layer(linears, norms, family.has_positions(values, index), family.window(values, index))
 
 
@@ -80,7 +80,7 @@ def _sub_norm(source: Source, prefix: str, name: str, width: int) -> Floats | No
     """The gain of BitNet's norm before the layer `name`, or None if there is no such norm."""
     home = HOMES[name]
     norm = f"{prefix}{home.rpartition('.')[0]}.{BITNET_NORMS[home]}.weight" if home in BITNET_NORMS else ""
-    return _floats(source.tensor(norm, (width,))) if source.has(norm) else None
+    return _floats(source.numbers(norm, (width,))) if source.has(norm) else None
 
 
 def _linear(

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from wrinklefree.config.compose import load_config, options
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import join_world
 from wrinklefree.engine.engine import Engine, supports
+from wrinklefree.families.foreign import refused_in_one_line
 from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import model_folder, resolve_pretrained
 from wrinklefree.models.load import Loaded, checkpoint_config, load_model, open_tokenizer
@@ -31,7 +32,7 @@ def pretrained_of(name: str) -> str:
     return load_config([f"model={name}"]).model.pretrained
 
 
-def open_model(name: str) -> Loaded:
+def open_model(name: str, trust_remote_code: bool = False) -> Loaded:
     """Load a model in eval mode, on the GPU if there is one, and its tokenizer.
 
     Raises UserError if there is no such model, or it cannot be loaded.
@@ -39,7 +40,7 @@ def open_model(name: str) -> Loaded:
     device = join_world().device
     # fp32 on a CPU, so that the figures of a packed folder can be compared with those of its checkpoint.
     dtype = torch.float32 if device.type == "cpu" else None
-    model, tokenizer = load_model(pretrained_of(name), dtype=dtype)
+    model, tokenizer = load_model(pretrained_of(name), dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(device), tokenizer
 
 
@@ -50,6 +51,7 @@ def open_engine(
     slots: int = 1,
     context: int | None = None,
     half_cache: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase, str]:
     """Open a model to generate text: an `Engine` or a transformers model, its tokenizer, and a line that says which.
 
@@ -58,7 +60,7 @@ def open_engine(
     Raises UserError if there is no such model, or `choice` is `native` and the engine cannot run it.
     """
     folder = model_folder(Path(resolve_pretrained(pretrained_of(name))))
-    reason = "asked for" if choice == "transformers" else _why_not_native(folder, choice)
+    reason = "asked for" if choice == "transformers" else _why_not_native(folder, choice, trust_remote_code)
     if reason is None:
         engine = Engine.from_folder(folder, threads, _within(folder, context), slots, half_cache=half_cache)
         return engine, open_tokenizer(str(folder)), f"engine: {engine.describe()}"
@@ -66,22 +68,29 @@ def open_engine(
         raise UserError(f"--engine native: {reason}")
     if threads is not None:
         torch.set_num_threads(threads)
-    return *open_model(name), f"engine: transformers ({reason})"
+    return *open_model(name, trust_remote_code), f"engine: transformers ({reason})"
 
 
 def _within(folder: Path, context: int | None) -> int | None:
     """`context`, but no more than the model's context. None means the model's context."""
-    return context and min(context, int(AutoConfig.from_pretrained(folder).max_position_embeddings))
+    return context and min(context, int(_read_config(folder).max_position_embeddings))
 
 
-def _why_not_native(folder: Path, choice: EngineName) -> str | None:
+def _read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A folder's config. Raises UserError if transformers cannot read it."""
+    with refused_in_one_line(f"{folder}: transformers cannot load it"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return config
+
+
+def _why_not_native(folder: Path, choice: EngineName, trust_remote_code: bool) -> str | None:
     """Why the native engine is not used for this model, or None if it is used."""
     if not folder.is_dir():
         return f"{folder} is no local folder"
     check_folder(folder)
     if checkpoint_config(folder) is not None:
         return "a training checkpoint; `wf export` makes a packed folder of it"
-    settings = AutoConfig.from_pretrained(folder)
+    settings = _read_config(folder, trust_remote_code)
     quantization = settings.to_dict().get("quantization_config") or {}
     if choice == "auto" and quantization.get("quant_method") != QUANT_METHOD:
         return "not a packed folder"

@@ -1,42 +1,91 @@
-"""Checks that a folder holds a whole causal language model, without loading it."""
+"""Checks that a folder holds a whole causal language model, before time and memory are spent on loading it."""
 
 import json
+import math
+import re
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.packed.quantizer import FORMAT, QUANT_METHOD
+from wrinklefree.core.files import inner_path, read_json
+from wrinklefree.packed.check import PackedSection
+from wrinklefree.packed.quantizer import QUANT_METHOD
+
+LARGEST_CONFIG = 1 << 24  # bytes; a packed folder names each layer in it, 250 bytes each
+
+LARGEST_HEADER = 100_000_000  # bytes of a safetensors header; the library has the same limit
+
+LARGEST_SIZE = 2**26  # of a width, a vocabulary or a number of positions
+
+# Keys of a config that count parts of a model: at least one tensor each.
+COUNTS = re.compile(r"(^|_)layers?(_|$)|^n_layer$|^num_blocks$")
+
+SIZES = re.compile(r"(^|_)(size|dim|heads?|experts?|positions?|embeddings?|embd|inner|rank|channels|ctx|width)(_|$)")
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})  # safetensors' names
 
 
-def check_folder(folder: Path) -> None:
-    """Raises UserError if `folder` is not a whole causal language model, or if this version cannot read it."""
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the header of a safetensors file describes it."""
+
+    dtype: str
+    shape: list[int]
+
+
+Header = dict[str, Stored]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the files of a folder say that they hold."""
+
+    folder: Path
+    config: dict[str, Any]
+    header: Header  # empty if the weights are in pytorch_model*.bin, which cannot be checked without loading
+    packed: PackedSection | None  # None if this is no packed folder
+
+
+def check_folder(folder: Path) -> Contents:
+    """Check a folder's JSON files and the headers of its weights.
+
+    Raises UserError if `folder` is not a whole causal language model, or if this version cannot read it.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: a model is a folder, this is a file")
     config = read_model_config(folder)
     check_causal(folder, config)
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") == QUANT_METHOD and quantization.get("format", 0) > FORMAT:
-        raise UserError(f"{folder}: packed format {quantization['format']}, this version reads up to {FORMAT}: upgrade")
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)
+    header: Header = {}
     for file in _weight_files(folder):
-        check_safetensors(file)
+        header |= check_safetensors(file)
+    if header:
+        _check_sizes(folder / "config.json", config, len(header))
+    return Contents(folder, config, header, _packed_section(folder, config, header))
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """Return the folder's config.json. Raises UserError if it is missing or broken."""
+    """Return the folder's config.json. Raises UserError if it is missing or broken, or names files elsewhere."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(
             f"{folder}: no config.json, so not a model folder; give a folder that save_pretrained or wf wrote"
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not readable JSON ({error})") from error
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: an adapter of another model (adapter_config.json): merge it into that model first")
+    config = read_json(file, LARGEST_CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a model config")
+    if config.get("transformers_weights"):
+        raise UserError(f"{file}: transformers_weights={config['transformers_weights']!r}: another file of weights")
     return config
 
 
@@ -45,11 +94,92 @@ def check_causal(folder: Path, config: dict[str, Any]) -> None:
     architectures = config.get("architectures") or []
     if config.get("auto_map") and "quantization_config" not in config:
         return  # the model brings its own code, so only transformers can tell
-    if "model_type" not in config:
+    if not isinstance(config.get("model_type"), str):
         raise UserError(f"{folder / 'config.json'}: no model_type, so not a transformers model")
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise UserError(f"{folder / 'config.json'}: architectures={str(architectures)[:99]}: not a list of names")
     if not set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         what = ", ".join(architectures) or "a model without architectures in its config.json"
         raise UserError(f"{folder}: {what}, not a causal language model")
+
+
+def _check_sizes(file: Path, config: dict[str, Any], num_tensors: int) -> None:
+    """Raises UserError if a config counts more layers than the files have tensors, or has an impossible size."""
+    for key, value in _whole_numbers(config):
+        if COUNTS.search(key) and value > num_tensors:
+            raise UserError(f"{file}: {key}={value}, but the files have {num_tensors} tensors in all")
+        if SIZES.search(key) and value > LARGEST_SIZE:
+            raise UserError(f"{file}: {key}={value}: no model has such a size")
+
+
+def _whole_numbers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield every whole number of a config and of the configs inside it, with its key."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "quantization_config":
+            yield from _whole_numbers(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1:
+            yield key, int(value)
+
+
+def _packed_section(folder: Path, config: dict[str, Any], header: Header) -> PackedSection | None:
+    """Read a packed folder's section of config.json, and compare it with the headers.
+
+    Returns None for other folders. Raises UserError if they differ.
+    """
+    values = config.get("quantization_config") or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / 'config.json'}: quantization_config is no object")
+    if values.get("quant_method") != QUANT_METHOD:
+        return None
+    section = PackedSection(folder, values)
+    for fqn in section.layers:
+        spec, _ = section.spec(fqn)
+        wanted = {"weight": Stored("U8", spec.packed_shape)}
+        wanted |= {name: Stored("F16", shape) for name, shape in spec.tensors.items()}
+        for name, expected in wanted.items():
+            stored = header.get(f"{fqn}.{name}")
+            if stored is None:
+                raise UserError(f"{folder}: {fqn}.{name} is missing: export the model again")
+            if stored != expected:
+                raise UserError(f"{folder}: {fqn}.{name} is {stored}, config.json says {expected}")
+    return section
+
+
+def check_shapes(contents: Contents, skeleton: PreTrainedModel) -> None:
+    """Compare a model on the meta device, made from config.json, with the files' headers.
+
+    transformers would fill tensors that do not fit with random numbers, in memory, before it says so.
+    Raises UserError if a tensor has another shape or no floating-point numbers, or if most of the model is missing.
+    """
+    wanted = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    if contents.packed is not None:
+        wanted = _without_packed(contents.folder, contents.packed, wanted)
+    for name in sorted(wanted.keys() & contents.header.keys()):
+        stored = contents.header[name]
+        if stored.shape != wanted[name]:
+            raise UserError(
+                f"{contents.folder}: transformers cannot load it: {name} is {stored.shape} in the files, "
+                f"{wanted[name]} by config.json"
+            )
+        if stored.dtype not in FLOATS:
+            raise UserError(f"{contents.folder}: {name} is {stored.dtype}, not floating-point numbers")
+    needed = sum(map(math.prod, wanted.values()))
+    held = sum(math.prod(stored.shape) for stored in contents.header.values())
+    if needed > 4 * held + 10**6:  # room for tensors that are stored once and used by several parts
+        raise UserError(f"{contents.folder}: config.json means {needed:,} parameters, the files hold {held:,}")
+
+
+def _without_packed(folder: Path, section: PackedSection, wanted: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The shapes in `wanted` that a packed folder stores as they are.
+
+    Raises UserError if a packed layer has another shape than in the model, or is not in it.
+    """
+    for fqn in section.layers:
+        shape = wanted.get(f"{fqn}.weight")
+        if shape not in (None, list(section.spec(fqn)[0].shape)):
+            raise UserError(f"{folder}: {fqn} is packed as {section.spec(fqn)[0].shape}, config.json says {shape}")
+    packed = {f"{fqn}.weight" for fqn in (*section.layers, *section.tied)}
+    return {name: shape for name, shape in wanted.items() if name not in packed}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -61,27 +191,55 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
+        files = _indexed(index)
+        missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise UserError(f"{folder}: {missing[0]} is missing ({len(missing)} of {len(names)} files): copy it again")
-        return [folder / name for name in names]
+            raise UserError(f"{folder}: {missing[0]} is missing ({len(missing)} of {len(files)} files): copy it again")
+        return files
     if any(folder.glob("pytorch_model*.bin")):
         return []
     raise UserError(f"{folder}: no model.safetensors, so there are no weights; copy the folder again or train it first")
 
 
-def check_safetensors(file: Path) -> None:
-    """Raises UserError if the file is not exactly as long as its header says."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        start = handle.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header = handle.read(length) if 8 + length <= size else b""
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names. Raises UserError if it is no index, or names files outside of its folder."""
+    values = read_json(index)
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index}: no weight_map, so no index of weights: copy it again")
+    return sorted({inner_path(index.parent, name, str(index)) for name in names.values()})
+
+
+def check_safetensors(file: Path) -> Header:
+    """Read a file's header. Raises UserError if it is damaged, or if the file is not as long as its header says."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            start = handle.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            header = handle.read(length) if 8 + length <= size and length <= LARGEST_HEADER else b""
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    damaged = f"{file}: truncated, or not a safetensors file ({size:,} bytes): copy it again"
     try:
         entries = json.loads(header)
-        end = max((v["data_offsets"][1] for k, v in entries.items() if k != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: truncated, or not a safetensors file ({size:,} bytes): copy it again") from error
+        tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        found = {name: _stored(entry) for name, entry in tensors.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(damaged) from error
     if size != 8 + length + end:
         raise UserError(f"{file}: truncated, {size:,} of {8 + length + end:,} bytes: copy it again")
+    try:
+        with safe_open(file, framework="pt"):
+            return found
+    except SafetensorError as error:  # it checks that each tensor has its own bytes, as many as dtype and shape need
+        raise UserError(f"{damaged} ({error})") from error
+
+
+def _stored(entry: dict[str, Any]) -> Stored:
+    """Raises ValueError for an entry without a dtype and a shape."""
+    dtype, shape = entry["dtype"], entry["shape"]
+    if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError("no dtype and shape")
+    return Stored(dtype, list(shape))

@@ -16,8 +16,9 @@ import wrinklefree.packed  # noqa: F401  # registers the packed format
 from wrinklefree.config.compose import read_config
 from wrinklefree.config.schema import Config, ModelConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.text import first_line
-from wrinklefree.models.check import check_causal, check_folder
+from wrinklefree.core.numbers import first_not_numbers
+from wrinklefree.families.foreign import refused_in_one_line
+from wrinklefree.models.check import Contents, check_causal, check_folder, check_shapes
 from wrinklefree.models.find import model_folder, resolve_pretrained
 from wrinklefree.training import checkpoint
 
@@ -33,17 +34,23 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remo
     | a run folder | its trained model: `final/`, or else the newest checkpoint |
     | a packed folder, a Hugging Face folder, a hub id | in `dtype`; None keeps the stored one |
 
+    Python files in the folder run only if `trust_remote_code` says so; nothing in the folder can.
+
     Raises UserError if anything is missing or truncated, or if it is not a causal language model.
     """
     source = resolve_pretrained(str(path))
     folder = model_folder(Path(source))
-    if folder.exists():
-        check_folder(folder)
-        config = checkpoint_config(folder)
-        if config is not None:
-            return _load_checkpoint(folder, config, dtype)
-        source = str(folder)
-    return _from_pretrained(source, dtype or "auto", trust_remote_code), open_tokenizer(source, trust_remote_code)
+    if not folder.exists():  # a hub id
+        tokenizer = open_tokenizer(source, trust_remote_code)
+        return _fitting(source, _from_pretrained(source, dtype or "auto", trust_remote_code), tokenizer)
+    source = str(folder)
+    contents = check_folder(folder)
+    config = checkpoint_config(folder)
+    tokenizer = open_tokenizer(source, trust_remote_code)
+    if config is not None:
+        return _fitting(source, _load_checkpoint(contents, config, dtype, trust_remote_code), tokenizer)
+    _check_skeleton(contents, trust_remote_code)
+    return _fitting(source, _from_pretrained(source, dtype or "auto", trust_remote_code), tokenizer)
 
 
 def load_pretrained(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Loaded:
@@ -58,17 +65,56 @@ def checkpoint_config(folder: Path) -> Config | None:
     return None if config is None or config.method is None else config
 
 
-def _load_checkpoint(folder: Path, config: Config, dtype: torch.dtype | None) -> Loaded:
+def meta_model(source: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without weights, on the meta device, from its config alone; packed layers are plain ones in it."""
+    with refused_in_one_line(f"{source}: transformers cannot load it"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        vars(config).pop("quantization_config", None)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def _check_skeleton(contents: Contents, trust_remote_code: bool) -> None:
+    """Raises UserError if the files' headers do not fit the model that config.json describes."""
+    others = contents.config.get("quantization_config") is not None and contents.packed is None
+    if contents.header and not others:  # another library's quantized layers have shapes that only it knows
+        check_shapes(contents, meta_model(str(contents.folder), trust_remote_code))
+
+
+def _load_checkpoint(
+    contents: Contents, config: Config, dtype: torch.dtype | None, trust_remote_code: bool
+) -> PreTrainedModel:
     """Load a model as it was trained. The method prepares it first, so that its own parameters have a place."""
+    folder = contents.folder
     if dtype not in (None, torch.float32):
         raise UserError(
             f"{folder}: a training checkpoint computes from fp32 masters; for {dtype} run `wf export` first"
         )
+    _check_skeleton(contents, trust_remote_code)
     with _quiet():  # transformers would report the method's parameters as unexpected
-        model = _open(str(folder), torch.float32, config.model.trust_remote_code, masters=True)[0]
+        model = _open(str(folder), torch.float32, trust_remote_code, masters=True)[0]
     model = config.method.prepare(model, initialize=False)
     checkpoint.load_weights(folder, model)
-    return model.eval(), open_tokenizer(str(folder), config.model.trust_remote_code)
+    return model.eval()
+
+
+def _fitting(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    """Check weights and tokenizer. Raises UserError for NaN, and for ids without a row in the embedding."""
+    problem = first_not_numbers(model.state_dict().items())
+    if problem:
+        raise UserError(f"{source}: {problem}: the files are damaged, or the training that made them diverged")
+    check_ids(source, tokenizer, model.config.get_text_config().vocab_size)
+    return model, tokenizer
+
+
+def check_ids(source: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raises UserError if text can become an id that the embedding has no row for. Padding is never looked up."""
+    ids = [index for index in tokenizer.get_vocab().values() if index != tokenizer.pad_token_id]
+    if ids and max(ids) >= rows:
+        raise UserError(
+            f"{source}: its tokenizer has ids up to {max(ids)}, its embedding has {rows} rows: "
+            f"these two do not belong together"
+        )
 
 
 def _from_pretrained(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
@@ -86,26 +132,25 @@ def _open(
     source: str, dtype: torch.dtype | str, trust_remote_code: bool, masters: bool = False
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model, and transformers' info on missing tensors. With `masters`, the folder's packing is ignored."""
-    try:
+    with refused_in_one_line(f"{source}: transformers cannot load it"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if masters:
-            vars(config).pop("quantization_config", None)
-        if not Path(source).is_dir():
-            check_causal(Path(source), config.to_dict())
+    if masters:
+        vars(config).pop("quantization_config", None)
+    if not Path(source).is_dir():
+        check_causal(Path(source), config.to_dict())
+    with refused_in_one_line(f"{source}: transformers cannot load it"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:  # transformers raises these three for all it cannot read
-        raise UserError(f"{source}: transformers cannot load it: {first_line(error)}") from error
     return model, info
 
 
 def open_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or hub id. Raises UserError if there is none."""
-    try:
+    """Load the tokenizer of a folder or hub id. Raises UserError if there is none, or if it cannot be used."""
+    with refused_in_one_line(f"{source}: no tokenizer", "; copy the tokenizer's files into it"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no tokenizer: {first_line(error)}; copy the tokenizer's files into it") from error
+        tokenizer.get_vocab()
+        tokenizer.decode(tokenizer("a b")["input_ids"])
     return tokenizer
 
 

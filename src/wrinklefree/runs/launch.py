@@ -29,6 +29,7 @@ SAVING_SECONDS = 600  # how long torchrun waits for its processes to save after 
 INCIDENTAL = (
     "auto_prereq",
     "model.auto_tokens",
+    "model.trust_remote_code",
     "training.resume_from",
     "training.upload_to",
     "training.logging",

@@ -78,7 +78,7 @@ def _train(run: Run, start: Path | None) -> None:
     measured.measure_state("trained", student)
     if run.is_main:
         if isinstance(run.placement, Sharded):  # packing needs whole models, and these are sharded
-            original, student = load_pretrained(config.model)[0], load_model(run.out / "final")[0]
+            original, student = load_pretrained(config.model)[0], _start(run.config, run.out / "final")
         finish(measured, original, student)
 
 
@@ -112,13 +112,18 @@ def prepare_student(
 
     A method may calibrate on `batches`. Raises UserError if `freeze_names` match no parameter.
     """
-    student = copy.deepcopy(original) if start is None else load_model(start)[0].to(original.device)
+    student = copy.deepcopy(original) if start is None else _start(config, start).to(original.device)
     student.requires_grad_(True)
     if config.method is not None:
         student = config.method.prepare(student, batches)
         log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
     surgery.freeze(student, config.training.freeze_names)
     return student
+
+
+def _start(config: Config, folder: Path) -> PreTrainedModel:
+    """The model in the folder that `training.start_from` names."""
+    return load_model(folder, trust_remote_code=config.model.trust_remote_code)[0]
 
 
 def calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
@@ -132,7 +137,11 @@ def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel
         return None
     if config.distillation.teacher is None:
         return original
-    teacher, _ = load_model(prerequisites.stage_model(config, config.distillation.teacher), dtype=torch.float32)
+    teacher, _ = load_model(
+        prerequisites.stage_model(config, config.distillation.teacher),
+        dtype=torch.float32,
+        trust_remote_code=config.model.trust_remote_code,
+    )
     check_vocabulary(original, teacher)
     return teacher.to(original.device).requires_grad_(False)
 

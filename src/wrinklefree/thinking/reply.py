@@ -19,15 +19,23 @@ log = logging.getLogger("wrinklefree")
 Think = Literal["latent", "words", "none"]
 
 
-def reply(path: str, prompt: str, think: Think, max_new_tokens: int, temperature: float, seed: int) -> str:
+def reply(
+    path: str,
+    prompt: str,
+    think: Think,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    trust_remote_code: bool = False,
+) -> str:
     """What a language model answers, or that of a thinker; with `think` words its thought is part of the answer.
 
     Raises UserError if `think` is latent and `path` is not a thinker that has learned to speak.
     """
     if think == "latent":
-        thinker, speaker = open_thinker(Path(path))
+        thinker, speaker = open_thinker(Path(path), trust_remote_code)
     else:
-        thinker, speaker = None, Speaker(*open_model(_language_model(path)))
+        thinker, speaker = None, Speaker(*open_model(_language_model(path), trust_remote_code))
     prefix = speaker.prefill([tags.prompt(speaker.tokenizer, prompt)])
     soft_tokens, soft_mask = prefix.states[:, :0], prefix.mask[:, :0]
     if thinker is not None:
@@ -42,12 +50,13 @@ def reply(path: str, prompt: str, think: Think, max_new_tokens: int, temperature
     return str(speaker.tokenizer.decode(words, skip_special_tokens=False)).strip()
 
 
-def open_thinker(path: Path) -> tuple[LatentThinker, Speaker]:
+def open_thinker(path: Path, trust_remote_code: bool = False) -> tuple[LatentThinker, Speaker]:
     """A thinker and its language model. Raises UserError if the adapter was not trained yet."""
     thinker, config = loading.load_thinker(path)
     if config.training.stage not in ("trm_injection", "trm_grpo"):
         raise UserError(f"{path}: made by {config.training.stage}, it cannot speak yet: run `wf trm inject` first")
     device = join_world().device
+    config.model.trust_remote_code = trust_remote_code  # this user's; the thinker's own file gives no permission
     model, tokenizer = loading.load_language_model(config)
     return thinker.to(device), Speaker(model.to(device), tokenizer)
 

@@ -1,7 +1,8 @@
 """Copies files and folders from and to gs://, s3:// and every other scheme that fsspec knows.
 
-`push` writes a manifest of names and sizes before a folder's files. From it `fetch` sees that an upload was cut off,
-and which files an older upload left behind. A folder without a manifest, put there by another tool, is taken as it is.
+`push` writes a manifest of names, sizes and SHA-256 sums before a folder's files. From it `fetch` sees that an upload
+was cut off or a file changed, and which files an older upload left behind. A folder without a manifest, put there by
+another tool, is taken as it is. Names that lead out of the folder are refused, wherever they come from.
 """
 
 import hashlib
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import inner_path, parse_json
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.core.text import first_line
 
 MANIFEST = ".wrinklefree-manifest.json"
+
+LARGEST_MANIFEST = 1 << 26  # bytes
 
 # Exceptions of the drivers that are no OSError: (module, class). A class is looked up if its module has been imported.
 _REFUSALS = [
@@ -43,18 +47,19 @@ def cache_folder() -> Path:
 def fetch(url: str, cache: Path | None = None) -> Path:
     """Return the local path of a file or folder at `url`, downloading it unless this version is in the cache.
 
-    A local path is returned unchanged. Raises UserError if there is nothing at `url`, if its upload was cut off, or if
-    the driver is not installed.
+    A local path is returned unchanged. Raises UserError if there is nothing at `url`, if its upload was cut off, if a
+    file is not the one that was uploaded, or if the driver is not installed.
     """
     if not is_remote(url):
         return Path(url)
     files, root = _connect(url)
     with _refusals_explained(url):
-        listing = _listing(files, root, url)
+        listing, sums = _listing(files, root, url)
         version = fingerprint([url, sorted(listing.items())])
-        target = (cache or cache_folder()) / "remote" / version / root.rpartition("/")[2]
+        folder, name = (cache or cache_folder()) / "remote" / version, root.rpartition("/")[2]
+        target = inner_path(folder, name, url) if name else folder
         if not target.exists():
-            _download(files, listing, target)
+            _download(files, listing, sums, target, url)
     return target
 
 
@@ -90,13 +95,15 @@ def _connect(url: str) -> tuple[Any, str]:
     return files, str(root).rstrip("/")
 
 
-def _listing(files: Any, root: str, url: str) -> dict[str, list[Any]]:
-    """Return {path relative to `root`: [remote path, size, fingerprint]}; the key is "" if `root` is a file.
+def _listing(files: Any, root: str, url: str) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Return {name: [remote path, size, fingerprint]}, and {name: SHA-256} for what the manifest has one of.
 
-    Raises UserError if there is nothing, or if the manifest names files that are missing or of another size.
+    A name is the path relative to `root`, or "" if `root` is a file.
+    Raises UserError if there is nothing, if a name leads out of the folder, or if the manifest names files that are
+    missing or of another size.
     """
     if files.isfile(root):
-        return {"": _entry(root, files.info(root))}
+        return {"": _entry(root, files.info(root))}, {}
     present = {
         path[len(root) + 1 :]: _entry(path, info)
         for path, info in files.find(root, detail=True).items()
@@ -104,15 +111,35 @@ def _listing(files: Any, root: str, url: str) -> dict[str, list[Any]]:
     }
     if not present:
         raise UserError(f"{url}: nothing there")
-    if MANIFEST not in present:
-        return present
-    sizes = json.loads(files.cat_file(present[MANIFEST][0]))
+    sizes = {name: int(entry[1]) for name, entry in present.items()}
+    sums: dict[str, str] = {}
+    if MANIFEST in present:
+        sizes, sums = _read_manifest(files, present[MANIFEST], f"{url}/{MANIFEST}")
+    for name in {**present, **sizes}:
+        inner_path(Path(), name, url)
     missing = [name for name, size in sizes.items() if name not in present or present[name][1] != size]
     if missing:
         raise UserError(
             f"{url}: not whole, its upload was cut off ({len(missing)} of {len(sizes)} files, {missing[0]} first)"
         )
-    return {name: present[name] for name in sizes}
+    return {name: present[name] for name in sizes}, sums
+
+
+def _read_manifest(files: Any, entry: list[Any], where: str) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the sizes and the SHA-256 sums of a manifest. One of an older version has sizes alone.
+
+    Raises UserError if it is no manifest.
+    """
+    path, size, _ = entry
+    if size > LARGEST_MANIFEST:
+        raise UserError(f"{where}: {size:,} bytes are too many for a manifest")
+    values = parse_json(files.cat_file(path), where)
+    try:
+        sizes = {name: value if isinstance(value, int) else int(value["size"]) for name, value in values.items()}
+        sums = {name: str(value["sha256"]) for name, value in values.items() if not isinstance(value, int)}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not a manifest of an upload: upload the folder again") from error
+    return sizes, sums
 
 
 def _entry(path: str, info: dict[str, Any]) -> list[Any]:
@@ -120,8 +147,11 @@ def _entry(path: str, info: dict[str, Any]) -> list[Any]:
     return [path, info["size"], hashlib.sha256(repr(sorted(info.items(), key=str)).encode()).hexdigest()]
 
 
-def _download(files: Any, listing: dict[str, list[Any]], target: Path) -> None:
-    """Download to a folder beside `target`, then rename it, so that `target` is never half a download."""
+def _download(files: Any, listing: dict[str, list[Any]], sums: dict[str, str], target: Path, url: str) -> None:
+    """Download to a folder beside `target`, then rename it, so that `target` is never half a download.
+
+    Raises UserError if a file has another SHA-256 than in `sums`.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
     try:
@@ -129,6 +159,10 @@ def _download(files: Any, listing: dict[str, list[Any]], target: Path) -> None:
             local = aside / target.name / name
             local.parent.mkdir(parents=True, exist_ok=True)
             files.get_file(path, str(local))
+            if name in sums and _sha256(local) != sums[name]:
+                raise UserError(
+                    f"{url}: {name} is not the file that was uploaded (its SHA-256 differs): upload it again"
+                )
         if not target.exists():  # it does if another process was faster
             (aside / target.name).rename(target)
     finally:
@@ -136,11 +170,20 @@ def _download(files: Any, listing: dict[str, list[Any]], target: Path) -> None:
 
 
 def _push_folder(files: Any, local: Path, root: str) -> None:
-    sizes = {p.relative_to(local).as_posix(): p.stat().st_size for p in sorted(local.rglob("*")) if p.is_file()}
+    paths = {p.relative_to(local).as_posix(): p for p in sorted(local.rglob("*")) if p.is_file()}
+    manifest = {name: {"size": p.stat().st_size, "sha256": _sha256(p)} for name, p in paths.items()}
     files.makedirs(root, exist_ok=True)
-    files.pipe_file(f"{root}/{MANIFEST}", json.dumps(sizes).encode())
-    for name in sizes:
+    files.pipe_file(f"{root}/{MANIFEST}", json.dumps(manifest).encode())
+    for name in paths:
         _put(files, local / name, f"{root}/{name}")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _put(files: Any, local: Path, remote: str) -> None:

@@ -101,7 +101,9 @@ def unpack(packed: Tensor) -> Tensor:
 def _read_back(
     model: PreTrainedModel, layers: dict[str, Ternary], folder: Path, batches: Iterable[Mapping[str, Tensor]]
 ) -> Agreement:
-    back, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    back, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
     odd = sorted(info["missing_keys"] | info["unexpected_keys"])
     if odd:
         raise CertificateError(f"{odd[0]}: transformers has no place for it, or misses it ({len(odd)} such tensors)")

@@ -55,7 +55,7 @@ def write(
     for fqn, layer in layers.items():
         if not torch.equal(unpack_from_int32(packed[f"{fqn}.weight_packed"], 2, layer.codes.shape), layer.codes):
             raise CertificateError(f"{fqn}: codes differ after packing")
-    back = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device)
+    back = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(model.device)
     agreement = compare(model, back, batches)
     judge(agreement, KL, "--format compressed-tensors")
     return agreement.rows()

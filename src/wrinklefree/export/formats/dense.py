@@ -34,7 +34,9 @@ def write(
     refuse_norms(model, "dense")
     dense_model(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    back: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device)
+    back: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).to(model.device)
     agreement = compare(model, back, batches)
     judge(agreement, KL_ACTIVATIONS if rounds_inputs(model) else KL_WEIGHTS, "--format dense")
     return agreement.rows()

@@ -213,7 +213,9 @@ def _write(
 
 def _read_back(folder: Path, device: torch.device) -> PreTrainedModel:
     """Load the packed model as a user would, in fp32. Raises CertificateError if a tensor is missing or left over."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
     odd = sorted(info["missing_keys"] | info["unexpected_keys"])
     if odd:
         raise CertificateError(f"{odd[0]}: lost between writing and reading ({len(odd)} such tensors)")
