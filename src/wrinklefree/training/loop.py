@@ -9,21 +9,21 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import OptimizerConfig, TrainingConfig
-from wrinklefree.core.batch import labelled
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import refresh
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.sharding import Whole
-from wrinklefree.distributed.world import World, any_of, barrier, sum_over_processes
+from wrinklefree.distributed.world import World, any_of, barrier
 from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.tracking.run_log import Silent, Tracker
 from wrinklefree.training import checkpoint, optim, storage
 from wrinklefree.training.diagnose import explain_nonfinite
+from wrinklefree.training.microbatches import Step, steps
 from wrinklefree.training.plan import Plan
 from wrinklefree.training.schedule import rates
 from wrinklefree.training.state import Stream, TrainingState
@@ -91,7 +91,7 @@ def _run_steps(
     stopped: Callable[[], bool],
 ) -> None:
     """Step, evaluate, log and save until the last step, or until patience runs out. Raises UserError after Ctrl-C."""
-    t, max_steps, first, losses = run.training, run.plan.max_steps, run.step, _losses(run)
+    t, max_steps, first, losses = run.training, run.plan.max_steps, run.step, steps(run)
     row: dict[str, float] = {}
     while True:
         # Evaluating and saving come before the step: the last pass does both, and no code follows the loop.
@@ -127,36 +127,20 @@ def _optimizers(model: PreTrainedModel, o: OptimizerConfig, plan: Plan) -> list[
     )
 
 
-def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
-    """Yield (loss, metrics) without end. A batch may give any number of them."""
-    for batch in run.stream:
-        run.last_batch = {name: tensor.to(run.world.device) for name, tensor in batch.items()}
-        results = run.objective(run.last_batch)
-        while True:
-            with run.autocast():  # ends before the yield: backward runs outside of autocast
-                result = run.placement.with_whole_parameters(partial(next, results, None))
-            if result is None:
-                break
-            yield result
-
-
-def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: float) -> dict[str, float]:
+def _step(run: TrainingState, losses: Iterator[Step], factor: float) -> dict[str, float]:
     """Take one optimizer step at `factor` x the peak learning rates. Returns the step's row of the log."""
     t, started = run.training, time.perf_counter()
     optim.set_rate(run.optimizers, factor)
     if t.compile:
         refresh(run.model, run.plan.dtype)
     sums: Metrics = {}
-    # Sum loss x tokens over micro-batches and processes, then divide once by all tokens: each token counts alike,
-    # however a step is cut.
-    for _ in range(t.gradient_accumulation_steps):
-        loss, metrics = next(losses)
-        count = labelled(run.last_batch).sum()  # the loss is a mean over these
-        (loss * count).backward()
-        _add(sums, {"loss": loss.detach(), **metrics}, count)
-    means, total = _means(sums, run.world)
+    step = next(losses)
+    for loss, values in step:
+        loss.backward()
+        _add(sums, values)
+    means = step.means(sums)
     parameters = [p for p in run.model.parameters() if p.requires_grad]
-    run.placement.finish_gradients(parameters, 1 / total)
+    run.placement.finish_gradients(parameters, 1 / step.count)
     norm = sharding.whole_scalar(nn.utils.clip_grad_norm_(parameters, t.gradient_clipping))
     if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
         raise UserError(explain_nonfinite(run, means["loss"]))
@@ -176,18 +160,9 @@ def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: 
     }
 
 
-def _add(sums: Metrics, values: Metrics, count: Tensor) -> None:
-    """Add `values`, which are means over `count` tokens, to sums over tokens."""
+def _add(sums: Metrics, values: Metrics) -> None:
     for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value.double() * count
-    sums["count"] = sums.get("count", 0) + count
-
-
-def _means(sums: Metrics, world: World) -> tuple[dict[str, float], float]:
-    """Return means over the tokens of all processes, and their number. With no tokens that is 1, and means are 0."""
-    totals = sum_over_processes(sums, world)
-    count = max(1.0, totals.pop("count"))
-    return {name: value / count for name, value in totals.items()}, count
+        sums[name] = sums.get(name, 0) + value
 
 
 def _evaluate(run: TrainingState, evaluate: Evaluate) -> dict[str, float]:
