@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.compose import config_yaml, load_config, read_config
 from wrinklefree.config.schema import Config as RunConfig
+from wrinklefree.config.values import setting
 from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
@@ -120,7 +121,7 @@ def open_state(file: Path, base: str) -> Opened:
     state = read_state(file)
     quantized = layers_in(state, file)
     method = detect(quantized, file)
-    names = [f"method.{key}={value}" for key, value in method.items()]
+    names = [setting(f"method.{key}", value) for key, value in method.items()]
     config = load_config([f"model={base}", f"training=anemll_{'v2' if method['view'] == 'v2' else 'q2a4'}", *names])
     model, tokenizer = load_pretrained(config.model)
     assert config.method is not None

@@ -12,6 +12,7 @@ from torch import Tensor
 from qat_lora import evaluate_kd_loss, files, train_e2e
 from qat_lora.files import Opened
 from wrinklefree.config.compose import load_config, read_config
+from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
 from wrinklefree.generate import generate
@@ -41,7 +42,7 @@ def train(
     start: list[str] = []
     if checkpoint is not None:
         folder = starting_folder(checkpoint, model_id, output)
-        start = [f"training.start_from=[{folder}]"]
+        start = [setting("training.start_from", [str(folder)])]
         sizes = sizes or sizes_of(folder)
     chosen = [f"method.{key}={value}" for key, value in zip(KEYS, sizes or (), strict=False)]
     launch.run_stage([f"model={model_id}", *chosen, *overrides, *start, f"output_dir={output}"], force=force)

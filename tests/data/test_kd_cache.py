@@ -113,7 +113,7 @@ def test_each_position_is_compared_with_its_own_answer(folder: Path) -> None:
             full.append(-mine[row, place].log_softmax(-1)[ids[0, 0]])
     assert len(full) == 4
     torch.testing.assert_close(found.kl, torch.stack(kl).mean().float())
-    torch.testing.assert_close(found.hard, 0.5 * torch.stack(full).mean())
+    torch.testing.assert_close(found.hard_full, 0.5 * torch.stack(full).mean())
 
 
 def test_the_size_is_predicted_to_the_byte_but_for_headers(folder: Path) -> None:

@@ -100,8 +100,9 @@ def test_groups_without_spread_are_dropped(
     assert set(rollout.samples) == {1}
     assert (rollout.reward.item(), rollout.kept.item()) == (5 / 8, 0.5)
     monkeypatch.setattr(objective, "_reward", lambda said, right: 1.0)
-    loss, metrics = next(objective(train.batch([0, 1])))
-    assert loss.item() == pytest.approx(0.5 * metrics["anchor"].item())
+    terms, metrics = next(objective(objective.prepare(train.batch([0, 1]))))
+    assert terms.keys() == {"loss"}
+    assert terms["loss"].item() == pytest.approx(0.5 * metrics["anchor"].item())
 
 
 def test_the_format_counts_where_it_is_asked_for(thinker: LatentThinker, speaker: Speaker) -> None:

@@ -23,7 +23,7 @@ from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
 from wrinklefree.models.load import load_model
-from wrinklefree.objectives.base import Metrics, Objective
+from wrinklefree.objectives.base import Objective
 from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.runs.folder import resume_point, writing
 from wrinklefree.training import checkpoint
@@ -167,10 +167,10 @@ def without_labels(when: Callable[[int], bool]) -> Callable[[PreTrainedModel, Pr
         numbers = itertools.count()
 
         class Unlabelled(LanguageModelling):
-            def __call__(self, batch: Batch) -> Iterator[tuple[torch.Tensor, Metrics]]:
+            def prepare(self, batch: Batch) -> Batch:
                 if when(next(numbers)):
                     batch["labels"] = torch.full_like(batch["labels"], -100)
-                return super().__call__(batch)
+                return batch
 
         return Unlabelled(student, DistillationConfig(name="none"))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from wrinklefree.config.schema import Config
+from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.formats import anemll
 from wrinklefree.models.load import load_model
@@ -39,7 +40,7 @@ def run(
     for name, training in STEPS[workflow]:
         chosen = [f"model={model}", f"training={training}", f"training.stage={workflow}_{name}"]
         if finished:
-            chosen.append(f"training.start_from=[{finished[-1].output_dir}]")
+            chosen.append(setting("training.start_from", [finished[-1].output_dir]))
         if cache is not None:
             chosen += ["training.objective=cached_kd", f"distillation.cache={cache}"]
         finished.append(launch.run_once([*chosen, *own[name]], force, processes))

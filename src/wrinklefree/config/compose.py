@@ -1,18 +1,17 @@
 """Compose YAML files, `local.yaml` and KEY=VALUE overrides to plain values, with Hydra."""
 
 import dataclasses
-import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from wrinklefree.config.check import check_config, flatten
-from wrinklefree.config.schema import (
-    Config,
-)
+from wrinklefree.config.check import check_config, flatten, key_paths
+from wrinklefree.config.schema import Config
 from wrinklefree.config.thinking import ThinkingConfig
+from wrinklefree.config.values import check_literal, parse_value, quoted
 from wrinklefree.core import method as methods
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import did_you_mean
@@ -22,6 +21,8 @@ LARGEST_YAML = 1 << 18  # bytes; a run's settings have 3,000
 LARGEST_SETTINGS = 10_000  # values and keys in a file of settings
 
 CONFIGS = Path(__file__).parent / "yaml"
+
+PATH = re.compile(r"(?!\d)[\w-]+(\.(?!\d)[\w-]+)*")  # of a setting
 
 
 def defaults(cls: type) -> dict[str, Any]:
@@ -57,20 +58,19 @@ def option_files(group: str) -> list[Path]:
     return own + users
 
 
-def resolve_model(override: str) -> list[str]:
-    """Expand the two short forms among overrides. All others are returned as they are.
+def resolve_model(key: str, value: str) -> list[tuple[str, str]]:
+    """Expand the two short forms of settings. All others are returned as they are.
 
-    | override | becomes |
+    | setting | becomes |
     |---|---|
     | `task=NAME` | `data.task=NAME` |
     | `model=PATH`, `model=HUB_ID` | `model=pretrained`, and that path or id as `model.pretrained` |
     """
-    key, _, value = override.partition("=")
     if key == "task":
-        return [f"data.task={value}"]
+        return [("data.task", value)]
     if key != "model" or value in options("model") or not _names_a_model(value):
-        return [override]
-    return ["model=pretrained", f"model.name={Path(value).resolve().name}", f"model.pretrained={value}"]
+        return [(key, value)]
+    return [("model", "pretrained"), ("model.name", Path(value).resolve().name), ("model.pretrained", value)]
 
 
 def _names_a_model(value: str) -> bool:
@@ -102,16 +102,83 @@ def compose_values(overrides: list[str], config_name: str = "config") -> dict[st
     for folder in CONFIGS.iterdir():
         if folder.is_dir():
             option_files(folder.name)  # raises if two files have one name: Hydra would take the package's silently
+    settings = [short for key, value in all_settings(overrides) for short in _expanded(key, value)]
+    groups = [_choice(key, value) for key, value in settings if _is_group(key)]
     try:
         with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-            everything = [*local_overrides(overrides), *overrides]
-            softened = [_soften(resolved) for o in everything for resolved in resolve_model(o)]
-            composed = hydra_compose(config_name, softened + search_path())
+            composed = hydra_compose(config_name, groups + search_path())
+        _put(composed, [pair for pair in settings if not _is_group(pair[0])])
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def all_settings(overrides: list[str]) -> list[tuple[str, Any]]:
+    """The settings in `local.yaml`, then those in `overrides`, whose values are text that is not parsed yet.
+
+    Raises UserError for an override that is not KEY=VALUE.
+    """
+    pairs: list[tuple[str, Any]] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        key = key.lstrip("+")  # Hydra's sign for a new key
+        if not equals:
+            raise UserError(f"override {override!r} is not key=value")
+        if not PATH.fullmatch(key):
+            raise UserError(f"{key}={value}: {key!r} is not the path of a setting, such as training.max_steps")
+        pairs.append((key, value))
+    return [*local_settings({key for key, _ in pairs}), *pairs]
+
+
+def _expanded(key: str, value: Any) -> list[tuple[str, Any]]:
+    return resolve_model(key, value) if isinstance(value, str) else [(key, value)]
+
+
+def _is_group(key: str) -> bool:
+    """Whether a setting chooses a file or a method, as `model=tiny` does, instead of giving a value."""
+    return key in ("method", "thinking") or (CONFIGS / key).is_dir()
+
+
+def _choice(group: str, name: Any) -> str:
+    """The override that makes Hydra choose `name`. Raises UserError if the group has no such option."""
+    if group == "method" and name == "null":
+        raise UserError("method=null: choose a training without a method, such as training=full_precision")
+    if group == "thinking":
+        raise UserError(
+            f"{group}={name}: a training chooses this section; give its settings, as in thinking.d_compressed=64"
+        )
+    if name in options(group):
+        return f"{group}={quoted(name)}"
+    if name == "null":
+        return f"{group}=null"
+    raise UserError(_no_such_option(group, str(name)))
+
+
+def _no_such_option(group: str, name: str) -> str:
+    known = options(group)
+    return f"{group}={name}: no such option{did_you_mean(name, known)}; available: {', '.join(known)}"
+
+
+def _put(composed: Any, settings: list[tuple[str, Any]]) -> None:
+    """Write values into a composed config. Keys may be new: our own check reports all wrong ones together."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.set_struct(composed, False)
+    kinds = kinds_of(composed)
+    for key, given in settings:
+        value = parse_value(key, given, kinds) if isinstance(given, str) else given
+        check_literal(key, value)
+        OmegaConf.update(composed, key, value, force_add=True)
+
+
+def kinds_of(composed: Any) -> dict[str, Any]:
+    """The type of every setting, by its full path, with those of the method that was chosen."""
+    sections: list[tuple[type, str]] = [(Config, "")]
+    if composed.get("method") is not None:
+        sections.append((methods.find(composed.method.name), "method."))
+    return {path: f.type for cls, prefix in sections for path, f in key_paths(cls, prefix)}
 
 
 def _store_schema() -> None:
@@ -130,22 +197,17 @@ def _store_schema() -> None:
 def search_path() -> list[str]:
     """The override that lets Hydra find the user's `configs/` in the working directory; empty if there is none."""
     mine = Path.cwd() / "configs"
-    return [f"hydra.searchpath=[file://{mine}]"] if mine.is_dir() else []
+    return [f"hydra.searchpath=[{quoted(f'file://{mine}')}]"] if mine.is_dir() else []
 
 
-def local_overrides(given: list[str]) -> list[str]:
-    """The settings in `local.yaml` in the working directory, as overrides. Keys that are in `given` are left out.
+def local_settings(given: Collection[str]) -> list[tuple[str, Any]]:
+    """The settings in `local.yaml` in the working directory. Keys that are in `given` are left out.
 
     `model: smollm2_135m` chooses an option of a group, `training: {batch_size: 4}` sets a value in one.
     Raises UserError if the file is not a YAML mapping.
     """
     file = Path("local.yaml")
-    if not file.is_file():
-        return []
-    values = read_yaml(file)
-    taken = {override.partition("=")[0].lstrip("+~") for override in given}
-    flat = [(key, value) for key, value in flatten(values) if key not in taken]
-    return [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in flat]
+    return [(key, value) for key, value in flatten(read_yaml(file)) if key not in given] if file.is_file() else []
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -192,35 +254,12 @@ def _check_nodes(path: Path) -> None:
         raise UserError(f"{path}: more than {LARGEST_SETTINGS:,} values, with its aliases written out")
 
 
-def _soften(override: str) -> str:
-    """Add `++` so that Hydra accepts any key, and our own check can report all wrong ones together.
-
-    Group choices such as `model=tiny` stay as they are. Raises UserError for an override without `=`.
-    """
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"override {override!r} is not key=value")
-    if key == "method" and value == "null":
-        raise UserError("method=null: choose a training without a method, such as training=full_precision")
-    if key == "thinking":
-        raise UserError(
-            f"{override}: a training chooses this section; give its settings, as in thinking.d_compressed=64"
-        )
-    if (CONFIGS / key.lstrip("+~")).is_dir() or key == "method":
-        return override
-    if "=" in value and not value.startswith(("'", '"', "[", "{")):
-        value = f"'{value}'"
-    return f"++{key.lstrip('+')}={value}"
-
-
 def _one_line(error: Exception) -> str:
     """Hydra's message in one line, without its hints."""
     text = str(error)
-    choice = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    choice = re.search(r"Could not find '(\w+)/([^']+)'", text)  # in the `defaults` of a YAML file
     if choice:
-        group, name = choice.groups()
-        known = options(group)
-        return f"{group}={name}: no such option{did_you_mean(name, known)}; available: {', '.join(known)}"
+        return _no_such_option(*choice.groups())
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing:
         return f"{missing.group(1)}: a value is required"

@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from wrinklefree.config.schema import Config, DistillationConfig
-from wrinklefree.core.batch import Batch
+from wrinklefree.core.batch import Batch, labelled
 
 log = logging.getLogger("wrinklefree")
 
 
 Metrics = dict[str, Tensor]
+
+# A loss of one kind, or several terms by name. Each is a mean over what `Objective.counts` says of its name.
+Loss = Tensor | dict[str, Tensor]
+
+LOSS = "loss"  # the name of a loss without terms; every name that `counts` leaves out has its count
 
 
 class Objective:
@@ -34,12 +39,33 @@ class Objective:
     def on_step(self, step: int, max_steps: int) -> None:
         """Update whatever follows a schedule. Called before optimizer step `step` (from 0) of `max_steps`."""
 
-    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
-        """Yield pairs of a loss and its named metrics. The loss is a mean over the batch's labelled tokens.
+    def prepare(self, batch: Batch) -> Batch:
+        """Add what has to be known before the loss, such as sampled answers; by default nothing.
 
-        The loop runs one backward pass per yield. Deep supervision and policy gradients yield more than once per batch.
+        The loop calls this once per batch, without gradients, and passes the result to `counts` and `__call__`.
+        """
+        return batch
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Return how many things each term and each metric is a mean over in this batch, from the batch alone.
+
+        The loop adds the counts of all micro-batches and processes before it divides. So a step has the same loss and
+        gradient however it is cut. `loss` serves every name that is not listed; by default it counts labelled tokens.
+        """
+        return {LOSS: labelled(batch).sum()}
+
+    def __call__(self, batch: Batch) -> Iterator[tuple[Loss, Metrics]]:
+        """Yield pairs of a loss and its named metrics. Each is a mean over as many things as `counts` says.
+
+        The optimizer takes one step per yield. Deep supervision and policy gradients yield more than once per batch,
+        and equally often for every batch.
         """
         raise TypeError(f"{type(self).__name__} must define __call__()")
+
+
+def terms_of(loss: Loss) -> dict[str, Tensor]:
+    """Return the terms of a loss by name."""
+    return loss if isinstance(loss, dict) else {LOSS: loss}
 
 
 class Shares:

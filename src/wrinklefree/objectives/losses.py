@@ -104,12 +104,20 @@ class CachedTeacher:
 
 @dataclass(frozen=True)
 class CachedLosses:
-    """Means over N tokens. Only `loss` has a gradient; `hard` is the weighted sum of both hard terms."""
+    """Means over N tokens, but `hard_full` is one over sequences. `loss` and `hard_full` have a gradient.
+
+    `loss` is the weighted sum of cross entropy, KL and `hard_top1`. The hard terms are weighted, too.
+    """
 
     loss: Tensor
     ce: Tensor
     kl: Tensor
-    hard: Tensor
+    hard_top1: Tensor
+    hard_full: Tensor | None  # None at weight 0
+
+    def terms(self) -> dict[str, Tensor]:
+        """Return the terms that add up to the whole loss."""
+        return {"loss": self.loss} | ({} if self.hard_full is None else {"hard_full": self.hard_full})
 
 
 def cached_losses(
@@ -126,7 +134,6 @@ def cached_losses(
     hard_full: float = 0.0,
 ) -> CachedLosses:
     """Compare states [N, D] under a head [V, D] with labels [N] and a cached teacher."""
-    full_share = len(targets) / teacher.last.sum().clamp_min(1)  # turns a mean over N into a mean over sequences
 
     def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         known = teacher.logits[part]
@@ -136,22 +143,36 @@ def cached_losses(
         other = known if teacher.rest is None else torch.cat([known, teacher.rest[part, None]], dim=-1)
         kl = kl_divergence(own[:, : other.shape[-1]], other, temperature) * (temperature**2 if tau_squared else 1)
         ce = (normalizer - logits.gather(-1, targets[part, None]).squeeze(-1)).sum()
-        top1 = (own[:, :-1].logsumexp(-1) - own[:, 0]).sum()
-        full = ((normalizer - own[:, 0]) * teacher.last[part]).sum() * full_share
-        hard = hard_top1 * top1 + hard_full * full
-        loss = kl_weight * kl + hard
+        top1 = hard_top1 * (own[:, :-1].logsumexp(-1) - own[:, 0]).sum()
+        loss = kl_weight * kl + top1
         if ce_weight:  # at weight 0 it would still cost a backward pass
             loss = loss + ce_weight * ce
-        return loss, {"ce": ce, "kl": kl, "hard": hard}
+        return loss, {"ce": ce, "kl": kl, "hard_top1": top1}
 
     loss, metrics = head_loss(states, head, chunk_loss)
-    return CachedLosses(loss, **metrics)
+    full = None
+    if hard_full:
+        likeliest = teacher.ids[teacher.last, 0]
+        full = token_losses(states[teacher.last], head, likeliest, ce_weight=hard_full).loss
+    return CachedLosses(loss, **metrics, hard_full=full)
 
 
 def same_document(positions: Tensor) -> Tensor:
     """Return which tokens share a document, bool [B, L, L], from positions [B, L] that restart at each document."""
     document = (positions == 0).cumsum(-1)
     return document.unsqueeze(-1) == document.unsqueeze(-2)
+
+
+def related(positions: Tensor) -> Tensor:
+    """Mark the tokens that are not alone in their document, bool [B, L], as `same_document` tells documents apart.
+
+    Padding is alone: each token of it is a document of its own.
+    """
+    starts = positions == 0
+    begins = starts.clone()
+    begins[:, :1] = True
+    ends = F.pad(starts[:, 1:], (0, 1), value=True)
+    return ~(begins & ends)
 
 
 def attention_relation(student: Tensor, teacher: Tensor, mask: Tensor, split_heads: int, temperature: float) -> Tensor:
@@ -162,8 +183,8 @@ def attention_relation(student: Tensor, teacher: Tensor, mask: Tensor, split_hea
     p = _log_relations(teacher, mask, split_heads, temperature)
     q = _log_relations(student, mask, split_heads, temperature)
     divergence = (p.exp() * (p - q)).sum(-1)  # [B, h, L]; finite: masked entries are a large negative number, not -inf
-    related = (mask.sum(-1) > 1).unsqueeze(1)
-    return (divergence * related).sum() / (related.sum() * split_heads).clamp_min(1)
+    kept = (mask.sum(-1) > 1).unsqueeze(1)
+    return (divergence * kept).sum() / (kept.sum() * split_heads).clamp_min(1)
 
 
 def _log_relations(x: Tensor, mask: Tensor, split_heads: int, temperature: float) -> Tensor:

@@ -107,7 +107,7 @@ class HiddenStates(Pair):
         self.weights = layer_weights(config.layer_weights, len(mine))
 
     def __call__(self, batch: Batch) -> Tensor:
-        kept = losses.same_document(batch["position_ids"]).sum(-1) > 1  # each token of padding is a document of its own
+        kept = losses.related(batch["position_ids"])
         terms = [losses.hidden_alignment(s, t, kept) for s, t in self.outputs()]
         return torch.stack([w * term for w, term in zip(self.weights, terms, strict=True)]).sum()
 

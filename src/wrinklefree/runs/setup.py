@@ -7,6 +7,7 @@ with open_run(config, force) as run:    check everything; write and remove nothi
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing_extensions import Self
 
 from wrinklefree.config.compose import config_yaml
 from wrinklefree.config.schema import Config
-from wrinklefree.core.batch import Batch, labelled
+from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.read import KDCache, KDStream
 from wrinklefree.data.open import heldout_batches, heldout_examples, training_stream
@@ -32,7 +33,7 @@ from wrinklefree.distributed.world import World, barrier, gather, join_world, le
 from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
 from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
 from wrinklefree.models.load import Loaded, load_pretrained
-from wrinklefree.objectives.base import Objective
+from wrinklefree.objectives.base import LOSS, Objective
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs import folder
 from wrinklefree.training.loop import Evaluate, OnStep, do_nothing, fit
@@ -234,14 +235,19 @@ def _cached_evaluator(config: Config, cache: KDCache) -> Callable[[nn.Module], d
     @torch.no_grad()
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, PreTrainedModel)
-        objective, sums, count = CachedKD(model, config.distillation), torch.zeros(3, dtype=torch.float64), 0
+        objective = CachedKD(model, config.distillation)
+        sums, totals = defaultdict[str, float](float), defaultdict[str, float](float)
         for batch in cache.heldout(config.training.batch_size, config.training.eval_tokens):
             here = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            losses, num = objective.compare(here), int(labelled(batch).sum())
-            sums += num * torch.stack([losses.loss, losses.ce, losses.kl]).double().cpu()
-            count += num
-        values = dict(zip(("eval_loss", "eval_ce", "eval_kl"), (sums / count).tolist(), strict=True))
-        return values | {f"quant_error/{name}": value for name, value in quantization_error(model).items()}
+            losses, counts = objective.compare(here), objective.counts(here)
+            for name, value in {**losses.terms(), "ce": losses.ce, "kl": losses.kl}.items():
+                count = counts.get(name, counts[LOSS]).item()
+                sums[name] += value.double().item() * count
+                totals[name] += count
+        means = {name: total / max(1, totals[name]) for name, total in sums.items()}
+        errors = {f"quant_error/{name}": value for name, value in quantization_error(model).items()}
+        loss = means[LOSS] + means.get("hard_full", 0.0)
+        return {"eval_loss": loss, "eval_ce": means["ce"], "eval_kl": means["kl"], **errors}
 
     return evaluate
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wrinklefree.config.thinking import GRPOConfig
 from wrinklefree.core.batch import Batch
-from wrinklefree.objectives.base import Metrics, Objective
+from wrinklefree.objectives.base import LOSS, Loss, Metrics, Objective
 from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.hidden_pairs import answers_of, prompts_of
 from wrinklefree.thinking.injection import speak_thoughts
@@ -50,20 +50,41 @@ class GRPO(Objective):
             block.dropout = 0.0  # type: ignore[assignment]  # old and new log-probabilities are of one function
         self.reference = copy.deepcopy(model).requires_grad_(False).eval()
 
-    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def prepare(self, batch: Batch) -> Batch:
+        """Add sampled answers: how many of them are kept, which the policy's loss is a mean over, depends on them."""
         rollout = self.roll_out(batch)
+        lengths = [len(answer) for answer in rollout.answers]
+        return {
+            **batch,
+            "rollout_samples": torch.tensor(rollout.samples, dtype=torch.long),
+            "rollout_answers": torch.cat([batch["input_ids"].new_empty(0), *rollout.answers]),
+            "rollout_lengths": torch.tensor(lengths, dtype=torch.long),
+            "advantages": rollout.advantages,
+            "reward": rollout.reward,
+            "kept": rollout.kept,
+        }
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count the tokens of the right answers; for the policy, the sampled answers that are kept."""
+        prompts, kept = torch.tensor(len(batch["input_ids"])), torch.tensor(len(batch["rollout_samples"]))
+        measured = {"reward": prompts, "kept": prompts, "policy": kept, "k3": kept}
+        return {LOSS: batch["answer_length"].sum()} | measured
+
+    def __call__(self, batch: Batch) -> Iterator[tuple[Loss, Metrics]]:
+        rollout = _rollout_of(batch)
         measured = {"reward": rollout.reward, "kept": rollout.kept}
         old = self.log_probs(self.thinker, batch, rollout)[0].detach() if rollout.answers else None
         for _ in range(self.config.updates):
             loss, anchor = self._anchor(batch)
+            terms = {LOSS: loss}
             metrics = {**measured, "anchor": anchor, "policy": loss.new_zeros(()), "k3": loss.new_zeros(())}
             if old is not None:
                 new, answer_of = self.log_probs(self.thinker, batch, rollout)
                 reference = self.log_probs(self.reference, batch, rollout)[0].detach()
                 policy, k3 = policy_loss(new, old, reference, answer_of, rollout.advantages, self.config)
-                loss = loss + policy + self.config.kl_weight * k3
+                terms["policy"] = policy + self.config.kl_weight * k3
                 metrics |= {"policy": policy.detach(), "k3": k3.detach()}
-            yield loss, metrics
+            yield terms, metrics
 
     @torch.no_grad()
     def roll_out(self, batch: Batch) -> Rollout:
@@ -112,6 +133,13 @@ class GRPO(Objective):
         states, head = self.speaker.decoder.project(self.speaker.states(prompts, soft, answers))
         ce = token_losses(states, head.to(states.dtype), torch.cat(answers)).loss
         return self.config.anchor_weight * ce, ce.detach()
+
+
+def _rollout_of(batch: Batch) -> Rollout:
+    """The sampled answers that `GRPO.prepare` added to a batch."""
+    answers = batch["rollout_answers"].split(batch["rollout_lengths"].tolist())
+    samples = batch["rollout_samples"].tolist()
+    return Rollout(samples, list(answers), batch["advantages"], batch["reward"], batch["kept"])
 
 
 def group_advantages(rewards: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wrinklefree.config.thinking import InjectionConfig
 from wrinklefree.core.batch import Batch
-from wrinklefree.objectives.base import Metrics, Objective
+from wrinklefree.objectives.base import LOSS, Loss, Metrics, Objective
 from wrinklefree.objectives.losses import token_losses
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, answers_of, prompts_of, rows_of
 from wrinklefree.thinking.network import LatentThinker
@@ -27,7 +27,11 @@ class Injection(Objective):
     def __init__(self, model: LatentThinker, speaker: Speaker, config: InjectionConfig) -> None:
         self.thinker, self.speaker, self.config = model, speaker, config
 
-    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count the tokens of the answers."""
+        return {LOSS: batch["answer_length"].sum()}
+
+    def __call__(self, batch: Batch) -> Iterator[tuple[Loss, Metrics]]:
         prompts, answers = prompts_of(batch), answers_of(batch)
         targets = torch.cat(answers)
         with torch.no_grad():

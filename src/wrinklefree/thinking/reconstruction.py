@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wrinklefree.core.batch import IGNORE, Batch
-from wrinklefree.objectives.base import Metrics, Objective
+from wrinklefree.objectives.base import Loss, Metrics, Objective
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking.moments import RIDGE
 from wrinklefree.thinking.network import DimensionCompressor
@@ -123,7 +123,7 @@ class Reconstruction(Objective):
             ridge = RIDGE * metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype)
             self.metric = (metric + ridge).float().to(compressor.weight.device)
 
-    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def __call__(self, batch: Batch) -> Iterator[tuple[Loss, Metrics]]:
         states = real_states(self.decoder, batch)
         rebuilt = self.compressor(states)
         found = metrics(sums_of(states, rebuilt.detach()))

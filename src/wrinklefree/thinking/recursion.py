@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wrinklefree.config.thinking import NetworkConfig
 from wrinklefree.core.batch import Batch
-from wrinklefree.objectives.base import Metrics, Objective
+from wrinklefree.objectives.base import LOSS, Loss, Metrics, Objective
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.thinking.hidden_pairs import HiddenPairs
 from wrinklefree.thinking.network import LatentThinker
@@ -44,7 +44,12 @@ class Recursion(Objective):
         self.sampling = step >= self.config.sampled_from * max_steps
         self.thinker.update_average(min(self.config.ema_decay, (1 + step) / (AVERAGE_WARMUP + step)))
 
-    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count thoughts; in mode final, of which only the last counts, samples."""
+        thoughts = batch["num_thoughts"]
+        return {LOSS: thoughts.sum() if self.config.mode == "trajectory" else thoughts.new_tensor(len(thoughts))}
+
+    def __call__(self, batch: Batch) -> Iterator[tuple[Loss, Metrics]]:
         if self.config.mode == "trajectory":
             yield self.trajectory(batch)
         else:

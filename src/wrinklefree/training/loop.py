@@ -9,21 +9,21 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import OptimizerConfig, TrainingConfig
-from wrinklefree.core.batch import Batch, labelled
 from wrinklefree.core.errors import DataError, UserError
 from wrinklefree.core.method import refresh
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.sharding import Whole
-from wrinklefree.distributed.world import World, any_of, barrier, sum_over_processes
+from wrinklefree.distributed.world import World, any_of, barrier
 from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.tracking.run_log import Silent, Tracker
 from wrinklefree.training import best, checkpoint, optim
 from wrinklefree.training.diagnose import explain_nonfinite
+from wrinklefree.training.microbatches import Step, steps
 from wrinklefree.training.plan import Plan
 from wrinklefree.training.schedule import rates
 from wrinklefree.training.state import Stream, TrainingState
@@ -105,13 +105,8 @@ def _run_steps(
     stopped: Callable[[], bool],
 ) -> None:
     """Step, evaluate, log and save until the last step, or until patience runs out. Raises UserError if stopped."""
-    t, max_steps, first, losses, rate = (
-        run.training,
-        run.plan.max_steps,
-        run.step,
-        _losses(run),
-        rates(run.training.scheduler),
-    )
+    t, max_steps, first = run.training, run.plan.max_steps, run.step
+    batches, rate = steps(run), rates(t.scheduler)
     row: dict[str, float] = {}
     while True:
         # Evaluating and saving come before the step: the last pass does both, and no code follows the loop.
@@ -131,18 +126,16 @@ def _run_steps(
             raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
         run.objective.on_step(run.step, max_steps)
         on_step(run.model, run.step)
-        row = _step_or_save(run, losses, rate(run.plan.progress(run.step, run.planned)), first)
+        row = _step_or_save(run, batches, rate(run.plan.progress(run.step, run.planned)), first)
         run.planned += run.plan.tokens_per_step
         tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
 
 
-def _step_or_save(
-    run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: float, first: int
-) -> dict[str, float]:
+def _step_or_save(run: TrainingState, batches: Iterator[Step], factor: float, first: int) -> dict[str, float]:
     """Take one step. If the data cannot be read on, save the steps since `first`, and raise UserError."""
     position = run.stream.state_dict()
     try:
-        return _step(run, losses, factor)
+        return _step(run, batches, factor)
     except DataError as error:
         if run.step == first:
             raise
@@ -165,47 +158,20 @@ def _optimizers(model: PreTrainedModel, o: OptimizerConfig, plan: Plan) -> list[
     )
 
 
-def _losses(run: TrainingState) -> Iterator[tuple[Tensor, Metrics]]:
-    """Yield (loss, metrics) without end. A batch may give any number of them."""
-    for batch in _batches(run.stream):
-        run.last_batch = {name: tensor.to(run.world.device) for name, tensor in batch.items()}
-        results = run.objective(run.last_batch)
-        while True:
-            with run.autocast():  # ends before the yield: backward runs outside of autocast
-                result = run.placement.with_whole_parameters(partial(next, results, None))
-            if result is None:
-                break
-            yield result
-
-
-def _batches(stream: Stream) -> Iterator[Batch]:
-    """Yield the batches of a stream. Raises DataError if it cannot be read on."""
-    batches = iter(stream)
-    while True:
-        try:
-            batch = next(batches)
-        except UserError as error:
-            raise DataError(str(error)) from error
-        yield batch
-
-
-def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: float) -> dict[str, float]:
+def _step(run: TrainingState, batches: Iterator[Step], factor: float) -> dict[str, float]:
     """Take one optimizer step at `factor` x the peak learning rates. Returns the step's row of the log."""
     t, started = run.training, time.perf_counter()
     optim.set_rate(run.optimizers, factor)
     if t.compile:
         refresh(run.model, run.plan.dtype)
     sums: Metrics = {}
-    # Sum loss x tokens over micro-batches and processes, then divide once by all tokens: each token counts alike,
-    # however a step is cut.
-    for _ in range(t.gradient_accumulation_steps):
-        loss, metrics = next(losses)
-        count = labelled(run.last_batch).sum()  # the loss is a mean over these
-        (loss * count).backward()
-        _add(sums, {"loss": loss.detach(), **metrics}, count)
-    means, total = _means(sums, run.world)
+    step = next(batches)
+    for loss, values in step:
+        loss.backward()
+        _add(sums, values)
+    means = step.means(sums)
     parameters = [p for p in run.model.parameters() if p.requires_grad]
-    run.placement.finish_gradients(parameters, 1 / total)
+    run.placement.finish_gradients(parameters, 1 / step.count)
     norm = sharding.whole_scalar(nn.utils.clip_grad_norm_(parameters, t.gradient_clipping))
     if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
         raise UserError(explain_nonfinite(run, means["loss"]))
@@ -225,18 +191,9 @@ def _step(run: TrainingState, losses: Iterator[tuple[Tensor, Metrics]], factor: 
     }
 
 
-def _add(sums: Metrics, values: Metrics, count: Tensor) -> None:
-    """Add `values`, which are means over `count` tokens, to sums over tokens."""
+def _add(sums: Metrics, values: Metrics) -> None:
     for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value.double() * count
-    sums["count"] = sums.get("count", 0) + count
-
-
-def _means(sums: Metrics, world: World) -> tuple[dict[str, float], float]:
-    """Return means over the tokens of all processes, and their number. With no tokens that is 1, and means are 0."""
-    totals = sum_over_processes(sums, world)
-    count = max(1.0, totals.pop("count"))
-    return {name: value / count for name, value in totals.items()}, count
+        sums[name] = sums.get(name, 0) + value
 
 
 def _evaluate(run: TrainingState, evaluate: Evaluate) -> dict[str, float]:

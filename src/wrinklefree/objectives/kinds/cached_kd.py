@@ -6,7 +6,7 @@ from torch import Tensor
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch, labelled
-from wrinklefree.objectives.base import Metrics
+from wrinklefree.objectives.base import Loss, Metrics
 from wrinklefree.objectives.language_model import LanguageObjective
 from wrinklefree.objectives.losses import CachedLosses, CachedTeacher, cached_losses, shifted
 
@@ -27,13 +27,19 @@ class Objective(LanguageObjective):
             if value:
                 yield f"distillation.{key}={value}: needs a running teacher, and training.objective=cached_kd has none"
 
-    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count labelled tokens; for `hard_full`, sequences that have one."""
+        return {**super().counts(batch), "hard_full": labelled(batch).any(1).sum()}
+
+    def __call__(self, batch: Batch) -> Iterator[tuple[Loss, Metrics]]:
         c = self.config
         result = self.compare(batch)
-        hard = {"hard": result.hard} if c.hard_top1 or c.hard_full else {}
+        hard = {"hard_top1": result.hard_top1} if c.hard_top1 else {}
+        if result.hard_full is not None:
+            hard["hard_full"] = result.hard_full.detach()
         weighted = {"ce": (c.ce_weight, result.ce), "kl": (c.weight, result.kl)}
         self.shares.add({name: weight * value for name, (weight, value) in weighted.items() if weight} | hard)
-        yield result.loss, {"ce": result.ce, "kl": result.kl, **hard}
+        yield result.loss if result.hard_full is None else result.terms(), {"ce": result.ce, "kl": result.kl, **hard}
 
     def compare(self, batch: Batch) -> CachedLosses:
         """Return the losses of one batch from `KDCache`."""

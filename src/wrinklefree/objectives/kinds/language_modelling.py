@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.objectives.base import Metrics
+from wrinklefree.objectives.base import LOSS, Loss, Metrics
 from wrinklefree.objectives.language_model import LanguageObjective, vocabulary_losses
-from wrinklefree.objectives.losses import TokenLosses
+from wrinklefree.objectives.losses import TokenLosses, related
 from wrinklefree.objectives.terms import AttentionRelations, HiddenStates, hidden_share
 
 
@@ -45,28 +45,32 @@ class Objective(LanguageObjective):
         """Update the share that hidden states have in the loss."""
         self.hidden_share = hidden_share(self.config.hidden, step, max_steps)
 
-    def __call__(self, batch: Batch) -> Iterator[tuple[Tensor, Metrics]]:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count labelled tokens; for attention relations and hidden states, the tokens that are not padding."""
+        counts = super().counts(batch)
+        if self.attention is None and self.hidden is None:
+            return counts
+        return counts | dict.fromkeys(("attention", "hidden", "cosine"), related(batch["position_ids"]).sum())
+
+    def __call__(self, batch: Batch) -> Iterator[tuple[Loss, Metrics]]:
         parts = [part for part in (self.attention, self.hidden) if part is not None]
         with ExitStack() as stack:
             for part in parts:
                 stack.enter_context(part.watching())
             result = vocabulary_losses(self.student, self.teacher, batch, self.config)
         metrics = {"ce": result.ce} | ({"kl": result.kl} if self.teacher else {})
-        terms = self._vocabulary_terms(result)
-        loss = result.loss
+        shares, terms = self._vocabulary_terms(result), {LOSS: result.loss}
         if self.hidden is not None:
             distance = self.hidden(batch)
-            terms = {name: (1 - self.hidden_share) * value for name, value in terms.items()}
-            terms["hidden"] = self.hidden_share * distance.detach()
-            loss = self.hidden_share * distance + (1 - self.hidden_share) * loss
+            shares = {name: (1 - self.hidden_share) * value for name, value in shares.items()}
+            terms = {LOSS: (1 - self.hidden_share) * result.loss, "hidden": self.hidden_share * distance}
             metrics["cosine"] = 1 - distance.detach() / 2
         if self.attention is not None:
             relation = self.attention(batch)
-            terms["attention"] = self.config.attention.weight * relation.detach()
-            loss = loss + self.config.attention.weight * relation
+            terms["attention"] = self.config.attention.weight * relation
             metrics["attention"] = relation.detach()
-        self.shares.add(terms)
-        yield loss, metrics
+        self.shares.add(shares | {name: term.detach() for name, term in terms.items() if name != LOSS})
+        yield terms if parts else result.loss, metrics
 
     def _vocabulary_terms(self, result: TokenLosses) -> dict[str, Tensor]:
         """Return cross entropy and KL times their weights, without those of weight 0."""
