@@ -66,6 +66,7 @@ class DataConfig(Node):
     document_mask: bool = True  # packed documents do not attend to each other
     bad_rows: Literal["error", "skip"] = "error"  # a row that cannot be read ends the run, or is left out and counted
     allow_changes: bool = False  # resume although the data is not what the checkpoint was trained on
+    max_passes: PositiveFloat = 4  # over the text; a number of tokens that needs more is refused
 
 
 @dataclass(kw_only=True)

@@ -35,7 +35,7 @@ from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
 from wrinklefree.models.load import Loaded, load_pretrained
 from wrinklefree.objectives.base import LOSS, Objective
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
-from wrinklefree.runs import folder
+from wrinklefree.runs import folder, preflight
 from wrinklefree.training.loop import Evaluate, OnStep, do_nothing, fit
 from wrinklefree.training.plan import Plan, choose_length, make_plan
 from wrinklefree.training.state import Stream
@@ -107,10 +107,12 @@ class Run:
         stream: Stream | None = None,
         evaluate: Evaluate | None = None,
         on_step: OnStep | None = None,
+        forecast: bool = False,
     ) -> Path:
         """Train `model` and return the folder `final/`. The model and its teacher must have been placed.
 
-        `on_step` is called before each step. By default it is the quantization method's.
+        `on_step` is called before each step. By default it is the quantization method's. With `forecast`, a long
+        training begins with a line that says how long it takes.
         """
         if on_step is None and self.config.method is not None:
             on_step = self.config.method.on_step
@@ -128,6 +130,7 @@ class Run:
             placement=self.placement.only(model, teacher),
             resume=self.resume,
             on_step=on_step or do_nothing,
+            forecast=forecast,
         )
 
     def quality(
@@ -150,11 +153,14 @@ def open_run(
     force: bool = False,
     *,
     load: Callable[[Config], Loaded] | None = None,
+    reads_text: bool = True,
     world: World | None = None,
 ) -> Run:
     """Join the other processes, load the model, and make the plan that every `auto` comes to.
 
     Only `max_seq_length` is written into `config`. On the disk nothing is written or removed.
+
+    `reads_text` says whether the run trains on `config.data`; if not, that is not looked at.
 
     `load` makes the model and its tokenizer, after the random numbers have been seeded. By default it loads the
     pretrained ones.
@@ -165,7 +171,9 @@ def open_run(
     - settings that exclude one another.
     """
     joined, world = world is None, world or join_world()
-    resume = gather(folder.resume_point(config, force) if world.is_main else None, world)[0]
+    resume = gather(_checked(config, force, reads_text, own_model=load is not None) if world.is_main else None, world)[
+        0
+    ]
     torch.manual_seed(config.seed)
     model, tokenizer = (load or load_original)(config)
     t = config.training
@@ -173,7 +181,18 @@ def open_run(
     placement = choose_placement(config.distributed, t.compile, world)
     model.to(placement.build_device)
     plan = make_plan(t, config.model, model, length, world)
+    if reads_text:
+        preflight.check_passes(config, tokenizer, plan)
     return Run(config, world, resume, model, tokenizer, placement, plan, joined)
+
+
+def _checked(config: Config, force: bool, reads_text: bool, own_model: bool) -> Path | None:
+    """Return the checkpoint to resume from. Raises UserError for all that can be known before the model is loaded."""
+    resume = folder.resume_point(config, force)
+    preflight.check_places(config)
+    if not own_model:
+        preflight.check_model(config, reads_text)
+    return resume
 
 
 def load_original(config: Config) -> Loaded:

@@ -74,7 +74,7 @@ def _train(run: Run, start: Path | None) -> None:
     measured.measure_state("full_precision", reference)
     if config.method is not None or start is not None:
         measured.measure_state("one_shot", student)
-    run.fit(student, objective, teacher=teacher, stream=stream)
+    run.fit(student, objective, teacher=teacher, stream=stream, forecast=True)
     measured.measure_state("trained", student)
     if run.is_main:
         if isinstance(run.placement, Sharded):  # packing needs whole models, and these are sharded

@@ -44,7 +44,7 @@ def open_stage(config: Config, force: bool, anew: bool = False) -> StageSetup:
     """Load and check what a stage needs, then clear its folder. With `anew` the network is a new one."""
     start = loading.starting_thinker(config)
     loading.refuse_sharding(config, "a thinker")
-    run = open_run(config, force)
+    run = open_run(config, force, reads_text=False)
     thinker = _with_new_network(config, run.model, start) if anew else loading.inherit(config, start)
     folder = loading.pairs_folder(config)
     train, heldout = (HiddenPairs(folder, split) for split in hidden_pairs.SPLITS)

@@ -4,6 +4,7 @@ The main process has one `Tracker`. It takes numbers by name, and each name is a
 """
 
 import csv
+import importlib.util
 import logging
 import os
 import sys
@@ -158,14 +159,17 @@ class WandbRun(Protocol):
     def finish(self) -> None: ...
 
 
+def check_wandb() -> None:
+    """Raises UserError if W&B is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("training.logging.wandb.enabled=true needs the wandb package: pip install 'wrinklefree[wandb]'")
+
+
 def _start_wandb(out_dir: Path, config: WandbConfig, settings: str, start_step: int) -> WandbRun:
     """Start a W&B run for this folder. A resumed training continues its W&B run."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "training.logging.wandb.enabled=true needs the wandb package: pip install 'wrinklefree[wandb]'"
-        ) from error
+    check_wandb()
+    import wandb
+
     run_id = out_dir / "wandb_run_id"
     offline = not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()
     run: Any = wandb.init(

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+UNITS = {86_400: "days", 3600: "hours", 60: "minutes"}
+
 # Columns of output to a file or a pipe: wide enough that nothing is wrapped.
 _UNWRAPPED_WIDTH = 240
 
@@ -64,6 +66,14 @@ def short_time(seconds: float) -> str:
     """Hours, minutes and seconds: 0:03:12."""
     minutes, rest = divmod(max(round(seconds), 0), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def spoken_time(seconds: float) -> str:
+    """A length of time as one would say it: 45 seconds, 12 minutes, 5.2 hours, 103 days."""
+    for limit, unit in ((172_800, 86_400), (7200, 3600), (120, 60)):
+        if seconds >= limit:
+            return f"{_three_digits(seconds / unit).removesuffix('.0')} {UNITS[unit]}"
+    return f"{seconds:.0f} seconds"
 
 
 def _three_digits(value: float) -> str:

@@ -23,6 +23,7 @@ from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.tracking.run_log import Silent, Tracker
 from wrinklefree.training import best, checkpoint, optim
 from wrinklefree.training.diagnose import explain_nonfinite
+from wrinklefree.training.forecast import how_long
 from wrinklefree.training.microbatches import Step, steps
 from wrinklefree.training.plan import Plan
 from wrinklefree.training.schedule import rates
@@ -57,11 +58,13 @@ def fit(
     placement: Whole | None = None,
     resume: Path | None = None,
     on_step: OnStep = do_nothing,
+    forecast: bool = False,
 ) -> Path:
     """Train to the end of `plan` in the run folder `out`. Returns `out/final`, which is the best model if `keep_best`.
 
     `settings` is the resolved config as YAML, for checkpoints and W&B. `resume` is a checkpoint to continue, bit for
-    bit. `placement` says how model and teacher are sharded; None means that each process has both whole.
+    bit. `placement` says how model and teacher are sharded; None means that each process has both whole. With
+    `forecast`, a long training begins with a line that says how long it takes.
 
     Raises UserError
     - after Ctrl-C, SIGTERM or SIGHUP, once the step is finished and saved,
@@ -78,6 +81,8 @@ def fit(
     if t.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.train()
+    if forecast:
+        how_long(run)
     tracker = Tracker(out, run.plan.max_steps, t.logging.wandb, settings, run.step) if world.is_main else Silent()
     with tracker, _uploading(run), _interruptible() as stopped:
         _run_steps(run, evaluate, on_step, tracker, stopped)

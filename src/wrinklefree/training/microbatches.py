@@ -103,13 +103,14 @@ def steps(run: TrainingState) -> Iterator[Step]:
     Raises DataError if the data cannot be read on.
     """
     stream = iter(run.stream)
-    while batches := _read(stream, run.training.gradient_accumulation_steps):
+    while batches := read(stream, run.training.gradient_accumulation_steps):
         step = Step(run, batches)
         while step.advance():
             yield step
 
 
-def _read(stream: Iterator[Batch], number: int) -> list[Batch]:
+def read(stream: Iterator[Batch], number: int) -> list[Batch]:
+    """The next batches of a stream. Raises DataError if it cannot be read on."""
     try:
         return list(islice(stream, number))
     except UserError as error:

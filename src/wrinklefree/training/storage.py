@@ -26,6 +26,8 @@ MANIFEST = ".wrinklefree-manifest.json"
 
 LARGEST_MANIFEST = 1 << 26  # bytes
 
+PROBE = ".wrinklefree-probe"
+
 # Exceptions of the drivers that are no OSError: (module, class). A class is looked up if its module has been imported.
 _REFUSALS = [
     ("gcsfs.retry", "HttpError"),
@@ -76,6 +78,15 @@ def push(local: Path, url: str) -> None:
             _put(files, local, root)
         else:
             _push_folder(files, local, root)
+
+
+def check_writable(url: str) -> None:
+    """Write a small file under `url`, and remove it. Raises UserError if the driver is missing or the place refuses."""
+    files, root = _connect(url)
+    with _refusals_explained(url):
+        files.makedirs(root, exist_ok=True)
+        files.pipe_file(f"{root}/{PROBE}", b"written to see whether it can be; it may be removed")
+        files.rm_file(f"{root}/{PROBE}")
 
 
 def _connect(url: str) -> tuple[Any, str]:

@@ -1,0 +1,120 @@
+"""What can be known to go wrong is looked for before the model is loaded, and before anything is written.
+
+    trackers    their packages are installed
+    storage     the driver is there, and the place takes files
+    models      the model, the teacher and the KD cache are there
+    data        the first rows can be read, for training and for evaluation
+    disk        the checkpoints fit
+
+Once the model is loaded, the plan says how often the text is gone through.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from wrinklefree.config.schema import Config
+from wrinklefree.core.errors import UserError
+from wrinklefree.data.kd_cache.manifest import read_manifest
+from wrinklefree.data.preview import preview, size_of
+from wrinklefree.models.find import at_hand, model_folder, resolve_pretrained
+from wrinklefree.models.load import open_tokenizer
+from wrinklefree.runs import prerequisites
+from wrinklefree.tracking.run_log import check_wandb
+from wrinklefree.tracking.terminal import short_number, short_size
+from wrinklefree.training import storage
+from wrinklefree.training.plan import Plan
+
+log = logging.getLogger("wrinklefree")
+
+# Bytes a parameter: its fp32 weight, and AdamW's two moments in a checkpoint that can be resumed from.
+WEIGHT, MOMENTS = 4, 8
+
+
+def check_places(config: Config) -> None:
+    """Raises UserError if a tracker is not installed, or if `training.upload_to` takes no files."""
+    if config.training.logging.wandb.enabled:
+        check_wandb()
+    if config.training.upload_to is not None:
+        storage.check_writable(config.training.upload_to)
+
+
+def check_model(config: Config, reads_text: bool) -> None:
+    """Raises UserError if the model, the teacher, the KD cache, the text or the room on the disk is missing."""
+    resolve_pretrained(config.model.pretrained)
+    if config.distillation.teacher is not None:
+        resolve_pretrained(prerequisites.stage_model(config, config.distillation.teacher))
+    if config.distillation.cache is not None:
+        read_manifest(Path(config.distillation.cache))
+    elif reads_text:
+        preview(config.data, _tokenizer(config))
+    if config.training.max_steps != 0 and config.thinking is None:  # a thinker is far smaller than its model
+        check_disk(config)
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    source = resolve_pretrained(config.model.pretrained)
+    folder = model_folder(Path(source))
+    return open_tokenizer(str(folder) if folder.exists() else source, config.model.trust_remote_code)
+
+
+def check_disk(config: Config) -> None:
+    """Raises UserError if the disk has no room for the checkpoints of this run."""
+    parameters = count_parameters(config)
+    if parameters is None:
+        return
+    out = Path(config.output_dir)
+    place = next(path for path in (out, *out.resolve().parents) if path.exists())
+    there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    needed, free = checkpoint_bytes(config, parameters), shutil.disk_usage(place).free + there
+    if needed > free:
+        raise UserError(
+            f"{out}: the checkpoints of this run need {short_size(needed)}, and the disk has {short_size(free)} for "
+            f"them: another output_dir, or a smaller training.save_total_limit (now {config.training.save_total_limit})"
+        )
+
+
+def checkpoint_bytes(config: Config, parameters: int) -> int:
+    """The most that a run's checkpoints and its final model take, while one more checkpoint is being written."""
+    t = config.training
+    checkpoints = (t.save_total_limit + 1) * (WEIGHT + MOMENTS)
+    models = (3 if t.keep_best else 1) * WEIGHT  # final/, the best model, and the one before it
+    return parameters * (checkpoints + models)
+
+
+def count_parameters(config: Config) -> int | None:
+    """The number of parameters of a model whose config is on this machine; None if it is not."""
+    source = at_hand(config.model.pretrained)
+    if source is None:
+        return None
+    trust = config.model.trust_remote_code
+    settings = AutoConfig.from_pretrained(model_folder(source), trust_remote_code=trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust)
+    return int(model.num_parameters())
+
+
+def check_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
+    """Log which text is gone through, and how often.
+
+    Raises UserError if a number of tokens goes through it more often than `data.max_passes`. A number of steps may.
+    """
+    if config.distillation.cache is not None or plan.max_steps == 0:
+        return
+    size = size_of(config.data, tokenizer)
+    if size is None:
+        return
+    passes = plan.max_steps * plan.tokens_per_step / size.tokens
+    log.info(
+        "text: %s, about %s tokens; the plan goes through it %.3g times", size.name, short_number(size.tokens), passes
+    )
+    limit = config.data.max_passes
+    if plan.total_tokens is not None and passes > limit:
+        raise UserError(
+            f"{plan.total_tokens:,} tokens are {passes:.3g} passes over {size.name}: give more text (data=local "
+            f"data.path=FOLDER), train on fewer (training.total_tokens={int(limit * size.tokens)}), or allow it "
+            f"(data.max_passes={passes + 1:.0f})"
+        )

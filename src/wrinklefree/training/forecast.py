@@ -1,0 +1,46 @@
+"""How long a training will take, from a step that is measured before the first one."""
+
+import logging
+import time
+
+import torch
+
+from wrinklefree.tracking.terminal import spoken_time
+from wrinklefree.training.microbatches import Step, read
+from wrinklefree.training.state import TrainingState
+
+log = logging.getLogger("wrinklefree")
+
+LONG = 100  # micro-batches; a shorter training is soon done, and needs no forecast
+
+
+def how_long(run: TrainingState) -> None:
+    """Log how long the rest of the training takes. Every process has to call this.
+
+    Two micro-batches are computed, of which the second is timed. Nothing is learned from them, and the data, the random
+    numbers and the weights are as before.
+    """
+    accumulated = run.training.gradient_accumulation_steps
+    left = run.plan.max_steps - run.step
+    if left * accumulated < LONG or run.training.compile:  # compiling takes longer than many steps
+        return
+    device = run.world.device
+    position = run.stream.state_dict()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        micro_batches = [Step(run, [batch]) for batch in read(iter(run.stream), 2)]
+        seconds = [_measure(run, step) for step in micro_batches][-1] * accumulated
+    run.stream.load_state_dict(position)
+    log.info("about %s, at %.3g s a step, without evaluations", spoken_time(left * seconds), seconds)
+
+
+def _measure(run: TrainingState, step: Step) -> float:
+    """The seconds that the forward and backward passes of a step take."""
+    started = time.perf_counter()
+    step.advance()
+    for weighed in step:
+        weighed.loss.backward()
+    if run.world.device.type == "cuda":
+        torch.cuda.synchronize(run.world.device)
+    for parameter in run.model.parameters():
+        parameter.grad = None
+    return time.perf_counter() - started
