@@ -17,7 +17,8 @@ from torch import Tensor
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside
-from wrinklefree.data.kd_cache.manifest import MANIFEST, SPARE, Manifest, read_manifest, shard_name, shards_in
+from wrinklefree.data.identity import differences
+from wrinklefree.data.kd_cache.manifest import IDENTITY, MANIFEST, SPARE, Manifest, read_manifest, shard_name, shards_in
 from wrinklefree.data.sources import Split
 
 log = logging.getLogger("wrinklefree")
@@ -82,13 +83,29 @@ def _lock(folder: Path, handle: int) -> None:
 
 
 def _check_same(folder: Path, present: Manifest, wanted: Manifest) -> None:
-    mine, other = dataclasses.asdict(wanted.settings), dataclasses.asdict(present.settings)
-    different = [key for key in mine if mine[key] != other[key]]
-    if different:
-        key = different[0]
-        raise UserError(
-            f"{folder}: holds a KD cache with {key}={other[key]}, not {mine[key]}: choose another folder, or --force"
-        )
+    """Raises UserError, naming the first difference, if a cache was written from another teacher or other data."""
+    changed = differences(_compared(present, present), _compared(wanted, present))
+    if changed:
+        key, (old, new) = next(iter(changed.items()))
+        raise UserError(f"{folder}: holds a KD cache with {key}={old}, not {new}: choose another folder, or --force")
+
+
+def _compared(manifest: Manifest, present: Manifest) -> dict[str, Any]:
+    """Return what has to be equal for the cache `present` to be continued.
+
+    Names of the teacher and the tokenizer may differ if their fingerprints are equal. The data is compared by content,
+    but by the settings that version 0.1 wrote if `present` is of that version.
+    """
+    values = dataclasses.asdict(manifest.settings)
+    data = values.pop("data")
+    for name in ("teacher", "tokenizer"):
+        if values[f"{name}_fingerprint"]:
+            del values[name]
+    if IDENTITY in present.data:
+        return values | data.get(IDENTITY, {})
+    if "source" in present.data:  # its fingerprint of the data has the spelling of the path in it
+        del values["data_fingerprint"]
+    return values | {f"data.{key}": data.get(key) for key in present.data}
 
 
 def check_disk(folder: Path, manifest: Manifest, freed: int = 0) -> None:
