@@ -295,3 +295,13 @@ def test_a_bad_row_of_a_dataset_is_one_too(tmp_path: Path, tokenizer: PreTrained
     make = {"batch_size": 2, "length": 24, "seed": 3}
     with pytest.raises(BadRowError, match="row 21: a turn of role 'judge'"):
         next(training_stream(DataConfig(**values), tokenizer, **make))
+
+
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
+def test_what_is_wrong_with_every_row_is_not_skipped(bad_rows: str, tmp_path: Path) -> None:
+    silent = chatty()
+    silent.chat_template = None
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [QUESTION, ANSWER]}) + "\n")
+    with pytest.raises(UserError, match=r"row 1: tokenizer .* has no chat template") as caught:
+        next(stream(tmp_path / "a.jsonl", silent, bad_rows=bad_rows))
+    assert "bad_rows" not in str(caught.value)

@@ -1,5 +1,6 @@
 """A position is one of a text, known by its content and by what makes text of it, not by the spelling of a path."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -18,8 +19,10 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.data import identity
 from wrinklefree.data.kd_cache.manifest import read_manifest
 from wrinklefree.data.kd_cache.read import KDCache, KDStream
+from wrinklefree.data.kd_cache.write import write_manifest
 from wrinklefree.data.open import training_stream
 from wrinklefree.data.packing import BatchStream
+from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.data.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer(["some text of some words"], 300)
@@ -317,3 +320,34 @@ def test_an_unfinished_cache_goes_on_by_content(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "text" / "07.txt").write_text("w1 w2 w3")
     with pytest.raises(UserError, match=r"holds a KD cache with data_fingerprint=|holds a KD cache with data\.path=07"):
         make(tmp_path, tmp_path / "cache")
+    assert make(tmp_path, tmp_path / "cache", "data.allow_changes=true") == again
+
+
+def test_an_unfinished_cache_of_version_0_1_goes_on_by_its_settings(tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    made = make(tmp_path, tmp_path / "cache")
+    settings = {key: value for key, value in made.data.items() if key not in ("identity", "bad_rows", "allow_changes")}
+    old = dataclasses.replace(made, data=settings, data_fingerprint="of version 0.1")
+    write_manifest(tmp_path / "cache", old)
+    assert make(tmp_path, tmp_path / "cache") == old
+    with pytest.raises(UserError, match=r"holds a KD cache with data\.shuffle_buffer=2048, not 7"):
+        make(tmp_path, tmp_path / "cache", "data.shuffle_buffer=7")
+    with pytest.raises(UserError, match="holds a KD cache with topk=8, not 9"):
+        make(tmp_path, tmp_path / "cache", topk=9)
+
+
+def test_a_batch_that_cannot_be_read_leaves_the_position_where_it_was() -> None:
+    def batch(rows: list[int]) -> dict[str, torch.Tensor]:
+        if broken:
+            raise UserError("no such shard")
+        return {"input_ids": torch.tensor(rows)}
+
+    broken = False
+    stream, whole = (ShuffledStream(7, batch, identity={}, batch_size=2, seed=0) for _ in range(2))
+    for _ in range(10):
+        broken = True
+        with pytest.raises(UserError):
+            next(stream)
+        broken = False
+        assert stream.state_dict() == whole.state_dict()
+        assert torch.equal(next(stream)["input_ids"], next(whole)["input_ids"])

@@ -115,7 +115,7 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
         seed=config.seed,
         **(sizes | {"num_heldout": len(heldout["input_ids"])}),
     )
-    with begin(out, wanted, force=force) as manifest:
+    with begin(out, wanted, force=force, allow_changes=config.data.allow_changes) as manifest:
         if manifest.complete:
             log.info("%s is complete; --force writes it again", out)
             return manifest

@@ -63,11 +63,14 @@ _MAGIC = {
 _MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))
 _NOT_SPACE = re.compile(r"\S")
-_ESCAPED = re.compile("[\udc80-\udcff]")  # the bytes that are not UTF-8, after decoding with surrogateescape
 
 
 class BadRowError(UserError):
     """One row that cannot be read, or that does not hold what it should. The rows after it may be good."""
+
+
+class EveryRowError(UserError):
+    """What is wrong with every row, such as a tokenizer that cannot write conversations: skipping rows does not help."""
 
 
 def find_files(setting: str, path: str | None) -> list[Path]:
@@ -213,9 +216,18 @@ def _encoding(path: Path, head: bytes) -> str:
     return "utf-8-sig"
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether a text has halves of surrogate pairs, or bytes that were decoded with surrogateescape."""
+    try:
+        text.encode()  # several times faster than a search
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _not_utf8(path: Path, where: str, text: str) -> str | None:
     """Return what is wrong if `text` came from bytes that are not UTF-8, or None."""
-    if text.isascii() or not _ESCAPED.search(text):
+    if not has_surrogates(text):
         return None
     raw = text.encode("utf-8", "surrogateescape")
     if 50 * (len(raw) - len(raw.translate(None, _CONTROL))) > len(raw):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from wrinklefree.core.batch import Batch
+from wrinklefree.core.errors import UserError
 from wrinklefree.data.identity import check_same
 
 
@@ -36,10 +37,21 @@ class ShuffledStream(Iterator[Batch]):
         self._epoch = self._place = 0
         self._order: list[int] = []  # of this epoch; empty until it is asked for
 
+    @property
+    def skipped(self) -> int:
+        """How many bad rows were left out: none, since these rows were all written by this program."""
+        return 0
+
     def __next__(self) -> Batch:
+        """Return this process's rows of the next global batch. If they cannot be read, the position stays."""
+        before = self._epoch, self._place
         rows = [self._next_row() for _ in range(self._world_size * self._batch_size)]
         first = self._rank * self._batch_size
-        return self._batch(rows[first : first + self._batch_size])
+        try:
+            return self._batch(rows[first : first + self._batch_size])
+        except UserError:
+            self._epoch, self._place, self._order = *before, []
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Return the exact position in plain values. It is the same in every process."""

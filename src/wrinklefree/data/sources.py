@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.core.text import first_line
-from wrinklefree.data.rows import PIECE, BadRowError, is_saved_dataset, read_rows
+from wrinklefree.data.rows import PIECE, BadRowError, EveryRowError, has_surrogates, is_saved_dataset, read_rows
 from wrinklefree.data.rows import Row as Row  # for the files of data formats, a user's too
 
 log = logging.getLogger("wrinklefree")
@@ -133,7 +133,7 @@ class Hub:
         self._dataset.load_state_dict(start["rows"] if start else self._beginning)
         self._seen = start["document"] if start else 0
         self._row = start["row"] if start and "row" in start else self._seen  # version 0.1 did not save it
-        for row in self._rows():
+        for row in hub_rows(self.name, self._dataset, self._row):
             self._row += 1
             item = rendered(self._render, row, f"{self.name}, row {self._row}")
             if is_blank(item):
@@ -141,20 +141,6 @@ class Hub:
             self._seen += 1
             if isinstance(item, BadRowError) or self._seen > self._skip:
                 yield item
-
-    def _rows(self) -> Iterator[Row]:
-        """Yield the rows. Raises UserError if the dataset cannot be read on, or the hub is gone."""
-        from datasets.exceptions import DatasetsError
-
-        rows = iter(self._dataset)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except (DatasetsError, OSError, ValueError) as error:  # ValueError: pyarrow's errors, and broken JSON
-                raise UserError(f"{self.name}: cannot be read after row {self._row}: {first_line(error)}") from error
-            yield row
 
     def position(self) -> Position:
         return {"document": self._seen, "row": self._row, "rows": self._dataset.state_dict()}
@@ -256,19 +242,21 @@ def read_documents(path: Path, render: Render, piece: int = PIECE) -> Iterator[D
 
 
 def rendered(render: Render, row: Row, where: str) -> Item:
-    """Return the document of a row, or what is wrong with it."""
+    """Return the document of a row, or what is wrong with it. Raises EveryRowError if no row can be a document."""
     try:
         document = render(row, where)
+    except EveryRowError:
+        raise
     except UserError as error:
         return BadRowError(str(error))
     if isinstance(document, str):
-        return _whole(document)
-    return document._replace(prompt=_whole(document.prompt), answer=_whole(document.answer))
+        return whole(document)
+    return document._replace(prompt=whole(document.prompt), answer=whole(document.answer))
 
 
-def _whole(text: str) -> str:
+def whole(text: str) -> str:
     """Replace halves of surrogate pairs (an emoji that was cut in two, in JSON) by U+FFFD, as browsers do."""
-    return text if text.isascii() else _HALF.sub("\ufffd", text)
+    return _HALF.sub("\ufffd", text) if has_surrogates(text) else text
 
 
 def load_hub(name: str, path: str | None, subset: str | None, split: str, instead: str) -> Any:
@@ -319,6 +307,22 @@ def _row_number(text: str, total: int | None, where: str) -> int:
     if not total:
         raise UserError(f"{where}: the dataset does not say how many rows it has: give row numbers, such as [:1000]")
     return round(int(text[:-1]) * total / 100)
+
+
+def hub_rows(name: str, dataset: Any, done: int = 0) -> Iterator[Row]:
+    """Yield the rows of a dataset. Raises UserError if it cannot be read on after row `done`, or if the hub is gone."""
+    from datasets.exceptions import DatasetsError
+
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (DatasetsError, OSError, ValueError) as error:  # ValueError: pyarrow's errors, and broken JSON
+            raise UserError(f"{name}: cannot be read after row {done}: {first_line(error)}") from error
+        done += 1
+        yield row
 
 
 def hub_reachable(endpoint: str, timeout: float = 5) -> bool:

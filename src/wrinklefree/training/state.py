@@ -22,7 +22,11 @@ from wrinklefree.training.plan import Plan
 
 
 class Stream(Protocol):
-    """Training batches without end. Its state is an exact position to continue from."""
+    """Training batches without end. Its state is an exact position to continue from, also after it raised UserError."""
+
+    @property
+    def skipped(self) -> int:
+        """How many bad rows were left out so far."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 

@@ -25,11 +25,11 @@ log = logging.getLogger("wrinklefree")
 
 
 @contextmanager
-def begin(folder: Path, wanted: Manifest, *, force: bool = False) -> Iterator[Manifest]:
+def begin(folder: Path, wanted: Manifest, *, force: bool = False, allow_changes: bool = False) -> Iterator[Manifest]:
     """Lock `folder` for writing, and give the manifest to continue from.
 
     That is the manifest in the folder if it has the settings of `wanted`, or else `wanted`. With `force` it is always
-    `wanted`, and the cache in the folder is deleted.
+    `wanted`, and the cache in the folder is deleted. With `allow_changes` the data may have changed.
     Raises UserError, and changes nothing, if the folder holds something else, if another process writes there, or if
     the disk is too small.
     """
@@ -37,21 +37,21 @@ def begin(folder: Path, wanted: Manifest, *, force: bool = False) -> Iterator[Ma
     if anew:
         check_disk(folder, wanted, sum(file.stat().st_size for file in shards_in(folder)))
     else:
-        check_disk(folder, _manifest_to_continue(folder, wanted))
+        check_disk(folder, _manifest_to_continue(folder, wanted, allow_changes))
     with _locked(folder):
         if anew:
             write_manifest(folder, wanted)  # before deleting: after a kill, no manifest may name deleted shards
             for file in shards_in(folder):
                 file.unlink()
-        manifest = _manifest_to_continue(folder, wanted)
+        manifest = _manifest_to_continue(folder, wanted, allow_changes)
         yield manifest if manifest.complete else write_manifest(folder, manifest)
 
 
-def _manifest_to_continue(folder: Path, wanted: Manifest) -> Manifest:
+def _manifest_to_continue(folder: Path, wanted: Manifest, allow_changes: bool) -> Manifest:
     """Return the manifest in `folder`, or `wanted` if the folder is empty. Raises UserError if the settings differ."""
     if (folder / MANIFEST).exists():
         present = read_manifest(folder)
-        _check_same(folder, present, wanted)
+        _check_same(folder, present, wanted, allow_changes)
         return present
     if folder.is_dir() and any(not file.match(".*.tmp") for file in folder.iterdir()):
         raise UserError(f"{folder}: not empty, and no KD cache: choose another folder")
@@ -82,12 +82,19 @@ def _lock(folder: Path, handle: int) -> None:
         log.info("%s: cannot be locked on this file system: let no other process write there", folder)
 
 
-def _check_same(folder: Path, present: Manifest, wanted: Manifest) -> None:
-    """Raises UserError, naming the first difference, if a cache was written from another teacher or other data."""
+def _check_same(folder: Path, present: Manifest, wanted: Manifest, allow_changes: bool) -> None:
+    """Raises UserError, naming the first difference, if a cache was written from another teacher or other data.
+
+    With `allow_changes`, a difference in the data is a warning.
+    """
     changed = differences(_compared(present, present), _compared(wanted, present))
-    if changed:
-        key, (old, new) = next(iter(changed.items()))
-        raise UserError(f"{folder}: holds a KD cache with {key}={old}, not {new}: choose another folder, or --force")
+    for key, (old, new) in changed.items():
+        if allow_changes and key in ("data_fingerprint", *present.data.get(IDENTITY, {})):
+            log.warning("data.allow_changes=true: %s holds a KD cache with %s=%s, not %s", folder, key, old, new)
+        else:
+            raise UserError(
+                f"{folder}: holds a KD cache with {key}={old}, not {new}: choose another folder, or --force"
+            )
 
 
 def _compared(manifest: Manifest, present: Manifest) -> dict[str, Any]:
