@@ -155,6 +155,10 @@ class Fixed(Iterator[Batch]):
         self.served += 1
         return self.batches[(self.served - 1) % len(self.batches)]
 
+    @property
+    def skipped(self) -> int:
+        return 0
+
     def state_dict(self) -> dict[str, int]:
         return {"served": self.served}
 

@@ -261,7 +261,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer
     monkeypatch.setitem(tasks.TASKS, "sst2", dataclasses.replace(tasks.TASKS["sst2"], path=str(tmp_path)))
     batches = stream(downstream(None), tokenizer, batch_size=40)
     assert {text.partition("\n")[0] for text in shown(next(batches), tokenizer)} <= set(SENTENCES[:80])
-    assert batches.state_dict()["data"]["data.path"] == str(tmp_path)
+    assert batches.state_dict()["data"]["data.path"].keys() == {"README.md", "train.jsonl", "validation.jsonl"}
     examples = heldout_examples(downstream(None), tokenizer)
     assert [e.prompt.partition("\n")[0] for e in examples] == SENTENCES[80:]
 
@@ -371,3 +371,12 @@ def test_stdlib_kind_streams(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_other_data_has_no_examples(tokenizer: PreTrainedTokenizerFast) -> None:
     assert heldout_examples(DataConfig(source="stdlib"), tokenizer) == []
+
+
+def test_a_csv_has_labels_as_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    lines = [f'"{sentence}",{i % 3 - 1}' for i, sentence in enumerate(SENTENCES)]
+    (tmp_path / "a.csv").write_text("\n".join(["sentence,label", *lines]))
+    write(tmp_path / "a.jsonl", [{"sentence": s, "label": i % 3 - 1} for i, s in enumerate(SENTENCES)])
+    text, numbers = (heldout_examples(downstream(tmp_path / name), tokenizer) for name in ("a.csv", "a.jsonl"))
+    assert text == numbers
+    assert text

@@ -32,6 +32,7 @@ class Store:
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     made = Store()
     monkeypatch.setattr(storage, "push", made.push)
+    monkeypatch.setattr(storage, "check_writable", lambda url: None)
     monkeypatch.setattr(uploads, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(uploads, "LONGEST_WAIT", 0.02)
     return made

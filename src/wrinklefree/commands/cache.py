@@ -25,7 +25,7 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
-from wrinklefree.data.kd_cache.manifest import Manifest
+from wrinklefree.data.kd_cache.manifest import IDENTITY, Manifest
 from wrinklefree.data.kd_cache.read import batch_of, sequences
 from wrinklefree.data.kd_cache.write import append, begin, finish
 from wrinklefree.data.open import heldout_batches, training_stream
@@ -96,7 +96,7 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
     size, wanted_tokens = config.training.batch_size, sizes["num_heldout"] * length
     held_out = heldout_batches(config.data, tokenizer, batch_size=size, length=length, max_tokens=wanted_tokens)
     heldout = _joined([sequences(batch) for batch in held_out])
-    data = dataclasses.asdict(config.data)
+    stream = training_stream(config.data, tokenizer, batch_size=1, length=length, seed=config.seed)
     if sizes["topk"] + sizes["negatives"] > teacher.config.vocab_size:
         raise UserError(f"--topk, --rand-neg: more tokens than the {teacher.config.vocab_size} of the vocabulary")
     dtype = choose_dtype(config.training.precision, world.device)
@@ -106,21 +106,20 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
         precision=str(dtype).removeprefix("torch."),
         tokenizer=tokenizer.name_or_path,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        data=data,
-        data_fingerprint=fingerprint([data, heldout["input_ids"].tolist()]),
+        data=dataclasses.asdict(config.data) | {IDENTITY: stream.identity},
+        data_fingerprint=fingerprint([stream.identity, heldout["input_ids"].tolist()]),
         vocab_size=teacher.config.vocab_size,
         length=length,
         tail="exact",
         seed=config.seed,
         **(sizes | {"num_heldout": len(heldout["input_ids"])}),
     )
-    with begin(out, wanted, force=force) as manifest:
+    with begin(out, wanted, force=force, allow_changes=config.data.allow_changes) as manifest:
         if manifest.complete:
             log.info("%s is complete; --force writes it again", out)
             return manifest
         log.info("precision %s on %s", manifest.precision, world.device)
         ask = Teacher(teacher.to(world.device), manifest, config.training.batch_size, dtype)
-        stream = training_stream(config.data, tokenizer, batch_size=1, length=manifest.length, seed=config.seed)
         try:
             manifest = fill(out, manifest, ask, heldout, stream)
         finally:

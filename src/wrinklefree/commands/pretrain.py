@@ -114,8 +114,13 @@ class Curriculum(Iterator[Batch]):
         self.switch, self.served = int(run.plan.max_steps * decay_start) * per_step, 0
 
     def __next__(self) -> Batch:
+        batch = next(self.streams[self.served >= self.switch])
         self.served += 1
-        return next(self.streams[self.served > self.switch])
+        return batch
+
+    @property
+    def skipped(self) -> int:
+        return sum(stream.skipped for stream in self.streams)
 
     def state_dict(self) -> dict[str, Any]:
         return {"served": self.served, "streams": [stream.state_dict() for stream in self.streams]}

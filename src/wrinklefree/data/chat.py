@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import first_line
+from wrinklefree.data.rows import EveryRowError
 from wrinklefree.data.sources import Document, Example, Row
 
 Message = dict[str, Any]  # role and content, which are text, and what else a template may read, such as tool_calls
@@ -105,7 +106,9 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: s
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
-        raise UserError(f"{where}: tokenizer {tokenizer.name_or_path!r} has no chat template to write messages with")
+        raise EveryRowError(
+            f"{where}: tokenizer {tokenizer.name_or_path!r} has no chat template to write messages with"
+        )
     template = str(tokenizer.chat_template)
     spoken = [message | {"role": _spoken(message["role"], template)} for message in messages]
     try:

@@ -35,6 +35,13 @@ def files_identity(path: str, files: Sequence[Path]) -> dict[str, str]:
     return {name: file_identity(file) for name, file in zip(names, files, strict=True)}
 
 
+def folder_identity(folder: Path) -> dict[str, str]:
+    """Return {name: size and fingerprint} of all files of a folder, but hidden ones."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    found = files_identity(str(folder), files)
+    return {name: value for name, value in found.items() if not f"/{name}".count("/.")}
+
+
 def file_identity(path: Path) -> str:
     """Return a file's size and fingerprint. Raises UserError if it cannot be read."""
     try:

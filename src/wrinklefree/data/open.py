@@ -18,7 +18,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import DATA_FORMATS, find_module, find_named
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.data import chat, sources, stdlib, stdlib_kind, tasks
-from wrinklefree.data.identity import Identity, files_identity
+from wrinklefree.data.identity import Identity, files_identity, folder_identity
 from wrinklefree.data.packing import BatchStream, encode, make_batch, pack, pack_whole, spread
 from wrinklefree.data.rows import find_files
 from wrinklefree.data.sources import Document, Example, GoodRows, Source, Split
@@ -65,7 +65,7 @@ def training_stream(
     return BatchStream(
         training_rows(config, tokenizer),
         partial(encode, tokenizer),
-        identity=identity(config, tokenizer),
+        identity=_identity(config, tokenizer),
         allow_changes=config.allow_changes,
         batch_size=batch_size,
         length=length,
@@ -196,28 +196,50 @@ def heldout_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Good
     return GoodRows(together(variants), skip=config.bad_rows == "skip")
 
 
-def identity(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Identity:
-    """Return what the training data is, by content and settings: what a resume compares.
+def _identity(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Identity:
+    """Return what makes text of the training data, and the content of local files: what a resume compares.
 
-    Raises UserError if a setting has no effect, or if a file cannot be read.
+    Raises UserError if a file cannot be read.
     """
-    _refuse_unread(config)
     found: Identity = {f"data.{key}": vars(config)[key] for key in _IDENTITY}
     written_by = [tokenizer_fingerprint(tokenizer), tokenizer.chat_template]
-    return found | _content(config) | {"tokenizer": fingerprint(written_by)}
+    return found | _places(config) | {"tokenizer": fingerprint(written_by)}
 
 
-def _content(config: DataConfig) -> Identity:
-    """Return the content of the texts that a config names: fingerprints of files and texts, or a dataset's id."""
-    if config.source == "stdlib":
-        return {"data.source.text": fingerprint(_library("train", config.tests).texts)}
-    if _is_builtin(config):
-        return {"data.task.text": fingerprint(_builtin(config, "train").texts)}
+def _places(config: DataConfig) -> Identity:
+    """Return the id of a dataset, or the fingerprints of the files that stand for a path."""
+    if config.source == "stdlib" or _is_builtin(config):
+        return {}
     if not _is_local(config):
-        return {"data.path": config.path or tasks.find_task(config.task).path}
+        path = config.path or tasks.find_task(config.task).path
+        return {"data.path": folder_identity(Path(path)) if Path(path).is_dir() else path}
     paths = {"data.path": config.path, "data.heldout_path": config.heldout_path}
     named = {key: path for key, path in paths.items() if path or key == "data.path"}
     return {key: files_identity(str(path), find_files(key, path)) for key, path in named.items()}
+
+
+def texts_in_memory(config: DataConfig) -> sources.Memory | None:
+    """Return the training documents of a source that needs no files; None for others. Raises UserError like those."""
+    _refuse_unread(config)
+    if config.source == "stdlib":
+        return _library("train", config.tests)
+    return _builtin(config, "train") if _is_builtin(config) else None
+
+
+def training_files(config: DataConfig) -> list[Path] | None:
+    """Return the local files to train on, or None if there are none. Raises UserError if a path does not exist."""
+    _refuse_unread(config)
+    return find_files("data.path", config.path) if _is_local(config) else None
+
+
+def trained_share(config: DataConfig) -> float:
+    """Return how much of the local files is trained on; the rest is held out."""
+    return 1.0 if config.heldout_path else 1 - 1 / sources.HOLDOUT_EVERY
+
+
+def row_renders(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[sources.Render]:
+    """Return the ways in which a row becomes a document: one, or several for conversations."""
+    return [_rows(config, tokenizer, thinking).render for thinking in chat.VARIANTS[config.enable_thinking]]
 
 
 def together(variants: list[Source]) -> Source:

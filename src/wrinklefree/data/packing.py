@@ -181,13 +181,18 @@ class BatchStream(Iterator[Batch]):
         self._source, self._encode = source, encode
         self._batch_size, self._length, self._document_mask, self._pad = batch_size, length, document_mask, pad
         self._rank, self._world_size = rank, world_size
-        self._data, self._allow_changes = identity, allow_changes
+        self._data, self._allow_changes = {**identity, **source.facts}, allow_changes
         self._order: dict[str, Any] = {"seed": seed, "shuffle_buffer": shuffle_buffer}
         self._epoch = self._chunk = self._document = self._offset = 0
         self._chunk_start: Position | None = None
         self._incoming: Iterator[Document] | None = None  # None until the first batch is asked for
         self._shuffled: list[Document] = []
         self._encoded: dict[int, Tensor] = {}
+
+    @property
+    def identity(self) -> Identity:
+        """What the data is, by content and settings."""
+        return self._data
 
     @property
     def skipped(self) -> int:

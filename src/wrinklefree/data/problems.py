@@ -8,6 +8,7 @@ FILE.jsonl       a `question` and an `answer` per line; the answer is bare, or f
 import hashlib
 import re
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ def load_problems(source: str, split: Split, count: int, num_heldout: int) -> li
         return [Problem(chain.question, chain.answer) for chain in chains.chains(split, count, seed=1)]
     if source == "gsm8k":
         stream = sources.load_hub("gsm8k", GSM8K, "main", "train" if split == "train" else "test", "a JSONL file")
-        problems = [_problem(row, f"gsm8k row {n}") for n, row in zip(range(count), stream, strict=False)]
+        rows = islice(sources.hub_rows("gsm8k", stream), count)
+        problems = [_problem(row, f"gsm8k row {n}") for n, row in enumerate(rows)]
     else:
         problems = _deal(list(_read(Path(source))), split, num_heldout)
     if not problems:
@@ -74,7 +76,8 @@ def _problem(row: sources.Row, where: str) -> Problem:
     for column in ("question", "answer"):
         if not isinstance(row.get(column), (str, int, float)):
             raise UserError(f"{where}: a problem needs a {column!r}; there are {columns(row)}")
-    return Problem(str(row["question"]).strip(), str(row["answer"]).rpartition(MARK)[2].strip())
+    question, answer = (sources.whole(str(row[column])).strip() for column in ("question", "answer"))
+    return Problem(question, answer.rpartition(MARK)[2].strip())
 
 
 def _deal(problems: list[Problem], split: Split, num_heldout: int) -> list[Problem]:

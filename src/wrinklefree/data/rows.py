@@ -17,11 +17,11 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TextIO, cast
+from typing import IO, Any, BinaryIO, NamedTuple, TextIO, cast
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import first_line
@@ -63,11 +63,14 @@ _MAGIC = {
 _MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))
 _NOT_SPACE = re.compile(r"\S")
-_ESCAPED = re.compile("[\udc80-\udcff]")  # the bytes that are not UTF-8, after decoding with surrogateescape
 
 
 class BadRowError(UserError):
     """One row that cannot be read, or that does not hold what it should. The rows after it may be good."""
+
+
+class EveryRowError(UserError):
+    """What is wrong with every row, such as a tokenizer that cannot write conversations. Skipping does not help."""
 
 
 def find_files(setting: str, path: str | None) -> list[Path]:
@@ -114,8 +117,6 @@ def _saved_files(where: str, root: Path) -> list[Path]:
     absent = [name for name in names if name != Path(str(name)).name or not (root / name).is_file()]
     if absent or not names:
         raise UserError(f"{where}: no file {absent[0]!r}, which state.json names" if absent else f"{where}: no files")
-    if json.loads((root / "state.json").read_bytes()).get("_indices_data_files"):
-        raise UserError(f"{where}: rows were chosen or shuffled after they were written: flatten_indices(), save again")
     return [root / name for name in names]
 
 
@@ -143,36 +144,53 @@ def read_rows(path: Path, piece: int = PIECE) -> Iterator[Row | str | BadRowErro
     A row that cannot be read is given as a `BadRowError`, and reading goes on. Raises UserError if it cannot go on: if
     the file is not what its suffix says, or is no text.
     """
+    with open_rows(path, piece) as file:
+        yield from file.rows
+
+
+class OpenRows(NamedTuple):
+    """A file that is being read."""
+
+    rows: Iterator[Row | str | BadRowError]
+    share: Callable[[], float]  # of the file that has been read: above 0, at most 1
+
+
+@contextmanager
+def open_rows(path: Path, piece: int = PIECE) -> Iterator[OpenRows]:
+    """Open a file to read its rows, as `read_rows` gives them. Raises UserError if it cannot be read."""
     # The library `datasets` could do this, but it logs lines of its own before it raises, does not say in which line a
     # JSON file is broken, reads huge rows into memory, and takes 0.8 s to import.
     suffix = _suffix(path)
     if suffix in UNREAD:
         raise UserError(f"{path}: {suffix} is not read: unpack or convert it")
     if suffix in TABLE_SUFFIXES:
-        yield from _table_rows(path, suffix)
+        with _table(path, suffix) as table:
+            yield table
         return
-    with _opened(path, newline="" if suffix in DELIMITERS else None) as file:
+    with _opened(path, newline="" if suffix in DELIMITERS else None) as (file, share):
         if suffix in JSON_SUFFIXES:
-            yield from _json_rows(file, path, suffix)
+            yield OpenRows(_json_rows(file, path, suffix), share)
         elif suffix in DELIMITERS:
-            yield from _csv_rows(file, path, DELIMITERS[suffix])
+            yield OpenRows(_csv_rows(file, path, DELIMITERS[suffix]), share)
         else:
-            yield from _pieces(file, path, piece)
+            yield OpenRows(_pieces(file, path, piece), share)
 
 
 @contextmanager
-def _opened(path: Path, newline: str | None) -> Iterator[TextIO]:
-    """Open a file as text. Raises UserError, also for errors of the block, if it is no text or not a whole gzip file.
+def _opened(path: Path, newline: str | None) -> Iterator[tuple[TextIO, Callable[[], float]]]:
+    """Open a file as text. Gives it with the share of it that has been read.
 
+    Raises UserError, also for errors of the block, if it is no text or not a whole gzip file.
     Bytes that are not UTF-8 come as surrogates, which `_not_utf8` describes.
     """
     try:
-        with _raw(path) as raw:
+        with path.open("rb") as stored, _unzipped(stored, path) as raw:
+            size = max(1, path.stat().st_size)
             encoding = _encoding(path, raw.read(HEAD))
             raw.seek(0)
             errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
             with TextIOWrapper(cast("IO[bytes]", raw), encoding=encoding, errors=errors, newline=newline) as file:
-                yield file
+                yield file, lambda: max(1, stored.tell()) / size
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not whole {error.encoding.upper()} ({error.reason}): save it as UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -181,8 +199,8 @@ def _opened(path: Path, newline: str | None) -> Iterator[TextIO]:
         raise UserError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
 
 
-def _raw(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(ZIPPED) else path.open("rb")
+def _unzipped(stored: BinaryIO, path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.GzipFile(fileobj=stored)) if path.name.lower().endswith(ZIPPED) else stored
 
 
 def _encoding(path: Path, head: bytes) -> str:
@@ -198,9 +216,18 @@ def _encoding(path: Path, head: bytes) -> str:
     return "utf-8-sig"
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether a text has halves of surrogate pairs, or bytes that were decoded with surrogateescape."""
+    try:
+        text.encode()  # several times faster than a search
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _not_utf8(path: Path, where: str, text: str) -> str | None:
     """Return what is wrong if `text` came from bytes that are not UTF-8, or None."""
-    if text.isascii() or not _ESCAPED.search(text):
+    if not has_surrogates(text):
         return None
     raw = text.encode("utf-8", "surrogateescape")
     if 50 * (len(raw) - len(raw.translate(None, _CONTROL))) > len(raw):
@@ -403,58 +430,88 @@ def _csv_row(fields: list[str], columns: list[str], path: Path, where: str) -> R
 # Tables
 
 
-def _table_rows(path: Path, suffix: str) -> Iterator[Row | BadRowError]:
+@contextmanager
+def _table(path: Path, suffix: str) -> Iterator[OpenRows]:
+    """Open a Parquet or Arrow file. Raises UserError, also for errors of the block, if it is damaged."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
-    read, kind = (_parquet_batches, "Parquet") if suffix == ".parquet" else (_arrow_batches, "Arrow")
+    opened, kind = (_parquet, "Parquet") if suffix == ".parquet" else (_arrow, "Arrow")
     done = 0
+
+    def rows(batches: Iterable[Any]) -> Iterator[Row | BadRowError]:
+        nonlocal done
+        for batch in batches:
+            for row in _batch_rows(batch, path, done):
+                done += 1
+                yield row
+
     try:
-        for batch in read(path):
-            yield from _batch_rows(batch, path, done)
-            done += batch.num_rows
+        with opened(path) as (batches, total):
+            yield OpenRows(rows(batches), lambda: max(1, done) / max(1, total()))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a whole {kind} file: {first_line(error)}") from error
 
 
-def _parquet_batches(path: Path) -> Iterator[Any]:
+@contextmanager
+def _parquet(path: Path) -> Iterator[tuple[Iterable[Any], Callable[[], int]]]:
+    """Give the record batches of a file, and the number of its rows."""
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     with pq.ParquetFile(path) as file:
         about = file.metadata
         size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        yield from file.iter_batches(batch_size=max(1, min(1024, MAX_ROW * about.num_rows // max(1, size))))
+        together = max(1, min(1024, MAX_ROW * about.num_rows // max(1, size)))
+        yield file.iter_batches(batch_size=together), lambda: about.num_rows
 
 
-def _arrow_batches(path: Path) -> Iterable[Any]:
-    """Yield the record batches of a stream, as `datasets` writes it, or of an Arrow file."""
+@contextmanager
+def _arrow(path: Path) -> Iterator[tuple[Iterable[Any], Callable[[], int]]]:
+    """Give the record batches of a stream, as `datasets` writes it, or of an Arrow file, and the number of its rows."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as mapped:
-        if mapped.read(6) == b"ARROW1":
-            file = pa.ipc.open_file(mapped)
-            yield from (file.get_batch(i) for i in range(file.num_record_batches))
-            return
-        mapped.seek(0)
+        yield _arrow_batches(mapped), lambda: sum(batch.num_rows for batch in _arrow_batches(mapped))
+
+
+def _arrow_batches(mapped: Any) -> Iterator[Any]:
+    import pyarrow as pa
+
+    mapped.seek(0)
+    is_file = mapped.read(6) == b"ARROW1"
+    mapped.seek(0)
+    if not is_file:
         yield from pa.ipc.open_stream(mapped)
+        return
+    file = pa.ipc.open_file(mapped)
+    yield from (file.get_batch(i) for i in range(file.num_record_batches))
 
 
 def _batch_rows(batch: Any, path: Path, done: int) -> Iterator[Row | BadRowError]:
     """Yield the rows of a record batch, one by one if they are large or if one is broken."""
-    if batch.nbytes <= MAX_ROW:
-        try:
-            yield from batch.to_pylist()
-            return
-        except UnicodeDecodeError:  # before the first row was given
-            pass
-    for number in range(batch.num_rows):
-        yield _table_row(batch.slice(number, 1), f"{path}, row {done + number + 1}")
+    # 64 at a time: as Python objects they take a multiple of their bytes.
+    for start in range(0, batch.num_rows, 64):
+        part = batch.slice(start, 64)
+        rows = _plain_rows(part)
+        if rows is None:
+            singles = range(part.num_rows)
+            yield from (_table_row(part.slice(i, 1), f"{path}, row {done + start + i + 1}") for i in singles)
+        else:
+            yield from rows
+
+
+def _plain_rows(batch: Any) -> list[Row] | None:
+    """Return the rows of a record batch, or None if that would be too much, or if one is broken."""
+    if batch.nbytes > MAX_ROW:
+        return None
+    try:
+        rows: list[Row] = batch.to_pylist()
+    except UnicodeDecodeError:
+        return None
+    return rows
 
 
 def _table_row(batch: Any, where: str) -> Row | BadRowError:
     if batch.nbytes > MAX_ROW:
         return _too_long(where)
-    try:
-        row: Row = batch.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return BadRowError(f"{where}: not UTF-8 ({error.reason})")
-    return row
+    rows = _plain_rows(batch)
+    return BadRowError(f"{where}: not UTF-8") if rows is None else rows[0]

@@ -19,8 +19,9 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.core.text import first_line
-from wrinklefree.data.rows import PIECE, BadRowError, is_saved_dataset, read_rows
+from wrinklefree.data.rows import PIECE, BadRowError, EveryRowError, has_surrogates, is_saved_dataset, read_rows
 from wrinklefree.data.rows import Row as Row  # for the files of data formats, a user's too
 
 log = logging.getLogger("wrinklefree")
@@ -60,6 +61,7 @@ class Source(Protocol):
 
     name: str  # the setting that names it; for error messages, and to recognize it in positions of version 0.1
     hint: str  # appended to the error message if the source is empty
+    facts: dict[str, Any]  # what it says of its content without being read, to recognize it at a resume
 
     def documents(self, start: Position | None) -> Iterator[Item]:
         """Yield the documents from `start` (None: the first) to the last, once."""
@@ -76,6 +78,7 @@ class Memory:
     def __init__(self, name: str, texts: Iterable[Document]):
         self.name = name
         self.texts = list(texts)
+        self.facts = {"data.text": fingerprint(self.texts)}
         self._next = 0
 
     def documents(self, start: Position | None) -> Iterator[Item]:
@@ -94,7 +97,7 @@ class Files:
     def __init__(
         self, name: str, paths: list[Path], render: Render, keep: Callable[[int], bool] = lambda _: True, hint: str = ""
     ):
-        self.name, self.hint = name, hint
+        self.name, self.hint, self.facts = name, hint, dict[str, Any]()
         self._paths, self._render, self._keep = paths, render, keep
         self._position = {"file": 0, "row": 0, "document": 0}
 
@@ -121,6 +124,8 @@ class Hub:
         self.name, self.hint = name, hint
         self._dataset, self._render, self._skip = dataset, render, skip
         self._seen = self._row = 0
+        splits = {split: info.num_examples for split, info in (dataset.info.splits or {}).items()}
+        self.facts = {"data.rows": splits}  # as the dataset's card counts them, if it does
         self._beginning = dataset.state_dict()
 
     def documents(self, start: Position | None) -> Iterator[Item]:
@@ -128,7 +133,7 @@ class Hub:
         self._dataset.load_state_dict(start["rows"] if start else self._beginning)
         self._seen = start["document"] if start else 0
         self._row = start["row"] if start and "row" in start else self._seen  # version 0.1 did not save it
-        for row in self._rows():
+        for row in hub_rows(self.name, self._dataset, self._row):
             self._row += 1
             item = rendered(self._render, row, f"{self.name}, row {self._row}")
             if is_blank(item):
@@ -136,20 +141,6 @@ class Hub:
             self._seen += 1
             if isinstance(item, BadRowError) or self._seen > self._skip:
                 yield item
-
-    def _rows(self) -> Iterator[Row]:
-        """Yield the rows. Raises UserError if the dataset cannot be read on, or the hub is gone."""
-        from datasets.exceptions import DatasetsError
-
-        rows = iter(self._dataset)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except (DatasetsError, OSError, ValueError) as error:  # ValueError: pyarrow's errors, and broken JSON
-                raise UserError(f"{self.name}: cannot be read after row {self._row}: {first_line(error)}") from error
-            yield row
 
     def position(self) -> Position:
         return {"document": self._seen, "row": self._row, "rows": self._dataset.state_dict()}
@@ -159,7 +150,7 @@ class Interleaved:
     """Several sources with equally many documents: yields one from each in turn, leaving out repeats within a turn."""
 
     def __init__(self, sources: list[Source]):
-        self.name, self.hint = sources[0].name, sources[0].hint
+        self.name, self.hint, self.facts = sources[0].name, sources[0].hint, sources[0].facts
         self._sources = sources
         self._turn: list[Position | None] = [None] * len(sources)  # positions before this turn
         self._given = 0  # documents of this turn that are done
@@ -191,7 +182,7 @@ class GoodRows:
     """The good rows of a source. Its first bad row is raised, or with `skip` all bad rows are left out and counted."""
 
     def __init__(self, source: Source, skip: bool):
-        self.name, self.hint = source.name, source.hint
+        self.name, self.hint, self.facts = source.name, source.hint, source.facts
         self._source, self._skip = source, skip
         self._here = self._most = 0  # skipped in this pass over the data, and in the pass that skipped most
         self._said = False
@@ -205,16 +196,21 @@ class GoodRows:
         """Yield the good rows. Raises BadRowError at the first bad one, unless they are skipped."""
         self._most = self.skipped
         self._here = start.get("skipped", 0) if start else 0
-        for item in self._source.documents(start):
+        for item in self.every(start):
             if not isinstance(item, BadRowError):
                 yield item
             elif self._skip:
                 self._leave_out(item)
             else:
-                raise BadRowError(
-                    f"{item}; mend it and go on with data.allow_changes=true, or leave out such rows with "
-                    f"data.bad_rows=skip"
-                )
+                raise self.refusal(item)
+
+    def every(self, start: Position | None) -> Iterator[Item]:
+        """Yield all rows, the bad ones too, without counting them."""
+        return self._source.documents(start)
+
+    def refusal(self, row: BadRowError) -> BadRowError:
+        """Return the error for a bad row, which says what to do."""
+        return BadRowError(f"{row}; mend it (a resume then needs data.allow_changes=true), or set data.bad_rows=skip")
 
     def position(self) -> Position:
         """Return the position just after the last good row, with the bad rows that were skipped before it."""
@@ -223,7 +219,7 @@ class GoodRows:
     def _leave_out(self, row: BadRowError) -> None:
         self._here += 1
         if not self._said:
-            log.warning("data.bad_rows=skip leaves out the first bad row: %s", row)
+            log.warning("data.bad_rows=skip: leaves out %s", row)
             self._said = True
 
 
@@ -246,19 +242,21 @@ def read_documents(path: Path, render: Render, piece: int = PIECE) -> Iterator[D
 
 
 def rendered(render: Render, row: Row, where: str) -> Item:
-    """Return the document of a row, or what is wrong with it."""
+    """Return the document of a row, or what is wrong with it. Raises EveryRowError if no row can be a document."""
     try:
         document = render(row, where)
+    except EveryRowError:
+        raise
     except UserError as error:
         return BadRowError(str(error))
     if isinstance(document, str):
-        return _whole(document)
-    return document._replace(prompt=_whole(document.prompt), answer=_whole(document.answer))
+        return whole(document)
+    return document._replace(prompt=whole(document.prompt), answer=whole(document.answer))
 
 
-def _whole(text: str) -> str:
+def whole(text: str) -> str:
     """Replace halves of surrogate pairs (an emoji that was cut in two, in JSON) by U+FFFD, as browsers do."""
-    return text if text.isascii() else _HALF.sub("\ufffd", text)
+    return _HALF.sub("\ufffd", text) if has_surrogates(text) else text
 
 
 def load_hub(name: str, path: str | None, subset: str | None, split: str, instead: str) -> Any:
@@ -309,6 +307,22 @@ def _row_number(text: str, total: int | None, where: str) -> int:
     if not total:
         raise UserError(f"{where}: the dataset does not say how many rows it has: give row numbers, such as [:1000]")
     return round(int(text[:-1]) * total / 100)
+
+
+def hub_rows(name: str, dataset: Any, done: int = 0) -> Iterator[Row]:
+    """Yield the rows of a dataset. Raises UserError if it cannot be read on after row `done`, or if the hub is gone."""
+    from datasets.exceptions import DatasetsError
+
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (DatasetsError, OSError, ValueError) as error:  # ValueError: pyarrow's errors, and broken JSON
+            raise UserError(f"{name}: cannot be read after row {done}: {first_line(error)}") from error
+        done += 1
+        yield row
 
 
 def hub_reachable(endpoint: str, timeout: float = 5) -> bool:

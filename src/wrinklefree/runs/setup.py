@@ -207,7 +207,14 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase, world: World
     t = config.training
     if config.distillation.cache is not None:
         cache = open_cache(config.distillation.cache, tokenizer)
-        return KDStream(cache, batch_size=t.batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
+        return KDStream(
+            cache,
+            batch_size=t.batch_size,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            allow_changes=config.data.allow_changes,
+        )
     return training_stream(
         config.data,
         tokenizer,

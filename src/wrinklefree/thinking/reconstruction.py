@@ -61,6 +61,10 @@ class MarkedStream(Iterator[Batch]):
     def __next__(self) -> Batch:
         return mark(next(self.stream), self.pad)
 
+    @property
+    def skipped(self) -> int:
+        return int(self.stream.skipped)
+
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.stream.state_dict()
         return state

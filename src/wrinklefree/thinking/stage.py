@@ -94,6 +94,7 @@ def train_thinker(setup: StageSetup, objective: Objective, evaluate: Callable[[n
         seed=config.seed,
         rank=run.world.rank,
         world_size=run.world.size,
+        allow_changes=config.data.allow_changes,
     )
     return run.fit(setup.thinker, objective, stream=stream, evaluate=evaluate)
 

@@ -24,7 +24,11 @@ from wrinklefree.training.uploads import Uploads
 
 
 class Stream(Protocol):
-    """Training batches without end. Its state is an exact position to continue from."""
+    """Training batches without end. Its state is an exact position to continue from, also after it raised UserError."""
+
+    @property
+    def skipped(self) -> int:
+        """How many bad rows were left out so far."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 

@@ -17,6 +17,8 @@ FORMAT, VERSION = "wrinklefree_kd_cache", 2
 
 MANIFEST = "manifest.json"
 
+IDENTITY = "identity"  # the key in `Manifest.data` of what the data is by content; version 0.1 did not write it
+
 HEADER_BYTES = 1024  # about the size of a shard's header
 
 SPARE = 1.02  # the free space required, relative to the predicted size
@@ -69,6 +71,14 @@ class Manifest:
     def key(self) -> str:
         """A hash of all settings. Each shard carries it, and so does the data position of a training on this cache."""
         return fingerprint(dataclasses.asdict(self.settings))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the answers are, for a position to be compared with: fingerprints instead of names, if there are any."""
+        named = {"teacher": self.teacher_fingerprint or self.teacher, "tokenizer": self.tokenizer_fingerprint}
+        sizes = ("precision", "vocab_size", "length", "topk", "negatives", "tail")
+        counts = {"data": self.data_fingerprint, "sequences": self.count("train")}
+        return named | {key: vars(self)[key] for key in sizes} | counts
 
     @property
     def settings(self) -> "Manifest":

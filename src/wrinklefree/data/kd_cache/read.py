@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
+from wrinklefree.data.identity import check_same
 from wrinklefree.data.kd_cache.manifest import DTYPES, MANIFEST, read_manifest, shard_name
 from wrinklefree.data.packing import make_batch
 from wrinklefree.data.shuffled import ShuffledStream
@@ -135,16 +136,35 @@ def _plain(tensor: Tensor) -> Tensor:
 class KDStream(ShuffledStream):
     """Batches from a cache, without end; each epoch is shuffled by (seed, epoch). A saved position is exact."""
 
-    def __init__(self, cache: KDCache, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        cache: KDCache,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        allow_changes: bool = False,
+    ) -> None:
+        self._key = cache.manifest.key
+        self._named = {f"kd_cache.{key}": value for key, value in cache.manifest.identity.items()}
         super().__init__(
             cache.manifest.count("train"),
             partial(cache.batch, "train"),
-            identity={"kd_cache": cache.manifest.key},
+            identity=self._named,
             batch_size=batch_size,
             seed=seed,
             rank=rank,
             world_size=world_size,
+            allow_changes=allow_changes,
         )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position, also to one of version 0.1, which knew a cache by its key. Raises UserError."""
+        if "kd_cache" in state:
+            check_same({"kd_cache": state["kd_cache"]}, {"kd_cache": self._key}, self._allow_changes)
+            state = state | self._named
+        super().load_state_dict(state)
 
 
 def sequences(batch: Batch) -> dict[str, Tensor]:

@@ -13,21 +13,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wrinklefree.core import replaced
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside
 from wrinklefree.core.lock import locked
-from wrinklefree.data.kd_cache.manifest import MANIFEST, SPARE, Manifest, read_manifest, shard_name, shards_in
+from wrinklefree.data.identity import differences
+from wrinklefree.data.kd_cache.manifest import IDENTITY, MANIFEST, SPARE, Manifest, read_manifest, shard_name, shards_in
 from wrinklefree.data.sources import Split
 
 log = logging.getLogger("wrinklefree")
 
 
 @contextmanager
-def begin(folder: Path, wanted: Manifest, *, force: bool = False) -> Iterator[Manifest]:
+def begin(folder: Path, wanted: Manifest, *, force: bool = False, allow_changes: bool = False) -> Iterator[Manifest]:
     """Lock `folder` for writing, and give the manifest to continue from.
 
     That is the manifest in the folder if it has the settings of `wanted`, or else `wanted`. With `force` it is always
-    `wanted`, and the cache in the folder is deleted.
+    `wanted`, and the cache in the folder is deleted once a shard of the new one is written. With `allow_changes` the
+    data may have changed.
     Raises UserError, and changes nothing, if the folder holds something else, if another process writes there, or if
     the disk is too small.
     """
@@ -35,35 +38,68 @@ def begin(folder: Path, wanted: Manifest, *, force: bool = False) -> Iterator[Ma
     if anew:
         check_disk(folder, wanted, sum(file.stat().st_size for file in shards_in(folder)))
     else:
-        check_disk(folder, _manifest_to_continue(folder, wanted))
+        check_disk(folder, _manifest_to_continue(folder, wanted, allow_changes))
     with locked(folder):
+        _put_back(folder)
         if anew:
-            write_manifest(folder, wanted)  # before deleting: after a kill, no manifest may name deleted shards
-            for file in shards_in(folder):
-                file.unlink()
-        manifest = _manifest_to_continue(folder, wanted)
-        yield manifest if manifest.complete else write_manifest(folder, manifest)
+            replaced.set_aside(folder, [folder / MANIFEST, *shards_in(folder)])
+        manifest = _manifest_to_continue(folder, wanted, allow_changes)
+        try:
+            yield manifest if manifest.complete else write_manifest(folder, manifest)
+        finally:
+            _put_back(folder)
 
 
-def _manifest_to_continue(folder: Path, wanted: Manifest) -> Manifest:
+def _put_back(folder: Path) -> None:
+    """Put back the cache that was to be replaced, if no shard of the new one was written."""
+    if shards_in(folder):
+        replaced.let_go(folder)
+    elif replaced.put_back(folder, [folder / MANIFEST] if (folder / MANIFEST).exists() else []):
+        log.info("%s: the earlier cache is there again, because no shard of the new one was written", folder)
+
+
+def _manifest_to_continue(folder: Path, wanted: Manifest, allow_changes: bool) -> Manifest:
     """Return the manifest in `folder`, or `wanted` if the folder is empty. Raises UserError if the settings differ."""
     if (folder / MANIFEST).exists():
         present = read_manifest(folder)
-        _check_same(folder, present, wanted)
+        _check_same(folder, present, wanted, allow_changes)
         return present
-    if folder.is_dir() and any(not file.match(".*.tmp") for file in folder.iterdir()):
+    if folder.is_dir() and any(not file.match(".*") for file in folder.iterdir()):
         raise UserError(f"{folder}: not empty, and no KD cache: choose another folder")
     return wanted
 
 
-def _check_same(folder: Path, present: Manifest, wanted: Manifest) -> None:
-    mine, other = dataclasses.asdict(wanted.settings), dataclasses.asdict(present.settings)
-    different = [key for key in mine if mine[key] != other[key]]
-    if different:
-        key = different[0]
-        raise UserError(
-            f"{folder}: holds a KD cache with {key}={other[key]}, not {mine[key]}: choose another folder, or --force"
-        )
+def _check_same(folder: Path, present: Manifest, wanted: Manifest, allow_changes: bool) -> None:
+    """Raises UserError, naming the first difference, if a cache was written from another teacher or other data.
+
+    With `allow_changes`, a difference in the data is a warning.
+    """
+    changed = differences(_compared(present, present), _compared(wanted, present))
+    for key, (old, new) in changed.items():
+        if allow_changes and key in ("data_fingerprint", *present.data.get(IDENTITY, {})):
+            log.warning("data.allow_changes=true: %s holds a KD cache with %s=%s, not %s", folder, key, old, new)
+        else:
+            raise UserError(
+                f"{folder}: holds a KD cache with {key}={old}, not {new}: choose another folder, or --force"
+            )
+
+
+def _compared(manifest: Manifest, present: Manifest) -> dict[str, Any]:
+    """Return what has to be equal for the cache `present` to be continued.
+
+    Names of the teacher and the tokenizer may differ if their fingerprints are equal. The data is compared by content,
+    but by the settings that version 0.1 wrote if `present` is of that version.
+    """
+    values = dataclasses.asdict(manifest.settings)
+    data = values.pop("data")
+    for name in ("teacher", "tokenizer"):
+        if values[f"{name}_fingerprint"]:
+            del values[name]
+    if IDENTITY in present.data:
+        return values | data.get(IDENTITY, {})
+    if "source" in present.data:  # its fingerprint of the data has the spelling of the path in it
+        del values["data_fingerprint"]
+    return values | {f"data.{key}": data.get(key) for key in present.data}
 
 
 def check_disk(folder: Path, manifest: Manifest, freed: int = 0) -> None:
@@ -98,7 +134,9 @@ def append(
     for split, tensors in new.items():
         _write_shard(folder / shard_name(split, len(shards[split])), manifest, tensors)
         shards[split] = [*shards[split], len(tensors["input_ids"])]
-    return write_manifest(folder, dataclasses.replace(manifest, shards=shards, position=position))
+    written = write_manifest(folder, dataclasses.replace(manifest, shards=shards, position=position))
+    replaced.let_go(folder)
+    return written
 
 
 def _write_shard(target: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,137 @@
+"""What can be known of the training text before anything is trained: whether its first rows are good, and its size."""
+
+import logging
+import random
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from wrinklefree.config.schema import DataConfig
+from wrinklefree.core.errors import UserError
+from wrinklefree.data.open import (
+    heldout_rows,
+    row_renders,
+    texts_in_memory,
+    trained_share,
+    training_files,
+    training_rows,
+)
+from wrinklefree.data.packing import encode
+from wrinklefree.data.rows import BadRowError, open_rows
+from wrinklefree.data.sources import Document, Example, GoodRows, Render, is_blank, rendered
+
+log = logging.getLogger("wrinklefree")
+
+ROWS = 1000
+TOGETHER = 32  # documents per call of the tokenizer
+GLANCE = 4096  # characters of a document that are tokenized
+
+# A sample of the text is enough to tell how many tokens there are.
+SAMPLED_FILES = 8
+SAMPLED_CHARACTERS = 4 << 20  # of each file; less would be about as much as is read ahead
+SAMPLED_DOCUMENTS = 128  # that are tokenized
+
+
+def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int = ROWS) -> None:
+    """Read, write as text and tokenize the first rows to train on, and the first held out.
+
+    With data.bad_rows=skip, log how many of them are bad.
+    Raises UserError if there is nothing to read, if a row is bad, or if all are and are skipped.
+    """
+    skip = config.bad_rows == "skip"
+    _look("train on", training_rows(config, tokenizer), tokenizer, rows, skip)
+    _look("hold out", heldout_rows(config, tokenizer), tokenizer, rows, skip)
+
+
+def _look(to: str, source: GoodRows, tokenizer: PreTrainedTokenizerBase, rows: int, skip: bool) -> None:
+    good, bad = 0, []
+    items = islice(source.every(None), rows)
+    while group := list(islice(items, TOGETHER)):
+        bad += [item for item in group if isinstance(item, BadRowError)]
+        if bad and not skip:
+            raise source.refusal(bad[0])
+        good += len(encode(tokenizer, [_beginning(item) for item in group if not isinstance(item, BadRowError)]))
+    if not good and bad:
+        raise UserError(f"{source.name}: every row is bad, so there is nothing to {to}; the first: {bad[0]}")
+    if not good:
+        raise UserError(f"{source.name}: no text to {to}{source.hint}")
+    if bad:
+        told = (source.name, len(bad), good + len(bad), bad[0])
+        log.warning("%s: data.bad_rows=skip leaves out %d of the first %d rows; the first: %s", *told)
+
+
+def _beginning(document: Document) -> Document:
+    if isinstance(document, Example):
+        return Example(document.prompt[:GLANCE], document.answer[:GLANCE])
+    return document[:GLANCE]
+
+
+class Size(NamedTuple):
+    """How much text one pass over the training data has."""
+
+    name: str  # of the text, for a reader
+    tokens: int  # about
+
+
+def size_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Size | None:
+    """Estimate the tokens of one pass over the training data, from a sample. None if the data is streamed.
+
+    Raises UserError as `training_stream` does.
+    """
+    texts = texts_in_memory(config)
+    if texts is not None:
+        whole = [_text(document) for document in texts.texts]
+        name = f"Python's standard library ({texts.name})" if config.source == "stdlib" else texts.name
+        return Size(name, _estimate(tokenizer, whole, sum(map(len, whole)), len(whole)))
+    files = training_files(config)
+    if files is None:
+        return None
+    sizes = [file.stat().st_size for file in files]
+    step = -(-len(files) // SAMPLED_FILES)
+    samples = [_sample(file, row_renders(config, tokenizer)) for file in files[::step]]
+    share = trained_share(config) * sum(sizes) / max(1, sum(sizes[::step]))
+    characters = share * sum(sample.characters for sample in samples)
+    documents = share * sum(sample.documents for sample in samples)
+    read = [text for sample in samples for text in sample.texts]
+    return Size(f"data.path={config.path}", _estimate(tokenizer, read, characters, documents))
+
+
+class _Sample(NamedTuple):
+    """The beginning of a file, and what the whole file has if it goes on like this."""
+
+    texts: list[str]
+    characters: float
+    documents: float
+
+
+def _sample(path: Path, renders: list[Render]) -> _Sample:
+    texts: list[str] = []
+    seen = 0
+    with open_rows(path) as rows:
+        for row in rows.rows:
+            items = [row] if isinstance(row, str | BadRowError) else [rendered(render, row, "") for render in renders]
+            new = {_text(item) for item in items if not isinstance(item, BadRowError) and not is_blank(item)}
+            texts += sorted(new)
+            seen += sum(map(len, new))
+            if seen > SAMPLED_CHARACTERS:
+                break
+        share = rows.share()
+    return _Sample(texts, seen / share, len(texts) / share)
+
+
+def _text(document: Document) -> str:
+    return document if isinstance(document, str) else document.prompt + document.answer
+
+
+def _estimate(tokenizer: PreTrainedTokenizerBase, texts: list[str], characters: float, documents: float) -> int:
+    """Estimate the tokens of so many characters and documents of text like `texts`, ends of documents included."""
+    if not texts:
+        return 0
+    draw = random.Random(0)
+    # A long document is as likely to be drawn as it has characters, and any part of it.
+    chosen = draw.choices(texts, weights=[len(text) for text in texts], k=SAMPLED_DOCUMENTS)
+    parts = [text[(start := draw.randrange(max(1, len(text) - GLANCE))) : start + GLANCE] for text in chosen]
+    tokens = sum(document.shape[1] - 1 for document in encode(tokenizer, parts))
+    return round(characters * tokens / sum(map(len, parts)) + documents)
