@@ -60,6 +60,7 @@ def run(
     objective: Callable[[PreTrainedModel, PreTrainedModel], Objective] | None = None,
     world: World = CPU,
     force: bool = False,
+    forecast: bool = False,
 ) -> PreTrainedModel:
     """What `wf train` does between loading and packing; returns the trained model."""
     with open_run(config, force, world=world) as opened:
@@ -68,7 +69,7 @@ def run(
         made = (objective or partial(choose_objective, config))(student, teacher)
         for model in (student, teacher):
             opened.placement.place(model)
-        opened.fit(student, made, teacher=teacher, evaluate=evaluate, on_step=on_step)
+        opened.fit(student, made, teacher=teacher, evaluate=evaluate, on_step=on_step, forecast=forecast)
         return student
 
 

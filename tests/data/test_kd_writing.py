@@ -11,6 +11,7 @@ from kd_caches import LENGTH, KilledError, contents, dies_at, make
 from safetensors.torch import load_file, save_file
 from tiny import tokenizer
 
+from wrinklefree.commands import cache
 from wrinklefree.config.schema import DataConfig
 from wrinklefree.core import files
 from wrinklefree.core.errors import UserError
@@ -74,6 +75,23 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     with pytest.raises(UserError, match=r"needs .* GB more, the disk has 1e-06 GB free"):
         make(folder, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_force_keeps_the_old_cache_until_a_new_shard_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(folder, tmp_path / "cache", num_train=8)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "Teacher", lambda *args: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            make(folder, tmp_path / "cache", num_train=4, force=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
+    (tmp_path / "cache" / ".replaced").mkdir()  # as a kill before the first shard leaves it
+    for name in before:
+        (tmp_path / "cache" / name).rename(tmp_path / "cache" / ".replaced" / name)
+    make(folder, tmp_path / "cache", num_train=8)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
 
 
 def test_force_on_a_disk_that_is_too_small_leaves_the_old_cache(

@@ -43,7 +43,7 @@ def begin(folder: Path, wanted: Manifest, *, force: bool = False, allow_changes:
         _put_back(folder)
         if anew:
             replaced.set_aside(folder, [folder / MANIFEST, *shards_in(folder)])
-        manifest = _manifest_to_continue(folder, wanted, allow_changes)
+        manifest = wanted if anew else _manifest_to_continue(folder, wanted, allow_changes)
         try:
             yield manifest if manifest.complete else write_manifest(folder, manifest)
         finally:
