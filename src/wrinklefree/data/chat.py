@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.sources import Document, Example, Row
+from wrinklefree.data.template import as_chat
 
 Message = dict[str, str]
 # For models that write a thought before they answer (Qwen3). True: as the chat template writes it. False: without
@@ -63,19 +64,15 @@ def as_text(
     add_generation_prompt: bool = False,
 ) -> str:
     """Return messages as text, written by the chat template. Raises UserError if there is none, or if it refuses."""
-    from jinja2 import TemplateError
-
     if thinking is None:
         return "\n\n".join(message["content"] for message in messages) + "\n\n" * add_generation_prompt
     if tokenizer.chat_template is None:
         raise UserError(f"{where}: tokenizer {tokenizer.name_or_path!r} has no chat template to write it with")
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
-        )
-    except TemplateError as error:
-        raise UserError(f"{where}: the chat template says: {error}") from error
-    return str(text) if thinking else THOUGHT.sub("", str(text))
+        text = as_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt, enable_thinking=thinking)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return text if thinking else THOUGHT.sub("", text)
 
 
 def turns(instruction: str, more: str, answer: str, between: str) -> list[Message]:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.chat import Reading
 from wrinklefree.data.sources import Document, Row, row_text
+from wrinklefree.data.template import as_chat
 
 READS = ("text_column",)
 
@@ -18,15 +19,11 @@ def document(row: Row, reading: Reading, where: str) -> Document:
 
 def _chat(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> str:
     """Return a row's `messages`, a list of {role, content}, as the tokenizer's chat template writes them."""
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise UserError(
             f"{where}: messages, but tokenizer {tokenizer.name_or_path!r} has no chat template to write them"
         )
     try:
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-    except (TemplateError, TypeError) as error:
-        raise UserError(
-            f"{where}: messages must be a list of {{role, content}}; the chat template says: {error}"
-        ) from error
+        return as_chat(tokenizer, row["messages"])
+    except UserError as error:
+        raise UserError(f"{where}: messages must be a list of {{role, content}}; {error}") from error
