@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.sources import Document, Example, Row
+from wrinklefree.data.sources import Document, Example, Row, fitting_format
 from wrinklefree.data.template import as_chat
 
 Message = dict[str, str]
@@ -101,7 +101,8 @@ def _message(turn: Any, where: str) -> Message:
 def text(row: Row, column: str, where: str) -> str:
     """Return the text in a column. Raises UserError if the column is missing or holds something else."""
     if not isinstance(row.get(column), str):
-        raise UserError(f"{where}: no text in {column!r}; there are {', '.join(map(str, row))}: another data.format?")
+        advice = fitting_format(row) or "another data.format?"
+        raise UserError(f"{where}: no text in {column!r}; there are {', '.join(map(str, row))}: {advice}")
     return str(row[column])
 
 

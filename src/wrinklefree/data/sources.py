@@ -163,6 +163,19 @@ class Interleaved:
         return {"turn": self._turn, "given": self._given}
 
 
+# Columns by which the format of a row is known, for advice.
+FORMATS: dict[str, set[str]] = {
+    "dolly": {"instruction", "context", "response"},
+    "alpaca_chat": {"instruction", "output"},
+    "sharegpt": {"conversations"},
+}
+
+
+def fitting_format(row: Row) -> str:
+    """Advice for a row whose columns are those of another data format; "" if no format has them."""
+    return next((f"set data.format={name}" for name, columns in FORMATS.items() if columns <= row.keys()), "")
+
+
 def row_text(row: Row, where: str, column: str, chat: Callable[[Row, str], str]) -> str:
     """Return the text of a row: its `column`, or if it has none, its `messages`, which `chat` writes as text.
 
@@ -171,7 +184,8 @@ def row_text(row: Row, where: str, column: str, chat: Callable[[Row, str], str])
     if column not in row:
         if "messages" in row:
             return chat(row, where)
-        raise UserError(f"{where}: no column {column!r}; set data.text_column to one of: {', '.join(map(str, row))}")
+        advice = fitting_format(row) or f"set data.text_column to one of: {', '.join(map(str, row))}"
+        raise UserError(f"{where}: no column {column!r}; {advice}")
     text = row[column]
     if text is None:
         return ""

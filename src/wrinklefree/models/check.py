@@ -104,6 +104,18 @@ def check_folder(folder: Path) -> Contents:
     return Contents(folder, config, header, _packed_section(folder, config, header))
 
 
+def refuse_packed(folder: Path | None) -> None:
+    """Raises UserError if a training would start from a packed folder, whose weights are codes. None is a hub id."""
+    if folder is None or not (folder / "config.json").is_file():
+        return
+    values = read_model_config(folder).get("quantization_config")
+    if isinstance(values, dict) and values.get("quant_method") == QUANT_METHOD:
+        raise UserError(
+            f"{folder}: a packed folder, which runs but cannot be trained: give the model it was made from, "
+            f"or training.start_from with the final/ of its run"
+        )
+
+
 def read_model_config(folder: Path) -> dict[str, Any]:
     """Return the folder's config.json. Raises UserError if it is missing or broken, or names files elsewhere."""
     file = folder / "config.json"
