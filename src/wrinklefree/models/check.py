@@ -59,6 +59,12 @@ SAMPLING = frozenset(
     ]
 )
 
+# Switches of a generation config or a model's config.
+SWITCHES = frozenset(
+    {"do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits"}
+    | {"return_dict", "return_dict_in_generate", "renormalize_logits", "remove_invalid_values"}
+)
+
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})  # safetensors' names
 
 
@@ -157,6 +163,8 @@ def _check_generation(file: Path, values: Any) -> None:
             one is None or (type(one) is int and -1 <= one < 2**31) for one in ids
         ):
             raise UserError(f"{file}: {key}={str(value)[:99]!r} is no token")
+        if key in SWITCHES and not (value is None or isinstance(value, bool)):
+            raise UserError(f"{file}: {key}={str(value)[:99]!r} is neither true nor false")
         if key in SAMPLING and not (value is None or (isinstance(value, (int, float)) and math.isfinite(value))):
             raise UserError(f"{file}: {key}={str(value)[:99]!r} is no number")
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import read_json
 from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.tracking.terminal import markdown_table, print_table, short_number, short_size
@@ -89,6 +91,8 @@ def _share(accuracy: Accuracy | None) -> str:
 
 
 def read_figures(path: Path) -> dict[str, Any]:
-    """Read the `results.json` of a finished run."""
-    values: dict[str, Any] = json.loads(path.read_text())
+    """Read the `results.json` of a finished run. Raises UserError if it is missing or broken."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not the results of a run")
     return values
