@@ -24,6 +24,8 @@ SECONDS = 10.0  # for one conversation; a long one takes milliseconds
 
 MEMORY = 1 << 30  # bytes that one conversation may take while it is written
 
+DEEPEST = 50  # macros inside one another
+
 LONGEST = 1 << 26  # characters of the result
 
 COMPILED = "<template>"  # the file name that Jinja gives to compiled templates
@@ -72,13 +74,19 @@ def _has_powers(source: str) -> bool:
 
 @contextmanager
 def _limited_time(seconds: float) -> Iterator[None]:
-    """Raise TemplateError in the block after `seconds`, at the next line of the template or the next call."""
-    end, before = time.monotonic() + seconds, sys.gettrace()
+    """Raise TemplateError in the block after `seconds`, at the next line of the template or the next call.
+
+    Raise it too if macros call one another more than DEEPEST deep.
+    """
+    end, before, depth = time.monotonic() + seconds, sys.gettrace(), 0
 
     def trace(frame: FrameType, event: str, value: Any) -> Any:
-        if time.monotonic() > end:
+        nonlocal depth
+        if frame.f_code.co_filename == COMPILED:
+            depth += (event == "call") - (event == "return")
+        if time.monotonic() > end or depth > DEEPEST:
             sys.settrace(None)  # once is enough: Jinja runs code of its own while it passes the error on
-            raise TemplateError(f"not done after {seconds:g} s")
+            raise TemplateError(f"nested {depth} deep" if depth > DEEPEST else f"not done after {seconds:g} s")
         return trace if frame.f_code.co_filename == COMPILED else None
 
     sys.settrace(trace)
