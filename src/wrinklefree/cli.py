@@ -347,7 +347,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 always chooses the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
     think: Annotated[
         Literal["latent", "words", "none"] | None,
         typer.Option(help="Think first, then answer; latent needs a run of `wf trm`."),

@@ -75,6 +75,7 @@ def test_reading_takes_the_memory_of_a_batch(tmp_path: Path) -> None:
     manifest = Manifest(**values, **sizes, **counts, data={}, data_fingerprint="x", tail="exact")
     (tmp_path / "cache").mkdir()
     shard = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in manifest.shapes(512).items()}
+    shard["learned"].fill_(1)  # a cache without labels is refused
     manifest = append(tmp_path / "cache", manifest, {"heldout": shard}, None)
     for _ in range(4):
         manifest = append(tmp_path / "cache", manifest, {"train": shard}, None)

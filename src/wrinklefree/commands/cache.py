@@ -7,7 +7,6 @@ and gives the same bytes as an uninterrupted one.
 
 import dataclasses
 import itertools
-import json
 import logging
 import pickle
 import struct
@@ -24,6 +23,7 @@ from torch import Tensor
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import read_json
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
 from wrinklefree.data.kd_cache.manifest import IDENTITY, Manifest
 from wrinklefree.data.kd_cache.read import batch_of, sequences
@@ -299,14 +299,14 @@ def _upstream(source: Path) -> tuple[Upstream, dict[str, Any], list[Path]]:
     Raises UserError if this is no such cache, or a shard is missing.
     """
     try:
-        data = json.loads((source / "meta.json").read_text(encoding="utf-8"))
+        data = read_json(source / "meta.json")
         meta = TypeAdapter(Upstream).validate_python(data)
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])
         raise UserError(f"{source}/meta.json: {field}: {problem['msg']}: not a cache to import") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}/meta.json: missing or not JSON: not a cache to import") from error
+    except UserError as error:
+        raise UserError(f"{source}/meta.json: missing or not JSON: not a cache to import ({error})") from error
     files = sorted(source.glob("shard_*.pt"))
     missing = [name for i, file in enumerate(files) if (name := f"shard_{i:05}.pt") != file.name]
     if missing or not files:

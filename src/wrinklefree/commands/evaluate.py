@@ -40,7 +40,9 @@ def run(
     else:
         figures = _task_figures(model, tokenizer, tasks, limit)
     if as_json:
-        print(json.dumps({"path": path, **figures}))
+        # JSON has no infinity, and no NaN.
+        said = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+        print(json.dumps({"path": path, **said}, allow_nan=False))
     else:
         print_table(["", path], [[name.replace("_", " "), _readable(value)] for name, value in figures.items()])
 

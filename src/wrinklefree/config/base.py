@@ -5,13 +5,24 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
+LARGEST = 2**31  # no count of steps, rows or columns is larger; torch's sizes and seeds overflow at 2**63
 
-Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=LARGEST)]
 
-PositiveFloat = Annotated[float, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0, lt=LARGEST)]
 
-NonNegative = Annotated[float, Field(ge=0)]
+Tokens = Annotated[int, Field(gt=0, lt=2**53)]
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+LayerNumber = Annotated[int, Field(ge=-10_000, le=10_000)]  # negative numbers count from the last layer
+
+# The upper limit refuses infinity too, and both refuse NaN.
+PositiveFloat = Annotated[float, Field(gt=0, le=1e12)]
+
+NonNegative = Annotated[float, Field(ge=0, le=1e12)]
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

@@ -119,17 +119,40 @@ def _check(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        lines = [_describe(cls, prefix, e) for e in error.errors()]
-        # A union reports one error per member. Keep the first of each path.
-        problems += {line.partition(":")[0]: line for line in reversed(lines)}.values()
+        by_path: dict[str, list[Any]] = {}  # a union reports one error per member
+        for mistake in error.errors():
+            by_path.setdefault(prefix + ".".join(_where(mistake)), []).append(mistake)
+        problems += [_describe(cls, prefix, path, members) for path, members in by_path.items()]
         return None
 
 
-def _describe(cls: type, prefix: str, error: Any) -> str:
-    """Turn an error from pydantic into one line: `path.to.key: what is wrong`."""
+# Errors of the members of a union whose kind of value was not given.
+OTHER_KIND = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+}
+
+
+def _where(error: Any) -> list[str]:
+    """The keys of a mistake, without the members of unions that pydantic puts between them."""
     where = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained", "literal"))]
-    where = [part for part in where if part not in ("int", "float", "str")]
-    path = prefix + ".".join(where)
+    return [part for part in where if part not in ("int", "float", "str")]
+
+
+def _describe(cls: type, prefix: str, path: str, errors: list[Any]) -> str:
+    """Turn the errors of one path into one line: `path.to.key: what is wrong`.
+
+    For a union this is what is wrong with the member that the user meant. If the value is of no member's kind, it is
+    the list of all kinds.
+    """
+    meant = [error for error in errors if error["type"] not in OTHER_KIND and error["type"] != "literal_error"]
+    error, where = (meant or errors)[0], _where(errors[0])
+    if len(errors) > 1 and not meant:
+        kinds = [OTHER_KIND.get(error["type"]) or error["ctx"]["expected"] for error in errors]
+        return f"{path}: input should be {' or '.join(kinds)}, got {error['input']!r}"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = dict(key_paths(cls, prefix))
         return f"{path}: unknown key{did_you_mean(path, known)}"

@@ -219,9 +219,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    if path.stat().st_size > LARGEST_YAML:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for settings")
     try:
+        size = path.stat().st_size
+        if size > LARGEST_YAML:
+            raise UserError(f"{path}: {size:,} bytes are too many for settings")
         _check_nodes(path)
         values = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:

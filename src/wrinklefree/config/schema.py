@@ -6,7 +6,19 @@ Every key of every YAML file is a field of a dataclass below, or of a method's `
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from wrinklefree.config.base import Auto, Fraction, Natural, Node, NonNegative, Positive, PositiveFloat
+from wrinklefree.config.base import (
+    Auto,
+    Beta,
+    Fraction,
+    LayerNumber,
+    Natural,
+    Node,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Tokens,
+)
 from wrinklefree.config.thinking import ThinkingConfig
 
 
@@ -40,8 +52,8 @@ class ModelConfig(Node):
     name: str
     pretrained: str
     trust_remote_code: bool = False
-    auto_tokens: Positive | None = None  # the value of training.total_tokens=auto; null goes by parameter count
-    auto_tokens_slow: Positive | None = None  # used on a CPU without bf16: a step takes about four times as long
+    auto_tokens: Tokens | None = None  # the value of training.total_tokens=auto; null goes by parameter count
+    auto_tokens_slow: Tokens | None = None  # used on a CPU without bf16: a step takes about four times as long
     architecture: ArchitectureConfig | None = None
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
 
@@ -75,7 +87,7 @@ class OptimizerConfig(Node):
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat | Auto = "auto"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NonNegative = 0.0
     muon_lr: PositiveFloat = 0.02  # of matrices, if name is muon
     scale_lr: PositiveFloat = 5e-4  # of trained scales; they are logarithms, so this is a relative step (LOG.md)
@@ -115,7 +127,7 @@ class TrainingConfig(Node):
     stage: str
     objective: str = "language_modelling"  # a file in objectives/kinds/, or in objectives/ of your working directory
     start_from: list[str] = field(default_factory=list)  # earlier stages or folders; the first that exists is used
-    total_tokens: Positive | Auto = "auto"
+    total_tokens: Tokens | Auto = "auto"
     max_steps: Natural | None = None  # wins over total_tokens; 0 prepares and saves without training
     batch_size: Positive = 8
     max_seq_length: Positive | Auto = "auto"  # auto: as many as the model has positions, at most 2048
@@ -149,7 +161,7 @@ class AttentionConfig(Node):
     """A loss that matches the attention relations of one layer to the teacher's (MiniLM, BitDistill)."""
 
     weight: NonNegative = 0.0  # gamma in the paper
-    layer: int = -1  # of the student; the teacher's layer is at the same depth
+    layer: LayerNumber = -1  # of the student; the teacher's layer is at the same depth
     split_heads: Positive = 8  # relation heads; must divide the widths of Q, K and V in both models
     temperature: PositiveFloat = 1.0
 
@@ -207,7 +219,7 @@ class ExportConfig(Node):
 class Config(Node):
     """All settings of one run."""
 
-    seed: int = 42
+    seed: Seed = 42
     output_root: str = "outputs"
     experiment: str = ""  # each stage of an experiment has its own folder: output_root/experiment_stage
     output_dir: str

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from wrinklefree.config.base import Fraction, Node, NonNegative, Positive
+from wrinklefree.config.base import Beta, Fraction, Node, NonNegative, Positive, PositiveFloat, Tokens
 
 
 @dataclass(kw_only=True)
@@ -24,7 +24,7 @@ class NetworkConfig(Node):
     halt_weight: NonNegative = 0.3
     noise: NonNegative = 0.1  # standard deviation of the noise on the previous thought
     sampled_from: Fraction = 0.5  # after this share of the training, thoughts follow the network's own; 1 is never
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # averages the weights that are evaluated and kept; 0 is off
+    ema_decay: Beta = 0.99  # averages the weights that are evaluated and kept; 0 is off
 
 
 @dataclass(kw_only=True)
@@ -59,8 +59,8 @@ class GRPOConfig(Node):
     """Reinforcement learning: an answer is rewarded if it is correct (`wf trm grpo`)."""
 
     trains: Literal["adapter", "all"] = "adapter"  # all trains the network too
-    group_size: Annotated[int, Field(gt=1)] = 16
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    group_size: Annotated[int, Field(gt=1, lt=2**31)] = 16
+    temperature: PositiveFloat = 1.0
     max_answer_tokens: Positive = 64
     advantage: Literal["grpo", "dr_grpo"] = "grpo"
     clip: tuple[NonNegative, NonNegative] = (0.2, 0.28)
@@ -78,7 +78,7 @@ class ThinkingConfig(Node):
     d_compressed: Positive = 256  # D', the width of a compressed state
     init: Literal["pca", "orthogonal"] = "pca"
     objective: Literal["mse", "kl", "fisher"] = "mse"  # of the compressor
-    moment_tokens: Positive = 1_000_000  # tokens that PCA's moments are taken over
+    moment_tokens: Tokens = 1_000_000  # tokens that PCA's moments are taken over
     thought_share: Fraction = 0.5  # stage 1b: weight of its moments; those of stage 1a have the rest
     network: NetworkConfig = field(default_factory=NetworkConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)

@@ -1,9 +1,11 @@
 """Checks that tensors from a file hold finite numbers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from wrinklefree.core.errors import UserError
 
 
 def not_numbers(tensor: Tensor) -> str:
@@ -24,3 +26,16 @@ def first_not_numbers(tensors: Iterable[tuple[str, Tensor]]) -> str:
         if problem:
             return f"{name} {problem}"
     return ""
+
+
+def check_tensor(where: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int | None]) -> None:
+    """Raises UserError if a tensor of the file `where` has another dtype or shape, or numbers that are not finite.
+
+    None in `shape` stands for any size.
+    """
+    fits = len(shape) == tensor.ndim and all(a in (None, b) for a, b in zip(shape, tensor.shape, strict=True))
+    if tensor.dtype != dtype or not fits:
+        wanted = ["any" if size is None else size for size in shape]
+        raise UserError(f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {wanted}")
+    if dtype.is_floating_point and not_numbers(tensor):
+        raise UserError(f"{where}: {name} {not_numbers(tensor)}")

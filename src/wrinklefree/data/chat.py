@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.text import first_line
 from wrinklefree.data.rows import EveryRowError
-from wrinklefree.data.sources import Document, Example, Row
+from wrinklefree.data.sources import Document, Example, Row, fitting_format
+from wrinklefree.data.template import as_chat
 
 Message = dict[str, Any]  # role and content, which are text, and what else a template may read, such as tool_calls
 # For models that write a thought before they answer (Qwen3). True: as the chat template writes it. False: without
@@ -33,8 +33,6 @@ ROLES = {
 }
 # Other names of a role, of which the first one counts that the chat template has.
 OTHERS = {"developer": ("developer", "system"), "tool": ("tool", "observation", "ipython", "function")}
-# What a template may raise at data of a shape that it does not expect, besides TemplateError.
-TEMPLATE_ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 PROBE = "wrinkle7"  # a content that no template changes
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
@@ -103,8 +101,6 @@ def _spoken(role: str, template: str) -> str:
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, values: dict[str, bool]) -> str:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise EveryRowError(
             f"{where}: tokenizer {tokenizer.name_or_path!r} has no chat template to write messages with"
@@ -112,9 +108,9 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: s
     template = str(tokenizer.chat_template)
     spoken = [message | {"role": _spoken(message["role"], template)} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(spoken, tokenize=False, **values))
-    except (TemplateError, *TEMPLATE_ERRORS) as error:
-        raise UserError(f"{where}: the chat template says: {first_line(error)}") from error
+        return as_chat(tokenizer, spoken, **values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def turns(instruction: str, more: str, answer: str, between: str) -> list[Message]:
@@ -185,7 +181,8 @@ def columns(row: Row) -> str:
 def text(row: Row, column: str, where: str) -> str:
     """Return the text in a column. Raises UserError if the column is missing or holds something else."""
     if not isinstance(row.get(column), str):
-        raise UserError(f"{where}: no text in {column!r}; there are {columns(row)}: another data.format?")
+        advice = fitting_format(row) or "another data.format?"
+        raise UserError(f"{where}: no text in {column!r}; there are {columns(row)}: {advice}")
     return str(row[column])
 
 

@@ -178,6 +178,19 @@ def _first_bad(items: Iterable[Item]) -> BadRowError | None:
     return next((item for item in items if isinstance(item, BadRowError)), None)
 
 
+# Columns by which the format of a row is known, for advice.
+FORMATS: dict[str, set[str]] = {
+    "dolly": {"instruction", "response"},
+    "alpaca_chat": {"instruction", "output"},
+    "sharegpt": {"conversations"},
+}
+
+
+def fitting_format(row: Row) -> str:
+    """Advice for a row whose columns are those of another data format; "" if no format has them."""
+    return next((f"set data.format={name}" for name, columns in FORMATS.items() if columns <= row.keys()), "")
+
+
 class GoodRows:
     """The good rows of a source. Its first bad row is raised, or with `skip` all bad rows are left out and counted."""
 

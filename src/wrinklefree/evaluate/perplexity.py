@@ -5,6 +5,7 @@ The distance is KL(reference || model) in nats per token, and the share of token
 """
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from wrinklefree.core.batch import Batch, labelled
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.sharding import whole_layers
 from wrinklefree.objectives.language_model import BodyAndHead, vocabulary_losses
+
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Quality:
 
     @property
     def ppl(self) -> float:
-        return math.exp(self.nll)
+        """Perplexity; infinite if it is beyond the range of floating-point numbers, as after a run that diverged."""
+        return math.exp(self.nll) if self.nll < LARGEST_EXPONENT else math.inf
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.data.template import as_chat
 from wrinklefree.engine.engine import Engine, Sampling
 from wrinklefree.generate.text import TextStream
 
@@ -147,7 +148,7 @@ def _encode_chat(model: Any, tokenizer: Any, history: list[Message], thinking: b
     """
     more = {} if thinking is None else {"enable_thinking": thinking}
     while True:
-        text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True, **more)
+        text = as_chat(tokenizer, history, add_generation_prompt=True, **more)
         ids: Tensor = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         if len(history) == 1 or ids.shape[1] <= context_of(model) // 2:
             return ids
@@ -157,7 +158,7 @@ def _encode_chat(model: Any, tokenizer: Any, history: list[Message], thinking: b
 def turn_end(tokenizer: Any) -> int | None:
     """The special token that ends an assistant's turn in the chat template, or None if there is no such token."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False).input_ids
+    ids = tokenizer(as_chat(tokenizer, turns), add_special_tokens=False).input_ids
     special = [i for i in ids if i in tokenizer.all_special_ids]
     return special[-1] if special else None
 

@@ -29,6 +29,42 @@ COUNTS = re.compile(r"(^|_)layers?(_|$)|^n_layer$|^num_blocks$")
 
 SIZES = re.compile(r"(^|_)(size|dim|heads?|experts?|positions?|embeddings?|embd|inner|rank|channels|ctx|width)(_|$)")
 
+# Numbers of a generation config.
+SAMPLING = frozenset(
+    [
+        "temperature",
+        "top_k",
+        "top_p",
+        "top_h",
+        "min_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "encoder_repetition_penalty",
+        "diversity_penalty",
+        "penalty_alpha",
+        "guidance_scale",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "max_time",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "min_new_tokens",
+        "num_beams",
+        "num_beam_groups",
+        "num_return_sequences",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+    ]
+)
+
+# Switches of a generation config or a model's config.
+SWITCHES = frozenset(
+    {"do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits"}
+    | {"return_dict", "return_dict_in_generate", "renormalize_logits", "remove_invalid_values"}
+)
+
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})  # safetensors' names
 
 
@@ -63,13 +99,27 @@ def check_folder(folder: Path) -> Contents:
     config = read_model_config(folder)
     check_causal(folder, config)
     for file in sorted(folder.glob("*.json")):
-        read_json(file)
+        values = read_json(file)
+        if file.name in ("config.json", "generation_config.json"):
+            _check_generation(file, values)
     header: Header = {}
     for file in _weight_files(folder):
         header |= check_safetensors(file)
     if header:
-        _check_sizes(folder / "config.json", config, len(header))
+        check_sizes(folder / "config.json", config, len(header))
     return Contents(folder, config, header, _packed_section(folder, config, header))
+
+
+def refuse_packed(folder: Path | None) -> None:
+    """Raises UserError if a training would start from a packed folder, whose weights are codes. None is a hub id."""
+    if folder is None or not (folder / "config.json").is_file():
+        return
+    values = read_model_config(folder).get("quantization_config")
+    if isinstance(values, dict) and values.get("quant_method") == QUANT_METHOD:
+        raise UserError(
+            f"{folder}: a packed folder, which runs but cannot be trained: give the model it was made from, "
+            f"or training.start_from with the final/ of its run"
+        )
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -103,7 +153,27 @@ def check_causal(folder: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{folder}: {what}, not a causal language model")
 
 
-def _check_sizes(file: Path, config: dict[str, Any], num_tensors: int) -> None:
+def _check_generation(file: Path, values: Any) -> None:
+    """Raises UserError if what generation reads has another type: transformers checks it when it is used."""
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: not a list of settings by name")
+    for key, value in values.items():
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if key.endswith("_token_id") and not all(
+            one is None or (type(one) is int and -1 <= one < 2**31) for one in ids
+        ):
+            raise UserError(f"{file}: {key}={str(value)[:99]!r} is no token")
+        if key in SWITCHES and not (value is None or isinstance(value, bool)):
+            raise UserError(f"{file}: {key}={str(value)[:99]!r} is neither true nor false")
+        if key in SAMPLING and not (value is None or (isinstance(value, (int, float)) and math.isfinite(value))):
+            raise UserError(f"{file}: {key}={str(value)[:99]!r} is no number")
+
+
+def _is_token(value: Any) -> bool:
+    return value is None or (type(value) is int and -1 <= value < 2**31)
+
+
+def check_sizes(file: Path, config: dict[str, Any], num_tensors: int) -> None:
     """Raises UserError if a config counts more layers than the files have tensors, or has an impossible size."""
     for key, value in _whole_numbers(config):
         if COUNTS.search(key) and value > num_tensors:

@@ -11,6 +11,7 @@ from wrinklefree.core.batch import Batch, model_inputs
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import OBJECTIVES, find_named
 from wrinklefree.core.inputs import compute_dtype
+from wrinklefree.core.numbers import first_not_numbers
 from wrinklefree.objectives.base import Objective, Shares
 from wrinklefree.objectives.losses import TokenLosses, shifted, token_losses
 
@@ -47,6 +48,9 @@ def _check_head(model: PreTrainedModel, decoder: BodyAndHead) -> None:
     ids = torch.arange(4, device=model.device).unsqueeze(0) % model.config.vocab_size
     states, head = decoder.project(decoder.states({"input_ids": ids}))
     expected = model(input_ids=ids, use_cache=False).logits.float()
+    if not expected.isfinite().all():
+        name = first_not_numbers(model.state_dict().items()) or "its weights are finite, but its logits are not"
+        raise UserError(f"{type(model).__name__}: {name}: the files are damaged, or the training has diverged")
     if not torch.allclose((states @ head.to(states.dtype).T).float(), expected, atol=1e-2, rtol=1e-2):
         raise UserError(f"{type(model).__name__}: scales or caps its logits after the head, which is not supported yet")
 

@@ -1,5 +1,6 @@
 """Checks the section `quantization_config` of a packed folder before a layer is built from it: nothing is believed."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,7 +79,8 @@ class PackedSection:
         try:
             if cls not in self._adapters:  # making one takes longer than using it for a layer
                 self._adapters[cls] = TypeAdapter(cls)
-            checked: T = self._adapters[cls].validate_python(values)
+            # Strict, since transformers gets the values as they are; as JSON, where a list may stand for a tuple.
+            checked: T = self._adapters[cls].validate_json(json.dumps(values), strict=True)
             return checked
         except ValidationError as error:
             first = error.errors()[0]

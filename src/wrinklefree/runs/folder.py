@@ -37,6 +37,7 @@ def resume_point(config: Config, force: bool) -> Path | None:
     - this run starts from the model of that run.
     """
     out = Path(config.output_dir)
+    _check_folder(out)
     refuse_locked(out)
     put_back(out)
     if config.training.resume_from is not None:
@@ -49,6 +50,13 @@ def resume_point(config: Config, force: bool) -> Path | None:
             f"or start over with --force"
         )
     return None
+
+
+def _check_folder(out: Path) -> None:
+    """Raises UserError if `out` cannot be a folder, because it or one above it is a file."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise UserError(f"output_dir={out}: {existing} is a file, and a run needs a folder: choose another output_dir")
 
 
 def clear(config: Config) -> None:

@@ -1,12 +1,12 @@
 """The results of a run: the measured figures, and how they are shown as a table and in the model card."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wrinklefree.core.files import write_json
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import read_json, write_json
 from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.tracking.terminal import markdown_table, print_table, short_number, short_size
@@ -90,6 +90,8 @@ def _share(accuracy: Accuracy | None) -> str:
 
 
 def read_figures(path: Path) -> dict[str, Any]:
-    """Read the `results.json` of a finished run."""
-    values: dict[str, Any] = json.loads(path.read_text())
+    """Read the `results.json` of a finished run. Raises UserError if it is missing or broken."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not the results of a run")
     return values

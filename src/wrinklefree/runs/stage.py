@@ -27,6 +27,8 @@ from wrinklefree.export.card import card
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.export.proof.certify import CERTIFY_TOKENS
 from wrinklefree.generate.generate import complete
+from wrinklefree.models.check import refuse_packed
+from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.objectives.language_model import LanguageObjective, check_vocabulary, find_objective
 from wrinklefree.runs import prerequisites, setup
@@ -56,6 +58,7 @@ PARTS = {
 def train_stage(config: Config, force: bool) -> None:
     """Train one stage and report its results. Raises UserError for anything that the user can fix."""
     start = prerequisites.starting_folder(config)
+    refuse_packed(start or at_hand(config.model.pretrained))
     with open_run(config, force) as run:
         _train(run, start)
 

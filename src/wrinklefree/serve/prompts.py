@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from jinja2 import TemplateError
-
+from wrinklefree.core.errors import UserError
+from wrinklefree.data.template import as_chat
 from wrinklefree.serve.errors import ApiError
 from wrinklefree.serve.schema import Chat, Completion
 
@@ -30,7 +30,7 @@ def _chat(tokenizer: Any, request: Chat) -> list[int]:
         raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
     messages = [message.plain() for message in request.messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ApiError(400, f"messages: the model's chat template says: {error}", "messages") from None
+        text = as_chat(tokenizer, messages, add_generation_prompt=True)
+    except UserError as error:
+        raise ApiError(400, f"messages: {error}", "messages") from None
     return list(tokenizer(text, add_special_tokens=False).input_ids)

@@ -26,6 +26,7 @@ from torch import Tensor
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside
+from wrinklefree.core.numbers import check_tensor
 from wrinklefree.distributed.world import World, any_of, gather
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import CHUNK
@@ -118,9 +119,24 @@ def read_gathered(folder: Path) -> Gathered:
     try:
         tensors = load_file(file)
         moments = Moments(tensors["count"], tensors["total"], tensors["outer"])
-    except (SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{file}: broken ({error}): run stage 1a again") from error
+    width = moments.total.numel()
+    shapes = {"count": (), "total": (width,), "outer": (width, width), "metric": (width, width)}
+    for name in shapes.keys() & tensors.keys():
+        check_tensor(str(file), name, tensors[name], torch.float64, shapes[name])
+    for name in {"outer", "metric"} & tensors.keys():
+        _check_moments(file, name, tensors[name])
+    if moments.count < 1:
+        raise UserError(f"{file}: the moments of {float(moments.count):g} states: run stage 1a again")
     return Gathered(moments, tensors.get("metric"))
+
+
+def _check_moments(file: Path, name: str, matrix: Tensor) -> None:
+    """Raises UserError for a matrix that is no sum of outer products: not symmetric, or with a negative diagonal."""
+    scale = matrix.abs().max()
+    if not matrix.diagonal().min() >= -1e-6 * scale or not (matrix - matrix.T).abs().max() <= 1e-6 * scale:
+        raise UserError(f"{file}: {name} is no matrix of second moments: run stage 1a again")
 
 
 def gather_moments(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,13 +32,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.files import file_aside
+from wrinklefree.core.files import file_aside, read_json
 from wrinklefree.core.fingerprint import fingerprint
+from wrinklefree.core.numbers import check_tensor
 from wrinklefree.data.sources import Split
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 SPLITS: tuple[Split, ...] = ("train", "heldout")
+STATES = ("prompt_states", "thoughts")  # compressed states; the others are ids
 # For each tensor of a shard the column of `counts` that has its lengths.
 RAGGED = {"prompt_ids": 0, "thought_ids": 1, "answer_ids": 2, "prompt_states": 0, "thoughts": 3, "tokens": 3}
 
@@ -85,13 +88,15 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     if not file.is_file():
         raise UserError(f"{folder}: no hidden pairs ({MANIFEST} is missing): run `wf trm pairs` first, or to its end")
+    values = read_json(file)
+    if isinstance(values, dict) and values.get("format") != FORMAT:
+        raise UserError(f"{file}: format {values.get('format')!r}, this version reads {FORMAT}: make the pairs anew")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values.get("format") != FORMAT:
-            raise UserError(f"{file}: format {values.get('format')}, this version reads {FORMAT}: make the pairs anew")
-        return Manifest(**values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a manifest of hidden pairs ({error})") from error
+        return TypeAdapter(Manifest).validate_python(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{file}: not a manifest of hidden pairs ({where}: {problem['msg']})") from error
 
 
 def shard_path(folder: Path, split: Split, number: int) -> Path:
@@ -111,8 +116,11 @@ def write_shard(path: Path, pairs: Sequence[Pair], key: str) -> None:
         save_file(tensors, aside, metadata={"key": key})
 
 
-def read_shard(path: Path, key: str) -> list[Pair]:
-    """The pairs of a shard. Raises UserError if the file is missing or broken, or belongs to pairs of another key."""
+def read_shard(path: Path, key: str, width: int | None = None) -> list[Pair]:
+    """The pairs of a shard, whose states have `width` entries; None means any width.
+
+    Raises UserError if the file is missing or broken, or belongs to pairs of another key.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("key") != key:
@@ -120,8 +128,15 @@ def read_shard(path: Path, key: str) -> list[Pair]:
             tensors = {name: file.get_tensor(name) for name in (*RAGGED, "counts")}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: missing or broken ({error}); make the pairs anew with --force") from error
+    check_tensor(str(path), "counts", tensors["counts"], torch.int32, (None, 4))
+    for name in RAGGED:
+        ids = name not in STATES
+        dtype, shape = (torch.int32, [None]) if ids else (torch.float16, [None, width])
+        check_tensor(str(path), name, tensors[name], dtype, shape)
+        if ids and tensors[name].lt(0).any():
+            raise UserError(f"{path}: {name} has negative ids; make the pairs anew with --force")
     lengths = tensors["counts"].long()
-    if any(len(tensors[name]) != lengths[:, column].sum() for name, column in RAGGED.items()):
+    if lengths.lt(0).any() or any(len(tensors[name]) != lengths[:, column].sum() for name, column in RAGGED.items()):
         raise UserError(f"{path}: its tensors are not as long as its counts say; make the pairs anew with --force")
     parts = {name: tensors[name].split(lengths[:, column].tolist()) for name, column in RAGGED.items()}
     return [Pair(*(parts[name][i] for name in Pair._fields)) for i in range(len(lengths))]
@@ -147,7 +162,7 @@ class HiddenPairs:
         self.pairs: list[Pair] = []
         shards = sorted(folder.glob(f"{split}-*.safetensors"))
         for path in shards:
-            self.pairs += read_shard(path, self.manifest.key)
+            self.pairs += read_shard(path, self.manifest.key, self.manifest.d_compressed)
         if len(self.pairs) != self.manifest.counts.get(split):
             raise UserError(
                 f"{folder}: {len(self.pairs)} of {self.manifest.counts.get(split)} {split} pairs are there; "

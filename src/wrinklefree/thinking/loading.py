@@ -1,9 +1,9 @@
 """Read thinkers and language models from their folders, and check that they belong together."""
 
 import dataclasses
-import json
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.compose import read_config
@@ -12,7 +12,8 @@ from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
 from wrinklefree.data.tokenizer import tokenizer_fingerprint
-from wrinklefree.models.check import check_safetensors
+from wrinklefree.families.foreign import refused_in_one_line
+from wrinklefree.models.check import Contents, check_safetensors, check_shapes, check_sizes, read_model_config
 from wrinklefree.models.load import load_pretrained
 from wrinklefree.runs import prerequisites
 from wrinklefree.thinking.hidden_pairs import Manifest
@@ -33,7 +34,7 @@ def settings_of(config: Config) -> ThinkingConfig:
 def is_thinker(path: Path) -> bool:
     """Whether a folder, or a run's folder, has a thinker and not a language model."""
     file = thinker_folder(path) / "config.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == ThinkerConfig.model_type
+    return file.is_file() and read_model_config(file.parent).get("model_type") == ThinkerConfig.model_type
 
 
 def thinker_folder(path: Path) -> Path:
@@ -55,9 +56,16 @@ def load_thinker(path: Path) -> tuple[LatentThinker, Config]:
     config = read_config(folder / checkpoint.CONFIG)
     if config.thinking is None:
         raise UserError(f"{path}: a model, not a thinker; give a folder that `wf trm` made")
-    shape = ThinkerConfig.from_json_file(folder / "config.json")
-    check_safetensors(folder / checkpoint.WEIGHTS)
-    thinker = LatentThinker(shape)
+    values = read_model_config(folder)
+    header = check_safetensors(folder / checkpoint.WEIGHTS)
+    check_sizes(folder / "config.json", values, len(header))
+    with refused_in_one_line(f"{folder / 'config.json'}: not the config of a thinker"):
+        shape = ThinkerConfig(**values)
+        with torch.device("meta"):
+            skeleton = LatentThinker(shape)
+    check_shapes(Contents(folder, values, header, None), skeleton)
+    with refused_in_one_line(f"{folder / 'config.json'}: not the config of a thinker"):
+        thinker = LatentThinker(shape)
     checkpoint.load_weights(folder, thinker)
     return thinker.eval(), config
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree.config.schema import Config
 from wrinklefree.core import replaced
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import read_json
 from wrinklefree.core.fingerprint import model_fingerprint
 from wrinklefree.core.lock import locked
 from wrinklefree.data import problems
@@ -82,7 +83,7 @@ def _claim_folder(folder: Path, manifest: Manifest, force: bool) -> None:
         replaced.set_aside(folder, list(folder.iterdir()))
     if not started.is_file() and any(path.name != replaced.NAME for path in folder.iterdir()):
         raise UserError(f"{folder}: not empty, and not hidden pairs; choose another output_root=... or experiment=...")
-    if started.is_file() and json.loads(started.read_text())["key"] != manifest.key:
+    if started.is_file() and read_json(started) != {"key": manifest.key}:
         raise UserError(
             f"{folder}: begun with another model, compressor or thinking.pairs.* settings: go on with those, choose "
             f"another experiment=..., or start over with --force"

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.data.template import as_chat
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -35,7 +36,7 @@ def prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
     if not tokenizer.chat_template:
         return list(tokenizer(f"{question} {OPEN}").input_ids)
     messages = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    text = as_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=True)
     text = text if text.rstrip().endswith(OPEN) else f"{text}{OPEN}"
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 

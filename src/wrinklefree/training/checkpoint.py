@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import aside_of, full_disk_said, written_aside
+from wrinklefree.core.numbers import not_numbers
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.world import ALONE, World, barrier
 from wrinklefree.training import storage
@@ -176,7 +177,7 @@ def find_checkpoint(resume_from: str, run: Path) -> Path:
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights into a prepared model. If it is sharded, each process takes its own share.
 
-    Raises UserError if a name or shape differs between file and model, naming the first one.
+    Raises UserError if a name or shape differs between file and model, naming the first one, and for NaN.
     """
     file = path / WEIGHTS
     if not file.is_file():
@@ -187,7 +188,10 @@ def load_weights(path: Path, model: nn.Module) -> None:
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
             _check_fit(file, shapes, own, model)
             for name in shapes:
-                own[name].copy_(sharding.like(tensors.get_tensor(name), own[name]))
+                tensor = tensors.get_tensor(name)
+                if own[name].is_floating_point() and not_numbers(tensor):
+                    raise UserError(f"{file}: {name} {not_numbers(tensor)}")
+                own[name].copy_(sharding.like(tensor, own[name]))
     except SafetensorError as error:
         raise UserError(f"{file}: truncated or not safetensors ({error})") from error
 

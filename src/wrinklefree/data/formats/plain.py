@@ -2,16 +2,9 @@
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.chat import Reading, columns, listed, written
-from wrinklefree.data.sources import Document, Row
+from wrinklefree.data.sources import Document, Row, fitting_format
 
 READS = ("text_column",)
-
-# Columns by which a row shows that it has another format.
-SIGNS = {
-    "sharegpt": {"conversations"},
-    "alpaca_chat": {"instruction", "output"},
-    "dolly": {"instruction", "response"},
-}
 
 
 def document(row: Row, reading: Reading, where: str) -> Document:
@@ -36,6 +29,6 @@ def _text(value: object, column: str, where: str) -> str:
 
 def _instead(row: Row) -> str:
     """Return what would read a row like this one."""
-    format = next((name for name, signs in SIGNS.items() if signs <= row.keys()), None)
-    other = f"set data.format={format}, or " if format else ""
+    format = fitting_format(row)
+    other = f"{format}, or " if format else ""
     return f"{other}set data.text_column to one of: {columns(row)}"

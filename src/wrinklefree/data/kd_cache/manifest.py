@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import read_json
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.data.sources import Split
 
@@ -135,8 +136,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{folder}: no {MANIFEST}, so no KD cache; `wf cache` writes one, `wf cache --import` takes .pt"
         )
+    values = read_json(file)
     try:
-        manifest = TypeAdapter(Manifest).validate_json(file.read_bytes())
+        manifest = TypeAdapter(Manifest).validate_python(values)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])

@@ -37,12 +37,15 @@ from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.numbers import not_numbers
 from wrinklefree.data.identity import check_same
 from wrinklefree.data.kd_cache.manifest import DTYPES, MANIFEST, read_manifest, shard_name
 from wrinklefree.data.packing import make_batch
 from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.data.sources import Split
 from wrinklefree.data.tokenizer import tokenizer_fingerprint
+
+FLAGS = ("starts", "learned")
 
 OPEN_SHARDS = 64  # mapped at a time
 
@@ -59,7 +62,7 @@ class KDCache:
         self._open: OrderedDict[str, Any] = OrderedDict()
         for split in ("train", "heldout"):
             for number, num in enumerate(self.manifest.shards[split]):
-                self._check(shard_name(split, number), num)
+                self._check(shard_name(split, number), num, number)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError if the tokenizer is not the one that the cache was written with."""
@@ -98,7 +101,22 @@ class KDCache:
         number = bisect.bisect_right(ends, row)
         shard = self._shard(shard_name(split, number))
         inside = row - (ends[number - 1] if number else 0)
-        return {name: _plain(shard.get_slice(name)[inside]) for name in self.manifest.shapes(1)}
+        found = {name: _plain(shard.get_slice(name)[inside]) for name in self.manifest.shapes(1)}
+        problem = self._problem(found)
+        if problem:
+            raise UserError(f"{self.folder / shard_name(split, number)}: sequence {inside}: {problem}: write it again")
+        return found
+
+    def _problem(self, sequence: dict[str, Tensor]) -> str:
+        """What is wrong with the values of a sequence; "" if nothing is."""
+        for name, tensor in sequence.items():
+            if tensor.is_floating_point() and not_numbers(tensor):
+                return f"{name} {not_numbers(tensor)}"
+            if name.endswith("ids") and not 0 <= tensor.min() <= tensor.max() < self.manifest.vocab_size:
+                return f"{name} outside of the {self.manifest.vocab_size} words"
+            if name in FLAGS and tensor.max() > 1:
+                return f"{name} is neither 0 nor 1"
+        return ""
 
     def _shard(self, name: str) -> Any:
         """Return a mapped shard. If too many are open, the one used longest ago is closed."""
@@ -109,14 +127,14 @@ class KDCache:
         self._open.move_to_end(name)
         return self._open[name]
 
-    def _check(self, name: str, num: int) -> None:
+    def _check(self, name: str, num: int, number: int) -> None:
         """Raises UserError if a shard is missing or truncated, belongs to another cache, or has the wrong shapes."""
         file = self.folder / name
         if not file.is_file():
             raise UserError(f"{file}: missing; the manifest counts {num} sequences in it")
         try:
             shard = self._shard(name)
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: truncated or not safetensors ({error})") from error
         if (shard.metadata() or {}).get("kd_cache") != self.manifest.key:
             raise UserError(f"{file}: belongs to another cache than {MANIFEST}")
@@ -125,6 +143,8 @@ class KDCache:
         held = {key: (part.get_dtype(), *part.get_shape()) for key, part in slices.items()}
         if held != expected:
             raise UserError(f"{file}: holds {held}, the manifest says {expected}")
+        if number == 0 and not shard.get_tensor("learned")[:, 1:].any():  # the first of a row is never learned
+            raise UserError(f"{file}: no token in it is a label, so there is nothing to learn: write the cache again")
 
 
 def _plain(tensor: Tensor) -> Tensor:

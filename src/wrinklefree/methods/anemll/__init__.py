@@ -199,13 +199,13 @@ class Config(QuantMethod):
     name: Literal["anemll"] = "anemll"
     view: Literal["v1", "v2"] = "v1"
     bits: Literal[2, 3, 4] = 2
-    rank: Annotated[int, Field(gt=0)] = 32
+    rank: Annotated[int, Field(gt=0, lt=2**31)] = 32
     attn_bits: Literal[2, 3, 4] = 4
-    attn_rank: Annotated[int, Field(gt=0)] = 8
+    attn_rank: Annotated[int, Field(gt=0, lt=2**31)] = 8
     attn_names: list[str] = field(default_factory=lambda: list(ATTENTION))
-    group_size: Annotated[int, Field(gt=0)] = 32  # columns that share a maximum in the first fit; not stored
+    group_size: Annotated[int, Field(gt=0, lt=2**31)] = 32  # columns that share a maximum in the first fit; not stored
     init: Literal["als", "svd"] = "als"
-    als_iterations: Annotated[int, Field(ge=0)] = 10
+    als_iterations: Annotated[int, Field(ge=0, lt=2**31)] = 10
     importance: bool = True  # init=als weights columns by the mean square of their inputs
     learn_table: bool = True
     train: Literal["both", "scales", "weights"] = "both"  # v2 has no weights to train

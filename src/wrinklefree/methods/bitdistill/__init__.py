@@ -166,13 +166,13 @@ class Config(QuantMethod):
     name: Literal["bitdistill"] = "bitdistill"
     granularity: Literal["tensor", "row", "group"] = "tensor"
     scale_mode: Literal["absmean", "learned"] = "absmean"
-    group_size: Annotated[int, Field(gt=0)] = 128  # columns, for granularity group
+    group_size: Annotated[int, Field(gt=0, lt=2**31)] = 128  # columns, for granularity group
     activation_bits: Literal[8] | None = 8  # None leaves activations in floating point
     norm_mode: Literal["subln", "per_linear", "none"] = "subln"
     norm_names: list[str] = field(default_factory=lambda: list(SUB_NORMS))
     subln_init: Literal["calibrated", "ones"] = "calibrated"
-    weight_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    activation_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    activation_warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
     warmup_shape: Literal["linear", "cosine"] = "linear"
 
     @property

@@ -117,7 +117,7 @@ class Config(QuantMethod):
     num_stages: Annotated[int, Field(ge=1, le=4)] = 2
     scale_granularity: Literal["tensor", "row", "group", "rank1"] = "rank1"
     scale_mode: Literal["mean", "als", "learned"] = "learned"
-    group_size: Annotated[int, Field(gt=0)] = 64  # complex columns, for scale_granularity group
+    group_size: Annotated[int, Field(gt=0, lt=2**31)] = 64  # complex columns, for scale_granularity group
     activation_bits: Literal[8] | None = None  # None leaves activations in floating point
     preset: Literal["paper"] | None = None
 

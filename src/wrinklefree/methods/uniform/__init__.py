@@ -88,7 +88,7 @@ class Config(QuantMethod):
     name: Literal["uniform"] = "uniform"
     bits: Literal[2, 3, 4, 8] = 4
     granularity: Literal["row", "group"] = "row"
-    group_size: Annotated[int, Field(gt=0)] = 32  # columns, for granularity group
+    group_size: Annotated[int, Field(gt=0, lt=2**31)] = 32  # columns, for granularity group
     scale_mode: Literal["absmax", "search"] = "search"
     activation_bits: Literal[8] | None = None  # None leaves activations in floating point
 
