@@ -20,6 +20,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core import surgery
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import Batches, quant_layers
+from wrinklefree.data.tokenizer import check_same
 from wrinklefree.distributed.sharding import Sharded
 from wrinklefree.distributed.world import ALONE, leave_world
 from wrinklefree.evaluate.speed import decoding_speed
@@ -28,7 +29,7 @@ from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.export.proof.certify import CERTIFY_TOKENS
 from wrinklefree.generate.generate import complete
 from wrinklefree.models.load import load_model, load_pretrained
-from wrinklefree.objectives.language_model import LanguageObjective, check_vocabulary, find_objective
+from wrinklefree.objectives.language_model import LanguageObjective, find_objective
 from wrinklefree.runs import prerequisites, setup
 from wrinklefree.runs.report import Results
 from wrinklefree.runs.setup import Run, open_run
@@ -59,11 +60,12 @@ def train_stage(config: Config, force: bool) -> None:
     run = open_run(config, force)
     original = run.model
     stream = run.stream()  # opened early, so that errors in the data are reported before the work begins
-    teacher = choose_teacher(config, original)
+    teacher = choose_teacher(config, original, run.tokenizer)
     reference = original if teacher is None else teacher
     measured = Measured(run, reference)
-    student = prepare_student(config, original, calibration(config, run.tokenizer), start)
+    student = prepare_student(config, original, calibration(config, run.tokenizer), start, run.tokenizer)
     objective = choose_objective(config, student, teacher)
+    objective.words = len(run.tokenizer)
     run.begin()
     run.placement.place(reference)
     run.placement.place(student)
@@ -103,13 +105,24 @@ class Measured:
 
 
 def prepare_student(
-    config: Config, original: PreTrainedModel, batches: Batches = (), start: Path | None = None
+    config: Config,
+    original: PreTrainedModel,
+    batches: Batches = (),
+    start: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """The model to train: a copy of `original`, or the model in the folder `start`, quantized by the method.
 
-    A method may calibrate on `batches`. Raises UserError if `freeze_names` match no parameter.
+    A method may calibrate on `batches`. Raises UserError if `freeze_names` match no parameter, or if the model in
+    `start` has another tokenizer than `tokenizer`.
     """
-    student = copy.deepcopy(original) if start is None else load_model(start)[0].to(original.device)
+    if start is None:
+        student = copy.deepcopy(original)
+    else:
+        student, theirs = load_model(start)
+        student.to(original.device)
+        if tokenizer is not None:
+            check_same(tokenizer, theirs, f"training.start_from: the model in {start}")
     student.requires_grad_(True)
     if config.method is not None:
         student = config.method.prepare(student, batches)
@@ -123,14 +136,20 @@ def calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[
     yield from islice(setup.open_stream(config, tokenizer, ALONE), CALIBRATION_BATCHES)
 
 
-def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel | None:
-    """The model to distil from: `distillation.teacher`, by default the original. None if the objective needs none."""
+def choose_teacher(
+    config: Config, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | None:
+    """The model to distil from: `distillation.teacher`, by default the original. None if the objective needs none.
+
+    Raises UserError if the teacher's tokenizer is not `tokenizer`.
+    """
     if not find_objective(config.training.objective).needs_teacher(config.distillation):
         return None
     if config.distillation.teacher is None:
         return original
-    teacher, _ = load_model(prerequisites.stage_model(config, config.distillation.teacher), dtype=torch.float32)
-    check_vocabulary(original, teacher)
+    name = config.distillation.teacher
+    teacher, theirs = load_model(prerequisites.stage_model(config, name), dtype=torch.float32)
+    check_same(tokenizer, theirs, f"distillation.teacher={name}")
     return teacher.to(original.device).requires_grad_(False)
 
 

@@ -11,7 +11,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
-from wrinklefree.data.tokenizer import tokenizer_fingerprint
+from wrinklefree.data.tokenizer import check_written_with
 from wrinklefree.models.check import check_safetensors
 from wrinklefree.models.load import load_pretrained
 from wrinklefree.runs import prerequisites
@@ -105,8 +105,7 @@ def pairs_folder(config: Config) -> Path:
 
 def check_pairs(manifest: Manifest, folder: Path, thinker: LatentThinker, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the pairs have this tokenizer and compressor. Raises UserError if not."""
-    if manifest.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
-        raise UserError(f"{folder}: made with another tokenizer than this model's; run `wf trm pairs` for this model")
+    check_written_with(tokenizer, manifest.tokenizer_fingerprint, manifest.model, str(folder))
     if manifest.compressor_fingerprint != compressor_fingerprint(thinker):
         raise UserError(f"{folder}: made with another compressor; run `wf trm pairs --force` with this one")
 
