@@ -3,6 +3,7 @@
 transformers answers several mistakes with random weights and a warning. Here they are errors of one line.
 """
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,8 @@ def _load_checkpoint(folder: Path, config: Config, dtype: torch.dtype | None) ->
     """Load a model as it was trained. The method prepares it first, so that its own parameters have a place."""
     if dtype not in (None, torch.float32):
         raise UserError(
-            f"{folder}: a training checkpoint computes from fp32 masters; for {dtype} run `wf export` first"
+            f"{folder}: a training checkpoint computes from fp32 masters; for {dtype} run "
+            f"`wf export {shlex.quote(str(folder))}` first"
         )
     with _quiet():  # transformers would report the method's parameters as unexpected
         model = _open(str(folder), torch.float32, config.model.trust_remote_code, masters=True)[0]

@@ -9,6 +9,7 @@
 
 import copy
 import logging
+import shlex
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -170,7 +171,7 @@ def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedMod
     results.print()
     wrote = [text for name, text in PARTS.items() if (out / name).exists()]
     print(f"\nwrote {out}/: {', '.join(wrote)}")
-    best = out / "packed" if (out / "packed").exists() else out
+    best = shlex.quote(str(out / "packed" if (out / "packed").exists() else out))
     print(f"next: wf generate {best} --prompt 'def '    wf eval {best}")
 
 

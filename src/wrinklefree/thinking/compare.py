@@ -13,6 +13,7 @@ Latency is measured on one problem at a time, from its tokens to the end of its 
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,8 @@ def compare_ways(config: Config, force: bool) -> Path:
     figures = {"readout": bench.read_out(thinkers["latent"]), "problems": len(asked)}
     print_ways(rows, figures)
     save_ways(rows, figures, out)
+    thinker = shlex.quote(str(loading.starting_thinker(config)))
+    print(f"next: wf generate {thinker} --think latent --prompt {shlex.quote(asked[0].question)}")
     return out
 
 
@@ -254,7 +257,6 @@ def save_ways(rows: list[Row], figures: dict[str, float], out: Path) -> None:
     (out / "results.json").write_text(json.dumps({**figures, "ways": values}, indent=2) + "\n")
     plot_ways(rows, out / "plots" / "thinking.png")
     print(f"\nwrote {out}/: results.json, plots/thinking.png")
-    print("next: wf generate THINKER --think latent --prompt TEXT, THINKER being the folder of a stage above")
 
 
 def summary(row: Row) -> dict[str, Any]:

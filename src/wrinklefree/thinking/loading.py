@@ -103,17 +103,19 @@ def pairs_folder(config: Config) -> Path:
     return prerequisites.stage_folder(config, "trm_pairs")
 
 
-def check_pairs(manifest: Manifest, folder: Path, thinker: LatentThinker, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the pairs have this tokenizer and compressor. Raises UserError if not."""
+def check_pairs(
+    manifest: Manifest, folder: Path, thinker: LatentThinker, tokenizer: PreTrainedTokenizerBase, again: str
+) -> None:
+    """Check that the pairs have this tokenizer and compressor. Raises UserError, which ends with `again`, if not."""
     check_written_with(tokenizer, manifest.tokenizer_fingerprint, manifest.model, str(folder))
     if manifest.compressor_fingerprint != compressor_fingerprint(thinker):
-        raise UserError(f"{folder}: made with another compressor; run `wf trm pairs --force` with this one")
+        raise UserError(f"{folder}: made with another compressor: {again}")
 
 
-def check_model(manifest: Manifest, folder: Path, model: PreTrainedModel) -> None:
-    """Check that the pairs have this language model. Raises UserError if not."""
+def check_model(manifest: Manifest, folder: Path, model: PreTrainedModel, again: str) -> None:
+    """Check that the pairs have this language model. Raises UserError, which ends with `again`, if not."""
     if manifest.model_fingerprint != model_fingerprint(model.state_dict()):
-        raise UserError(f"{folder}: made with other weights than {manifest.model} has now; run `wf trm pairs --force`")
+        raise UserError(f"{folder}: made with other weights than {manifest.model} has now: {again}")
 
 
 def compressor_fingerprint(thinker: LatentThinker) -> str:

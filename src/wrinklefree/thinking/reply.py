@@ -10,6 +10,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import join_world
 from wrinklefree.generate.open import open_model
 from wrinklefree.models.find import resolve_pretrained
+from wrinklefree.runs import prerequisites
 from wrinklefree.thinking import loading, tags
 from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.speech import Speaker
@@ -46,7 +47,8 @@ def open_thinker(path: Path) -> tuple[LatentThinker, Speaker]:
     """A thinker and its language model. Raises UserError if the adapter was not trained yet."""
     thinker, config = loading.load_thinker(path)
     if config.training.stage not in ("trm_injection", "trm_grpo"):
-        raise UserError(f"{path}: made by {config.training.stage}, it cannot speak yet: run `wf trm inject` first")
+        first = prerequisites.command(config, "trm_injection")
+        raise UserError(f"{path}: made by {config.training.stage}, it cannot speak yet: run `{first}` first")
     device = join_world().device
     model, tokenizer = loading.load_language_model(config)
     return thinker.to(device), Speaker(model.to(device), tokenizer)
