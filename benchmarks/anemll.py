@@ -153,7 +153,7 @@ def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]
     )
     arms = {}
     for name, run in runs.items():
-        objective = choose_objective(run.config, student, choose_teacher(run.config, original))
+        objective = choose_objective(run.config, student, choose_teacher(run.config, original, run.tokenizer))
         arms[name] = run.stream(), objective
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(timed + 1):

@@ -60,7 +60,10 @@ def qwen(**values: Any) -> Qwen2ForCausalLM:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per word."""
-    words = {f"w{i}": i for i in range(VOCAB - 2)} | {"<unk>": VOCAB - 2, "<eos>": VOCAB - 1}
+    return tokenizer_of({f"w{i}": i for i in range(VOCAB - 2)} | {"<unk>": VOCAB - 2, "<eos>": VOCAB - 1})
+
+
+def tokenizer_of(words: dict[str, int]) -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(words, "<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")

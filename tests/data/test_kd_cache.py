@@ -141,6 +141,7 @@ def test_prompts_are_masked_where_asked(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_student_of_another_tokenizer_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"written with the tokenizer of .*toy, the student's .* is another") as error:
+    said = r"written with the tokenizer of .*toy, the model's .* is another: id 0 is 'w0'"
+    with pytest.raises(UserError, match=said) as error:
         setup.open_cache(str(folder / "cache"), train_tokenizer(["some text"], 300))
     assert "\n" not in str(error.value)

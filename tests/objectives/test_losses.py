@@ -176,3 +176,24 @@ def test_nothing_is_predicted_across_a_border() -> None:
     starts = [token in (1, 7, 12) for token in data["input_ids"].flatten().tolist()]
     assert [label == -100 for label in data["labels"].flatten().tolist()] == starts
     assert sum(starts) == 3
+
+
+@pytest.mark.parametrize(("rows", "words", "common"), [(V + 9, 45, 45), (V - 6, 40, 40), (V + 9, None, V)])
+def test_heads_of_two_paddings_are_compared_over_the_words_of_the_tokenizer(
+    rows: int, words: int | None, common: int
+) -> None:
+    states, head, targets, (other, wide) = operands()
+    targets = targets.clamp(max=39)
+    padded = torch.cat([wide, 3 * torch.randn(9, D + 3)])[:rows]
+    found = token_losses(
+        states, head, targets, teacher=(other, padded), ce_weight=0.5, kl_weight=2.0, temperature=2.5, words=words
+    )
+    found.loss.backward()
+    mine = [states.grad, head.grad]
+    states.grad = head.grad = None
+    z, y = states @ head.T, other @ padded.T
+    p, q = ((x[:, :common] / 2.5).log_softmax(-1) for x in (y, z))
+    kl = 2.5**2 * (p.exp() * (p - q)).sum(-1).mean()
+    torch.testing.assert_close(found.loss, 0.5 * F.cross_entropy(z, targets) + 2 * kl)
+    (0.5 * F.cross_entropy(z, targets) + 2 * kl).backward()
+    torch.testing.assert_close(mine, [states.grad, head.grad])

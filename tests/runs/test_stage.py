@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ids
+from tiny import VOCAB, ids, llama, tokenizer, tokenizer_of
 from toyrun import overrides, resolved, rows, toy_files
 from typer.testing import CliRunner
 
@@ -173,19 +173,31 @@ def test_the_control_trains_in_full_precision(tmp_path: Path) -> None:
     assert "packed/" not in out
 
 
-def test_another_teacher_and_a_foreign_vocabulary(tmp_path: Path) -> None:
-    from tiny import llama, tokenizer
-
+@pytest.mark.parametrize("vocabulary", [96, 128])
+def test_a_teacher_of_the_same_tokenizer_may_have_a_padded_head(tmp_path: Path, vocabulary: int) -> None:
+    """As Qwen2.5-7B (152,064 rows) for Qwen2.5-0.5B (151,936)."""
     toy_files(tmp_path)
-    for name, vocabulary in (("wider", 96), ("foreign", 128)):
-        llama(intermediate_size=160, vocab_size=vocabulary).save_pretrained(tmp_path / name)
-        tokenizer().save_pretrained(tmp_path / name)
-    assert fairy2(tmp_path, "training.max_steps=1", f"distillation.teacher={tmp_path / 'wider'}")[0] == 0
-    code, _, err = fairy2(
-        tmp_path, f"distillation.teacher={tmp_path / 'foreign'}", f"output_dir={tmp_path / 'refused'}"
-    )
+    llama(intermediate_size=160, vocab_size=vocabulary).save_pretrained(tmp_path / "teacher")
+    tokenizer().save_pretrained(tmp_path / "teacher")
+    code, _, err = fairy2(tmp_path, "training.max_steps=1", f"distillation.teacher={tmp_path / 'teacher'}")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("where", ["distillation.teacher", "training.start_from"])
+def test_a_model_of_another_tokenizer_is_refused_with_the_id_that_differs(tmp_path: Path, where: str) -> None:
+    """Its vocabulary has the same size and the same words, but two ids are exchanged."""
+    toy_files(tmp_path)
+    llama().save_pretrained(tmp_path / "other")
+    words = {f"w{i}": i for i in range(VOCAB - 2)} | {"<unk>": VOCAB - 2, "<eos>": VOCAB - 1}
+    tokenizer_of(words | {"w3": 5, "w5": 3}).save_pretrained(tmp_path / "other")
+    value = f"[{tmp_path / 'other'}]" if where == "training.start_from" else tmp_path / "other"
+    code, _, err = fairy2(tmp_path, "training.max_steps=1", f"{where}={value}")
     assert code == 2
-    assert "vocabulary of 128" in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith(f"error: {where}")
+    assert err.splitlines()[-1].endswith(
+        "has another tokenizer than the model: id 3 is 'w5', the model's is 'w3'; 2 ids differ"
+    )
+    assert not (tmp_path / "run" / "final").exists()
 
 
 MISTAKES = {

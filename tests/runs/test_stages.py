@@ -110,7 +110,8 @@ def test_a_missing_stage_is_one_line_with_the_command_that_makes_it(folder: Path
     assert code == 2
     assert said.splitlines()[-1] == (
         "error: stage2_pretrain needs stage1_subln, but there is no outputs/bitdistill_toy_stage1_subln/final: "
-        "run `wf train model=./toy training=stage1_subln training.max_seq_length=32 data=local data.path=text`, "
+        "run `wf train model=./toy training=stage1_subln data=local data.path=text "
+        "training.max_seq_length=32 training.precision=fp32`, "
         "or add auto_prereq=true"
     )
     assert not run("stage2_pretrain").exists()
@@ -120,13 +121,17 @@ def test_a_missing_teacher_is_named_too(folder: Path) -> None:
     code, said = train("stage3_distill", *STEPS, "training.start_from=[]")
     assert code == 2
     assert "stage3_distill needs stage0_sft" in said
-    assert "training=stage0_sft training.max_seq_length=32 task=sst2 data.path=sst2.jsonl`" in said
+    assert (
+        "training=stage0_sft task=sst2 data.path=sst2.jsonl training.max_seq_length=32 training.precision=fp32`" in said
+    )
 
 
 def test_an_earlier_stage_is_shared_among_the_same_processes(folder: Path) -> None:
     code, said = train("stage3_distill", *STEPS, "training.start_from=[]", "distributed=fsdp_multi")
     assert code == 2
-    assert "training.max_seq_length=32 distributed=fsdp_multi task=sst2" in said
+    assert (
+        "training=stage0_sft distributed=fsdp_multi task=sst2 data.path=sst2.jsonl training.max_seq_length=32" in said
+    )
 
 
 def test_auto_prereq_runs_what_is_missing(folder: Path) -> None:

@@ -183,8 +183,8 @@ def test_states_that_fp16_does_not_hold_are_refused(tmp_path: Path) -> None:
 
 
 def test_pairs_of_another_compressor_are_refused(toy: Path, thinker: LatentThinker, train: HiddenPairs) -> None:
-    loading.check_pairs(train.manifest, toy, thinker, TOKENIZER)
+    loading.check_pairs(train.manifest, toy, thinker, TOKENIZER, "again")
     with torch.no_grad():
         thinker.compressor.weight.mul_(1.01)
     with pytest.raises(UserError, match="made with another compressor"):
-        loading.check_pairs(train.manifest, toy, thinker, TOKENIZER)
+        loading.check_pairs(train.manifest, toy, thinker, TOKENIZER, "again")

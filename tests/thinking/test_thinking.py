@@ -178,7 +178,7 @@ def test_settings_in_the_section_of_methods_are_one_line(override: str, message:
 def test_settings_of_a_thinker_are_refused_by_other_trainings(training: str) -> None:
     with pytest.raises(UserError, match=r"^thinking\.d_compressed: has no effect, .* no section 'thinking'$"):
         load_config([f"training={training}", "thinking.d_compressed=64"])
-    with pytest.raises(UserError, match="a stage of LLM-TRM: run it with `wf trm`"):
+    with pytest.raises(UserError, match="a stage of LLM-TRM: run it with `wf trm train`"):
         launch.run_stage(["model=chains", "training=trm_recursion"])
 
 

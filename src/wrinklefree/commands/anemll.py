@@ -9,6 +9,7 @@
 A step that is done with the same settings is skipped, and an interrupted step resumes.
 """
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -49,7 +50,8 @@ def run(
     table = anemll.write(trained, tokenizer, last / "anemll", [])
     summary(finished, table)
     print(f"\nwrote {last}/anemll/ (for ANEMLL's converters) and {last}/packed/ (for transformers)")
-    print(f"next: wf generate {last}/packed --prompt 'def '    wf export {last} --format coreml")
+    packed, run_folder = shlex.quote(f"{last}/packed"), shlex.quote(str(last))
+    print(f"next: wf generate {packed} --prompt 'def '    wf export {run_folder} --format coreml")
 
 
 def _meant_for(step: str, names: list[str], overrides: list[str]) -> list[str]:

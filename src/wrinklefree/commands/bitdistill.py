@@ -3,6 +3,7 @@
 A stage that is done with the same settings is skipped, and an interrupted stage resumes.
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,4 +97,5 @@ def summary(finished: list[Config]) -> None:
         task = "" if accuracy is None else f"{accuracy['value']:.1%} on {config.data.task}"
         rows.append([config.training.stage, f"{figures['trained']['ppl']:.2f}", task])
     print_table(["stage", "held-out perplexity", "accuracy"], rows)
-    print(f"\nnext: wf generate {finished[-1].output_dir} --prompt 'def '    wf export {finished[-1].output_dir}")
+    last = shlex.quote(finished[-1].output_dir)
+    print(f"\nnext: wf generate {last} --prompt 'def '    wf export {last}")

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import logging
 import pickle
+import shlex
 import struct
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
+from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
@@ -37,6 +39,7 @@ from wrinklefree.models.find import resolve_pretrained
 from wrinklefree.models.load import load_pretrained, open_tokenizer
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import CHUNK, NEVER
+from wrinklefree.runs import prerequisites
 from wrinklefree.tracking.progress import Bar, Clock, Lines
 from wrinklefree.tracking.terminal import short_size
 from wrinklefree.training.plan import choose_dtype, choose_length
@@ -69,13 +72,17 @@ def run(
     """
     if import_from is not None:
         finished = take_over(import_from, out, model, force)
+        chosen = [setting("model", model or finished.tokenizer)]
     else:
-        finished = write(settings(model or "tiny", sizes.pop("length"), overrides or []), out, force, **sizes)
+        config = settings(model or "tiny", sizes.pop("length"), overrides or [])
+        finished = write(config, out, force, **sizes)
+        chosen = prerequisites.prerequisite(config, "fairy2_w2")
     total = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(
         f"wrote {out}/: {finished.count('train')} sequences, {finished.count('heldout')} held out, {short_size(total)}"
     )
-    print(f"next: wf train training.objective=cached_kd distillation.cache={out}")
+    learn = ["training.objective=cached_kd", setting("distillation.cache", str(out))]
+    print(f"next: {shlex.join(['wf', 'train', *chosen, *learn])}")
 
 
 def settings(model: str, length: int | None, overrides: list[str]) -> Config:

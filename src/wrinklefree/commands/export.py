@@ -1,5 +1,6 @@
 """`wf export`: write a trained run in another format, read it back with that format's own library, and compare."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def run(
         if not readme.exists():
             readme.write_text(f"{card(config)}\n{described(format, table)}", encoding="utf-8")
     print_table(["", str(target)], table)
-    hint = constant(known[format], "NEXT", "").format(target=target)
+    hint = constant(known[format], "NEXT", "")
+    hint = hint.format(target=target if "'{target}" in hint else shlex.quote(str(target)))  # Python, or a shell's line
     print(f"\nwrote {target}/" + (f"; next: {hint}" if hint else ""))
 
 

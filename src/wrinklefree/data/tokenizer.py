@@ -9,8 +9,9 @@ ChatML, as in Qwen:
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint
 
 # One line that tokenizers with the same vocabulary may cut differently: case, spaces, digits, accents, emoji.
@@ -73,6 +74,53 @@ def _train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     bpe.train_from_iterator(documents, trainer)
     return bpe
+
+
+def check_same(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, what: str) -> None:
+    """Raise UserError, which begins with `what` and says how they differ, if `other` is another tokenizer.
+
+    Models of one tokenizer may pad their embeddings to different sizes, so sizes say nothing.
+    """
+    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other):
+        raise UserError(f"{what} has another tokenizer than the model: {_difference(tokenizer, other)}")
+
+
+def check_written_with(tokenizer: PreTrainedTokenizerBase, fingerprint: str, name: str, what: str) -> None:
+    """Raise UserError, which begins with `what`, if a tokenizer with this fingerprint, of the model `name`, wrote it.
+
+    The message says how they differ if the other tokenizer is still on this machine.
+    """
+    if tokenizer_fingerprint(tokenizer) == fingerprint:
+        return
+    other = _at_hand(name)
+    known = other is not None and tokenizer_fingerprint(other) == fingerprint
+    why = f": {_difference(tokenizer, other)}" if known and other is not None else ""
+    raise UserError(
+        f"{what}: written with the tokenizer of {name}, the model's ({tokenizer.name_or_path}) is another{why}"
+    )
+
+
+def _at_hand(name: str) -> PreTrainedTokenizerBase | None:
+    """Load a tokenizer from a folder or the hub's cache; None if there is none."""
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _difference(mine: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
+    """Say in words how two tokenizers differ whose fingerprints do."""
+    words, others = ({i: word for word, i in t.get_vocab().items()} for t in (mine, other))
+    unlike = sorted(i for i in words.keys() | others.keys() if words.get(i) != others.get(i))
+    if unlike:
+        here, there = (repr(found[unlike[0]]) if unlike[0] in found else "no word" for found in (words, others))
+        return f"id {unlike[0]} is {there}, the model's is {here}; {len(unlike)} ids differ"
+    if mine.eos_token_id != other.eos_token_id:
+        return f"it ends a sequence with {other.eos_token!r}, the model's with {mine.eos_token!r}"
+    return f"it has the same words, but cuts the line {PROBE!r} into other ones"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -37,9 +37,15 @@ class Quality:
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, batches: Iterable[Batch], reference: PreTrainedModel | None = None) -> Quality:
+def measure(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    reference: PreTrainedModel | None = None,
+    words: int | None = None,
+) -> Quality:
     """Score `batches` (input_ids, labels, position_ids [B, L]) in the precision of the current autocast.
 
+    `words` of the tokenizer are what the KL is over if the two heads are padded to different sizes.
     Raises UserError if there is no token to score.
     """
     student, teacher = BodyAndHead(model), None if reference is None else BodyAndHead(reference)
@@ -48,7 +54,7 @@ def measure(model: PreTrainedModel, batches: Iterable[Batch], reference: PreTrai
     for batch in batches:
         count = int(labelled(batch).sum())
         here = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        losses = vocabulary_losses(student, teacher, here, config)
+        losses = vocabulary_losses(student, teacher, here, config, words)
         sums += count * torch.stack([losses.ce, losses.kl, losses.same_top1]).double().cpu()
         tokens += count
     if tokens == 0:

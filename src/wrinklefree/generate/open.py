@@ -3,6 +3,7 @@
 A name is that of a model config (`tiny`), a run or model folder, or a hub id.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +90,7 @@ def _why_not_native(folder: Path, choice: EngineName, trust_remote_code: bool) -
         return f"{folder} is no local folder"
     check_folder(folder)
     if checkpoint_config(folder) is not None:
-        return "a training checkpoint; `wf export` makes a packed folder of it"
+        return f"a training checkpoint; `wf export {shlex.quote(str(folder))}` makes a packed folder of it"
     settings = _read_config(folder, trust_remote_code)
     quantization = settings.to_dict().get("quantization_config") or {}
     if choice == "auto" and quantization.get("quant_method") != QUANT_METHOD:

@@ -3,6 +3,7 @@
 transformers answers several mistakes with random weights and a warning. Here they are errors of one line.
 """
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +89,8 @@ def _load_checkpoint(
     folder = contents.folder
     if dtype not in (None, torch.float32):
         raise UserError(
-            f"{folder}: a training checkpoint computes from fp32 masters; for {dtype} run `wf export` first"
+            f"{folder}: a training checkpoint computes from fp32 masters; for {dtype} run "
+            f"`wf export {shlex.quote(str(folder))}` first"
         )
     _check_skeleton(contents, trust_remote_code)
     with _quiet():  # transformers would report the method's parameters as unexpected

@@ -56,7 +56,11 @@ def _check_head(model: PreTrainedModel, decoder: BodyAndHead) -> None:
 
 
 def vocabulary_losses(
-    student: BodyAndHead, teacher: BodyAndHead | None, batch: Batch, config: DistillationConfig
+    student: BodyAndHead,
+    teacher: BodyAndHead | None,
+    batch: Batch,
+    config: DistillationConfig,
+    words: int | None = None,
 ) -> TokenLosses:
     """Return the losses of one batch. Logits are computed in chunks of tokens and summed in fp32."""
     other = None
@@ -76,21 +80,14 @@ def vocabulary_losses(
         kl_weight=config.weight,
         temperature=config.temperature,
         tau_squared=config.tau_squared,
+        words=words,
     )
-
-
-def check_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raises UserError if the vocabularies differ in size, because then the tokenizers differ too."""
-    mine, other = student.config.vocab_size, teacher.config.vocab_size
-    if mine != other:
-        raise UserError(
-            f"distillation.teacher: vocabulary of {other} tokens, the model's has {mine}: "
-            f"distillation needs the same tokenizer"
-        )
 
 
 class LanguageObjective(Objective):
     """Base class of everything that `training.objective` names: holds the student, its teacher, and the settings."""
+
+    words: int | None = None  # of the tokenizer; if heads are padded to different sizes, the KL is over these words
 
     def __init__(
         self,
@@ -99,12 +96,10 @@ class LanguageObjective(Objective):
         teacher: PreTrainedModel | None = None,
         compiled: bool = False,
     ) -> None:
-        """Raises UserError if the teacher's vocabulary is not the student's."""
+        """Raises UserError if the logits of a model are not simply its head's product with the last hidden state."""
         self.student = BodyAndHead(student, compiled)
         self.teacher = None if teacher is None else BodyAndHead(teacher, compiled)
         self.config, self.shares = config, Shares()
-        if teacher is not None:
-            check_vocabulary(student, teacher)
 
 
 def find_objective(name: str) -> type[LanguageObjective]:

@@ -64,11 +64,17 @@ def token_losses(
     kl_weight: float = 0.0,
     temperature: float = 1.0,
     tau_squared: bool = True,
+    words: int | None = None,
 ) -> TokenLosses:
     """Return `ce_weight` CE + `kl_weight` KL for states [N, D], a head [V, D] and targets [N].
 
-    `teacher` is the teacher's (states [N, D'], head [V, D']); if it is None, there is no KL. If N is 0, all is 0.
+    `teacher` is the teacher's (states [N, D'], head [V', D']); if it is None, there is no KL. If V and V' differ, one
+    tokenizer was padded to two sizes: the KL is over its `words`, by default over the rows that both have. If N is 0,
+    all is 0.
     """
+    common = None
+    if teacher is not None and len(head) != len(teacher[1]):
+        common = min(len(head), len(teacher[1]), len(head) if words is None else words)
 
     def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         ce = F.cross_entropy(logits, targets[part], reduction="sum")
@@ -76,9 +82,9 @@ def token_losses(
             zero = ce.new_zeros(())
             return ce_weight * ce, {"ce": ce, "kl": zero, "same_top1": zero}
         with torch.no_grad():
-            other = F.linear(teacher[0][part], teacher[1]).float()
-        kl = kl_divergence(logits, other, temperature) * (temperature**2 if tau_squared else 1)
-        agree = (logits.argmax(-1) == other.argmax(-1)).sum()
+            other = F.linear(teacher[0][part], teacher[1][:common]).float()
+        kl = kl_divergence(logits[:, :common], other, temperature) * (temperature**2 if tau_squared else 1)
+        agree = (logits[:, :common].argmax(-1) == other.argmax(-1)).sum()
         return ce_weight * ce + kl_weight * kl, {"ce": ce, "kl": kl, "same_top1": agree.to(ce.dtype)}
 
     loss, metrics = head_loss(states, head, chunk_loss)
@@ -100,6 +106,16 @@ class CachedTeacher:
     logits: Tensor  # fp32 [N, S]
     rest: Tensor | None  # fp32 [N], log-sum-exp of all other words' logits; None if unknown
     last: Tensor  # bool [N], True at the last position of each sequence
+
+
+def within(ids: Tensor, logits: Tensor, words: int) -> tuple[Tensor, Tensor]:
+    """Make words of a support [N, S] beyond the student's `words` impossible: they are padding of the teacher's head.
+
+    Their ids become that of the likeliest word, which is in the support already.
+    """
+    outside = ids >= words
+    likeliest = ids[:, :1].clamp(max=words - 1)
+    return torch.where(outside, likeliest, ids), logits.masked_fill(outside, NEVER)
 
 
 @dataclass(frozen=True)

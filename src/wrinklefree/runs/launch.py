@@ -47,7 +47,8 @@ def run_stage(overrides: list[str], *, force: bool = False, processes: int | Non
     """
     config = load_config(overrides)
     if config.thinking is not None:
-        raise UserError(f"training={config.training.stage}: a stage of LLM-TRM: run it with `wf trm`")
+        verb = prerequisites.VERBS.get(config.training.stage, "trm")
+        raise UserError(f"training={config.training.stage}: a stage of LLM-TRM: run it with `wf {verb}`")
     if config.auto_prereq:
         for stage in prerequisites.missing(config):
             log.info("%s needs %s: running it first", config.training.stage, stage)

@@ -3,13 +3,20 @@
 The stages of one experiment have sibling folders, `output_root/EXPERIMENT_STAGE/`. Each has its model in `final/`.
 """
 
+import dataclasses
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from wrinklefree.config.compose import options
-from wrinklefree.config.schema import Config, DataConfig, DistributedConfig
+from wrinklefree.config.check import flatten, key_paths
+from wrinklefree.config.compose import compose_values, option_files, options, read_yaml, resolve_model
+from wrinklefree.config.schema import Config, ModelConfig
+from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
 
-TEACHER = "stage0_sft"  # the only earlier stage that is trained on the task
+# Settings of `training` that all stages of an experiment share. The others belong to one stage.
+SHARED = ("training.max_seq_length", "training.precision", "training.gradient_checkpointing")
 
 # Stages that have their own command instead of `wf train`.
 VERBS = {
@@ -18,6 +25,7 @@ VERBS = {
     "trm_recursion": "trm train",
     "trm_injection": "trm inject",
     "trm_grpo": "trm grpo",
+    "trm_eval": "trm eval",
 }
 
 
@@ -40,51 +48,100 @@ def stage_model(config: Config, name: str) -> str:
         return name
     run = stage_folder(config, name)
     if not is_done(run):
+        offer = "" if name in VERBS or config.auto_prereq else ", or add auto_prereq=true"
         raise UserError(
-            f"{config.training.stage} needs {name}, but there is no {run}/final: "
-            f"run `{command(config, name)}`{'' if name in VERBS else ', or add auto_prereq=true'}"
+            f"{config.training.stage} needs {name}, but there is no {run}/final: run `{command(config, name)}`{offer}"
         )
     return str(run / "final")
 
 
-def command(config: Config, stage: str) -> str:
-    """The command line that runs `stage` in this experiment, such as `wf train model=tiny training=...`."""
+def command(config: Config, stage: str, *more: str) -> str:
+    """The command line that runs `stage` in this experiment, such as `wf train model=tiny training=...`.
+
+    `more` are further words of it. It is quoted for a shell.
+    """
     settings = prerequisite(config, stage)
     if stage in VERBS:  # its command chooses the training itself
         settings.remove(f"training={stage}")
-    return " ".join(["wf", VERBS.get(stage, "train"), *settings])
+    return shlex.join(["wf", *VERBS.get(stage, "train").split(), *settings, *more])
 
 
 def prerequisite(config: Config, stage: str) -> list[str]:
     """The overrides that run `stage` in this experiment.
 
-    Model, output root, seed, sequence length, `distributed` and data come from `config`. All other settings keep the
-    stage's defaults.
+    They hand on what the user has set for this run, as far as it makes the other stage:
+
+    | section | what is handed on |
+    |---|---|
+    | top level | `output_root`, `experiment`, `seed` |
+    | `model`, `distributed`, `thinking` | all |
+    | `method` | all, if the stage has the same method |
+    | `data` | all, if both stages train on a task or both on text |
+    | `training` | the settings in SHARED |
+
+    All other settings belong to one stage, such as its steps and its loss.
     """
-    name, task = config.model.name, config.data.task
-    overrides = [f"model={name if name in options('model') else config.model.pretrained}", f"training={stage}"]
-    if config.output_root != "outputs":
-        overrides.append(f"output_root={config.output_root}")
-    if config.seed != Config.seed:
-        overrides.append(f"seed={config.seed}")
-    if config.training.max_seq_length != "auto":
-        overrides.append(f"training.max_seq_length={config.training.max_seq_length}")
-    if config.distributed.name != DistributedConfig.name:
-        overrides.append(f"distributed={config.distributed.name}")
-    if task is not None and stage == TEACHER:
-        overrides.append(f"task={task}")
-    if (task is not None) == (stage == TEACHER):  # both train on the task, or both on text
-        overrides += _files(config.data)
-    return overrides
+    model = _model(config.model)
+    overrides = [*model, f"training={stage}"]
+    set_here = _set_here(config, model)
+    overrides += _handed_on(set_here, overrides, ("output_root", "experiment", "seed"))
+    defaults = _composed(overrides)
+    if config.distributed.name != defaults["distributed.name"]:
+        overrides.append(setting("distributed", config.distributed.name))
+    # The length of sequences matters to texts alone, which only the first stage of LLM-TRM reads.
+    sections = [*(key for key in SHARED if stage not in VERBS or key != "training.max_seq_length")]
+    sections += ["model", "distributed", "thinking"]
+    if config.method is not None and defaults.get("method.name") == config.method.name:
+        sections.append("method")
+    if (config.data.source == "downstream") == (defaults["data.source"] == "downstream"):
+        sections.append("data")
+        if config.data.source != defaults["data.source"]:
+            overrides.append(setting("data", config.data.source))
+        if config.data.task is not None:
+            overrides.append(setting("task", config.data.task))
+    return overrides + _handed_on(set_here, overrides, sections)
 
 
-def _files(data: DataConfig) -> list[str]:
-    """Overrides for the local files in `data`; empty if the data is not in local files."""
-    if data.source not in ("local", "downstream") or data.path is None:
-        return []
-    paths = {"data.path": data.path, "data.heldout_path": data.heldout_path}
-    group = ["data=local"] if data.source == "local" else []
-    return group + [f"{key}={value}" for key, value in paths.items() if value is not None]
+def _model(model: ModelConfig) -> list[str]:
+    """The settings that choose this model: the name of its file, its folder or hub id, or else both parts."""
+    short = resolve_model("model", model.pretrained)
+    is_path = ("model.name", model.name) in short
+    named = [setting("model", model.name)]
+    if model.name in options("model") and (not is_path or _composed(named)["model.pretrained"] == model.pretrained):
+        return named
+    if is_path:
+        return [setting("model", model.pretrained)]
+    return ["model=pretrained", setting("model.name", model.name), setting("model.pretrained", model.pretrained)]
+
+
+def _set_here(config: Config, model: list[str]) -> dict[str, Any]:
+    """The settings of `config`, by their full paths, that its model and training do not have by themselves."""
+    mine = {key: list(v) if isinstance(v, tuple) else v for key, v in flatten(dataclasses.asdict(config))}
+    own = [_composed([*model, f"training={name}"]) for name in _trainings(config.training.stage)]
+    changed = [{key: value for key, value in mine.items() if defaults.get(key) != value} for defaults in own]
+    return min(changed, key=len, default=mine)
+
+
+def _trainings(stage: str) -> list[str]:
+    """The training files of a stage. Most have one, and a stage that the user named has none."""
+    values = {path.stem: read_yaml(path).get("training") for path in option_files("training")}
+    return [name for name, training in values.items() if isinstance(training, dict) and training.get("stage") == stage]
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
+    """The values that `overrides` compose, by their full paths, and the schema's for what they leave out."""
+    known = {path: f.default for path, f in key_paths(Config) if f.default is not dataclasses.MISSING}
+    return known | dict(flatten(compose_values(overrides)))
+
+
+def _handed_on(values: dict[str, Any], overrides: list[str], sections: Sequence[str]) -> list[str]:
+    """The settings among `values` that are in `sections` and that `overrides` do not compose already."""
+    defaults = _composed(overrides)
+    return [
+        setting(key, value)
+        for key, value in values.items()
+        if any(key == section or key.startswith(f"{section}.") for section in sections) and defaults.get(key) != value
+    ]
 
 
 def starting_folder(config: Config) -> Path | None:

@@ -138,7 +138,9 @@ class Run:
     ) -> Quality:
         """A placed model's perplexity on `batches`, and its KL to `reference`, in the run's precision."""
         with self.plan.autocast(model.device):
-            return self.placement.with_whole_parameters(partial(measure, model, batches, reference))
+            return self.placement.with_whole_parameters(
+                partial(measure, model, batches, reference, len(self.tokenizer))
+            )
 
     def accuracy(self, model: PreTrainedModel, examples: list[Example]) -> Accuracy:
         """Accuracy of a placed model on task examples, in the run's precision."""

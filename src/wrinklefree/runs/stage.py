@@ -9,6 +9,7 @@
 
 import copy
 import logging
+import shlex
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core import surgery
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import Batches, quant_layers
+from wrinklefree.data.tokenizer import check_same
 from wrinklefree.distributed.sharding import Sharded
 from wrinklefree.distributed.world import ALONE
 from wrinklefree.evaluate.speed import decoding_speed
@@ -30,7 +32,7 @@ from wrinklefree.generate.generate import complete
 from wrinklefree.models.check import refuse_packed
 from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import load_model, load_pretrained
-from wrinklefree.objectives.language_model import LanguageObjective, check_vocabulary, find_objective
+from wrinklefree.objectives.language_model import LanguageObjective, find_objective
 from wrinklefree.runs import prerequisites, setup
 from wrinklefree.runs.report import Results
 from wrinklefree.runs.setup import Run, open_run
@@ -66,11 +68,12 @@ def train_stage(config: Config, force: bool) -> None:
 def _train(run: Run, start: Path | None) -> None:
     config, original = run.config, run.model
     stream = run.stream()  # opened early, so that errors in the data are reported before the work begins
-    teacher = choose_teacher(config, original)
+    teacher = choose_teacher(config, original, run.tokenizer)
     reference = original if teacher is None else teacher
     measured = Measured(run, reference)
-    student = prepare_student(config, original, calibration(config, run.tokenizer), start)
+    student = prepare_student(config, original, calibration(config, run.tokenizer), start, run.tokenizer)
     objective = choose_objective(config, student, teacher)
+    objective.words = len(run.tokenizer)
     run.begin()
     run.placement.place(reference)
     run.placement.place(student)
@@ -109,13 +112,24 @@ class Measured:
 
 
 def prepare_student(
-    config: Config, original: PreTrainedModel, batches: Batches = (), start: Path | None = None
+    config: Config,
+    original: PreTrainedModel,
+    batches: Batches = (),
+    start: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """The model to train: a copy of `original`, or the model in the folder `start`, quantized by the method.
 
-    A method may calibrate on `batches`. Raises UserError if `freeze_names` match no parameter.
+    A method may calibrate on `batches`. Raises UserError if `freeze_names` match no parameter, or if the model in
+    `start` has another tokenizer than `tokenizer`.
     """
-    student = copy.deepcopy(original) if start is None else _start(config, start).to(original.device)
+    if start is None:
+        student = copy.deepcopy(original)
+    else:
+        student, theirs = load_model(start, trust_remote_code=config.model.trust_remote_code)
+        student.to(original.device)
+        if tokenizer is not None:
+            check_same(tokenizer, theirs, f"training.start_from: the model in {start}")
     student.requires_grad_(True)
     if config.method is not None:
         student = config.method.prepare(student, batches)
@@ -124,28 +138,29 @@ def prepare_student(
     return student
 
 
-def _start(config: Config, folder: Path) -> PreTrainedModel:
-    """The model in the folder that `training.start_from` names."""
-    return load_model(folder, trust_remote_code=config.model.trust_remote_code)[0]
-
-
 def calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
     """The first training batches, for calibration. They are read lazily, from a stream of their own."""
     yield from islice(setup.open_stream(config, tokenizer, ALONE), CALIBRATION_BATCHES)
 
 
-def choose_teacher(config: Config, original: PreTrainedModel) -> PreTrainedModel | None:
-    """The model to distil from: `distillation.teacher`, by default the original. None if the objective needs none."""
+def choose_teacher(
+    config: Config, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | None:
+    """The model to distil from: `distillation.teacher`, by default the original. None if the objective needs none.
+
+    Raises UserError if the teacher's tokenizer is not `tokenizer`.
+    """
     if not find_objective(config.training.objective).needs_teacher(config.distillation):
         return None
     if config.distillation.teacher is None:
         return original
-    teacher, _ = load_model(
-        prerequisites.stage_model(config, config.distillation.teacher),
+    name = config.distillation.teacher
+    teacher, theirs = load_model(
+        prerequisites.stage_model(config, name),
         dtype=torch.float32,
         trust_remote_code=config.model.trust_remote_code,
     )
-    check_vocabulary(original, teacher)
+    check_same(tokenizer, theirs, f"distillation.teacher={name}")
     return teacher.to(original.device).requires_grad_(False)
 
 
@@ -166,7 +181,7 @@ def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedMod
     results.print()
     wrote = [text for name, text in PARTS.items() if (out / name).exists()]
     print(f"\nwrote {out}/: {', '.join(wrote)}")
-    best = out / "packed" if (out / "packed").exists() else out
+    best = shlex.quote(str(out / "packed" if (out / "packed").exists() else out))
     print(f"next: wf generate {best} --prompt 'def '    wf eval {best}")
 
 

@@ -12,6 +12,7 @@ Latency is measured on one problem at a time, from its tokens to the end of its 
 """
 
 import logging
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,8 @@ def _compare(config: Config, bench: "WaysOfThinking", thinkers: dict[str, Latent
     figures = {"readout": bench.read_out(thinkers["latent"]), "problems": len(bench.asked)}
     print_ways(rows, figures)
     save_ways(rows, figures, Path(config.output_dir))
+    thinker = shlex.quote(str(loading.starting_thinker(config)))
+    print(f"next: wf generate {thinker} --think latent --prompt {shlex.quote(bench.asked[0].question)}")
 
 
 def _thinkers(config: Config) -> dict[str, LatentThinker]:
@@ -259,7 +262,6 @@ def save_ways(rows: list[Row], figures: dict[str, float], out: Path) -> None:
     let_go(out)
     plot_ways(rows, out / "plots" / "thinking.png")
     print(f"\nwrote {out}/: results.json, plots/thinking.png")
-    print("next: wf generate THINKER --think latent --prompt TEXT, THINKER being the folder of a stage above")
 
 
 def summary(row: Row) -> dict[str, Any]:

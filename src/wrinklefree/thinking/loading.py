@@ -11,7 +11,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
-from wrinklefree.data.tokenizer import tokenizer_fingerprint
+from wrinklefree.data.tokenizer import check_written_with
 from wrinklefree.families.foreign import refused_in_one_line
 from wrinklefree.models.check import Contents, check_safetensors, check_shapes, check_sizes, read_model_config
 from wrinklefree.models.load import load_pretrained
@@ -111,18 +111,19 @@ def pairs_folder(config: Config) -> Path:
     return prerequisites.stage_folder(config, "trm_pairs")
 
 
-def check_pairs(manifest: Manifest, folder: Path, thinker: LatentThinker, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the pairs have this tokenizer and compressor. Raises UserError if not."""
-    if manifest.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
-        raise UserError(f"{folder}: made with another tokenizer than this model's; run `wf trm pairs` for this model")
+def check_pairs(
+    manifest: Manifest, folder: Path, thinker: LatentThinker, tokenizer: PreTrainedTokenizerBase, again: str
+) -> None:
+    """Check that the pairs have this tokenizer and compressor. Raises UserError, which ends with `again`, if not."""
+    check_written_with(tokenizer, manifest.tokenizer_fingerprint, manifest.model, str(folder))
     if manifest.compressor_fingerprint != compressor_fingerprint(thinker):
-        raise UserError(f"{folder}: made with another compressor; run `wf trm pairs --force` with this one")
+        raise UserError(f"{folder}: made with another compressor: {again}")
 
 
-def check_model(manifest: Manifest, folder: Path, model: PreTrainedModel) -> None:
-    """Check that the pairs have this language model. Raises UserError if not."""
+def check_model(manifest: Manifest, folder: Path, model: PreTrainedModel, again: str) -> None:
+    """Check that the pairs have this language model. Raises UserError, which ends with `again`, if not."""
     if manifest.model_fingerprint != model_fingerprint(model.state_dict()):
-        raise UserError(f"{folder}: made with other weights than {manifest.model} has now; run `wf trm pairs --force`")
+        raise UserError(f"{folder}: made with other weights than {manifest.model} has now: {again}")
 
 
 def compressor_fingerprint(thinker: LatentThinker) -> str:

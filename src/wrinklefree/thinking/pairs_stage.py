@@ -17,6 +17,7 @@ from wrinklefree.data.problems import Problem
 from wrinklefree.data.sources import Split
 from wrinklefree.data.tokenizer import tokenizer_fingerprint
 from wrinklefree.distributed.world import World, barrier, join_world, leave_world
+from wrinklefree.runs import prerequisites
 from wrinklefree.thinking import hidden_pairs, loading, pairs
 from wrinklefree.thinking.hidden_pairs import Manifest
 from wrinklefree.thinking.network import LatentThinker
@@ -114,4 +115,4 @@ def _report(folder: Path, manifest: Manifest, config: Config) -> None:
     rows += [[f"dropped: {why}", str(count)] for why, count in manifest.dropped.items()]
     print_table(["hidden pairs", "number"], rows)
     print(f"\nwrote {folder}/: {hidden_pairs.MANIFEST}, thoughts-*.jsonl, shards")
-    print(f"next: wf trm train model={config.model.name}")
+    print(f"next: {prerequisites.command(config, 'trm_recursion')}")

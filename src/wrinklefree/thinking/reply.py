@@ -10,6 +10,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import join_world
 from wrinklefree.generate.open import open_model
 from wrinklefree.models.find import resolve_pretrained
+from wrinklefree.runs import prerequisites
 from wrinklefree.thinking import loading, tags
 from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.speech import Speaker
@@ -54,7 +55,8 @@ def open_thinker(path: Path, trust_remote_code: bool = False) -> tuple[LatentThi
     """A thinker and its language model. Raises UserError if the adapter was not trained yet."""
     thinker, config = loading.load_thinker(path)
     if config.training.stage not in ("trm_injection", "trm_grpo"):
-        raise UserError(f"{path}: made by {config.training.stage}, it cannot speak yet: run `wf trm inject` first")
+        first = prerequisites.command(config, "trm_injection")
+        raise UserError(f"{path}: made by {config.training.stage}, it cannot speak yet: run `{first}` first")
     device = join_world().device
     config.model.trust_remote_code = trust_remote_code  # this user's; the thinker's own file gives no permission
     model, tokenizer = loading.load_language_model(config)

@@ -5,6 +5,7 @@ from typing import Any
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core.files import write_json
+from wrinklefree.runs import prerequisites
 from wrinklefree.thinking import loading
 from wrinklefree.thinking.bench import Bench, Made
 from wrinklefree.thinking.curves import plot_sweep
@@ -89,7 +90,7 @@ def report(bench: Bench, made: Made, found: Gathered, seen: int) -> None:
         [title, *figures], [[label, *(_number(f[name]) for f in figures.values())] for name, label in SHOWN.items()]
     )
     print(f"\nwrote {out}/: final/ (thinker), results.json, training_log.csv")
-    print(f"next: wf trm pairs model={made.config.model.name}")
+    print(f"next: {prerequisites.command(made.config, 'trm_pairs')}")
 
 
 def report_sweep(bench: Bench, made: list[Made], found: Gathered) -> None:
@@ -115,7 +116,8 @@ def report_sweep(bench: Bench, made: list[Made], found: Gathered) -> None:
     )
     folders = ", ".join(f"d{row['d_compressed']}/" for row in rows)
     print(f"\nwrote {out}/: {folders}, sweep.json, plots/sweep.png")
-    print(f"next: wf trm compressor model={config.model.name} thinking.d_compressed=THE_ONE_YOU_CHOOSE")
+    width = f"thinking.d_compressed={rows[-1]['d_compressed']}"
+    print(f"next, with the width that you choose: {prerequisites.command(config, 'trm_compressor', width)}")
 
 
 def _number(value: float) -> str:

@@ -16,6 +16,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import write_json
 from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.objectives.base import Objective
+from wrinklefree.runs import prerequisites
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.thinking import hidden_pairs, loading
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, answers_of, prompts_of
@@ -47,9 +48,13 @@ def open_stage(config: Config, force: bool, anew: bool = False) -> StageSetup:
     run = open_run(config, force, reads_text=False)
     thinker = _with_new_network(config, run.model, start) if anew else loading.inherit(config, start)
     folder = loading.pairs_folder(config)
+    pairs_command = prerequisites.command(config, "trm_pairs")
+    if not (folder / hidden_pairs.MANIFEST).is_file():
+        raise UserError(f"{folder}: no finished hidden pairs: run `{pairs_command}`")
     train, heldout = (HiddenPairs(folder, split) for split in hidden_pairs.SPLITS)
-    loading.check_pairs(train.manifest, folder, thinker, run.tokenizer)
-    loading.check_model(train.manifest, folder, run.model)
+    again = f"run `{pairs_command} --force`"
+    loading.check_pairs(train.manifest, folder, thinker, run.tokenizer, again)
+    loading.check_model(train.manifest, folder, run.model, again)
     surgery.freeze(thinker, config.training.freeze_names)
     if anew:
         whiten(thinker, train)
@@ -124,7 +129,7 @@ def spoken_right(thinker: LatentThinker, speaker: Speaker, batch: Batch, max_new
 
 
 def report_stage(setup: StageSetup, final: Path, figures: Figures, by_steps: dict[int, float], following: str) -> Path:
-    """Print and keep the figures of a stage; `following` is the verb of the next one."""
+    """Print and keep the figures of a stage; `following` is the next one."""
     config, out = setup.run.config, setup.run.out
     if setup.run.is_main:
         if config.training.max_steps:
@@ -133,5 +138,5 @@ def report_stage(setup: StageSetup, final: Path, figures: Figures, by_steps: dic
         shown = {name.removeprefix("eval_"): value for name, value in figures.items()}
         print_table(["held-out pairs", "value"], [[name, f"{value:.4g}"] for name, value in shown.items()])
         print(f"\nwrote {out}/: final/ (thinker), training_log.csv, results.json")
-        print(f"next: wf trm {following} model={config.model.name}")
+        print(f"next: {prerequisites.command(config, following)}")
     return final

@@ -44,7 +44,7 @@ def _train_network(setup: StageSetup) -> Path:
     final = train_thinker(setup, objective, evaluate)
     figures = read_out(thinker, decoder, setup.heldout, count)._asdict()
     by_steps = figures.pop("by_steps")
-    return report_stage(setup, final, figures, by_steps, "inject")
+    return report_stage(setup, final, figures, by_steps, "trm_injection")
 
 
 def train_adapter(config: Config, force: bool) -> Path:
@@ -61,7 +61,7 @@ def _train_adapter(setup: StageSetup) -> Path:
     elif setup.run.resume is None:
         scale_adapter(setup.thinker, speaker, setup.train)
     final = train_thinker(setup, Injection(setup.thinker, speaker, given), spoken_accuracy(setup, speaker))
-    return report_stage(setup, final, spoken_accuracy(setup, speaker)(setup.thinker), {}, "grpo")
+    return report_stage(setup, final, spoken_accuracy(setup, speaker)(setup.thinker), {}, "trm_grpo")
 
 
 def reinforce(config: Config, force: bool) -> Path:
@@ -78,4 +78,4 @@ def _reinforce(setup: StageSetup) -> Path:
     else:
         setup.thinker.keep_average()
     final = train_thinker(setup, GRPO(setup.thinker, speaker, given), spoken_accuracy(setup, speaker))
-    return report_stage(setup, final, spoken_accuracy(setup, speaker)(setup.thinker), {}, "eval")
+    return report_stage(setup, final, spoken_accuracy(setup, speaker)(setup.thinker), {}, "trm_eval")

@@ -136,24 +136,19 @@ def choose_length(setting: int | str, model: PreTrainedModel, cache: str | None)
     """Return the sequence length: the KD cache's if there is one, else `setting`.
 
     `auto` is the model's number of positions, at most `MAX_LENGTH`.
-    Raises UserError if the length is above the model's positions, if it is set and the cache has another one, or if
-    the cache's vocabulary is larger than the model's.
+    Raises UserError if the length is above the model's positions, or if it is set and the cache has another one.
     """
     longest: int = model.config.max_position_embeddings
     if cache is not None:
-        setting = _length_of_cache(setting, model, cache)
+        setting = _length_of_cache(setting, cache)
     length = min(longest, MAX_LENGTH) if isinstance(setting, str) else setting
     if length > longest:
         raise UserError(f"training.max_seq_length={length}: the model has {longest} positions")
     return length
 
 
-def _length_of_cache(setting: int | str, model: PreTrainedModel, cache: str) -> int:
+def _length_of_cache(setting: int | str, cache: str) -> int:
     manifest = read_manifest(Path(cache))
-    if manifest.vocab_size > model.config.vocab_size:  # one tokenizer may serve heads padded to different sizes
-        raise UserError(
-            f"{cache}: its vocabulary has {manifest.vocab_size} words, the model's has {model.config.vocab_size}"
-        )
     if setting not in ("auto", manifest.length):
         raise UserError(
             f"training.max_seq_length={setting}: the sequences of {cache} have {manifest.length} tokens; "

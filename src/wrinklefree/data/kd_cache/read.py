@@ -43,7 +43,7 @@ from wrinklefree.data.kd_cache.manifest import DTYPES, MANIFEST, read_manifest, 
 from wrinklefree.data.packing import make_batch
 from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.data.sources import Split
-from wrinklefree.data.tokenizer import tokenizer_fingerprint
+from wrinklefree.data.tokenizer import check_written_with
 
 FLAGS = ("starts", "learned")
 
@@ -66,11 +66,8 @@ class KDCache:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError if the tokenizer is not the one that the cache was written with."""
-        if tokenizer_fingerprint(tokenizer) != self.manifest.tokenizer_fingerprint:
-            raise UserError(
-                f"{self.folder}: written with the tokenizer of {self.manifest.tokenizer}, the student's "
-                f"({tokenizer.name_or_path}) is another: a cache is for students with the teacher's tokenizer"
-            )
+        manifest = self.manifest
+        check_written_with(tokenizer, manifest.tokenizer_fingerprint, manifest.tokenizer, str(self.folder))
 
     def batch(self, split: Split, rows: Sequence[int]) -> Batch:
         """Return sequences as a model's arguments and labels (see `packing.make_batch`), with the teacher's answers:

@@ -8,7 +8,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch, labelled
 from wrinklefree.objectives.base import Loss, Metrics
 from wrinklefree.objectives.language_model import LanguageObjective
-from wrinklefree.objectives.losses import CachedLosses, CachedTeacher, cached_losses, shifted
+from wrinklefree.objectives.losses import CachedLosses, CachedTeacher, cached_losses, shifted, within
 
 
 class Objective(LanguageObjective):
@@ -49,7 +49,8 @@ class Objective(LanguageObjective):
         rest = batch["kd_rest"][kept] if "kd_rest" in batch else None
         # Counted from the right, the last label of a row is its first.
         last = kept & (kept.flip(1).cumsum(1).flip(1) == 1)
-        teacher = CachedTeacher(batch["kd_ids"][kept], batch["kd_logits"][kept], rest, last[kept])
+        known = within(batch["kd_ids"][kept], batch["kd_logits"][kept], len(head))
+        teacher = CachedTeacher(*known, rest, last[kept])
         return cached_losses(
             states,
             head,

@@ -25,7 +25,7 @@ class Objective(LanguageObjective):
         teacher: PreTrainedModel | None = None,
         compiled: bool = False,
     ) -> None:
-        """Raises UserError if the teacher does not fit the student, or if a setting needs one and there is none."""
+        """Raises UserError if the teacher's layers do not fit, or if a setting needs one that is missing."""
         super().__init__(student, config, teacher, compiled)
         self.hidden_share = config.hidden.initial_weight
         self.attention = self.hidden = None
@@ -57,7 +57,7 @@ class Objective(LanguageObjective):
         with ExitStack() as stack:
             for part in parts:
                 stack.enter_context(part.watching())
-            result = vocabulary_losses(self.student, self.teacher, batch, self.config)
+            result = vocabulary_losses(self.student, self.teacher, batch, self.config, self.words)
         metrics = {"ce": result.ce} | ({"kl": result.kl} if self.teacher else {})
         shares, terms = self._vocabulary_terms(result), {LOSS: result.loss}
         if self.hidden is not None:
