@@ -84,7 +84,10 @@ def _train(run: Run, start: Path | None) -> None:
     measured.measure_state("trained", student)
     if run.is_main:
         if isinstance(run.placement, Sharded):  # packing needs whole models, and these are sharded
-            original, student = load_pretrained(config.model)[0], _start(run.config, run.out / "final")
+            original, student = (
+                load_pretrained(config.model)[0],
+                load_model(run.out / "final", trust_remote_code=config.model.trust_remote_code)[0],
+            )
         finish(measured, original, student)
 
 
