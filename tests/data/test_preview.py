@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,11 @@ def good(count: int) -> list[dict[str, str]]:
     return [{"text": f"document {i}"} for i in range(count)]
 
 
-def test_good_rows_are_nothing_to_say(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
-) -> None:
-    logging.getLogger("wrinklefree").propagate = True
+def test_good_rows_are_nothing_to_say(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, said: list[str]) -> None:
     preview(local(write(tmp_path / "a.jsonl", *good(50))), tokenizer)
     preview(DataConfig(source="stdlib"), tokenizer, rows=40)
     preview(DataConfig(source="downstream", task="stdlib_kind"), tokenizer, rows=40)
-    assert not caplog.records
+    assert not said
 
 
 def test_an_early_bad_row_is_raised(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -74,13 +70,12 @@ def test_only_the_first_rows_are_read(
 
 
 def test_skipped_rows_are_counted_and_nothing_but_them_is_refused(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, said: list[str]
 ) -> None:
-    logging.getLogger("wrinklefree").propagate = True
     mixed = write(tmp_path / "a.jsonl", *good(30), "{oops", {"other": "x"}, *good(30))
     preview(local(mixed, bad_rows="skip", heldout_path=str(write(tmp_path / "h.jsonl", *good(3)))), tokenizer)
-    (record,) = caplog.records
-    assert "leaves out 2 of the first 62 rows; the first: " in record.message
+    (message,) = said
+    assert "leaves out 2 of the first 62 rows; the first: " in message
     bad = write(tmp_path / "b.jsonl", *["{oops"] * 5000)
     with pytest.raises(UserError, match=r"every row is bad.*the first: .*line 1: not JSON"):
         preview(local(bad, bad_rows="skip"), tokenizer)
