@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +97,15 @@ def test_a_run_that_ended_at_a_bad_row_goes_on_without_it(tmp_path: Path, tokeni
 
 
 def test_skipped_rows_are_said_once_and_counted_once(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, said: list[str]
 ) -> None:
     path = write(tmp_path / "a.jsonl", "{oops", '{"other": "x"}', '"text"', '{"text": ["x"]}')
     batches = stream(path, tokenizer, bad_rows="skip")
-    logging.getLogger("wrinklefree").propagate = True
     seen: list[int] = []
     while batches.state_dict()["epoch"] < 2:
         seen += next(batches)["input_ids"].flatten().tolist()
     assert batches.skipped == 4
-    assert [record.message for record in caplog.records] == [
+    assert said == [
         f"data.bad_rows=skip: leaves out {path}, line 151: not JSON: "
         "Expecting property name enclosed in double quotes at column 2"
     ]
@@ -171,7 +169,7 @@ def test_a_row_that_one_of_several_texts_cannot_have_is_left_out_of_all(tmp_path
 # Conversations
 
 
-def said(role: str, text: str) -> str:
+def turn(role: str, text: str) -> str:
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
@@ -195,7 +193,7 @@ QUESTION = {"role": "user", "content": "Q"}
 )
 def test_roles_are_those_of_the_template(role: str, written: str, format: str) -> None:
     text = conversation({"role": role, "content": "T"}, QUESTION, ANSWER, format=format)
-    assert text == said(written, "T") + said("user", "Q") + said("assistant", "A")
+    assert text == turn(written, "T") + turn("user", "Q") + turn("assistant", "A")
 
 
 def test_a_role_has_the_name_that_the_template_knows() -> None:
@@ -222,7 +220,7 @@ def test_what_a_tool_said_is_never_left_out_in_silence() -> None:
 def test_content_may_be_null_or_in_parts(format: str) -> None:
     parts = [{"type": "text", "text": "Q1 "}, {"type": "text", "text": "Q2"}, " Q3"]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}, QUESTION, ANSWER]
-    expected = said("user", "Q1 Q2 Q3") + said("assistant", "") + said("user", "Q") + said("assistant", "A")
+    expected = turn("user", "Q1 Q2 Q3") + turn("assistant", "") + turn("user", "Q") + turn("assistant", "A")
     assert conversation(*turns, format=format) == expected
 
 
@@ -246,7 +244,7 @@ def test_an_empty_conversation_is_no_document(format: str, empty: Any) -> None:
 
 @pytest.mark.parametrize("format", ["plain", "sharegpt"])
 @pytest.mark.parametrize(
-    ("turn", "message"),
+    ("given", "message"),
     [
         ({"role": "judge", "content": "x"}, "a turn of role 'judge'; roles: user, human"),
         ({"content": "x"}, "a turn of role None"),
@@ -256,9 +254,9 @@ def test_an_empty_conversation_is_no_document(format: str, empty: Any) -> None:
         ("hello", "a turn is str"),
     ],
 )
-def test_what_is_no_conversation_is_a_bad_row(turn: Any, message: str, format: str) -> None:
+def test_what_is_no_conversation_is_a_bad_row(given: Any, message: str, format: str) -> None:
     with pytest.raises(UserError, match=f"row 1: .*{message}"):
-        conversation(turn, ANSWER, format=format)
+        conversation(given, ANSWER, format=format)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -246,3 +247,22 @@ def test_a_folder_is_no_file_to_evaluate_on(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "good"}\n{oops'))
     with pytest.raises(UserError, match=r"a\.jsonl\.gz, line 2: not JSON"):
         file_batches(tmp_path / "a.jsonl.gz", chatty(), batch_size=1, length=8)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_damaged_file_gives_rows_bad_rows_or_a_line(name: str, tmp_path: Path) -> None:
+    """Bytes changed, left out, doubled, cut off: nothing but a UserError of one line comes of it."""
+    KINDS[name](tmp_path / name)
+    whole, draw = (tmp_path / name).read_bytes(), random.Random(name)
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(draw.choice((1, 3, 40))):
+            start = draw.randrange(len(content))
+            content[start : start + draw.choice((0, 1, 9))] = draw.randbytes(draw.choice((0, 1, 9)))
+        del content[draw.choice((len(content), draw.randrange(len(content)))) :]
+        (tmp_path / name).write_bytes(content)
+        try:
+            found = [str(row) for row in read_rows(tmp_path / name) if isinstance(row, BadRowError)]
+        except UserError as error:
+            found = [str(error)]
+        assert all("\n" not in message and message.startswith(str(tmp_path)) for message in found)

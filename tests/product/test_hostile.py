@@ -14,7 +14,7 @@ from tiny import llama, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import hostile
-from wrinklefree.config.compose import local_overrides, read_yaml
+from wrinklefree.config.compose import local_settings, read_yaml
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import DEEPEST_JSON, read_json
 from wrinklefree.core.numbers import not_numbers
@@ -155,7 +155,7 @@ def test_yaml_is_bounded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=said):
         read_yaml(tmp_path / "wrinklefree.yaml")
     with pytest.raises(UserError, match=said):
-        local_overrides([])
+        local_settings([])
     assert time.monotonic() - start < 10
 
 

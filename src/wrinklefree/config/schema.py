@@ -67,7 +67,7 @@ class DataConfig(Node):
     tests: bool = False  # stdlib: with the library's own tests, if this Python has them
     path: str | None = None  # local: file or folder; hub: dataset id
     subset: str | None = None
-    split: str = "train"
+    split: str = "train"  # or a part of it, such as train[:1000]
     text_column: str = "text"
     format: str = "plain"  # of a row: a file in data/formats/, or in data_formats/ of your working directory
     enable_thinking: Literal[False, True, "both", "none", "all"] = False  # conversations with or without thoughts

@@ -20,18 +20,19 @@ from wrinklefree.data.open import (
 )
 from wrinklefree.data.packing import encode
 from wrinklefree.data.rows import BadRowError, open_rows
-from wrinklefree.data.sources import Document, Example, GoodRows, Render, is_blank, rendered
+from wrinklefree.data.sources import Document, Example, GoodRows, Item, Render, is_blank, rendered
 
 log = logging.getLogger("wrinklefree")
 
 ROWS = 1000
 TOGETHER = 32  # documents per call of the tokenizer
-GLANCE = 4096  # characters of a document that are tokenized
+GLANCE = 1024  # characters of a document that are tokenized
 
 # A sample of the text is enough to tell how many tokens there are.
 SAMPLED_FILES = 8
 SAMPLED_CHARACTERS = 4 << 20  # of each file; less would be about as much as is read ahead
-SAMPLED_DOCUMENTS = 128  # that are tokenized
+SAMPLED_PARTS = 128  # of documents, that are tokenized
+PART = 4096  # characters
 
 
 def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int = ROWS) -> None:
@@ -42,17 +43,19 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int = 
     """
     skip = config.bad_rows == "skip"
     _look("train on", training_rows(config, tokenizer), tokenizer, rows, skip)
-    _look("hold out", heldout_rows(config, tokenizer), tokenizer, rows, skip)
+    of_its_own = config.heldout_path or config.heldout_split or (config.source == "downstream" and not config.path)
+    # Otherwise the rows held out are among those that were read: it is enough that there is one.
+    _look("hold out", heldout_rows(config, tokenizer), tokenizer, rows if of_its_own else 1, skip)
 
 
 def _look(to: str, source: GoodRows, tokenizer: PreTrainedTokenizerBase, rows: int, skip: bool) -> None:
-    good, bad = 0, []
-    items = islice(source.every(None), rows)
+    good, bad = 0, list[BadRowError]()
+    items = (_beginning(item) for item in islice(source.every(None), rows))
     while group := list(islice(items, TOGETHER)):
         bad += [item for item in group if isinstance(item, BadRowError)]
         if bad and not skip:
             raise source.refusal(bad[0])
-        good += len(encode(tokenizer, [_beginning(item) for item in group if not isinstance(item, BadRowError)]))
+        good += len(encode(tokenizer, [item for item in group if not isinstance(item, BadRowError)]))
     if not good and bad:
         raise UserError(f"{source.name}: every row is bad, so there is nothing to {to}; the first: {bad[0]}")
     if not good:
@@ -62,10 +65,10 @@ def _look(to: str, source: GoodRows, tokenizer: PreTrainedTokenizerBase, rows: i
         log.warning("%s: data.bad_rows=skip leaves out %d of the first %d rows; the first: %s", *told)
 
 
-def _beginning(document: Document) -> Document:
-    if isinstance(document, Example):
-        return Example(document.prompt[:GLANCE], document.answer[:GLANCE])
-    return document[:GLANCE]
+def _beginning(item: Item) -> Item:
+    if isinstance(item, Example):
+        return Example(item.prompt[:GLANCE], item.answer[:GLANCE])
+    return item[:GLANCE] if isinstance(item, str) else item
 
 
 class Size(NamedTuple):
@@ -131,7 +134,7 @@ def _estimate(tokenizer: PreTrainedTokenizerBase, texts: list[str], characters: 
         return 0
     draw = random.Random(0)
     # A long document is as likely to be drawn as it has characters, and any part of it.
-    chosen = draw.choices(texts, weights=[len(text) for text in texts], k=SAMPLED_DOCUMENTS)
-    parts = [text[(start := draw.randrange(max(1, len(text) - GLANCE))) : start + GLANCE] for text in chosen]
+    chosen = draw.choices(texts, weights=[len(text) for text in texts], k=SAMPLED_PARTS)
+    parts = [text[(start := draw.randrange(max(1, len(text) - PART))) : start + PART] for text in chosen]
     tokens = sum(document.shape[1] - 1 for document in encode(tokenizer, parts))
     return round(characters * tokens / sum(map(len, parts)) + documents)

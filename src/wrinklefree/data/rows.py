@@ -70,7 +70,7 @@ class BadRowError(UserError):
 
 
 class EveryRowError(UserError):
-    """What is wrong with every row, such as a tokenizer that cannot write conversations. Skipping does not help."""
+    """What is wrong with every row, such as a tokenizer that writes no conversations: skipping rows does not help."""
 
 
 def find_files(setting: str, path: str | None) -> list[Path]:
@@ -479,11 +479,11 @@ def _arrow_batches(mapped: Any) -> Iterator[Any]:
     mapped.seek(0)
     is_file = mapped.read(6) == b"ARROW1"
     mapped.seek(0)
-    if not is_file:
-        yield from pa.ipc.open_stream(mapped)
-        return
-    file = pa.ipc.open_file(mapped)
-    yield from (file.get_batch(i) for i in range(file.num_record_batches))
+    read = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
+    batches = (read.get_batch(i) for i in range(read.num_record_batches)) if is_file else read
+    for batch in batches:
+        batch.validate(full=True)  # pyarrow believes offsets, and follows wrong ones out of the file
+        yield batch
 
 
 def _batch_rows(batch: Any, path: Path, done: int) -> Iterator[Row | BadRowError]:

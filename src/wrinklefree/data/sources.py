@@ -61,7 +61,10 @@ class Source(Protocol):
 
     name: str  # the setting that names it; for error messages, and to recognize it in positions of version 0.1
     hint: str  # appended to the error message if the source is empty
-    facts: dict[str, Any]  # what it says of its content without being read, to recognize it at a resume
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of its content without reading files, to recognize it at a resume."""
 
     def documents(self, start: Position | None) -> Iterator[Item]:
         """Yield the documents from `start` (None: the first) to the last, once."""
@@ -78,8 +81,11 @@ class Memory:
     def __init__(self, name: str, texts: Iterable[Document]):
         self.name = name
         self.texts = list(texts)
-        self.facts = {"data.text": fingerprint(self.texts)}
         self._next = 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"data.text": fingerprint(self.texts)}
 
     def documents(self, start: Position | None) -> Iterator[Item]:
         self._next = start["document"] if start else 0
@@ -150,10 +156,14 @@ class Interleaved:
     """Several sources with equally many documents: yields one from each in turn, leaving out repeats within a turn."""
 
     def __init__(self, sources: list[Source]):
-        self.name, self.hint, self.facts = sources[0].name, sources[0].hint, sources[0].facts
+        self.name, self.hint = sources[0].name, sources[0].hint
         self._sources = sources
         self._turn: list[Position | None] = [None] * len(sources)  # positions before this turn
         self._given = 0  # documents of this turn that are done
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self._sources[0].facts
 
     def documents(self, start: Position | None) -> Iterator[Item]:
         self._turn = start["turn"] if start else [None] * len(self._sources)
@@ -195,10 +205,15 @@ class GoodRows:
     """The good rows of a source. Its first bad row is raised, or with `skip` all bad rows are left out and counted."""
 
     def __init__(self, source: Source, skip: bool):
-        self.name, self.hint, self.facts = source.name, source.hint, source.facts
+        self.name, self.hint = source.name, source.hint
         self._source, self._skip = source, skip
         self._here = self._most = 0  # skipped in this pass over the data, and in the pass that skipped most
         self._said = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the content without reading files, to recognize it at a resume."""
+        return self._source.facts
 
     @property
     def skipped(self) -> int:
