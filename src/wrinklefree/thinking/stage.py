@@ -51,6 +51,8 @@ def open_stage(config: Config, force: bool, anew: bool = False) -> StageSetup:
     train, heldout = (HiddenPairs(folder, split) for split in hidden_pairs.SPLITS)
     loading.check_pairs(train.manifest, folder, thinker, run.tokenizer)
     loading.check_model(train.manifest, folder, run.model)
+    for pairs in (train, heldout):
+        pairs.check_ids(folder, run.model.config.vocab_size)
     surgery.freeze(thinker, config.training.freeze_names)
     if anew:
         whiten(thinker, train)
