@@ -143,6 +143,10 @@ def _trained(root: Path, model: LlamaForCausalLM) -> None:
     """A run with its state, a packed folder, and a `.pt` file with lookup tables."""
     train(root, root / "resume")
     shutil.copytree(root / "resume" / "final", root / "run")
+    for path in (root / "resume").iterdir():  # of all its files, those of the newest checkpoint are read
+        if path.is_dir() and path.name != "checkpoints":
+            shutil.rmtree(path)
+    shutil.rmtree(root / "resume" / "checkpoints" / "step_1")
     batch = make_batch(pack_whole(encode(TOKENIZER, chains.examples("train")[:20]), 16, 0)[:2])
     trained, _ = load_model(root / "run")
     method = read_config(root / "run" / checkpoint.CONFIG).method

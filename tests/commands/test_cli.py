@@ -127,7 +127,10 @@ def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
     assert received == [
         ((["model=tiny"],), {"dry_run": False, "force": True, "scale": None, "processes": 2}),
         ((["seed=1"],), {"force": True, "processes": None}),
-        ((Path("run"), "hf", Path("small"), False), {"gguf_type": None, "factored_rank": None, "head_bits": None}),
+        (
+            (Path("run"), "hf", Path("small"), False, False),
+            {"gguf_type": None, "factored_rank": None, "head_bits": None},
+        ),
     ]
 
 

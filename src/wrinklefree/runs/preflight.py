@@ -13,15 +13,15 @@ import logging
 import shutil
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.manifest import read_manifest
 from wrinklefree.data.preview import preview, size_of
+from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import at_hand, model_folder, resolve_pretrained
-from wrinklefree.models.load import open_tokenizer
+from wrinklefree.models.load import meta_model, open_tokenizer
 from wrinklefree.runs import prerequisites
 from wrinklefree.tracking.run_log import check_wandb
 from wrinklefree.tracking.terminal import short_number, short_size
@@ -44,7 +44,9 @@ def check_places(config: Config) -> None:
 
 def check_model(config: Config, reads_text: bool) -> None:
     """Raises UserError if the model, the teacher, the KD cache, the text or the room on the disk is missing."""
-    resolve_pretrained(config.model.pretrained)
+    folder = model_folder(Path(resolve_pretrained(config.model.pretrained)))
+    if folder.exists():
+        check_folder(folder)
     if config.distillation.teacher is not None:
         resolve_pretrained(prerequisites.stage_model(config, config.distillation.teacher))
     if config.distillation.cache is not None:
@@ -90,11 +92,7 @@ def count_parameters(config: Config) -> int | None:
     source = at_hand(config.model.pretrained)
     if source is None:
         return None
-    trust = config.model.trust_remote_code
-    settings = AutoConfig.from_pretrained(model_folder(source), trust_remote_code=trust)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust)
-    return int(model.num_parameters())
+    return int(meta_model(str(model_folder(source)), config.model.trust_remote_code).num_parameters())
 
 
 def check_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:

@@ -174,6 +174,15 @@ class HiddenPairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def check_ids(self, folder: Path, vocabulary: int) -> None:
+        """Raises UserError if a pair has an id beyond the language model's vocabulary."""
+        ids = (
+            part for pair in self.pairs for part in (pair.prompt_ids, pair.thought_ids, pair.answer_ids, pair.tokens)
+        )
+        largest = max((int(part.max()) for part in ids if len(part)), default=0)
+        if largest >= vocabulary:
+            raise UserError(f"{folder}: its pairs have ids up to {largest}, the model has {vocabulary} words")
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """The pairs `rows`, padded on the right: ids with 0, states with zeros, tokens with -100.
 

@@ -55,6 +55,8 @@ def open_stage(config: Config, force: bool, anew: bool = False) -> StageSetup:
     again = f"run `{pairs_command} --force`"
     loading.check_pairs(train.manifest, folder, thinker, run.tokenizer, again)
     loading.check_model(train.manifest, folder, run.model, again)
+    for pairs in (train, heldout):
+        pairs.check_ids(folder, run.model.config.vocab_size)
     surgery.freeze(thinker, config.training.freeze_names)
     if anew:
         whiten(thinker, train)

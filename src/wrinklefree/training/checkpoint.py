@@ -222,7 +222,54 @@ def load_state(path: Path) -> State:
         raise UserError(f"{file}: missing; this checkpoint cannot be resumed from") from error
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise UserError(f"{file}: truncated or not a trainer state") from error
+    _check_state(file, state)
     return state
+
+
+# What the trainer's state holds at least, and of which type.
+PARTS: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "tokens": int,
+    "best_loss": (int, float),
+    "optimizers": list,
+    "stream": dict,
+    "rng": list,
+    "shards": list,
+}
+
+
+def _check_state(file: Path, state: Any) -> None:
+    """Raises UserError if the trainer's state lacks a part, or one has another type or NaN in it."""
+    if not isinstance(state, dict):
+        raise UserError(f"{file}: not a trainer state")
+    wrong = [key for key, kind in PARTS.items() if not isinstance(state.get(key), kind)]
+    wrong += [key for key in ("step", "tokens") if key not in wrong and state[key] < 0]
+    if wrong:
+        raise UserError(f"{file}: not a trainer state ({wrong[0]} is missing, or not of its kind)")
+    if not state["rng"] or not all(isinstance(one, Tensor) and one.dtype == torch.uint8 for one in state["rng"]):
+        raise UserError(f"{file}: not a trainer state (rng holds no states of random numbers)")
+    for optimizer in state["optimizers"]:
+        if not _is_optimizer(optimizer):
+            raise UserError(f"{file}: not a trainer state (optimizers are not as torch saves them)")
+        for index, moments in optimizer["state"].items():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and not_numbers(value):
+                    raise UserError(f"{file}: {name} of parameter {index} {not_numbers(value)}")
+
+
+def _is_optimizer(values: Any) -> bool:
+    """Whether `values` has the form of an optimizer's state."""
+    if not isinstance(values, dict) or not isinstance(values.get("state"), dict):
+        return False
+    groups = values.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return False
+    listed = [group.get("params") for group in groups]
+    if not all(isinstance(numbers, list) and all(type(n) is int for n in numbers) for numbers in listed):
+        return False
+    moments = values["state"].values()
+    kinds = (Tensor, int, float)
+    return all(isinstance(one, dict) and all(isinstance(value, kinds) for value in one.values()) for one in moments)
 
 
 def place_moments(path: Path, state: State, optimizers: list[Optimizer]) -> None:
@@ -241,6 +288,7 @@ def place_moments(path: Path, state: State, optimizers: list[Optimizer]) -> None
         for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             places[f"{number}.{index}"] = parameter
             moments = saved["state"].get(index, {})
+            _check_moments(path, moments, parameter)
             moments.update({name: sharding.like(value, parameter) for name, value in moments.items()})
     wanted = {key: torch.empty_like(places[key.rpartition(".")[0]]) for key in state["shards"]}
     if wanted:
@@ -248,6 +296,16 @@ def place_moments(path: Path, state: State, optimizers: list[Optimizer]) -> None
     for key, tensor in wanted.items():
         number, index, name = key.split(".")
         state["optimizers"][int(number)]["state"][int(index)][name] = tensor
+
+
+def _check_moments(path: Path, moments: State, parameter: Tensor) -> None:
+    """Raises UserError if a moment has neither one number nor the parameter's shape."""
+    for name, value in moments.items():
+        if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+            raise UserError(
+                f"{path / TRAINER}: {name} is {list(value.shape)}, its parameter {list(parameter.shape)}: "
+                f"saved with another model, or damaged"
+            )
 
 
 def _load_shards(folder: Path, wanted: dict[str, Tensor]) -> None:
