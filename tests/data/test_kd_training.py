@@ -1,6 +1,7 @@
 """Training on a KD cache is training: resumed, on several processes and by the commands, or refused in one line."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,15 +87,20 @@ def test_held_out_loss_is_the_objective_on_held_out_sequences(folder: Path) -> N
 
 
 def test_the_whole_command_line(tmp_path: Path) -> None:
-    """`wf cache`, then `wf train` on it."""
+    """`wf cache`, then the command that it names, on a folder with a space and a quote in its name."""
+    tmp_path = tmp_path / "it's here"
+    tmp_path.mkdir()
     toy_files(tmp_path)
     words = ["cache", "-m", str(tmp_path / "toy"), "--out", str(tmp_path / "kd"), "--length", "16", "--topk", "8"]
     words += ["--sequences", "20", "--heldout", "4", "data=local", f"data.path={tmp_path / 'text'}"]
     made = CliRunner().invoke(app, words)
     assert made.exit_code == 0, made.output
     assert "20 sequences, 4 held out" in made.output
-    given = overrides(tmp_path, *CACHED, f"distillation.cache={tmp_path / 'kd'}", "training.max_steps=2")
-    trained = CliRunner().invoke(app, ["train", *given])
+    (line,) = (line for line in made.output.splitlines() if line.startswith("next: wf train "))
+    few = [
+        setting for setting in overrides(tmp_path, "training.max_steps=2") if setting.startswith(("training.", "out"))
+    ]
+    trained = CliRunner().invoke(app, [*shlex.split(line)[2:], *few])
     assert trained.exit_code == 0, trained.output
     assert (tmp_path / "run" / "packed" / "model.safetensors").is_file()
 

@@ -40,5 +40,8 @@ def run_compressor(config: Config, force: bool, sweep: str | None) -> None:
 
 
 def load_stage(overrides: list[str], training: str) -> Config:
-    """The config of the stage that `training` names."""
-    return load_config([f"training={training}", *overrides])
+    """The config of the stage that `training` names. Raises UserError for a setting without effect."""
+    config = load_config([f"training={training}", *overrides])
+    if config.auto_prereq:
+        raise UserError("auto_prereq=true: has no effect on `wf trm`, whose stages are run one by one")
+    return config
