@@ -119,9 +119,13 @@ def test_torchrun_hands_on_settings_as_they_are(monkeypatch: pytest.MonkeyPatch)
     started: list[list[str]] = []
 
     class Done:
-        returncode = 0
+        def __init__(self, command: list[str], **more: object) -> None:
+            started.append(command)
 
-    monkeypatch.setattr("subprocess.run", lambda command, **more: started.append(command) or Done())
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr("subprocess.Popen", Done)
     launch.torchrun("train", 2, overrides, force=True)
     _, _, program, *words = started[0]
     assert program == "wrinklefree.distributed.workers"
