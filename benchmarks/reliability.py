@@ -8,7 +8,7 @@ resumes   Runs over a number of tokens are stopped and resumed with other batch 
           is right if the run ends at the same place in the data, having trained on as many tokens.
 mutants   Damaged and forged files of every kind (benchmarks/hostile.py): each is read, or refused in a few lines.
 code      Folders and pickles that would write a file if their code ran.
-uploads   A store on loopback that answers 500, refuses, or is gone. Runs go on, and a later one uploads what is missing.
+uploads   A store on loopback that answers 500, refuses, or is gone. Runs go on; a later one uploads what is missing.
 folders   A second run in a folder, with `--force` and with `resume_from=latest`.
 
 Everything happens on this machine, in a temporary folder. One process has imported the package, and runs are its forks.
