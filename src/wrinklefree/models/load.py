@@ -66,8 +66,8 @@ def _load_checkpoint(folder: Path, config: Config, dtype: torch.dtype | None) ->
         )
     with _quiet():  # transformers would report the method's parameters as unexpected
         model = _open(str(folder), torch.float32, config.model.trust_remote_code, masters=True)[0]
-    model = config.method.prepare(model, initialize=False)
-    checkpoint.load_weights(folder, model)
+        model = config.method.prepare(model, initialize=False)
+        checkpoint.load_weights(folder, model)
     return model.eval(), open_tokenizer(str(folder), config.model.trust_remote_code)
 
 

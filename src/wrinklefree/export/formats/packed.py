@@ -206,7 +206,8 @@ def described(words: list[str], cost: Agreement) -> str:
 def _write(
     packed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, methods: list[QuantMethod], folder: Path
 ) -> None:
-    packed.save_pretrained(folder)
+    # Under the model's own names: transformers converts those of hub files for its own classes, not for the loader's.
+    packed.save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
     bundle.write_loader(folder, methods, type(packed).__name__)
 
