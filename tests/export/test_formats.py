@@ -299,7 +299,8 @@ def test_what_a_target_cannot_hold_is_refused_with_the_reason(case: str, tmp_pat
     ],
 )
 def test_the_way_text_is_cut_is_recognized(steps: list[Any], name: str) -> None:
-    inner = Tokenizer(models.BPE())
+    alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(alphabet, []))
     inner.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     inner.decoder = decoders.ByteLevel()
     assert tokens.cut_of(json.loads(inner.to_str())) == name
@@ -337,6 +338,7 @@ UNKNOWN_PARTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an ending": (lambda p: p["model"].update(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
     "byte fallback": (lambda p: p["model"].update(byte_fallback=True), "model.byte_fallback"),
     "a greedy token": (lambda p: p["added_tokens"][0].update(lstrip=True), "added token"),
+    "an unknown token": (lambda p: (p["model"]["vocab"].pop("Ã"), p["model"].update(unk_token="a")), "model.unk_token"),
     "another decoder": (lambda p: p.update(decoder=None), "decoder"),
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
@@ -43,11 +44,9 @@ COMPOSED = ("qwen2",)  # llama.cpp's own converter drops the NFC of these, so th
 MODEL: dict[str, tuple[Any, ...]] = {
     "type": ("BPE",),
     "dropout": (None, 0.0),
-    "unk_token": (None,),
     "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""),
     "byte_fallback": (False,),
-    "fuse_unk": (False, True),  # there is no unknown token
 }
 STRIPPING = ("single_word", "lstrip", "rstrip")
 
@@ -119,6 +118,9 @@ def cut_of(pieces: dict[str, Any]) -> str:
     for name, allowed in MODEL.items():
         if model.get(name, allowed[0]) not in allowed:
             raise _refused(f"model.{name}", model[name])
+    # Without an unknown token both drop a byte that has no token, and with all bytes none is needed.
+    if model.get("unk_token") is not None and set(ByteLevel.alphabet()) - model["vocab"].keys():
+        raise _refused("model.unk_token", model["unk_token"])
     found = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps.get("pretokenizers", [steps])]
     cut = next((name for name, known in CUTS.items() if known == found), None)
     if cut is None:
