@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 
 # Without a GPU, Triton's programs run in its interpreter.
@@ -16,3 +18,23 @@ os.environ["HF_MODULES_CACHE"] = _MODULES.name
 # numbers in a run with AVX2 alone.
 _COMPILED = f"wrinklefree-inductor-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _COMPILED))
+
+Prove = Callable[..., None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prove_loader() -> Iterator[Prove]:
+    """Leave out the process that proves each packed folder's loader, because it takes seconds; see `loader_proofs`."""
+    from wrinklefree.export.proof import loader
+
+    prove = loader.prove
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "prove", lambda *args: None)
+        yield prove
+
+
+@pytest.fixture
+def loader_proofs(_prove_loader: Prove, monkeypatch: pytest.MonkeyPatch) -> Prove:
+    """Let the exports of a test prove their loaders."""
+    monkeypatch.setattr("wrinklefree.export.proof.loader.prove", _prove_loader)
+    return _prove_loader

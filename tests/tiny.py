@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import wrinklefree.methods
 from wrinklefree.core.method import QuantMethod, available, find
@@ -55,6 +64,41 @@ def qwen(**values: Any) -> Qwen2ForCausalLM:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
+    return model
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 2}
+MIXTURE = EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32}
+SHORT_HEADS = {"head_dim": 16, "num_key_value_heads": 2}
+
+# Families whose weights have other names in hub files than in transformers' models.
+RENAMED: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+    "qwen2_moe": MIXTURE,
+    "gpt_neox": {},
+}
+FAMILIES: dict[str, dict[str, Any]] = RENAMED | {
+    "llama": {},
+    "mistral": SHORT_HEADS,
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": SHORT_HEADS,
+    "qwen3_moe": EXPERTS | {"num_experts": 4, "head_dim": 16},
+    "gemma": SHORT_HEADS,
+    "gemma2": SHORT_HEADS,
+    "phi": {},
+    "olmo": {},
+    "olmo2": {},
+    "smollm3": {"num_key_value_heads": 2},
+}
+
+
+def family(model_type: str, **values: Any) -> PreTrainedModel:
+    """A tiny random model of another family, hidden 64, two layers."""
+    torch.manual_seed(0)
+    more = {"vocab_size": VOCAB, "max_position_embeddings": 64} | FAMILIES[model_type] | values
+    config = AutoConfig.for_model(model_type, **SIZES, **more, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     return model
 
 

@@ -21,10 +21,10 @@ CPU = World(0, 1, torch.device("cpu"))
 CLOCKS = ("elapsed_sec", "tokens_per_sec")  # the columns that no two runs share
 
 
-def toy_files(folder: Path) -> tuple[Path, Path]:
+def toy_files(folder: Path, toy: PreTrainedModel | None = None) -> tuple[Path, Path]:
     """A model folder and a folder of text."""
     model, text = folder / "toy", folder / "text"
-    llama().save_pretrained(model)
+    (toy or llama()).save_pretrained(model)
     tokenizer().save_pretrained(model)
     text.mkdir()
     for number in range(60):  # the next word is mostly the next number

@@ -16,6 +16,7 @@ The original V1 computes with max(A B, 1e-8), so a weight with a negative scale 
 gives, as in the original conversion to V2.
 """
 
+import json
 import os
 import pickle
 import re
@@ -45,6 +46,20 @@ from wrinklefree.training import checkpoint
 State = dict[str, Tensor]
 
 SOURCES = ("_indices", "_Q", "weight")  # tensors with a layer's codes; the first one that exists is used
+
+
+# All tensors of a layer that are read. `_cached_weight_q` is what the others give, so it is not needed.
+KNOWN = {"weight", "bias", "lut", "scale_A", "scale_B", "rank_magnitude", "_indices", "_Q"}
+KNOWN |= {"_scales_baked_flag", "_cached_weight_q"}
+
+# Of these, and others of the original layers, what no unquantized layer has.
+OWN = KNOWN - {"weight", "bias"} | {"full_scales", "lora_A", "lora_B", "_lut_raw_deltas", "A_lut", "B_lut"}
+
+# Settings of the original tools that change what the tensors mean, and the values that they are read with.
+SETTINGS: dict[str, Any] = {"force_positive_scales": False, "magnitude_activation": "identity"}
+
+
+TABLES = ".rotary_emb.inv_freq"  # older files have it; the model computes it from its config
 
 
 class Opened(NamedTuple):
@@ -145,10 +160,28 @@ def read_state(file: Path) -> State:
             f"save it anew with torch.save(model.state_dict(), FILE)"
         ) from error
     if isinstance(found, dict) and "model_state_dict" in found:
+        _refuse_settings(file, found.get("config"))
         found = found["model_state_dict"]
+    for beside in ("config.json", "v2_config.json"):
+        if (file.parent / beside).is_file():
+            _refuse_settings(file.parent / beside, _json(file.parent / beside))
     if not isinstance(found, dict) or not all(isinstance(t, (Tensor, type(None))) for t in found.values()):
         raise UserError(f"{file}: holds no tensors by name, so not a model's state dict")
     return {str(name): tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not readable JSON ({error})") from error
+
+
+def _refuse_settings(file: Path, settings: Any) -> None:
+    """Raise UserError if the original tools wrote a setting with which the tensors mean something else."""
+    for name, value in SETTINGS.items():
+        if isinstance(settings, dict) and settings.get(name, value) != value:
+            raise UserError(f"{file}: {name}={settings[name]} is not read, only {name}={value}")
 
 
 @dataclass(frozen=True)
@@ -165,6 +198,11 @@ def layers_in(state: State, file: Path) -> dict[str, Layer]:
     names = sorted(name.removesuffix(".scale_A") for name in state if name.endswith(".scale_A"))
     if not names:
         raise UserError(f"{file}: no tensor named *.scale_A, so not a checkpoint with tables and low-rank scales")
+    # A layer whose scales have full rank has no scale_A. Without this it would be taken for an unquantized one.
+    for name in sorted(state):
+        fqn, _, kind = name.rpartition(".")
+        if fqn not in names and kind in OWN:
+            raise UserError(f"{file}: {name}: a layer with this and without scale_A is not read")
     return {name: _layer(state, name, file) for name in names}
 
 
@@ -202,8 +240,11 @@ def _missing(part: State) -> str:
     missing = {"lut", "scale_A", "scale_B"} - part.keys()
     if missing or not part.keys() & set(SOURCES):
         return f" lacks {', '.join(sorted(missing)) or 'weights and codes'}"
-    adapters = sorted(name for name in part if name.startswith("lora_"))
-    return f".{adapters[0]}: an adapter, which is not read: merge it into the weights first" if adapters else ""
+    unknown = sorted(part.keys() - KNOWN)
+    if not unknown:
+        return ""
+    advice = "an adapter, which is not read: merge it into the weights first"
+    return f".{unknown[0]}: {advice if unknown[0].startswith('lora_') else 'not known, and it may change the weights'}"
 
 
 def _misfit(part: State) -> str:
@@ -270,6 +311,9 @@ def put(model: nn.Module, state: State, found: Mapping[str, Layer], file: Path) 
         moved = layer.encode().index != source.codes
         layer.weight[moved] = decoded[moved]
     own = model.state_dict()
+    unknown = sorted(n for n in state if n not in own and n.rpartition(".")[0] not in found and not n.endswith(TABLES))
+    if unknown:
+        raise UserError(f"{file}: {unknown[0]}: the model has no such weight ({len(unknown)} in all)")
     plain = {n: t for n, t in state.items() if n in own and (n.rpartition(".")[0] not in found or n.endswith(".bias"))}
     for name, tensor in plain.items():
         if own[name].shape != tensor.shape:

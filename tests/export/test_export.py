@@ -8,15 +8,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from tiny import batches, ids, llama, qwen, shipped_methods, tokenizer, toy, with_toy_method
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, batches, family, ids, llama, qwen, shipped_methods, tokenizer, toy, with_toy_method
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -103,8 +103,10 @@ def damage(name: str, model: PreTrainedModel) -> None:
             layer.weight[0, 0] = -10 * layer.weight[0, 0].sign()
         elif name == "one scale":
             layer.scales[3] *= 2
+        elif name == "a norm":
+            model.model.norm.weight[7] *= 1.01
         else:
-            model.model.norm.weight *= 1.5
+            model.model.embed_tokens.weight[3, 5] += 0.1
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,8 @@ def damage(name: str, model: PreTrainedModel) -> None:
     [
         ("one code", "codes or scales differ in model.layers.0.mlp.up_proj"),
         ("one scale", "codes or scales differ in model.layers.0.mlp.up_proj"),
-        ("a norm", "KL"),
+        ("a norm", r"model\.norm\.weight: not as trained \(1 such"),
+        ("an embedding", r"lm_head\.weight: not as trained \(2 such"),
     ],
 )
 def test_certify_refuses_a_model_that_is_not_the_trained_one(name: str, message: str, tmp_path: Path) -> None:
@@ -185,8 +188,32 @@ def test_certify_refuses_logits_that_differ_at_equal_rounding(tmp_path: Path) ->
         certify.certify(trained, packed, batches())
 
 
+def noise() -> PreTrainedModel:
+    """A model whose logits any rounding moves far: large weights, one norm that is no power of two, sharp attention."""
+    model = toy().prepare(llama(initializer_range=1.0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter += 0.3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def test_a_model_that_is_noise_is_packed_and_told_what_rounding_changes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The guide's smoke test: after one step, rounding norms and embeddings to bf16 moves logits past any bound."""
+    report = export(noise(), tmp_path / "packed")
+    assert report.certificate.kl_mean > certify.LARGE_KL
+    assert report.certificate.max_logit_difference <= certify.LOGITS
+    assert "--dense-dtype float32 stores them as they are" in caplog.text
+    assert f"{report.certificate.kl_mean:.1e}" in (tmp_path / "packed" / "README.md").read_text()
+    caplog.clear()
+    assert export(noise(), tmp_path / "exact", dense_dtype="float32").certificate.kl_mean < 1e-6
+    assert not caplog.text
+
+
 def test_a_failed_proof_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certify, "KL", -1.0)
+    monkeypatch.setattr(certify, "LOGITS", -1.0)
     with pytest.raises(CertificateError):
         export(toy().prepare(llama()), tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []
@@ -282,6 +309,9 @@ def test_the_folder_loads_without_the_package_and_is_refused_without_its_loader(
     others = {method.name: method.prepare(qwen()) for method in shipped_methods()}
     for name, other in others.items():
         export(other, tmp_path / name, dense_dtype="float32", snap_scales=False)
+    others |= {name: find("fairy2")(name="fairy2").prepare(family(name)) for name in FAMILIES}
+    for name in FAMILIES:
+        export(others[name], tmp_path / name, dense_dtype="float32", snap_scales=False)
     others |= {"tied": toy().prepare(llama()), "untied": next(iter(shipped_methods())).prepare(qwen())}
     for name in ("tied", "untied"):
         export(others[name], tmp_path / name, dense_dtype="float32", head_bits=8)
@@ -296,6 +326,38 @@ def test_the_folder_loads_without_the_package_and_is_refused_without_its_loader(
             torch.testing.assert_close(found, other(ids()).logits, atol=0.02, rtol=0)
         else:
             assert torch.equal(found, other(ids()).logits)
+
+
+def test_an_export_proves_its_loader(tmp_path: Path, loader_proofs: object) -> None:
+    """GPT-NeoX: transformers renames its head in files, but not for classes that come with a folder."""
+    export(find("fairy2")(name="fairy2").prepare(family("gpt_neox")), tmp_path / "packed")
+
+
+def test_a_folder_whose_loader_does_not_give_the_model_is_refused(
+    tmp_path: Path, loader_proofs: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, write = toy().prepare(llama()), bundle.write_loader
+    with monkeypatch.context() as patch:
+
+        def broken(folder: Path, *args: Any) -> None:
+            write(folder, *args)
+            entry = folder / f"{bundle.ENTRY}.py"
+            entry.write_text(entry.read_text() + "\nimport wrinklefree\n")
+
+        patch.setattr(bundle, "write_loader", broken)
+        with pytest.raises(CertificateError, match="cannot be loaded without this package: ModuleNotFoundError"):
+            export(trained, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    monkeypatch.setattr("wrinklefree.export.proof.loader.prove", lambda *args: None)
+    export(trained, tmp_path / "packed")
+    expected = load_model(tmp_path / "packed", dtype=torch.float32)[0](ids()[:1]).logits
+    with pytest.raises(CertificateError, match=r"logits differ by 5\.0e-01"):
+        loader_proofs(tmp_path / "packed", ids()[:1], 2 * expected)
+    weights = load_file(tmp_path / "packed" / "model.safetensors")
+    weights["elsewhere.weight"] = weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CertificateError, match=r"elsewhere\.weight: not read from the folder \(2 such"):
+        loader_proofs(tmp_path / "packed", ids()[:1], expected)
 
 
 def test_remote_code_beside_the_package_keeps_the_package_registered(tmp_path: Path) -> None:

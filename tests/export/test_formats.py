@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny import ids, llama, qwen, tokenizer
+from tiny import family, ids, llama, qwen, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from toyrun import overrides, toy_files
@@ -22,6 +22,7 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.data.tokenizer import train_tokenizer
 from wrinklefree.export.formats import bitnet, compressed_tensors, dense
 from wrinklefree.export.formats import gguf as gguf_export
+from wrinklefree.export.gguf import tokens
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.ternary import ternary_layers
 from wrinklefree.methods import fairy2
@@ -145,7 +146,7 @@ def test_compressed_tensors_states_int8_activations(tmp_path: Path) -> None:
 # --- GGUF
 
 
-def tensors(file: Path) -> dict[str, Any]:
+def stored_tensors(file: Path) -> dict[str, Any]:
     return {t.name: t for t in gguf.GGUFReader(file).tensors}
 
 
@@ -160,7 +161,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 262}
 def test_ternary_codes_are_exact_in_gguf(tmp_path: Path, gguf_type: Any) -> None:
     model = prepared(llama(**WIDE), scale_mode="learned")
     gguf_export.write(model, bytes_tokenizer(), tmp_path, [], gguf_type)
-    stored = tensors(tmp_path / "model.gguf")
+    stored = stored_tensors(tmp_path / "model.gguf")
     down = stored["blk.1.ffn_down.weight"]
     assert down.tensor_type.name == gguf_type.upper()
     values = torch.from_numpy(gguf.quants.dequantize(down.data, down.tensor_type))
@@ -175,7 +176,7 @@ def test_ternary_codes_are_exact_in_gguf(tmp_path: Path, gguf_type: Any) -> None
 def test_rows_that_are_no_multiple_of_256_become_q8_0(tmp_path: Path) -> None:
     model = prepared(llama(**(WIDE | {"hidden_size": 64})), norm_mode="none")
     gguf_export.write(model, bytes_tokenizer(), tmp_path, [])
-    stored = tensors(tmp_path / "model.gguf")
+    stored = stored_tensors(tmp_path / "model.gguf")
     assert stored["blk.0.ffn_up.weight"].tensor_type.name == "Q8_0"
     assert stored["blk.0.ffn_down.weight"].tensor_type.name == "TQ2_0"
 
@@ -184,7 +185,7 @@ def test_llama_q_and_k_rows_change_places_and_nothing_else(tmp_path: Path) -> No
     """Row 2 i + j of a head in the file is row i + j d / 2 of the trained one."""
     model = prepared(llama(**WIDE), norm_mode="none")
     gguf_export.write(model, bytes_tokenizer(), tmp_path, [])
-    stored, layers = tensors(tmp_path / "model.gguf"), ternary_layers(model, "gguf")
+    stored, layers = stored_tensors(tmp_path / "model.gguf"), ternary_layers(model, "gguf")
     for part, name in (("attn_q", "self_attn.q_proj"), ("attn_v", "self_attn.v_proj")):
         found = stored[f"blk.0.{part}.weight"]
         values = gguf.quants.dequantize(found.data, found.tensor_type)
@@ -206,7 +207,7 @@ def test_qwen_has_its_own_architecture_with_biases_and_norms(tmp_path: Path) -> 
         out.mkdir()
         gguf_export.write(prepared(model, norm_mode="none"), bytes_tokenizer(), out, [])
         assert field(out / "model.gguf", "general.architecture") == arch
-        assert {extra, "output.weight"} <= tensors(out / "model.gguf").keys()
+        assert {extra, "output.weight"} <= stored_tensors(out / "model.gguf").keys()
 
 
 def test_the_tokenizer_is_in_the_file(tmp_path: Path) -> None:
@@ -222,6 +223,24 @@ def test_the_tokenizer_is_in_the_file(tmp_path: Path) -> None:
 
 # --- refusals
 
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
+
+def windowed() -> PreTrainedModel:
+    return qwen(num_hidden_layers=2, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+
+
+def windowed_wide() -> PreTrainedModel:
+    """Sharp attention, so that a window of 8 tokens shows."""
+    return qwen(**WIDE, use_sliding_window=True, sliding_window=8, max_window_layers=0, initializer_range=0.5)
+
+
+def with_setting(model: PreTrainedModel, **values: Any) -> PreTrainedModel:
+    for name, value in values.items():
+        setattr(model.config, name, value)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], Any, str]] = {
     "complex codes": (lambda: fairy2.Config().prepare(llama()), bitnet, "q_proj is not ternary (fairy2)"),
     "complex codes, gguf": (lambda: fairy2.Config().prepare(llama()), gguf_export, "is not ternary (fairy2)"),
@@ -234,6 +253,31 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], Any, str]] = {
     "an untied head": (lambda: prepared(llama(tie_word_embeddings=False)), gguf_export, "output matrix from the embed"),
     "another activation": (lambda: prepared(llama(hidden_act="relu2")), gguf_export, "activation relu2"),
     "SubLN in vLLM": (lambda: prepared(llama()), compressed_tensors, "no class with SubLN"),
+    "a window": (
+        lambda: prepared(windowed(), norm_mode="none"),
+        gguf_export,
+        "layer_types (attention in a sliding window",
+    ),
+    "a scaled embedding": (
+        lambda: prepared(with_setting(llama(), embedding_multiplier=12.0), norm_mode="none"),
+        gguf_export,
+        "setting embedding_multiplier (12.0)",
+    ),
+    "a capped head": (
+        lambda: prepared(with_setting(qwen(), final_logit_softcapping=30.0), norm_mode="none"),
+        gguf_export,
+        "setting final_logit_softcapping (30.0)",
+    ),
+    "half the positions": (
+        lambda: prepared(llama(rope_parameters=HALF_ROPE), norm_mode="none"),
+        gguf_export,
+        "setting rope_parameters.partial_rotary_factor (0.5)",
+    ),
+    "experts in vLLM": (
+        lambda: prepared(family("mixtral"), norm_mode="none"),
+        compressed_tensors,
+        "under other names than vLLM reads",
+    ),
     "words in gguf": (lambda: prepared(llama()), gguf_export, "only byte-level BPE"),
 }
 
@@ -255,10 +299,85 @@ def test_what_a_target_cannot_hold_is_refused_with_the_reason(case: str, tmp_pat
     ],
 )
 def test_the_way_text_is_cut_is_recognized(steps: list[Any], name: str) -> None:
-    inner = Tokenizer(models.BPE())
+    alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(alphabet, []))
     inner.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     inner.decoder = decoders.ByteLevel()
-    assert gguf_export.pre_tokenizer(json.loads(inner.to_str())) == name
+    assert tokens.cut_of(json.loads(inner.to_str())) == name
+
+
+SMOLLM = {"type": "Sequence", "pretokenizers": tokens.CUTS["smollm"]}
+LLAMA3_SPLIT = tokens.CUTS["llama-bpe"][0]
+
+
+def mutated(change: Callable[[dict[str, Any]], object]) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with one part of its tokenizer.json changed."""
+    words = bytes_tokenizer()
+    pieces = json.loads(words.backend_tokenizer.to_str())
+    change(pieces)
+    same = {"bos_token": words.bos_token, "eos_token": words.eos_token, "pad_token": words.pad_token}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(pieces)), **same)
+
+
+def cut(*steps: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+    trimmed = [step | ({"trim_offsets": True} if step["type"] == "ByteLevel" else {}) for step in steps]
+    return lambda pieces: pieces.update(pre_tokenizer={"type": "Sequence", "pretokenizers": trimmed})
+
+
+UNKNOWN_PARTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a regex of the same shape": (
+        cut(LLAMA3_SPLIT | {"pattern": {"Regex": tokens.SPLIT % "{1,3}" + r"|\d"}}, tokens.CUTS["qwen2"][1]),
+        "pre_tokenizer",
+    ),
+    "merged pieces": (cut(LLAMA3_SPLIT | {"behavior": "Removed"}, tokens.CUTS["qwen2"][1]), "pre_tokenizer"),
+    "a space put first": (cut(tokens.CUTS["gpt-2"][0] | {"add_prefix_space": True}), "pre_tokenizer"),
+    "digits in threes": (cut({"type": "Digits", "individual_digits": False}, tokens.CUTS["gpt-2"][0]), "pre_tokenizer"),
+    "lower case": (lambda p: p.update(normalizer={"type": "Lowercase"}), "normalizer"),
+    "NFC, which GPT-2 has not": (lambda p: p.update(normalizer={"type": "NFC"}), "normalizer"),
+    "whole words first": (lambda p: p["model"].update(ignore_merges=True), "model.ignore_merges"),
+    "an ending": (lambda p: p["model"].update(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
+    "byte fallback": (lambda p: p["model"].update(byte_fallback=True), "model.byte_fallback"),
+    "a greedy token": (lambda p: p["added_tokens"][0].update(lstrip=True), "added token"),
+    "an unknown token": (lambda p: (p["model"]["vocab"].pop("Ã"), p["model"].update(unk_token="a")), "model.unk_token"),
+    "another decoder": (lambda p: p.update(decoder=None), "decoder"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN_PARTS)
+def test_a_part_of_a_tokenizer_that_llama_cpp_does_not_know_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    change, name = UNKNOWN_PARTS[case]
+    with pytest.raises(UserError) as refused:
+        gguf_export.write(prepared(llama(**WIDE)), mutated(change), tmp_path, [])
+    assert f"the tokenizer's {name}" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", tokens.CUTS)
+def test_the_tokenizer_in_the_file_gives_the_same_ids(name: str, tmp_path: Path) -> None:
+    def change(pieces: dict[str, Any]) -> None:
+        cut(*tokens.CUTS[name])(pieces)
+        pieces["model"]["ignore_merges"] = name in tokens.WHOLE_WORDS
+
+    words = mutated(change)
+    gguf_export.write(prepared(llama(**WIDE), norm_mode="none"), words, tmp_path, [])
+    assert field(tmp_path / "model.gguf", "tokenizer.ggml.pre") == name
+    found = tokens.read(tmp_path / "model.gguf")
+    for text in (*tokens.PROBES, f"a{words.eos_token} b"):
+        assert found.encode(text).ids == words(text, add_special_tokens=False).input_ids
+
+
+def test_a_tokenizer_that_differs_in_the_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "cut_of", lambda pieces: "smollm")  # a guess: it has single digits, GPT-2 has not
+    words = train_tokenizer(["x = 1234567 + 1234567\n" * 20], vocab_size=280)
+    with pytest.raises(CertificateError, match="the tokenizer in it gives other ids for"):
+        gguf_export.write(prepared(llama(**(WIDE | {"vocab_size": 280}))), words, tmp_path, [])
+
+
+def test_a_file_that_transformers_reads_otherwise_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_export, "refuse_settings", lambda *args: None)
+    model = prepared(windowed_wide(), norm_mode="none")
+    with pytest.raises(CertificateError, match="KL to the trained model"):
+        gguf_export.write(model, bytes_tokenizer(), tmp_path, [])
 
 
 # --- the command

@@ -1,5 +1,6 @@
 """Checkpoints that the original ANEMLL tools wrote are read as what they are, or refused in one line."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,49 @@ PARTS = {
 def test_files_that_do_not_fit_are_refused(folder: Path, how: str, said: str) -> None:
     torch.save(damaged(as_upstream("v1")[1], how), folder / "theirs.pt")
     with pytest.raises(UserError, match=said):
+        files.open_checkpoint(folder / "theirs.pt", "./toy")
+
+
+UNKNOWN = {
+    "a trained table": ("model.layers.0.mlp.up_proj._lut_raw_deltas", "not known, and it may change the weights"),
+    "factors as tables": ("model.layers.0.mlp.up_proj.A_lut", "not known, and it may change the weights"),
+    "factors as indices": ("model.layers.0.mlp.up_proj._A_idx", "not known, and it may change the weights"),
+    "an adapter beside": ("lm_head.lora_A", "a layer with this and without scale_A is not read"),
+    "a weight of another model": ("model.layers.0.mlp.gate.weight", "the model has no such weight (1 in all)"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+@pytest.mark.parametrize("view", ["v1", "v2"])
+def test_a_tensor_that_nobody_reads_is_refused_by_name(folder: Path, case: str, view: str) -> None:
+    name, said = UNKNOWN[case]
+    _, written = as_upstream(view)
+    torch.save(written | {name: torch.zeros(4)}, folder / "theirs.pt")
+    with pytest.raises(UserError) as refused:
+        files.open_checkpoint(folder / "theirs.pt", "./toy")
+    assert name in str(refused.value)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_layer_with_full_scales_among_others_is_refused(folder: Path) -> None:
+    """It has no scale_A, and was taken for a layer that is not quantized."""
+    _, written = as_upstream("v1")
+    layer = "model.layers.1.mlp.down_proj"
+    written[f"{layer}.full_scales"] = written.pop(f"{layer}.scale_A") @ written.pop(f"{layer}.scale_B")
+    torch.save(written, folder / "theirs.pt")
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.full_scales: a layer with this and without"):
+        files.open_checkpoint(folder / "theirs.pt", "./toy")
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("setting", [{"force_positive_scales": True}, {"magnitude_activation": "softplus"}])
+def test_a_setting_that_changes_what_tensors_mean_is_refused(folder: Path, setting: Any, beside: bool) -> None:
+    _, written = as_upstream("v2")
+    torch.save(written if beside else {"model_state_dict": written, "config": setting}, folder / "theirs.pt")
+    if beside:
+        (folder / "config.json").write_text(json.dumps(setting))
+    with pytest.raises(UserError, match=f"{next(iter(setting))}=.* is not read, only"):
         files.open_checkpoint(folder / "theirs.pt", "./toy")
 
 

@@ -95,8 +95,8 @@ def _load_checkpoint(
     _check_skeleton(contents, trust_remote_code)
     with _quiet():  # transformers would report the method's parameters as unexpected
         model = _open(str(folder), torch.float32, trust_remote_code, masters=True)[0]
-    model = config.method.prepare(model, initialize=False)
-    checkpoint.load_weights(folder, model)
+        model = config.method.prepare(model, initialize=False)
+        checkpoint.load_weights(folder, model)
     return model.eval()
 
 

@@ -9,6 +9,7 @@ A folder is written under a temporary name, flushed to disk and renamed, so ever
 A run may resume with another number of processes: weights are stored whole, and shards carry their place in the whole.
 """
 
+import copy
 import json
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import aside_of, full_disk_said, written_aside
@@ -48,6 +51,8 @@ TRAINER = "state/trainer.pt"
 SHARDS = "state/shards"
 
 PROGRESS = "progress.json"
+
+ONE_FILE = 2**63 - 1  # bytes: more than any file holds, so that weights are never spread over several
 
 
 @contextmanager
@@ -79,11 +84,14 @@ def save(
 
     Every process has to call this, because a sharded model is gathered on the main one.
     Without `state` the folder can be loaded and exported, but not resumed from. `progress` goes to `progress.json`.
+    The file's names and shapes are read back. Raises UserError if they are not the model's, and leaves no folder then.
     """
     weights = sharding.whole_state(model, world)
     with _written_together(path, world) as aside:
         if world.is_main:
-            model.save_pretrained(aside, state_dict=weights)
+            # Without this, transformers 5 renames the weights of experts and of GPT-NeoX to what their hub files have.
+            model.save_pretrained(aside, state_dict=weights, save_original_format=False, max_shard_size=ONE_FILE)
+            _check_written(path, aside / WEIGHTS, model)
             tokenizer.save_pretrained(aside)
             (aside / CONFIG).write_text(settings)
             if progress is not None:
@@ -185,10 +193,13 @@ def load_weights(path: Path, model: nn.Module) -> None:
     own = model.state_dict()
     try:
         with safe_open(file, framework="pt") as tensors:
-            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            shapes, read = _shapes(tensors), tensors.get_tensor
+            if _misfits(shapes, own, model) and isinstance(model, PreTrainedModel):
+                converted = _converted({name: read(name) for name in shapes}, model)
+                shapes, read = {n: tuple(t.shape) for n, t in converted.items()}, converted.__getitem__
             _check_fit(file, shapes, own, model)
             for name in shapes:
-                tensor = tensors.get_tensor(name)
+                tensor = read(name)
                 if own[name].is_floating_point() and not_numbers(tensor):
                     raise UserError(f"{file}: {name} {not_numbers(tensor)}")
                 own[name].copy_(sharding.like(tensor, own[name]))
@@ -196,13 +207,50 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise UserError(f"{file}: truncated or not safetensors ({error})") from error
 
 
+def _shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes from the header of an open file."""
+    return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def _converted(state: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return weights that have the names of hub files under the model's names, or `state` itself if that fails.
+
+    Version 0.1 saved models with experts and GPT-NeoX under these names. A method's own parameters keep theirs.
+    """
+    if not get_model_conversion_mapping(model, add_legacy=False):
+        return state
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    plain, info = type(model).from_pretrained(None, config=config, state_dict=dict(state), **options)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        return state
+    return plain.state_dict() | {name: state[name] for name in info["unexpected_keys"] & state.keys()}
+
+
+def _check_written(path: Path, file: Path, model: nn.Module) -> None:
+    """Raises UserError if `file`, which was just written for the checkpoint `path`, does not fit the model."""
+    with safe_open(file, framework="pt") as tensors:
+        wrong = _misfits(_shapes(tensors), model.state_dict(), model)
+    if wrong:
+        raise UserError(
+            f"{path}: nobody could load this checkpoint, because transformers {transformers.__version__} wrote other "
+            f"weights than {type(model).__name__} has: {wrong[0]} ({len(wrong)} in all); try another version of it"
+        )
+
+
 def _check_fit(file: Path, shapes: dict[str, tuple[int, ...]], own: dict[str, Tensor], model: nn.Module) -> None:
     """Raises UserError if the file's names or shapes are not the model's."""
-    aliases = {name for names in _tied(model) if names & shapes.keys() for name in names}
-    wrong = sorted((own.keys() - shapes.keys() - aliases) | (shapes.keys() - own.keys()))
-    wrong += sorted(n for n in shapes.keys() & own.keys() if shapes[n] != tuple(own[n].shape))
+    wrong = _misfits(shapes, own, model)
     if wrong:
         raise UserError(f"{file}: does not fit this model and method; first mismatch: {wrong[0]} ({len(wrong)} in all)")
+
+
+def _misfits(shapes: dict[str, tuple[int, ...]], own: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """Return the names that only the file or only the model has, and those with another shape in the file."""
+    aliases = {name for names in _tied(model) if names & shapes.keys() for name in names}
+    wrong = sorted((own.keys() - shapes.keys() - aliases) | (shapes.keys() - own.keys()))
+    return wrong + sorted(n for n in shapes.keys() & own.keys() if shapes[n] != tuple(own[n].shape))
 
 
 def _tied(model: nn.Module) -> list[set[str]]:

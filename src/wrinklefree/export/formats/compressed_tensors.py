@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitNetForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import rounds_inputs
@@ -49,6 +50,11 @@ def write(
             "--format bitnet or gguf"
         )
     refuse_norms(model, "compressed-tensors")
+    if get_model_conversion_mapping(model, add_legacy=False):
+        raise UserError(
+            f"--format compressed-tensors: transformers has weights of {type(model).__name__} under other names than "
+            f"vLLM reads (experts, or GPT-NeoX): use --format hf or dense"
+        )
     layers = ternary_layers(model, "compressed-tensors")
     packed = {f"{fqn}.weight_packed": pack_to_int32(layer.codes, 2) for fqn, layer in layers.items()}
     _save(model, tokenizer, layers, packed, folder)

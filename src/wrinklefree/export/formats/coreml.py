@@ -31,6 +31,7 @@ from wrinklefree.core.method import quant_layers, rounds_inputs
 from wrinklefree.export.proof.agreement import Agreement, compare, judge
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.lut import Palette, palettes
+from wrinklefree.export.views.settings import refuse_settings
 from wrinklefree.families.architectures import FAMILIES, FIXED_ROPES, head_dim
 from wrinklefree.tracking.terminal import short_size
 
@@ -117,8 +118,8 @@ def refuse(model: PreTrainedModel) -> None:
             f"--format coreml: rotary positions of type {config.rope_parameters['rope_type']} depend on the length of "
             f"the text: use --format dense"
         )
-    if "sliding_attention" in config.to_dict().get("layer_types", []):
-        raise UserError("--format coreml: attention in a sliding window is not written: use --format dense")
+    # The rotary tables are the model's own, whatever made them.
+    refuse_settings(model, "coreml", ("attention_bias", "mlp_bias"), rope=config.rope_parameters)
 
 
 def attention_sizes(model: PreTrainedModel) -> "Sizes":

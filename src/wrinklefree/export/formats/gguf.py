@@ -11,7 +11,7 @@ A model with SubLN becomes llama.cpp's arch `bitnet`; others become `llama`, `qw
 the trained ones, not equal: llama.cpp rounds activations to int8 in blocks of 256, not per token.
 """
 
-import json
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +19,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
+from wrinklefree.export.gguf import tokens
+from wrinklefree.export.proof.agreement import compare, judge
 from wrinklefree.export.proof.certify import CertificateError
-from wrinklefree.export.views.dense import refuse_norms, unquantized_state
+from wrinklefree.export.views.dense import dense_model, refuse_norms, unquantized_state
+from wrinklefree.export.views.settings import refuse_settings
 from wrinklefree.export.views.ternary import Ternary, ternary_layers
 from wrinklefree.families.architectures import FAMILIES, head_dim
 from wrinklefree.tracking.terminal import short_size
@@ -57,6 +60,14 @@ NAMES = {
 }
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
+# Classes whose biases are a setting, and llama.cpp's architecture has a place for them.
+BIASES = {"LlamaForCausalLM": ("attention_bias", "mlp_bias"), "BitNetForCausalLM": ("attention_bias",)}
+
+# Architectures that transformers reads from GGUF files.
+READ_BACK = ("llama", "qwen2", "qwen3")
+KL = 1e-3  # nats allowed for scales and embeddings in fp16
+PROBE = 64  # token ids whose logits are compared
+
 BLOCK, SMALL_BLOCK = 256, 32  # columns per block in TQ1_0 and TQ2_0, and in Q8_0
 
 
@@ -67,7 +78,7 @@ def write(
     batches: Iterable[Mapping[str, Tensor]],
     gguf_type: GgufType = "tq2_0",
 ) -> list[list[str]]:
-    """Write `folder/model.gguf`, read it back, and compare codes and scales. Returns rows of a table.
+    """Write `folder/model.gguf`, read it back, compare codes, scales, token ids and logits. Returns rows of a table.
 
     Raises UserError if llama.cpp cannot hold the model, CertificateError if the file is not the trained model.
     """
@@ -80,19 +91,23 @@ def write(
     file = folder / "model.gguf"
     writer = gguf.GGUFWriter(file, arch)
     describe(writer, model, gguf_type)
-    add_tokenizer(writer, tokenizer, model.config.vocab_size)
+    tokens.add(writer, tokenizer, model.config.vocab_size)
     kinds = [_add_tensor(writer, name, t, model, layers, gguf_type) for name, t in tensors(model).items()]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     check(file, model, layers)
+    tokens.check(file, tokenizer)
+    read = read_back(file, model, arch)
     large = sum(kind == "Q8_0" for kind in kinds)
     return [
         ["file", f"{file.name}, {short_size(file.stat().st_size)}"],
         ["architecture", arch],
         ["ternary layers with identical codes", f"{len(layers)} of {len(layers)}"],
         ["of these as Q8_0, rows no multiple of 256", str(large)],
+        ["texts with the same token ids", f"{len(tokens.PROBES)} of {len(tokens.PROBES)}"],
+        *read,
     ]
 
 
@@ -109,6 +124,7 @@ def architecture(model: PreTrainedModel) -> str:
         )
     if config.hidden_act != "silu":
         raise UserError(f"--format gguf: activation {config.hidden_act}; llama.cpp's {ARCHITECTURES[name]} has silu")
+    refuse_settings(model, "gguf", BIASES.get(name, ()))
     if config.rope_parameters["rope_type"] != "default":
         raise UserError(
             f"--format gguf: rotary positions of type {config.rope_parameters['rope_type']} are not written: "
@@ -208,49 +224,21 @@ def check(file: Path, model: PreTrainedModel, layers: Mapping[str, Ternary]) -> 
             raise CertificateError(f"{fqn}: differs after reading the GGUF file back")
 
 
-def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Write a byte-level BPE tokenizer into the file. Raises UserError if it is of another kind."""
-    import gguf
+@torch.no_grad()
+def read_back(file: Path, model: PreTrainedModel, arch: str) -> list[list[str]]:
+    """Load the file with transformers and compare logits. Returns rows of a table.
 
-    pieces = json.loads(tokenizer.backend_tokenizer.to_str())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(pieces))
-    by_id = {i: token for token, i in tokenizer.get_vocab().items()}
-    special = {entry["id"] for entry in pieces["added_tokens"] if entry["special"]}
-    added = {entry["id"] for entry in pieces["added_tokens"]} - special
-    kinds = {**dict.fromkeys(special, gguf.TokenType.CONTROL), **dict.fromkeys(added, gguf.TokenType.USER_DEFINED)}
-    writer.add_token_list([by_id.get(i, f"[PAD{i}]") for i in range(vocab_size)])
-    writer.add_token_types(
-        [kinds.get(i, gguf.TokenType.NORMAL if i in by_id else gguf.TokenType.UNUSED) for i in range(vocab_size)]
-    )
-    merges = pieces["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-    for kind, add in (
-        ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
-        ("pad", writer.add_pad_token_id),
-    ):
-        if ids[kind] is not None:
-            add(ids[kind])
-    writer.add_add_bos_token(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def pre_tokenizer(pieces: dict[str, Any]) -> str:
-    """Return llama.cpp's name for the way text is cut before BPE. Raises UserError if it may not know that way."""
-    model, before = pieces["model"], pieces["pre_tokenizer"] or {}
-    steps = before.get("pretokenizers", [before])
-    kinds = [step.get("type") for step in steps]
-    if model["type"] == "BPE" and not model.get("byte_fallback"):
-        if kinds == ["ByteLevel"]:
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-            return "smollm"
-        if kinds == ["Split", "ByteLevel"]:
-            return "llama-bpe" if r"\p{N}{1,3}" in steps[0]["pattern"]["Regex"] else "qwen2"
-    raise UserError(
-        f"--format gguf: tokenizers of kind {model['type']} with {kinds} are not written, only byte-level BPE as of "
-        f"GPT-2, SmolLM, Qwen2 and Llama 3: use --format dense and llama.cpp's own converter"
-    )
+    Raises CertificateError if the file is another model than the trained one without its int8 activations.
+    """
+    if arch not in READ_BACK:
+        return [["read back by transformers", f"no, it knows no {arch}"]]
+    # transformers does not read the width of a qwen3's heads.
+    width = {name: value for name, value in model.config.to_dict().items() if name == "head_dim"}
+    back = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **width)
+    length = min(PROBE, model.config.max_position_embeddings)
+    ids = (torch.arange(length) * 7919 % model.config.vocab_size).unsqueeze(0)
+    plain = dense_model(model)
+    plain.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # `dense_model` is made to be saved, not to run
+    agreement = compare(plain, back.to(model.device), [{"input_ids": ids}])
+    judge(agreement, KL, "--format gguf")
+    return [["read back by transformers", "yes"], *agreement.rows()]

@@ -1,6 +1,7 @@
 """`--format hf`: the packed folder that transformers reads. docs/formats.md describes it.
 
-The folder is written under a temporary name, read back, proved equal to the trained model, and only then renamed.
+The folder is written under a temporary name, read back, proved equal to the trained model, with the package and without
+it, and only then renamed.
 """
 
 import copy
@@ -21,8 +22,16 @@ from wrinklefree.core.files import written_aside
 from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
 from wrinklefree.export import bundle
 from wrinklefree.export.card import card
+from wrinklefree.export.proof import loader
 from wrinklefree.export.proof.agreement import Agreement, compare
-from wrinklefree.export.proof.certify import Certificate, CertificateError, certify, trained_layers
+from wrinklefree.export.proof.certify import (
+    Certificate,
+    CertificateError,
+    certify,
+    logits_of,
+    sequences_of,
+    trained_layers,
+)
 from wrinklefree.export.rounded.head import Head, HeadBits
 from wrinklefree.export.rounded.rounding import Rounding
 from wrinklefree.packed.layer import PackedLinear
@@ -37,7 +46,11 @@ OPTIONS = {
     "head_bits": {
         "choices": [8, 4],
         "help": "hf: embedding and head as integers; default the run's export.head_bits, or bf16.",
-    }
+    },
+    "dense_dtype": {
+        "choices": ["bfloat16", "float16", "float32"],
+        "help": "hf: how embeddings, norms and biases are stored; default bfloat16.",
+    },
 }
 
 DenseDtype = Literal["bfloat16", "float16", "float32"]
@@ -157,10 +170,11 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
+    dense_dtype: DenseDtype = "bfloat16",
     **settings: Any,
 ) -> list[list[str]]:
     """Write the packed folder with its card, and certify it. Returns rows of a table."""
-    return _write_proved(model, tokenizer, folder, list(batches), dense_dtype="bfloat16", **settings).rows()
+    return _write_proved(model, tokenizer, folder, list(batches), dense_dtype=dense_dtype, **settings).rows()
 
 
 def _write_proved(
@@ -183,9 +197,10 @@ def _write_proved(
     _write(packed, tokenizer, [method, *([rounding.head.method] if rounding.head else [])], folder)
     back = _read_back(folder, model.device)
     with rounding.applied(model):
-        certificate = certify(model, back, batches)
+        certificate = certify(model, back, batches, getattr(torch, dense_dtype))
     with exactly(back):
         cost = compare(model, back, batches) if rounding.words else None
+    _prove_loader(folder, back, batches)
     report = _report(packed, folder, certificate, cost)
     parts = [card, USAGE.format(name=name), f"## Size\n\n{report.markdown()}\n"]
     parts.append(f"## Certificate\n\n{certificate.markdown()}\n")
@@ -206,7 +221,8 @@ def described(words: list[str], cost: Agreement) -> str:
 def _write(
     packed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, methods: list[QuantMethod], folder: Path
 ) -> None:
-    packed.save_pretrained(folder)
+    # Under the model's own names: transformers converts those of hub files for its own classes, not for the loader's.
+    packed.save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
     bundle.write_loader(folder, methods, type(packed).__name__)
 
@@ -221,6 +237,15 @@ def _read_back(folder: Path, device: torch.device) -> PreTrainedModel:
         raise CertificateError(f"{odd[0]}: lost between writing and reading ({len(odd)} such tensors)")
     loaded: PreTrainedModel = model.to(device)
     return loaded
+
+
+@torch.no_grad()
+def _prove_loader(folder: Path, back: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> None:
+    """Raises CertificateError if the folder's own loader, without this package, gives other logits than `back`."""
+    cpu = torch.device("cpu")  # where the other process computes
+    ids = next(sequences_of(batches, cpu))["input_ids"][:, : loader.TOKENS]
+    with exactly(back.to(cpu)):
+        loader.prove(folder, ids, logits_of(back, {"input_ids": ids}))
 
 
 def _report(packed: PreTrainedModel, folder: Path, certificate: Certificate, cost: Agreement | None) -> PackedReport:
