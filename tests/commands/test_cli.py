@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from wrinklefree.cli import app
 from wrinklefree.config.compose import CONFIGS, load_config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.find import constant
 from wrinklefree.core.lock import locked
 from wrinklefree.core.method import available
-from wrinklefree.export.flags import options
+from wrinklefree.export.flags import formats, options
 
 VERBS = [
     "anemll",
@@ -304,6 +305,36 @@ def test_missing_lm_eval_names_the_extra(random_model: Path, monkeypatch) -> Non
     code, _, err = wf("eval", str(random_model), "--tasks", "piqa")
     assert code == 2
     assert "pip install 'wrinklefree[eval]'" in err
+
+
+NEEDING = {flag: constant(path, "NEEDS", None) for flag, path in formats().items()}
+
+
+@pytest.mark.parametrize("flag", [flag for flag, package in NEEDING.items() if package])
+def test_an_export_without_its_package_names_the_extra_before_the_model_is_loaded(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    from wrinklefree.commands import export
+
+    monkeypatch.setitem(sys.modules, NEEDING[flag], None)
+    monkeypatch.setattr(export, "load_model", lambda *given, **more: pytest.fail("the model was loaded"))
+    code, _, err = wf("export", str(random_model), "--format", flag)
+    assert code == 2
+    assert f"pip install 'wrinklefree[{flag}]'" in err
+
+
+def test_an_unknown_task_is_said_before_the_model_is_loaded(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wrinklefree.commands import evaluate
+
+    tasks = types.SimpleNamespace(TaskManager=lambda: types.SimpleNamespace(match_tasks=lambda names: []))
+    monkeypatch.setitem(sys.modules, "lm_eval", types.SimpleNamespace(tasks=tasks))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+    monkeypatch.setattr(evaluate, "open_model", lambda *given: pytest.fail("the model was loaded"))
+    code, _, err = wf("eval", str(random_model), "--tasks", "piqua")
+    assert code == 2
+    assert "no such lm-eval task: piqua" in err
 
 
 def test_generate_prints_prompt_and_text(random_model: Path) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,12 +282,6 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     model.__class__ = type("OtherForCausalLM", (type(model),), {})
     with pytest.raises(UserError, match="OtherForCausalLM is none of LlamaForCausalLM"):
         write(model, tmp_path)
-
-
-def test_without_its_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "coremltools", None)
-    with pytest.raises(UserError, match=r"wrinklefree\[coreml\]"):
-        coreml.require_coremltools()
 
 
 # --- the command

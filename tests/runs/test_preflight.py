@@ -1,6 +1,7 @@
 """What would end a run later ends it at the start: before the model is loaded, and before an old run is touched."""
 
 import shutil
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,6 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.runs import preflight, setup
 from wrinklefree.runs.launch import run_stage
-from wrinklefree.tracking import run_log
 from wrinklefree.training import forecast, storage
 
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def without_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_log.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
 
 
 def full(monkeypatch: pytest.MonkeyPatch) -> None:

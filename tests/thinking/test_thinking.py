@@ -69,15 +69,29 @@ def test_grpo_never_ends_below_its_start(trained: Path) -> None:
     assert final["eval_loss"] == min(measured) <= measured[0]
 
 
-@pytest.mark.parametrize("stage", ["recursion", "injection", "grpo"])
-def test_an_interrupted_stage_resumes_to_the_same_bits(trained: Path, tmp_path: Path, stage: str) -> None:
-    more = ["training.save_interval=2", "thinking.grpo.group_size=4", "thinking.grpo.max_answer_tokens=3"]
+EACH = ["training.save_interval=1"]
+
+# Stage, settings, and its checkpoints. With several losses per batch, there is none in the middle of a batch.
+INTERRUPTED = {
+    "recursion": ("recursion", ["training.save_interval=2"], [2, 4]),
+    "final": ("recursion", ["thinking.network.mode=final", "training.max_steps=12", *EACH], [6, 12]),
+    "injection": ("injection", ["training.save_interval=2"], [2, 4]),
+    "grpo": ("grpo", ["training.save_interval=2"], [2, 4]),
+    "updates": ("grpo", ["thinking.grpo.updates=2", *EACH], [2, 4]),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_an_interrupted_stage_resumes_to_the_same_bits(trained: Path, tmp_path: Path, case: str) -> None:
+    stage, settings, steps = INTERRUPTED[case]
+    more = [*settings, "thinking.grpo.group_size=4", "thinking.grpo.max_answer_tokens=3"]
     more += ["training.keep_best=false", "training.patience=0"]
     run = {"recursion": stages.train_network, "injection": stages.train_adapter, "grpo": stages.reinforce}[stage]
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(resolved(trained, f"trm_{stage}", *more, f"output_dir={whole}"), False)
+    assert [checkpoint.step_of(path) for path in checkpoint.step_folders(whole / "checkpoints")] == steps
     shutil.copytree(whole, again)
-    shutil.rmtree(again / "checkpoints" / "step_4")
+    shutil.rmtree(again / "checkpoints" / f"step_{steps[-1]}")
     shutil.rmtree(again / "final")
     run(resolved(trained, f"trm_{stage}", *more, f"output_dir={again}", "training.resume_from=latest"), False)
     weights = [load_file(folder / "final" / "model.safetensors") for folder in (whole, again)]

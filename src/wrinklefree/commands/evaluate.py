@@ -30,15 +30,20 @@ def run(
 ) -> None:
     """Evaluate the model and print its figures as a table, or as one JSON object.
 
-    Raises UserError for a file that does not exist, and a context that is longer than the model's.
+    Raises UserError for a file or a task that does not exist, and a context that is longer than the model's.
     """
     if data is not None and not data.is_file():
         raise UserError(f"--data {data}: no such file")
+    asked = [] if tasks is None else [task.strip() for task in tasks.split(",")]
+    if asked:
+        from wrinklefree.evaluate.harness import check_tasks
+
+        check_tasks(asked)
     model, tokenizer = open_model(path, trust_remote_code)
-    if tasks is None:
-        figures = perplexity(model, tokenizer, data, _choose_context(model, context), tokens)
+    if asked:
+        figures = _task_figures(model, tokenizer, asked, limit)
     else:
-        figures = _task_figures(model, tokenizer, tasks, limit)
+        figures = perplexity(model, tokenizer, data, _choose_context(model, context), tokens)
     if as_json:
         # JSON has no infinity, and no NaN.
         said = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
@@ -85,11 +90,11 @@ def _choose_context(model: Any, context: int | None) -> int:
     return context
 
 
-def _task_figures(model: Any, tokenizer: Any, tasks: str, limit: int | None) -> dict[str, Any]:
+def _task_figures(model: Any, tokenizer: Any, tasks: list[str], limit: int | None) -> dict[str, Any]:
     """The numeric results of lm-eval, by `TASK METRIC`."""
     from wrinklefree.evaluate.harness import run_tasks
 
-    results = run_tasks(model, tokenizer, [task.strip() for task in tasks.split(",")], limit)
+    results = run_tasks(model, tokenizer, tasks, limit)
     return {
         f"{task} {metric.removesuffix(',none')}": value
         for task, metrics in results.items()

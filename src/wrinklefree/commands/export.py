@@ -12,7 +12,7 @@ from wrinklefree.core.find import EXPORT_FORMATS, constant, find_module
 from wrinklefree.core.text import did_you_mean
 from wrinklefree.data.open import heldout_batches
 from wrinklefree.export.card import card
-from wrinklefree.export.flags import formats, module_name, options
+from wrinklefree.export.flags import check_package, formats, module_name, options
 from wrinklefree.export.proof.certify import CERTIFY_TOKENS
 from wrinklefree.models.find import model_folder
 from wrinklefree.models.load import load_model
@@ -32,6 +32,7 @@ def run(
         raise UserError(f"--format {format}: unknown{did_you_mean(format, known)}; available: {', '.join(known)}")
     chosen = {name: value for name, value in settings.items() if value is not None}
     refuse_foreign(format, chosen)
+    check_package(format)
     folder, target = model_folder(run), out or default_out(run, format)
     config = _config(folder)
     if target.exists() and not force:  # checked first, because loading a large model takes minutes

@@ -3,15 +3,18 @@
 Each format states these literals in its file:
 
 FLAG      its name for `--format`; by default the file's name, with dashes
+NEEDS     the package that it imports, which comes with the extra of its flag; by default none
 OPTIONS   options of its `write`: {name: {"help": ..., "choices": [...] or "min": ...}}
 NEXT      what to do with the written folder `{target}`
 
 If its `write` needs more from the run, it also defines `from_run(config, target)`, which returns keyword arguments.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
+from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import EXPORT_FORMATS, constant, files
 
 Options = dict[str, dict[str, Any]]
@@ -21,6 +24,13 @@ def formats() -> dict[str, Path]:
     """Return {flag: file} for all formats, `hf` first."""
     by_flag = {constant(path, "FLAG", name.replace("_", "-")): path for name, path in files(EXPORT_FORMATS).items()}
     return dict(sorted(by_flag.items(), key=lambda item: (item[0] != "hf", item[0])))
+
+
+def check_package(flag: str) -> None:
+    """Raises UserError if the package that a format needs is not installed."""
+    package = constant(formats()[flag], "NEEDS", None)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(f"--format {flag} needs its package: pip install 'wrinklefree[{flag}]'")
 
 
 def module_name(path: Path) -> str:

@@ -22,6 +22,8 @@ LOSS = "loss"  # the name of a loss without terms; every name that `counts` leav
 class Objective:
     """Base class of objectives. An objective turns a batch into losses."""
 
+    losses_per_batch = 1  # an optimizer step each; a checkpoint is saved between batches alone
+
     @classmethod
     def needs_teacher(cls, config: DistillationConfig) -> bool:
         """Whether a teacher has to run beside the student; False unless a subclass says otherwise."""

@@ -46,6 +46,7 @@ class GRPO(Objective):
 
     def __init__(self, model: LatentThinker, speaker: Speaker, config: GRPOConfig) -> None:
         self.thinker, self.speaker, self.config = model, speaker, config
+        self.losses_per_batch = config.updates
         for block in model.network.blocks:
             block.dropout = 0.0  # type: ignore[assignment]  # old and new log-probabilities are of one function
         self.reference = copy.deepcopy(model).requires_grad_(False).eval()

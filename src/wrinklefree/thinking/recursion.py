@@ -37,6 +37,7 @@ class Recursion(Objective):
 
     def __init__(self, model: LatentThinker, decoder: BodyAndHead, config: NetworkConfig) -> None:
         self.thinker, self.decoder, self.config = model, decoder, config
+        self.losses_per_batch = 1 if config.mode == "trajectory" else config.max_thoughts
         self.sampling = False
 
     def on_step(self, step: int, max_steps: int) -> None:

@@ -4,7 +4,6 @@ The main process has one `Tracker`. It takes numbers by name, and each name is a
 """
 
 import csv
-import importlib.util
 import logging
 import os
 import sys
@@ -161,8 +160,12 @@ class WandbRun(Protocol):
 
 def check_wandb() -> None:
     """Raises UserError if W&B is not installed."""
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError("training.logging.wandb.enabled=true needs the wandb package: pip install 'wrinklefree[wandb]'")
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "training.logging.wandb.enabled=true needs the wandb package: pip install 'wrinklefree[wandb]'"
+        ) from error
 
 
 def _start_wandb(out_dir: Path, config: WandbConfig, settings: str, start_step: int) -> WandbRun:

@@ -86,6 +86,8 @@ def fit(
     tracker = Tracker(out, run.plan.max_steps, t.logging.wandb, settings, run.step) if world.is_main else Silent()
     with tracker, _uploading(run), _interruptible() as stopped:
         _run_steps(run, evaluate, on_step, tracker, stopped)
+    if stream.skipped:
+        log.warning("data.bad_rows=skip: %d rows were left out in all", stream.skipped)
     model.eval()
     return _finish(run)
 
@@ -113,6 +115,7 @@ def _run_steps(
     t, max_steps, first = run.training, run.plan.max_steps, run.step
     batches, rate = steps(run), rates(t.scheduler)
     row: dict[str, float] = {}
+    save = False
     while True:
         # Evaluating and saving come before the step: the last pass does both, and no code follows the loop.
         last = run.step >= max_steps
@@ -122,9 +125,13 @@ def _run_steps(
         last = last or _had_enough(run)
         if row and (last or "eval_loss" in row or run.step == 1 or run.step % t.log_interval == 0):
             tracker.log(run.step, row)
-        stop = any_of(stopped(), run.world)
-        if run.step > first and (last or stop or run.step % t.save_interval == 0):
+        # A batch with several losses cannot be gone on with from its middle.
+        between = run.step % run.objective.losses_per_batch == 0
+        stop = any_of(stopped(), run.world) and between
+        save = save or run.step % t.save_interval == 0
+        if run.step > first and (last or stop or (save and between)):
             _save(run)
+            save = False
         if last:
             return
         if stop:

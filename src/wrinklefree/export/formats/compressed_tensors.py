@@ -22,6 +22,7 @@ from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import refuse_norms, unquantized_state
 from wrinklefree.export.views.ternary import Ternary, ternary_layers
 
+NEEDS = "compressed_tensors"
 NEXT = "vllm serve {target}"
 
 # Nats allowed. The library scales int8 activations by max|x| / 127.5 and training by max|x| / 127: close, not equal.
@@ -38,12 +39,8 @@ def write(
 
     Raises UserError if the format cannot hold the model, CertificateError if the folder is not the trained model.
     """
-    try:
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-    except ImportError as error:
-        raise UserError(
-            "--format compressed-tensors needs its package: pip install 'wrinklefree[compressed-tensors]'"
-        ) from error
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+
     if isinstance(model, BitNetForCausalLM):
         raise UserError(
             "--format compressed-tensors: vLLM has no class with SubLN: train with method.norm_mode=none, or use "

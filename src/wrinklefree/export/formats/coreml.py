@@ -38,6 +38,7 @@ from wrinklefree.tracking.terminal import short_size
 if TYPE_CHECKING:
     from wrinklefree.export.coreml.program import Sizes
 
+NEEDS = "coremltools"
 NEXT = "on macOS 15, coremltools.models.MLModel('{target}/model.mlpackage', function_name='prefill')"
 OPTIONS = {
     "factored_rank": {
@@ -100,10 +101,7 @@ def require_coremltools() -> None:
     # On import it warns that this torch was not tested (with its tracer, which is not used) and that it cannot predict
     # on Linux.
     logging.getLogger("coremltools").setLevel(logging.ERROR)
-    try:
-        import coremltools  # noqa: F401
-    except ImportError as error:
-        raise UserError("--format coreml needs its package: pip install 'wrinklefree[coreml]'") from error
+    import coremltools  # noqa: F401
 
 
 def refuse(model: PreTrainedModel) -> None:

@@ -32,6 +32,7 @@ from wrinklefree.export.views.ternary import Ternary, ternary_layers
 from wrinklefree.families.architectures import FAMILIES, head_dim
 from wrinklefree.tracking.terminal import short_size
 
+NEEDS = "gguf"
 NEXT = "llama-cli -m {target}/model.gguf -p 'def '"
 OPTIONS = {
     "gguf_type": {
@@ -82,10 +83,8 @@ def write(
 
     Raises UserError if llama.cpp cannot hold the model, CertificateError if the file is not the trained model.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError("--format gguf needs its package: pip install 'wrinklefree[gguf]'") from error
+    import gguf
+
     arch = architecture(model)
     layers = ternary_layers(model, "gguf")
     file = folder / "model.gguf"
