@@ -51,6 +51,7 @@ SOURCES = ("_indices", "_Q", "weight")  # tensors with a layer's codes; the firs
 # All tensors of a layer that are read. `_cached_weight_q` is what the others give, so it is not needed.
 KNOWN = {"weight", "bias", "lut", "scale_A", "scale_B", "rank_magnitude", "_indices", "_Q"}
 KNOWN |= {"_scales_baked_flag", "_cached_weight_q"}
+KNOWN |= {"codes", "share"}  # of our own V2 layers: `weight` and the scales in the file are made from them
 
 # Of these, and others of the original layers, what no unquantized layer has.
 OWN = KNOWN - {"weight", "bias"} | {"full_scales", "lora_A", "lora_B", "_lut_raw_deltas", "A_lut", "B_lut"}

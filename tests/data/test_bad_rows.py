@@ -155,7 +155,7 @@ def test_a_row_that_one_of_several_texts_cannot_have_is_left_out_of_all(tmp_path
     values = {"format": "openhermes", "enable_thinking": "all"}
     refused = stream(tmp_path / "a.jsonl", tokenizer, **values)
     until_bad(refused)
-    with pytest.raises(BadRowError, match="row 8: the chat template says: no"):
+    with pytest.raises(BadRowError, match=r"row 8: .*the chat template says: no"):
         next(refused)
     batches = stream(tmp_path / "a.jsonl", tokenizer, bad_rows="skip", **values)
     seen: list[int] = []
@@ -265,7 +265,7 @@ def test_what_is_no_conversation_is_a_bad_row(given: Any, message: str, format: 
 def test_whatever_a_template_raises_is_a_bad_row(template: str) -> None:
     tokenizer = chatty()
     tokenizer.chat_template = "{{ " + template + " }}"
-    with pytest.raises(UserError, match="row 1: the chat template says"):
+    with pytest.raises(UserError, match=r"row 1: .*the chat template says"):
         conversation(QUESTION, ANSWER, tokenizer=tokenizer)
 
 

@@ -189,7 +189,7 @@ BROKEN = {
     "of other shapes": (reshape, "train-00001.safetensors: holds"),
     "of other types": (retype, "train-00001.safetensors: holds"),
     "no manifest": (lambda c: (c / MANIFEST).unlink(), "no manifest.json, so no KD cache"),
-    "no JSON": (lambda c: (c / MANIFEST).write_text("{"), "not the manifest of a KD cache"),
+    "no JSON": (lambda c: (c / MANIFEST).write_text("{"), "not readable JSON"),
     "another JSON": (lambda c: (c / MANIFEST).write_text("{}"), "not the manifest of a KD cache"),
     "other settings": (partial(relabel, topk=9), "belongs to another cache"),
     "impossible settings": (partial(relabel, topk=0), "top 0 and 0 random ones of 96 words"),

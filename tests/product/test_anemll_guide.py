@@ -262,7 +262,7 @@ def test_every_flag_arrives(
         ("snap_and_test_v2.py", ["--checkpoint", "text/00.txt", "--model-id", "./toy"], "not a state dict"),
         ("convert_v1_to_v2.py", ["--v1-checkpoint", "toy", "--output", "x.pt"], "no checkpoint of"),
         ("debug_layer_qat.py", ["--model-id", "./toy", "--layer", "99"], "layers 0 to 13"),
-        ("debug_layer_qat.py", ["--model-id", "./toy", "--scale-rank", "0"], "method.rank: "),
+        ("debug_layer_qat.py", ["--model-id", "./toy", "--scale-rank", "0"], "rank: input should be greater than 0"),
         ("train_v2_simple.py", ["--v1-checkpoint", "gone", "--cache-dir", "cache", "--model-id", "./toy"], "gone"),
         ("test_inference.py", ["toy", "--temperature", "-1"], "--temperature"),
         ("snap_and_test_v2.py", ["--checkpoint", "gone.pt", "--output", "text/00.txt"], "--force"),

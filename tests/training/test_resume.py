@@ -293,6 +293,8 @@ def test_an_ignored_signal_stays_ignored(folder: Path) -> None:
 class Failing(Iterator[Batch]):
     """A stream whose fourth batch cannot be read until it is mended."""
 
+    skipped = 0
+
     def __init__(self, stream: Iterator[Batch], broken: list[bool]) -> None:
         self.stream, self.broken, self.served = stream, broken, 0
 

@@ -45,14 +45,18 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, 
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
         if not isinstance(text, str) or len(text) > LONGEST:
             raise TemplateError(f"its result is no text of at most {LONGEST:,} characters")
-        text.encode()
     except MemoryError as error:
         raise UserError(_said(tokenizer, f"needs more than {MEMORY >> 20} MiB of memory")) from error
     except REFUSALS as error:
         raise UserError(
             _said(tokenizer, f"says: {' '.join(str(error).split())[:300] or type(error).__name__}")
         ) from error
-    return text
+    return _whole(text)
+
+
+def _whole(text: str) -> str:
+    """Join halves of surrogate pairs, and replace those that are alone (an emoji that was cut in two) by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _said(tokenizer: PreTrainedTokenizerBase, what: str) -> str:

@@ -24,8 +24,8 @@ LARGEST_HEADER = 100_000_000  # bytes of a safetensors header; the library has t
 
 LARGEST_SIZE = 2**26  # of a width, a vocabulary or a number of positions
 
-# Keys of a config that count parts of a model: at least one tensor each.
-COUNTS = re.compile(r"(^|_)layers?(_|$)|^n_layer$|^num_blocks$")
+# Keys of a config that count parts of a model: at least one tensor each. `max_window_layers` is a limit.
+COUNTS = re.compile(r"^(?!max_)(.*_)?layers?(_|$)|^num_blocks$")
 
 SIZES = re.compile(r"(^|_)(size|dim|heads?|experts?|positions?|embeddings?|embd|inner|rank|channels|ctx|width)(_|$)")
 

@@ -222,7 +222,9 @@ def _converted(state: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Te
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    plain, info = type(model).from_pretrained(None, config=config, state_dict=dict(state), **options)
+    plain, info = type(model).from_pretrained(
+        None, config=config, state_dict=dict(state), trust_remote_code=False, **options
+    )
     if info["missing_keys"] or info["mismatched_keys"]:
         return state
     return plain.state_dict() | {name: state[name] for name in info["unexpected_keys"] & state.keys()}

@@ -128,7 +128,7 @@ def _run_steps(
         # A batch with several losses cannot be gone on with from its middle.
         between = run.step % run.objective.losses_per_batch == 0
         stop = any_of(stopped(), run.world) and between
-        save = save or run.step % t.save_interval == 0
+        save = save or (run.step > first and run.step % t.save_interval == 0)
         if run.step > first and (last or stop or (save and between)):
             _save(run)
             save = False

@@ -233,7 +233,9 @@ def read_back(file: Path, model: PreTrainedModel, arch: str) -> list[list[str]]:
         return [["read back by transformers", f"no, it knows no {arch}"]]
     # transformers does not read the width of a qwen3's heads.
     width = {name: value for name, value in model.config.to_dict().items() if name == "head_dim"}
-    back = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **width)
+    back = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, **width
+    )
     length = min(PROBE, model.config.max_position_embeddings)
     ids = (torch.arange(length) * 7919 % model.config.vocab_size).unsqueeze(0)
     plain = dense_model(model)
