@@ -268,8 +268,9 @@ def test_the_master_gets_the_gradient_of_the_effective_weight(model: Net) -> Non
         assert torch.equal(layer.effective_weight(torch.float32)[left_out], before)
 
 
-def test_state_dict_comes_back_strictly(method: QuantMethod, model: Net) -> None:
-    other = method.prepare(net(seed=1))
+@pytest.mark.parametrize("initialize", [True, False])
+def test_state_dict_comes_back_strictly(method: QuantMethod, model: Net, initialize: bool) -> None:
+    other = method.prepare(net(seed=1), initialize=initialize)
     other(TOKENS)
     other.load_state_dict(model.state_dict(), strict=True)
     for fqn, layer in quant_layers(model).items():

@@ -381,3 +381,9 @@ def test_graphs_of_earlier_steps_are_freed() -> None:
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     assert live_tensors_after_steps(2) == live_tensors_after_steps(10)
+
+
+def test_a_layer_whose_values_are_loaded_next_is_not_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit takes minutes for a model of 135 M parameters."""
+    monkeypatch.setattr(fairy2, "fit", lambda *given: pytest.fail("fitted"))
+    Config().prepare(nn.Sequential(nn.Linear(8, 8)), initialize=False)

@@ -39,13 +39,16 @@ class QuantLinear(nn.Linear):
 
     rms_norm: RMSNorm | None
 
-    def __init__(self, linear: nn.Linear, config: "QuantMethod") -> None:
-        """Take over weight, bias and train/eval mode of `linear`. The weight is cast to fp32, not copied."""
+    def __init__(self, linear: nn.Linear, config: "QuantMethod", fits: bool = True) -> None:
+        """Take over weight, bias and train/eval mode of `linear`. The weight is cast to fp32, not copied.
+
+        Without `fits`, trained values are loaded next, and `setup` needs to make parameters of the right shapes only.
+        """
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight = linear.weight
         self.weight.data = self.weight.data.float()
         self.bias = linear.bias
-        self.config = config
+        self.config, self.fits = config, fits
         self.effective = EffectiveWeight()
         self.register_module("rms_norm", None)
         self.train(linear.training)
@@ -145,7 +148,7 @@ class QuantMethod:
                 f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)"
             )
         for fqn, linear in sites:
-            model.set_submodule(fqn, self.layer(linear, self.config_for(fqn)))
+            model.set_submodule(fqn, self.layer(linear, self.config_for(fqn), initialize))
         return model
 
     def on_step(self, model: nn.Module, step: int) -> None:

@@ -37,7 +37,15 @@ from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_group
 from wrinklefree.core.ste import round_fp16
 from wrinklefree.methods.fairy2.decode import dequantized, finished, int8_inputs, outer, to_real, units
 from wrinklefree.methods.fairy2.entrywise import entries
-from wrinklefree.methods.fairy2.fitting import blocks, fit, nearest_codes, padded, residual_codes, to_widely_linear
+from wrinklefree.methods.fairy2.fitting import (
+    blocks,
+    fit,
+    nearest_codes,
+    padded,
+    residual_codes,
+    to_widely_linear,
+    unfitted,
+)
 from wrinklefree.methods.fairy2.grid import snapped
 
 log = logging.getLogger("wrinklefree")
@@ -75,7 +83,9 @@ class Fairy2Linear(QuantLinear):
             return
         trained, weight = self.config.scale_mode == "learned", padded(self.weight.detach())
         grid = self.config.grid(weight.shape[0] // 2, weight.shape[1] // 2)
-        for name, tensor in fit(weight, self.config.num_stages, grid, self.config.scale_granularity == "rank1").items():
+        make = fit if self.fits else unfitted
+        made = make(weight, self.config.num_stages, grid, self.config.scale_granularity == "rank1")
+        for name, tensor in made.items():
             # A logarithm takes relative steps, whatever the size of the weights, and keeps a scale positive.
             self.register_parameter(f"log_{name}", nn.Parameter(tensor.log(), requires_grad=trained))
 
@@ -146,7 +156,7 @@ class Config(QuantMethod):
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         """Swap the linear layers for Fairy2i ones. Odd widths are padded with zeros inside, and the log names them."""
-        model = super().prepare(model)
+        model = super().prepare(model, initialize=initialize)
         odd = [fqn for fqn, layer in quant_layers(model).items() if layer.in_features % 2 or layer.out_features % 2]
         if odd:
             log.info("odd width, padded inside: %s", ", ".join(odd))

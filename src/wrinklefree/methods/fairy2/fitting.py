@@ -141,3 +141,10 @@ def fit(weight: Tensor, num_stages: int, grid: tuple[int, int], rank1: bool) -> 
         scales = fit_scales(Z, index, like).abs().clamp_min(TINY)
         index = nearest_codes(Z, scales)
     return {"scales": fit_scales(Z, index, like).abs().clamp_min(TINY), **factors}
+
+
+def unfitted(weight: Tensor, num_stages: int, grid: tuple[int, int], rank1: bool) -> dict[str, Tensor]:
+    """Ones in the shapes of what `fit` returns."""
+    n, m = weight.shape[0] // 2, weight.shape[1] // 2
+    shapes = {"scales": (2, num_stages, 2, *grid)} | ({"rows": (n,), "columns": (m,)} if rank1 else {})
+    return {name: weight.new_ones(shape) for name, shape in shapes.items()}
