@@ -131,9 +131,9 @@ CASES: dict[str, Case] = {
     "cached": Case(("train",), ("training.objective=cached_kd", "distillation.cache={root}/cache")),
     "best": Case(("train",), ("training.keep_best=true", "training.eval_interval=2", "training.patience=20")),
     "muon": Case(("train",), ("training.optimizer.name=muon", "training.gradient_accumulation_steps=2")),
-    "ternary": Case(("train",), ("method=bitdistill", "training.stage=ternary")),
+    "ternary": Case(("train",), ("training=stage2_pretrain", "training.start_from=[]")),
     "tables": Case(("train",), ("training=anemll_q2a4", "method.rank=4", "method.attn_rank=4")),
-    "integers": Case(("train",), ("training=uniform_w4",)),
+    "integers": Case(("train",), ("training=uniform_w4", "method.group_size=16")),
     "compressor": Case(("trm", "compressor"), (*TRM, "thinking.init=orthogonal", "training.max_steps=12")),
     "recursion": Case(("trm", "train"), (*TRM, *PAIRS, *NETWORK, *STAGE)),
     "injection": Case(("trm", "inject"), (*TRM, *PAIRS, *NETWORK, *STAGE)),
@@ -172,7 +172,7 @@ def thinking_samples(root: Path, log: Path) -> None:
     (root / "lm" / checkpoint.CONFIG).unlink()
     shared = [f"model={root / 'lm'}", f"output_root={root}", *TRM]
     text = ["data=local", f"data.path={root / 'text'}", "training.max_seq_length=16", "training.final_eval_tokens=64"]
-    must(["trm", "compressor", *shared, *text, "thinking.moment_tokens=2000"], log)
+    must(["trm", "compressor", *shared, *NETWORK, *text, "thinking.moment_tokens=2000"], log)
     must(["trm", "pairs", *shared, *PAIRS, *NETWORK], log)
     for verb in ("train", "inject"):
         must(["trm", verb, *shared, *PAIRS, *NETWORK, *STAGE], log)

@@ -1,7 +1,9 @@
 """Read thinkers and language models from their folders, and check that they belong together."""
 
 import dataclasses
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +61,7 @@ def load_thinker(path: Path) -> tuple[LatentThinker, Config]:
     values = read_model_config(folder)
     header = check_safetensors(folder / checkpoint.WEIGHTS)
     check_sizes(folder / "config.json", values, len(header))
+    _check_fields(folder / "config.json", values)
     with refused_in_one_line(f"{folder / 'config.json'}: not the config of a thinker"):
         shape = ThinkerConfig(**values)
         with torch.device("meta"):
@@ -68,6 +71,16 @@ def load_thinker(path: Path) -> tuple[LatentThinker, Config]:
         thinker = LatentThinker(shape)
     checkpoint.load_weights(folder, thinker)
     return thinker.eval(), config
+
+
+def _check_fields(file: Path, values: dict[str, Any]) -> None:
+    """Raises UserError if a field of a thinker's config has another type than its default, or counts less than 1."""
+    defaults = {name: given.default for name, given in inspect.signature(ThinkerConfig).parameters.items()}
+    for name in defaults.keys() & values.keys():
+        value, kind = values[name], type(defaults[name])
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind is int and value < 1):
+            raise UserError(f"{file}: {name}={value!r}: not the config of a thinker")
 
 
 def inherit(config: Config, path: Path) -> LatentThinker:
