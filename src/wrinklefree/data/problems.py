@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import without_surrogates
 from wrinklefree.data import chains, sources
 from wrinklefree.data.chat import columns
 from wrinklefree.data.sources import Split
@@ -76,7 +77,7 @@ def _problem(row: sources.Row, where: str) -> Problem:
     for column in ("question", "answer"):
         if not isinstance(row.get(column), (str, int, float)):
             raise UserError(f"{where}: a problem needs a {column!r}; there are {columns(row)}")
-    question, answer = (sources.whole(str(row[column])).strip() for column in ("question", "answer"))
+    question, answer = (without_surrogates(str(row[column])).strip() for column in ("question", "answer"))
     return Problem(question, answer.rpartition(MARK)[2].strip())
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO, cast
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.text import first_line
+from wrinklefree.core.text import first_line, has_surrogates
 
 Row = Mapping[str, Any]
 
@@ -214,15 +214,6 @@ def _encoding(path: Path, head: bytes) -> str:
     if b"\0" in head:
         raise UserError(f"{path}: not text, since it has zero bytes; if it is UTF-16, save it as UTF-8")
     return "utf-8-sig"
-
-
-def has_surrogates(text: str) -> bool:
-    """Whether a text has halves of surrogate pairs, or bytes that were decoded with surrogateescape."""
-    try:
-        text.encode()  # several times faster than a search
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _not_utf8(path: Path, where: str, text: str) -> str | None:

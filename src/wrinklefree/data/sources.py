@@ -20,8 +20,8 @@ from urllib.request import Request, urlopen
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint
-from wrinklefree.core.text import first_line
-from wrinklefree.data.rows import PIECE, BadRowError, EveryRowError, has_surrogates, is_saved_dataset, read_rows
+from wrinklefree.core.text import first_line, without_surrogates
+from wrinklefree.data.rows import PIECE, BadRowError, EveryRowError, is_saved_dataset, read_rows
 from wrinklefree.data.rows import Row as Row  # for the files of data formats, a user's too
 
 log = logging.getLogger("wrinklefree")
@@ -46,7 +46,6 @@ HOLDOUT_EVERY = 20
 # About 0.5 M tokens of ordinary documents: enough for a figure, tokenized in seconds, even if the dataset is terabytes.
 HELDOUT_DOCUMENTS = 512
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(?P<rows>\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 def is_blank(document: Item) -> bool:
@@ -278,13 +277,9 @@ def rendered(render: Render, row: Row, where: str) -> Item:
     except UserError as error:
         return BadRowError(str(error))
     if isinstance(document, str):
-        return whole(document)
-    return document._replace(prompt=whole(document.prompt), answer=whole(document.answer))
-
-
-def whole(text: str) -> str:
-    """Replace halves of surrogate pairs (an emoji that was cut in two, in JSON) by U+FFFD, as browsers do."""
-    return _HALF.sub("\ufffd", text) if has_surrogates(text) else text
+        return without_surrogates(document)
+    prompt, answer = without_surrogates(document.prompt), without_surrogates(document.answer)
+    return document._replace(prompt=prompt, answer=answer)
 
 
 def load_hub(name: str, path: str | None, subset: str | None, split: str, instead: str) -> Any:

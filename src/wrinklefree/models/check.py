@@ -159,9 +159,7 @@ def _check_generation(file: Path, values: Any) -> None:
         raise UserError(f"{file}: not a list of settings by name")
     for key, value in values.items():
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if key.endswith("_token_id") and not all(
-            one is None or (type(one) is int and -1 <= one < 2**31) for one in ids
-        ):
+        if key.endswith("_token_id") and not all(map(_is_token, ids)):
             raise UserError(f"{file}: {key}={str(value)[:99]!r} is no token")
         if key in SWITCHES and not (value is None or isinstance(value, bool)):
             raise UserError(f"{file}: {key}={str(value)[:99]!r} is neither true nor false")
