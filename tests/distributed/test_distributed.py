@@ -20,12 +20,12 @@ from toyrun import overrides, resolved, rows, run, tensors, toy_files
 from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
+from wrinklefree.core.signals import STOPPING
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.world import ALONE
 from wrinklefree.models.load import load_model
 from wrinklefree.runs import launch
 from wrinklefree.training import checkpoint
-from wrinklefree.training.loop import STOPPING
 
 # Sequences of an odd length have unlike numbers of labels, so that a mean of means would show.
 ODD = ["training.max_seq_length=11"]

@@ -15,9 +15,9 @@ from wrinklefree.config.schema import ModelConfig, SchedulerConfig, TrainingConf
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import SCHEDULES, names
+from wrinklefree.core.signals import STOPPING
 from wrinklefree.runs.setup import Run
 from wrinklefree.training import checkpoint
-from wrinklefree.training.loop import STOPPING
 from wrinklefree.training.plan import Plan
 from wrinklefree.training.schedule import rates
 
