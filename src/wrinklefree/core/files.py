@@ -82,6 +82,11 @@ def full_disk_said(path: Path) -> Iterator[None]:
         raise UserError(f"disk full while writing {path}: free some space; earlier files are unharmed") from error
 
 
+def free_bytes(path: Path) -> int:
+    """Return how much is free on the disk of `path`, which need not exist yet."""
+    return shutil.disk_usage(next(place for place in (path, *path.resolve().parents) if place.exists())).free
+
+
 def inner_path(folder: Path, name: Any, where: str = "") -> Path:
     """Return `folder / name` for a name that a file or a store gave.
 

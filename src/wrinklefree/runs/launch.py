@@ -65,7 +65,7 @@ def run_once(overrides: list[str], force: bool, processes: int | None) -> Config
     config = load_config(overrides)
     out = Path(config.output_dir)
     if prerequisites.is_done(out) and not force:
-        _check_same(config, out)
+        _check_settings(config, out)
         log.info("%s: done, in %s", config.training.stage, out)
         return config
     log.info("== %s", config.training.stage)
@@ -74,7 +74,7 @@ def run_once(overrides: list[str], force: bool, processes: int | None) -> Config
     return config
 
 
-def _check_same(config: Config, out: Path) -> None:
+def _check_settings(config: Config, out: Path) -> None:
     """Raise UserError if the finished stage in `out` was made with other settings than `config`."""
     before = dict(flatten(dataclasses.asdict(read_config(out / "final" / checkpoint.CONFIG))))
     now = dict(flatten(dataclasses.asdict(config)))

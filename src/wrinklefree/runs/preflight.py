@@ -10,13 +10,13 @@ Once the model is loaded, the plan says how often the text is gone through.
 """
 
 import logging
-import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import free_bytes
 from wrinklefree.data.kd_cache.manifest import read_manifest
 from wrinklefree.data.preview import preview, size_of
 from wrinklefree.models.check import check_folder
@@ -69,9 +69,8 @@ def check_disk(config: Config) -> None:
     if parameters is None:
         return
     out = Path(config.output_dir)
-    place = next(path for path in (out, *out.resolve().parents) if path.exists())
     there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    needed, free = checkpoint_bytes(config, parameters), shutil.disk_usage(place).free + there
+    needed, free = checkpoint_bytes(config, parameters), free_bytes(out) + there
     if needed > free:
         raise UserError(
             f"{out}: the checkpoints of this run need {short_size(needed)}, and the disk has {short_size(free)} for "
