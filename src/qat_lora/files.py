@@ -16,7 +16,6 @@ The original V1 computes with max(A B, 1e-8), so a weight with a negative scale 
 gives, as in the original conversion to V2.
 """
 
-import json
 import os
 import pickle
 import re
@@ -35,6 +34,7 @@ from wrinklefree.config.values import setting
 from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import read_json
 from wrinklefree.core.method import quant_layers
 from wrinklefree.export.formats.anemll import write_state
 from wrinklefree.methods.anemll import Config, LutLinear
@@ -165,17 +165,10 @@ def read_state(file: Path) -> State:
         found = found["model_state_dict"]
     for beside in ("config.json", "v2_config.json"):
         if (file.parent / beside).is_file():
-            _refuse_settings(file.parent / beside, _json(file.parent / beside))
+            _refuse_settings(file.parent / beside, read_json(file.parent / beside))
     if not isinstance(found, dict) or not all(isinstance(t, (Tensor, type(None))) for t in found.values()):
         raise UserError(f"{file}: holds no tensors by name, so not a model's state dict")
     return {str(name): tensor for name, tensor in found.items() if tensor is not None}
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not readable JSON ({error})") from error
 
 
 def _refuse_settings(file: Path, settings: Any) -> None:

@@ -166,15 +166,7 @@ def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thinking: chat
         if config.format != "plain":
             name += f" data.format={config.format} data.enable_thinking={config.enable_thinking}"
         instead = "data=stdlib, or data=local data.path=FILE_OR_FOLDER"
-        return _Rows(
-            name,
-            render,
-            config.path,
-            config.subset,
-            config.split,
-            config.heldout_split,
-            instead,
-        )
+        return _Rows(name, render, config.path, config.subset, config.split, config.heldout_split, instead)
     task = tasks.find_task(config.task)
     name = f"data.task={task.name} data.path={config.path or task.path}"
     instead = f"task={stdlib_kind.NAME}, or data.path=FILE_OR_FOLDER with the columns of {task.name}"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO, cast
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import read_json
 from wrinklefree.core.text import first_line, has_surrogates
 
 Row = Mapping[str, Any]
@@ -111,8 +112,8 @@ def _saved_files(where: str, root: Path) -> list[Path]:
         splits = sorted(file.parent.name for file in root.glob("*/state.json"))
         raise UserError(f"{where}: a dataset with the splits {', '.join(splits)}: name one, such as {root / splits[0]}")
     try:
-        names = [entry["filename"] for entry in json.loads((root / "state.json").read_bytes())["_data_files"]]
-    except (*JSON_ERRORS, LookupError, TypeError, OSError) as error:
+        names = [entry["filename"] for entry in read_json(root / "state.json")["_data_files"]]
+    except (UserError, LookupError, TypeError) as error:
         raise UserError(f"{where}: state.json does not name the dataset's files: save it again") from error
     absent = [name for name in names if name != Path(str(name)).name or not (root / name).is_file()]
     if absent or not names:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 import wrinklefree.packed  # noqa: F401  # registers the packed format
@@ -68,8 +75,8 @@ def checkpoint_config(folder: Path) -> Config | None:
 
 def meta_model(source: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model without weights, on the meta device, from its config alone; packed layers are plain ones in it."""
+    config = open_config(source, trust_remote_code)
     with refused_in_one_line(f"{source}: transformers cannot load it"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         vars(config).pop("quantization_config", None)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
@@ -134,8 +141,7 @@ def _open(
     source: str, dtype: torch.dtype | str, trust_remote_code: bool, masters: bool = False
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model, and transformers' info on missing tensors. With `masters`, the folder's packing is ignored."""
-    with refused_in_one_line(f"{source}: transformers cannot load it"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    config = open_config(source, trust_remote_code)
     if masters:
         vars(config).pop("quantization_config", None)
     if not Path(source).is_dir():
@@ -145,6 +151,13 @@ def _open(
             source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     return model, info
+
+
+def open_config(source: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load the config of a folder or hub id. Raises UserError if transformers cannot read it."""
+    with refused_in_one_line(f"{source}: transformers cannot load it"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return config
 
 
 def open_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -6,13 +6,12 @@
 A killed run resumes from its newest checkpoint, which may know the older of the two.
 """
 
-import json
 import logging
 import math
 import shutil
 from pathlib import Path
 
-from wrinklefree.core.files import written_aside
+from wrinklefree.core.files import read_json, written_aside
 from wrinklefree.distributed.world import gather
 from wrinklefree.training import checkpoint
 from wrinklefree.training.state import TrainingState
@@ -76,5 +75,5 @@ def _step(folder: Path) -> int | None:
     file = folder / checkpoint.PROGRESS
     if not file.is_file():
         return None
-    step: int = json.loads(file.read_text(encoding="utf-8"))["step"]
+    step: int = read_json(file)["step"]
     return step

@@ -10,7 +10,6 @@ A run may resume with another number of processes: weights are stored whole, and
 """
 
 import copy
-import json
 import pickle
 import shutil
 import warnings
@@ -34,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.files import aside_of, full_disk_said, written_aside
+from wrinklefree.core.files import aside_of, full_disk_said, write_json, written_aside
 from wrinklefree.core.numbers import not_numbers
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.world import ALONE, World, barrier
@@ -102,7 +101,7 @@ def save(
 
 def write_progress(folder: Path, progress: Mapping[str, float]) -> None:
     """Write where in its run the model in `folder` is from."""
-    (folder / PROGRESS).write_text(json.dumps(progress) + "\n")
+    write_json(folder / PROGRESS, dict(progress))
 
 
 def _save_state(folder: Path, state: State, world: World) -> None:
