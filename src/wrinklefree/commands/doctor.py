@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import free_bytes
 from wrinklefree.data import stdlib
-from wrinklefree.data.sources import hub_reachable
+from wrinklefree.data.hub import hub_reachable
 from wrinklefree.distributed.world import has_bf16
 from wrinklefree.packed.products import native
 from wrinklefree.tracking.terminal import print_hanging, short_size

@@ -18,9 +18,10 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import DATA_FORMATS, find_module, find_named
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.data import chat, sources, stdlib, stdlib_kind, tasks
+from wrinklefree.data.hub import load_hub
 from wrinklefree.data.identity import Identity, files_identity, folder_identity
+from wrinklefree.data.local_files import find_files
 from wrinklefree.data.packing import BatchStream, encode, make_batch, pack, pack_whole, spread
-from wrinklefree.data.rows import find_files
 from wrinklefree.data.sources import Document, Example, GoodRows, Source, Split
 from wrinklefree.data.tokenizer import tokenizer_fingerprint
 
@@ -251,7 +252,7 @@ def _training_variant(config: DataConfig, tokenizer: PreTrainedTokenizerBase, th
             return sources.Files(rows.name, files, rows.render)
         hint = " (the first document is held out): add text, or name a held-out file with data.heldout_path"
         return sources.Files(rows.name, files, rows.render, keep=lambda n: n % sources.HOLDOUT_EVERY != 0, hint=hint)
-    stream = sources.load_hub(rows.name, rows.path, rows.subset, rows.split, rows.instead)
+    stream = load_hub(rows.name, rows.path, rows.subset, rows.split, rows.instead)
     if rows.heldout_split:
         return sources.Hub(rows.name, stream, rows.render)
     hint = f" (the first {sources.HELDOUT_DOCUMENTS} documents are held out): name a split with data.heldout_split"
@@ -266,7 +267,7 @@ def _heldout_variant(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thi
     rows = _rows(config, tokenizer, thinking)
     if not _is_local(config):
         split = rows.heldout_split or rows.split
-        stream = sources.load_hub(rows.name, rows.path, rows.subset, split, rows.instead)
+        stream = load_hub(rows.name, rows.path, rows.subset, split, rows.instead)
         return sources.Hub(rows.name, stream, rows.render)
     if config.heldout_path:
         files = find_files("data.heldout_path", config.heldout_path)

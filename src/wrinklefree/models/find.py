@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import constants, try_to_load_from_cache
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.sources import hub_reachable
+from wrinklefree.data.hub import hub_reachable
 from wrinklefree.training import checkpoint
 
 log = logging.getLogger("wrinklefree")
