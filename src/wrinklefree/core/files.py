@@ -1,4 +1,4 @@
-"""Write files and folders so that a crash never leaves half of one, and read those of others with care.
+"""Writes files and folders so that a crash never leaves half of one, and reads those of others with limits.
 
 Writing: write aside, flush, then rename. Reading: names stay inside their folder, JSON has a largest size and depth.
 """

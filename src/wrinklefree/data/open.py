@@ -116,15 +116,15 @@ def file_batches(
     batch_size: int,
     length: int,
     max_tokens: int | None = None,
-    text_column: str = "text",
 ) -> list[Batch]:
-    """Return a file as batches. A text file is one document; files of rows (see data/rows.py) hold one per row.
+    """Return a file as batches. A text file is one document. Files of rows (see data/rows.py) hold one per row, in
+    the column `text`.
 
     Raises UserError if there is no such file, or no text in it.
     """
     if not path.is_file():
         raise UserError(f"{path}: a folder, not a file" if path.is_dir() else f"{path}: no such file")
-    rows = sources.read_documents(path, _render("plain", chat.Reading(tokenizer, text_column)), piece=-1)
+    rows = sources.read_documents(path, _render("plain", chat.Reading(tokenizer)), piece=-1)
     texts = [text for text in rows if not sources.is_blank(text)]
     if not texts:
         raise UserError(f"{path}: no text to evaluate on")

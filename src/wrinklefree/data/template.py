@@ -1,6 +1,6 @@
-"""Write conversations by a tokenizer's chat template. It is a program that came with the model: it gets little time.
+"""Writes conversations by a tokenizer's chat template, a program that came with the model, in bounded time and memory.
 
-Jinja's sandbox keeps it from files and from Python's insides. It does not keep it from looping or growing for ever.
+Jinja's sandbox keeps it from files and from Python's insides, but not from looping or growing for ever.
 """
 
 import resource

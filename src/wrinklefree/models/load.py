@@ -61,9 +61,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remo
     return _fitting(source, _from_pretrained(source, dtype or "auto", trust_remote_code), tokenizer)
 
 
-def load_pretrained(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Loaded:
-    """Load the model that a run starts from, in eval mode, and its tokenizer. Raises UserError if that fails."""
-    return load_model(model.pretrained, dtype=dtype, trust_remote_code=model.trust_remote_code)
+def load_pretrained(model: ModelConfig) -> Loaded:
+    """Load the model that a run starts from, in fp32 and eval mode, and its tokenizer. Raises UserError if it cannot."""
+    return load_model(model.pretrained, dtype=torch.float32, trust_remote_code=model.trust_remote_code)
 
 
 def checkpoint_config(folder: Path) -> Config | None:

@@ -1,4 +1,4 @@
-"""Checks the section `quantization_config` of a packed folder before a layer is built from it: nothing is believed."""
+"""Checks the section `quantization_config` of a packed folder before a layer is built from it."""
 
 import json
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What can be known to go wrong is looked for before the model is loaded, and before anything is written.
+"""Checks a run before its model is loaded and before anything is written.
 
     trackers    their packages are installed
     storage     the driver is there, and the place takes files

@@ -1,4 +1,4 @@
-"""The best model so far. Checkpoints say of which step it is, so that a resumed run has the one that it had then.
+"""Keeps the best model so far. Each checkpoint has its step, so a resumed run finds the best model of that time.
 
     best/            the model with the lowest held-out loss, and `progress.json` with its step
     .best_before/    the one before it, until a checkpoint knows of the new one
