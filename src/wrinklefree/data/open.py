@@ -117,9 +117,9 @@ def file_batches(
     length: int,
     max_tokens: int | None = None,
 ) -> list[Batch]:
-    """Return a file as batches. A text file is one document. Files of rows (see data/rows.py) hold one per row, in
-    the column `text`.
+    """Return a file as batches.
 
+    A text file is one document. A file of rows (see data/rows.py) holds one per row, in the column `text`.
     Raises UserError if there is no such file, or no text in it.
     """
     if not path.is_file():

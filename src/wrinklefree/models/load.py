@@ -62,7 +62,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remo
 
 
 def load_pretrained(model: ModelConfig) -> Loaded:
-    """Load the model that a run starts from, in fp32 and eval mode, and its tokenizer. Raises UserError if it cannot."""
+    """Load the model that a run starts from, in fp32 and eval mode, and its tokenizer. Raises UserError on failure."""
     return load_model(model.pretrained, dtype=torch.float32, trust_remote_code=model.trust_remote_code)
 
 
