@@ -1,7 +1,7 @@
 """The trainer's state in a checkpoint folder: optimizers, step, data position, random numbers.
 
-state/trainer.pt           all of it, but for
 state/shards/              moments of sharded parameters, one safetensors file per process
+state/trainer.pt           all else
 """
 
 import pickle
@@ -103,12 +103,17 @@ def _check_state(file: Path, state: Any) -> None:
     if not state["rng"] or not all(isinstance(one, Tensor) and one.dtype == torch.uint8 for one in state["rng"]):
         raise UserError(f"{file}: not a trainer state (rng holds no states of random numbers)")
     for optimizer in state["optimizers"]:
-        if not _is_optimizer(optimizer):
-            raise UserError(f"{file}: not a trainer state (optimizers are not as torch saves them)")
-        for index, moments in optimizer["state"].items():
-            for name, value in moments.items():
-                if isinstance(value, Tensor) and not_numbers(value):
-                    raise UserError(f"{file}: {name} of parameter {index} {not_numbers(value)}")
+        _check_optimizer(file, optimizer)
+
+
+def _check_optimizer(file: Path, optimizer: Any) -> None:
+    """Raises UserError if an optimizer's state has another form than torch saves, or NaN in it."""
+    if not _is_optimizer(optimizer):
+        raise UserError(f"{file}: not a trainer state (optimizers are not as torch saves them)")
+    for index, moments in optimizer["state"].items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and not_numbers(value):
+                raise UserError(f"{file}: {name} of parameter {index} {not_numbers(value)}")
 
 
 def _is_optimizer(values: Any) -> bool:
