@@ -47,6 +47,13 @@ def resolve_pretrained(name: str) -> str:
     return _hub(name)
 
 
+def model_source(name: str) -> str:
+    """Return the folder of the model that `name` means, or a hub id. Raises UserError if there is no such model."""
+    source = resolve_pretrained(name)
+    folder = model_folder(Path(source))
+    return str(folder) if folder.exists() else source
+
+
 def at_hand(name: str) -> Path | None:
     """Return a model's folder without asking the hub, or None for a hub id that is not in the cache.
 

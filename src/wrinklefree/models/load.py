@@ -27,7 +27,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.numbers import first_not_numbers
 from wrinklefree.families.foreign import refused_in_one_line
 from wrinklefree.models.check import Contents, check_causal, check_folder, check_shapes
-from wrinklefree.models.find import model_folder, resolve_pretrained
+from wrinklefree.models.find import model_source
 from wrinklefree.training import checkpoint
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -46,12 +46,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remo
 
     Raises UserError if anything is missing or truncated, or if it is not a causal language model.
     """
-    source = resolve_pretrained(str(path))
-    folder = model_folder(Path(source))
+    source = model_source(str(path))
+    folder = Path(source)
     if not folder.exists():  # a hub id
         tokenizer = open_tokenizer(source, trust_remote_code)
         return _fitting(source, _from_pretrained(source, dtype or "auto", trust_remote_code), tokenizer)
-    source = str(folder)
     contents = check_folder(folder)
     config = checkpoint_config(folder)
     tokenizer = open_tokenizer(source, trust_remote_code)
