@@ -43,7 +43,7 @@ from benchmarks import hostile
 from wrinklefree import cli
 from wrinklefree.thinking import compare, compressor, pairs_stage, stages  # noqa: F401  # imported before forking
 from wrinklefree.tracking.run_log import read_rows
-from wrinklefree.training import checkpoint, uploads
+from wrinklefree.training import checkpoint, saved_state, uploads
 
 Figures = dict[str, Any]
 
@@ -304,7 +304,7 @@ def resumes(root: Path, count: int, processes: int, draw: random.Random) -> Figu
 
 def _place(out: Path) -> dict[str, Any]:
     """The place in the data at the end of a run."""
-    stream: dict[str, Any] = checkpoint.load_state(checkpoint.step_folders(out / "checkpoints")[-1])["stream"]
+    stream: dict[str, Any] = saved_state.load_state(checkpoint.step_folders(out / "checkpoints")[-1])["stream"]
     return {key: stream[key] for key in ("epoch", "chunk", "document", "offset")}
 
 

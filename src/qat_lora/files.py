@@ -47,18 +47,18 @@ State = dict[str, Tensor]
 
 SOURCES = ("_indices", "_Q", "weight")  # tensors with a layer's codes; the first one that exists is used
 
+# All tensors that a layer may have.
+KNOWN = {
+    *("weight", "bias", "lut", "scale_A", "scale_B", "rank_magnitude", "_indices", "_Q", "_scales_baked_flag"),
+    "_cached_weight_q",  # not read: the others give it
+    *("codes", "share"),  # of our own V2 layers; not read: `weight` and the scales in the file are made from them
+}
 
-# All tensors of a layer that are read. `_cached_weight_q` is what the others give, so it is not needed.
-KNOWN = {"weight", "bias", "lut", "scale_A", "scale_B", "rank_magnitude", "_indices", "_Q"}
-KNOWN |= {"_scales_baked_flag", "_cached_weight_q"}
-KNOWN |= {"codes", "share"}  # of our own V2 layers: `weight` and the scales in the file are made from them
-
-# Of these, and others of the original layers, what no unquantized layer has.
+# Tensors, these and others of the original layers, that no unquantized layer has.
 OWN = KNOWN - {"weight", "bias"} | {"full_scales", "lora_A", "lora_B", "_lut_raw_deltas", "A_lut", "B_lut"}
 
 # Settings of the original tools that change what the tensors mean, and the values that they are read with.
 SETTINGS: dict[str, Any] = {"force_positive_scales": False, "magnitude_activation": "identity"}
-
 
 TABLES = ".rotary_emb.inv_freq"  # older files have it; the model computes it from its config
 

@@ -21,7 +21,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.read import KDCache
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs import setup
-from wrinklefree.training import checkpoint
+from wrinklefree.training import saved_state
 from wrinklefree.training.plan import choose_length
 
 CACHED = ["training.objective=cached_kd", "training.max_seq_length=auto"]
@@ -37,7 +37,7 @@ def test_any_method_trains_on_a_cache_and_resumes_to_the_same_bits(folder: Path,
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_6")
     run(resolved(folder, *again, "training.resume_from=latest"))
     assert rows(tmp_path / "again") == rows(tmp_path / "whole")
-    states = [checkpoint.load_state(tmp_path / name / "checkpoints" / "step_6") for name in ("whole", "again")]
+    states = [saved_state.load_state(tmp_path / name / "checkpoints" / "step_6") for name in ("whole", "again")]
     pairs = list(zip(*(tensors(state) for state in states), strict=True))
     assert pairs
     assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)

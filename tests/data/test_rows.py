@@ -16,7 +16,8 @@ import pytest
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data import rows
-from wrinklefree.data.rows import BadRowError, find_files, read_rows
+from wrinklefree.data.local_files import find_files
+from wrinklefree.data.rows import BadRowError, read_rows
 
 ROWS = [{"text": f'Zeile {i} für 🙂, "quoted"\nand more', "n": str(i)} for i in range(150)]
 

@@ -9,7 +9,7 @@ import torch
 
 from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.data import sources
+from wrinklefree.data.hub import load_hub
 from wrinklefree.data.open import training_stream
 from wrinklefree.data.tokenizer import train_tokenizer
 
@@ -30,7 +30,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def shown(dataset: Path, split: str) -> list[int]:
-    rows = sources.load_hub("data.path=x", str(dataset), None, split, "")
+    rows = load_hub("data.path=x", str(dataset), None, split, "")
     return [int(row["text"].removeprefix("row ")) for row in rows]
 
 

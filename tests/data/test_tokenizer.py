@@ -9,7 +9,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.tokenizer import check_same, check_written_with, tokenizer_fingerprint
+from wrinklefree.data.tokenizer import check_same_tokenizer, check_written_with, tokenizer_fingerprint
 
 
 def test_tokenizers_of_one_vocabulary_that_end_or_cut_otherwise_differ() -> None:
@@ -50,7 +50,7 @@ def test_what_is_refused_names_what_differs(name: str, tmp_path: Path) -> None:
     """For a model whose tokenizer is loaded, and for a file with the fingerprint of one that is still on the disk."""
     other, reason = DIFFERENT[name]
     with pytest.raises(UserError, match=re.escape(f"teacher=x has another tokenizer than the model: {reason}")):
-        check_same(tokenizer(), other, "teacher=x")
+        check_same_tokenizer(tokenizer(), other, "teacher=x")
     other.save_pretrained(tmp_path)
     written = tokenizer_fingerprint(other)
     with pytest.raises(UserError, match=re.escape(f"cache: written with the tokenizer of {tmp_path}")) as refused:
@@ -63,5 +63,5 @@ def test_what_is_refused_names_what_differs(name: str, tmp_path: Path) -> None:
 def test_the_same_tokenizer_is_accepted(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    check_same(tokenizer(), again, "x")
+    check_same_tokenizer(tokenizer(), again, "x")
     check_written_with(tokenizer(), tokenizer_fingerprint(again), "x", "x")

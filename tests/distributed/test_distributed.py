@@ -20,12 +20,12 @@ from toyrun import overrides, resolved, rows, run, tensors, toy_files
 from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
+from wrinklefree.core.signals import STOPPING
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.world import ALONE
 from wrinklefree.models.load import load_model
 from wrinklefree.runs import launch
-from wrinklefree.training import checkpoint
-from wrinklefree.training.loop import STOPPING
+from wrinklefree.training import checkpoint, saved_state
 
 # Sequences of an odd length have unlike numbers of labels, so that a mean of means would show.
 ODD = ["training.max_seq_length=11"]
@@ -177,7 +177,7 @@ def test_a_sharded_checkpoint_is_a_hugging_face_folder_with_shards_without_pickl
     assert len([name for name in names if name.startswith("state/shards/")]) == 2
     assert not [name for name in names if not name.endswith((".safetensors", ".json", ".yaml", "trainer.pt"))]
     assert all(torch.allclose(value, one.state_dict()[name], atol=NEAR) for name, value in model.state_dict().items())
-    state = checkpoint.load_state(path)  # with weights_only
+    state = saved_state.load_state(path)  # with weights_only
     assert len(state["shards"]) == 2 * len(list(model.parameters()))
     assert all(tensor.ndim == 0 for _, tensor in tensors(state["optimizers"]))
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(folder: Path) -> None:
     assert all(
         torch.allclose(tensor, expected_weights[n], atol=NEAR) for n, tensor in weights(folder / "alone").items()
     )
-    state = checkpoint.load_state(folder / "alone" / "checkpoints" / "step_6")
+    state = saved_state.load_state(folder / "alone" / "checkpoints" / "step_6")
     assert state["shards"] == []
 
 
@@ -216,7 +216,7 @@ def test_resuming_with_other_parameters_is_refused_by_all(folder: Path) -> None:
 def test_broken_shards_are_one_line(folder: Path, tmp_path: Path, damage: str) -> None:
     source, broken = folder / "fsdp" / "checkpoints" / "step_3", tmp_path / "step_3"
     subprocess.run(["cp", "-r", source, broken], check=True)
-    shard = sorted((broken / checkpoint.SHARDS).iterdir())[1]
+    shard = sorted((broken / saved_state.SHARDS).iterdir())[1]
     if damage == "missing":
         shard.unlink()
     else:

@@ -53,6 +53,24 @@ def test_samples_themselves_are_read(samples: dict[str, Path], tmp_path: Path) -
         assert outcome.verdict == "read", f"{kind}: {outcome.message}"
 
 
+@pytest.mark.parametrize("name", ["outside", "another", "another/file"])
+def test_a_reader_that_writes_outside_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(folder: Path, samples: hostile.Samples) -> None:
+        if folder.joinpath("config.json").read_text() == "first":
+            (folder.parent / name).parent.mkdir(exist_ok=True)
+            (folder.parent / name).write_text("was here")
+
+    monkeypatch.setitem(hostile.READERS, "model", write)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "scratch").mkdir()
+    mutants = [
+        hostile.Mutant("model", text, lambda folder, text=text: (folder / "config.json").write_text(text))
+        for text in ("first", "second")
+    ]
+    found = hostile.run({"model": tmp_path / "model"}, iter(mutants), tmp_path / "scratch")
+    assert [outcome.verdict for _, outcome in found] == ["wrote outside", "read"]
+
+
 def test_equal_seeds_give_equal_mutants(samples: dict[str, Path], tmp_path: Path) -> None:
     made: list[dict[str, bytes]] = []
     for name in ("one", "two"):

@@ -106,8 +106,11 @@ def test_many_passes_over_little_text_are_refused_unless_asked_for(
         run(resolved(folder, *tokens))
     assert "the plan goes through it 2" in caplog.text
     assert not (folder / "run").exists()
-    run(resolved(folder, "training.max_steps=null", "training.total_tokens=6400", "data.max_passes=1000"))
-    assert rows(folder / "run")[-1]["step"] == "200"
+    tokens = ["training.max_steps=null", "training.total_tokens=320"]
+    with pytest.raises(UserError, match=r"320 tokens are 0.1\d* passes"):
+        run(resolved(folder, *tokens, "data.max_passes=0.1"))
+    run(resolved(folder, *tokens, "data.max_passes=0.2"))
+    assert rows(folder / "run")[-1]["step"] == "10"
 
 
 def test_the_default_text_is_not_gone_through_hundreds_of_times(folder: Path) -> None:

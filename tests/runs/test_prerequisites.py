@@ -125,6 +125,9 @@ def test_torchrun_hands_on_settings_as_they_are(monkeypatch: pytest.MonkeyPatch)
         def wait(self) -> int:
             return 0
 
+        def send_signal(self, number: int) -> None:
+            """None is sent."""
+
     monkeypatch.setattr("subprocess.Popen", Done)
     launch.torchrun("train", 2, overrides, force=True)
     _, _, program, *words = started[0]

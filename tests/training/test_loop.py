@@ -26,7 +26,7 @@ from wrinklefree.models.load import load_model
 from wrinklefree.objectives.base import Objective
 from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.runs.folder import resume_point, writing
-from wrinklefree.training import checkpoint
+from wrinklefree.training import checkpoint, saved_state
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_resuming_gives_the_bits_of_an_unbroken_run(folder: Path, settings: list
     found = run(resolved(folder, *settings, "training.resume_from=latest"))
     for name, tensor in expected.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
-    saved = [checkpoint.load_state(folder / run / "checkpoints" / "step_6") for run in ("whole", "run")]
+    saved = [saved_state.load_state(folder / run / "checkpoints" / "step_6") for run in ("whole", "run")]
     assert len(list(tensors(saved[0]))) > 50
     for (name, a), (_, b) in zip(tensors(saved[0]), tensors(saved[1]), strict=True):
         assert torch.equal(a, b), name
@@ -265,7 +265,7 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert steps(folder) == ["step_2"]
     assert leftovers(folder) == []
-    assert checkpoint.load_state(folder / "run" / "checkpoints" / "step_2")["step"] == 2
+    assert saved_state.load_state(folder / "run" / "checkpoints" / "step_2")["step"] == 2
 
 
 def test_a_weight_that_is_not_finite_stops_with_step_layer_and_last_good_checkpoint(folder: Path) -> None:
@@ -395,7 +395,7 @@ def test_settings_changed_at_a_resume_take_effect(interrupted: Path) -> None:
     run(resolved(interrupted, "training.resume_from=latest", rate, scales, "training.scheduler.warmup_ratio=0"))
     logged = rows(interrupted / "run")
     assert float(logged[3]["lr"]) == pytest.approx(0.0005)
-    state = checkpoint.load_state(interrupted / "run" / "checkpoints" / "step_6")
+    state = saved_state.load_state(interrupted / "run" / "checkpoints" / "step_6")
     assert {group["peak_lr"] for group in state["optimizers"][0]["param_groups"]} == {0.0005, 0.002}
 
 

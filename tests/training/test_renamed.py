@@ -16,7 +16,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import find
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.models.load import load_model
-from wrinklefree.training import checkpoint
+from wrinklefree.training import checkpoint, saved_state
 
 torch.set_num_threads(1)
 
@@ -43,7 +43,7 @@ def test_train_resume_keep_best_load_and_pack(model_type: str, tmp_path: Path) -
         run(resolved(folder, *settings), evaluate=losses)
     shutil.rmtree(halves / "run" / "checkpoints" / "step_2")
     run(resolved(halves, *settings, "training.resume_from=latest"), evaluate=losses)
-    states = [checkpoint.load_state(folder / "run" / "checkpoints" / "step_2") for folder in (whole, halves)]
+    states = [saved_state.load_state(folder / "run" / "checkpoints" / "step_2") for folder in (whole, halves)]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*map(tensors, states), strict=True))
     assert [row["train_loss"] for row in rows(whole / "run")] == [row["train_loss"] for row in rows(halves / "run")]
 

@@ -15,9 +15,9 @@ from wrinklefree.config.schema import ModelConfig, SchedulerConfig, TrainingConf
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import SCHEDULES, names
+from wrinklefree.core.signals import STOPPING
 from wrinklefree.runs.setup import Run
-from wrinklefree.training import checkpoint
-from wrinklefree.training.loop import STOPPING
+from wrinklefree.training import checkpoint, saved_state
 from wrinklefree.training.plan import Plan
 from wrinklefree.training.schedule import rates
 
@@ -59,12 +59,12 @@ def finished(folder: Path) -> Path:
 
 
 def test_a_run_past_its_end_says_so_and_ends(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
-    before = checkpoint.load_state(finished / "run" / "checkpoints" / "step_6")
+    before = saved_state.load_state(finished / "run" / "checkpoints" / "step_6")
     caplog.set_level("INFO", logger="wrinklefree")
     run(resolved(finished, *saving(LATEST, "training.max_steps=4")))
     assert "the training ends with step 4, so there is nothing left to train" in caplog.text
     assert steps(finished / "run") == [2, 4, 6]
-    after = checkpoint.load_state(finished / "run" / "checkpoints" / "step_6")
+    after = saved_state.load_state(finished / "run" / "checkpoints" / "step_6")
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(before), tensors(after), strict=True))
 
 
@@ -207,7 +207,7 @@ def test_a_best_model_of_an_abandoned_branch_is_not_final(folder: Path, caplog: 
     early = f"training.resume_from={folder / 'run' / 'checkpoints' / 'step_2'}"
     model = run(resolved(folder, *settings, early), evaluate=worse, on_step=count)
     assert best_step(folder) == 2  # from its checkpoint
-    saved = checkpoint.load_state(folder / "run" / "checkpoints" / "step_6")
+    saved = saved_state.load_state(folder / "run" / "checkpoints" / "step_6")
     assert (saved["best_step"], saved["best_loss"]) == (2, 2.0)
     assert json.loads((folder / "run" / "abandoned_1" / "best" / "progress.json").read_text())["step"] == 4
     again = f"training.resume_from={folder / 'run' / 'abandoned_1' / 'checkpoints' / 'step_6'}"

@@ -75,7 +75,7 @@ def summary(finished: list[Config], table: list[list[str]]) -> None:
     """Print a table of perplexity, KL and bits after each step, then the rows of `table`."""
     rows = []
     for config in finished:
-        figures = report.read_figures(Path(config.output_dir) / "results.json")
+        figures = report.read_figures(Path(config.output_dir) / report.RESULTS)
         kl = [f"{figures[state]['kl']:.4f}" for state in ("one_shot", "trained")]
         bits = f"{figures['bits_per_quantized_weight']:.3f}"
         rows.append([config.training.stage, f"{figures['trained']['ppl']:.2f}", *kl, bits])

@@ -92,7 +92,7 @@ def summary(finished: list[Config]) -> None:
     """Print a table of perplexity and accuracy after each stage."""
     rows = []
     for config in finished:
-        figures = report.read_figures(Path(config.output_dir) / "results.json")
+        figures = report.read_figures(Path(config.output_dir) / report.RESULTS)
         accuracy = figures["accuracy"].get("trained")
         task = "" if accuracy is None else f"{accuracy['value']:.1%} on {config.data.task}"
         rows.append([config.training.stage, f"{figures['trained']['ppl']:.2f}", task])

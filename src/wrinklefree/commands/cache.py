@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 
+from wrinklefree.config.base import first_problem
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
@@ -309,9 +310,7 @@ def _upstream(source: Path) -> tuple[Upstream, dict[str, Any], list[Path]]:
         data = read_json(source / "meta.json")
         meta = TypeAdapter(Upstream).validate_python(data)
     except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{source}/meta.json: {field}: {problem['msg']}: not a cache to import") from error
+        raise UserError(f"{source}/meta.json: {first_problem(error)}: not a cache to import") from error
     except UserError as error:
         raise UserError(f"{source}/meta.json: missing or not JSON: not a cache to import ({error})") from error
     files = sorted(source.glob("shard_*.pt"))

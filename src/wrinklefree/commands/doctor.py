@@ -14,8 +14,9 @@ import torch
 from huggingface_hub import constants
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import free_bytes
 from wrinklefree.data import stdlib
-from wrinklefree.data.sources import hub_reachable
+from wrinklefree.data.hub import hub_reachable
 from wrinklefree.distributed.world import has_bf16
 from wrinklefree.packed.products import native
 from wrinklefree.tracking.terminal import print_hanging, short_size
@@ -116,7 +117,7 @@ def _extra(module: str, extra: str, what: str) -> Check:
 
 
 def _disk(folder: Path) -> Check:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     ok = free >= _MIN_FREE_DISK
     return Check("disk", ok, f"{short_size(free)} free in {folder}" + ("" if ok else ": make room for checkpoints"))
 

@@ -21,8 +21,7 @@ from wrinklefree.evaluate.perplexity import Quality, measure
 from wrinklefree.models.load import Loaded, load_model
 from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.runs import launch
-from wrinklefree.runs.folder import RESULTS
-from wrinklefree.runs.report import Results
+from wrinklefree.runs.report import RESULTS, Results
 from wrinklefree.runs.setup import Run, open_run, open_stream
 
 log = logging.getLogger("wrinklefree")

@@ -7,7 +7,7 @@ import yaml
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.lock import is_locked
-from wrinklefree.runs.folder import RESULTS
+from wrinklefree.runs.report import RESULTS
 from wrinklefree.tracking.run_log import CSV_NAME, read_rows
 from wrinklefree.tracking.terminal import print_table
 

@@ -1,9 +1,9 @@
-"""Building blocks of the settings: a base class that refuses unknown keys, and number types with limits."""
+"""Building blocks of the settings: a base class that refuses unknown keys, numbers with limits, errors in a line."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 
 LARGEST = 2**31  # no count of steps, rows or columns is larger; torch's sizes and seeds overflow at 2**63
 
@@ -34,3 +34,9 @@ class Node:
     """Base class for the sections of the settings. Unknown keys are errors."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first of pydantic's complaints as `path.to.key: what is wrong`."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -1,4 +1,4 @@
-"""From the text of KEY=VALUE to a value, and back. The key's type in the schema decides what a text means.
+"""Turns the text of KEY=VALUE into a value, and back. The key's type in the schema decides what a text means.
 
 | type of the key | `KEY=1e5` | `KEY=[a,b]` | `KEY=null` |
 |---|---|---|---|

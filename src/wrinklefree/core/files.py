@@ -1,4 +1,4 @@
-"""Write files and folders so that a crash never leaves half of one, and read those of others with care.
+"""Writes files and folders so that a crash never leaves half of one, and reads those of others with limits.
 
 Writing: write aside, flush, then rename. Reading: names stay inside their folder, JSON has a largest size and depth.
 """
@@ -80,6 +80,11 @@ def full_disk_said(path: Path) -> Iterator[None]:
         if not _disk_full(error):
             raise
         raise UserError(f"disk full while writing {path}: free some space; earlier files are unharmed") from error
+
+
+def free_bytes(path: Path) -> int:
+    """Return how much is free on the disk of `path`, which need not exist yet."""
+    return shutil.disk_usage(next(place for place in (path, *path.resolve().parents) if place.exists())).free
 
 
 def inner_path(folder: Path, name: Any, where: str = "") -> Path:

@@ -1,8 +1,8 @@
-"""What `--force` replaces stays in `.replaced/` until there is something to replace it with.
+"""Keeps what `--force` replaces in `.replaced/`, until the first output of the new run is written.
 
 set_aside(folder, old)     at the start
-let_go(folder)             once the first output is written
-put_back(folder, new)      if it never was; also at the next start, after a kill
+let_go(folder)             after the first output
+put_back(folder, new)      if there was no output; after a kill, at the next start
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Helpers for messages: the closest known word, the first line of an error."""
+"""Helpers for texts: the closest known word, the first line of an error, halves of surrogate pairs."""
 
 import difflib
 from collections.abc import Iterable
@@ -19,3 +19,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that is not empty, or its type if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a text has halves of surrogate pairs, or bytes that were decoded with surrogateescape."""
+    try:
+        text.encode()  # several times faster than a search
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def without_surrogates(text: str) -> str:
+    """Join halves of surrogate pairs, and replace a half that is alone (an emoji that was cut in two) by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if has_surrogates(text) else text

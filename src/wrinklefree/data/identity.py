@@ -1,4 +1,4 @@
-"""What a position in the data is a position of: the content of files and the settings that make text of them.
+"""Tells whether a saved position belongs to this data, by the content of files and the settings that make text of them.
 
 A checkpoint keeps this identity, and a resume compares it. Paths are not part of it, but names of files in a folder
 are, because they give the order. Version 0.1 kept the spelling of the path instead; its positions are compared by that.

@@ -18,9 +18,10 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import DATA_FORMATS, find_module, find_named
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.data import chat, sources, stdlib, stdlib_kind, tasks
+from wrinklefree.data.hub import load_hub
 from wrinklefree.data.identity import Identity, files_identity, folder_identity
+from wrinklefree.data.local_files import find_files
 from wrinklefree.data.packing import BatchStream, encode, make_batch, pack, pack_whole, spread
-from wrinklefree.data.rows import find_files
 from wrinklefree.data.sources import Document, Example, GoodRows, Source, Split
 from wrinklefree.data.tokenizer import tokenizer_fingerprint
 
@@ -115,15 +116,15 @@ def file_batches(
     batch_size: int,
     length: int,
     max_tokens: int | None = None,
-    text_column: str = "text",
 ) -> list[Batch]:
-    """Return a file as batches. A text file is one document; files of rows (see data/rows.py) hold one per row.
+    """Return a file as batches.
 
+    A text file is one document. A file of rows (see data/rows.py) holds one per row, in the column `text`.
     Raises UserError if there is no such file, or no text in it.
     """
     if not path.is_file():
         raise UserError(f"{path}: a folder, not a file" if path.is_dir() else f"{path}: no such file")
-    rows = sources.read_documents(path, _render("plain", chat.Reading(tokenizer, text_column)), piece=-1)
+    rows = sources.read_documents(path, _render("plain", chat.Reading(tokenizer)), piece=-1)
     texts = [text for text in rows if not sources.is_blank(text)]
     if not texts:
         raise UserError(f"{path}: no text to evaluate on")
@@ -166,15 +167,7 @@ def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thinking: chat
         if config.format != "plain":
             name += f" data.format={config.format} data.enable_thinking={config.enable_thinking}"
         instead = "data=stdlib, or data=local data.path=FILE_OR_FOLDER"
-        return _Rows(
-            name,
-            render,
-            config.path,
-            config.subset,
-            config.split,
-            config.heldout_split,
-            instead,
-        )
+        return _Rows(name, render, config.path, config.subset, config.split, config.heldout_split, instead)
     task = tasks.find_task(config.task)
     name = f"data.task={task.name} data.path={config.path or task.path}"
     instead = f"task={stdlib_kind.NAME}, or data.path=FILE_OR_FOLDER with the columns of {task.name}"
@@ -259,7 +252,7 @@ def _training_variant(config: DataConfig, tokenizer: PreTrainedTokenizerBase, th
             return sources.Files(rows.name, files, rows.render)
         hint = " (the first document is held out): add text, or name a held-out file with data.heldout_path"
         return sources.Files(rows.name, files, rows.render, keep=lambda n: n % sources.HOLDOUT_EVERY != 0, hint=hint)
-    stream = sources.load_hub(rows.name, rows.path, rows.subset, rows.split, rows.instead)
+    stream = load_hub(rows.name, rows.path, rows.subset, rows.split, rows.instead)
     if rows.heldout_split:
         return sources.Hub(rows.name, stream, rows.render)
     hint = f" (the first {sources.HELDOUT_DOCUMENTS} documents are held out): name a split with data.heldout_split"
@@ -274,7 +267,7 @@ def _heldout_variant(config: DataConfig, tokenizer: PreTrainedTokenizerBase, thi
     rows = _rows(config, tokenizer, thinking)
     if not _is_local(config):
         split = rows.heldout_split or rows.split
-        stream = sources.load_hub(rows.name, rows.path, rows.subset, split, rows.instead)
+        stream = load_hub(rows.name, rows.path, rows.subset, split, rows.instead)
         return sources.Hub(rows.name, stream, rows.render)
     if config.heldout_path:
         files = find_files("data.heldout_path", config.heldout_path)

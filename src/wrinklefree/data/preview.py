@@ -1,4 +1,4 @@
-"""What can be known of the training text before anything is trained: whether its first rows are good, and its size."""
+"""Looks at the training text before the training: are its first rows good, and how large is it?"""
 
 import logging
 import random

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import without_surrogates
 from wrinklefree.data import chains, sources
 from wrinklefree.data.chat import columns
+from wrinklefree.data.hub import hub_rows, load_hub
 from wrinklefree.data.sources import Split
 
 GSM8K = "openai/gsm8k"
@@ -48,8 +50,8 @@ def load_problems(source: str, split: Split, count: int, num_heldout: int) -> li
     if source == chains.NAME:
         return [Problem(chain.question, chain.answer) for chain in chains.chains(split, count, seed=1)]
     if source == "gsm8k":
-        stream = sources.load_hub("gsm8k", GSM8K, "main", "train" if split == "train" else "test", "a JSONL file")
-        rows = islice(sources.hub_rows("gsm8k", stream), count)
+        stream = load_hub("gsm8k", GSM8K, "main", "train" if split == "train" else "test", "a JSONL file")
+        rows = islice(hub_rows("gsm8k", stream), count)
         problems = [_problem(row, f"gsm8k row {n}") for n, row in enumerate(rows)]
     else:
         problems = _deal(list(_read(Path(source))), split, num_heldout)
@@ -76,7 +78,7 @@ def _problem(row: sources.Row, where: str) -> Problem:
     for column in ("question", "answer"):
         if not isinstance(row.get(column), (str, int, float)):
             raise UserError(f"{where}: a problem needs a {column!r}; there are {columns(row)}")
-    question, answer = (sources.whole(str(row[column])).strip() for column in ("question", "answer"))
+    question, answer = (without_surrogates(str(row[column])).strip() for column in ("question", "answer"))
     return Problem(question, answer.rpartition(MARK)[2].strip())
 
 

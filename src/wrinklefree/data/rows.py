@@ -1,4 +1,4 @@
-"""Finds files and reads one row by row, in the memory of a row: text, JSON, CSV, Parquet and Arrow, plain or gzipped.
+"""Reads a file row by row, in the memory of a row: text, JSON, CSV, Parquet and Arrow, plain or gzipped.
 
 What cannot be read is refused by name. Nothing is read as text that is none.
 
@@ -24,22 +24,10 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO, cast
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.text import first_line
+from wrinklefree.core.text import first_line, has_surrogates
+from wrinklefree.data.local_files import DELIMITERS, JSON_SUFFIXES, TABLE_SUFFIXES, UNREAD, ZIPPED, suffix_of
 
 Row = Mapping[str, Any]
-
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-TABLE_SUFFIXES = (".parquet", ".arrow")
-SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *DELIMITERS, *TABLE_SUFFIXES)
-ZIPPED = ".gz"
-
-# Files that may hold text to train on, but that nothing here reads. Leaving them out in silence would train on a part.
-UNREAD = (
-    *(".zst", ".bz2", ".xz", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz"),
-    *(".feather", ".orc", ".avro", ".xlsx", ".xls", ".ods"),
-)
 
 MAX_ROW = 32 << 20  # characters or bytes; the longest books have 5 million
 # Text files are cut at the first line end after so many characters, so that parts of a book are shuffled and held out.
@@ -73,71 +61,6 @@ class EveryRowError(UserError):
     """What is wrong with every row, such as a tokenizer that writes no conversations: skipping rows does not help."""
 
 
-def find_files(setting: str, path: str | None) -> list[Path]:
-    """Return the file `path`, or all files in the folder `path` that end in one of `SUFFIXES`, sorted by POSIX path.
-
-    Hidden files are left out. A folder that `datasets.save_to_disk` wrote gives its Arrow files.
-    Raises UserError, beginning with the key `setting`, if there is no such file, or if the folder has data in a format
-    that is not read.
-    """
-    if path is None:
-        raise UserError(f"{setting}: a value is required: a file or folder of {', '.join(SUFFIXES)}")
-    root = Path(path).expanduser()
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise UserError(f"{setting}={path}: no such file or folder")
-    if is_saved_dataset(root):
-        return _saved_files(f"{setting}={path}", root)
-    found = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if _suffix(file) in SUFFIXES + UNREAD)
-    names = [name for name in found if not _is_hidden(name) and (root / name).is_file()]
-    for name in names:
-        _check_in_folder(f"{setting}={path}", root / name)
-    if not names:
-        raise UserError(f"{setting}={path}: no file here ends in {', '.join(SUFFIXES)}")
-    return [root / name for name in names]
-
-
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets.save_to_disk` wrote this folder."""
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    )
-
-
-def _saved_files(where: str, root: Path) -> list[Path]:
-    """Return the Arrow files of a saved dataset. Raises UserError if it has several splits, or is damaged."""
-    if (root / "dataset_dict.json").is_file():
-        splits = sorted(file.parent.name for file in root.glob("*/state.json"))
-        raise UserError(f"{where}: a dataset with the splits {', '.join(splits)}: name one, such as {root / splits[0]}")
-    try:
-        names = [entry["filename"] for entry in json.loads((root / "state.json").read_bytes())["_data_files"]]
-    except (*JSON_ERRORS, LookupError, TypeError, OSError) as error:
-        raise UserError(f"{where}: state.json does not name the dataset's files: save it again") from error
-    absent = [name for name in names if name != Path(str(name)).name or not (root / name).is_file()]
-    if absent or not names:
-        raise UserError(f"{where}: no file {absent[0]!r}, which state.json names" if absent else f"{where}: no files")
-    return [root / name for name in names]
-
-
-def _check_in_folder(where: str, file: Path) -> None:
-    """Raises UserError if a file in a folder holds data in a format that is not read."""
-    if _suffix(file) in UNREAD:
-        raise UserError(f"{where}: {file.name}: {_suffix(file)} is not read: unpack or convert it, or take it out")
-    if is_saved_dataset(file.parent):
-        raise UserError(f"{where}: {file.parent} is a folder of save_to_disk: name it alone")
-
-
-def _suffix(path: Path) -> str:
-    """Return the last suffix in small letters, without a `.gz` after it."""
-    name = path.name.lower()
-    return Path(name.removesuffix(ZIPPED)).suffix
-
-
-def _is_hidden(relative: str) -> bool:
-    return any(part.startswith(".") for part in relative.split("/"))
-
-
 def read_rows(path: Path, piece: int = PIECE) -> Iterator[Row | str | BadRowError]:
     """Yield the rows of one file, or its text in parts of `piece` characters (-1: whole).
 
@@ -160,7 +83,7 @@ def open_rows(path: Path, piece: int = PIECE) -> Iterator[OpenRows]:
     """Open a file to read its rows, as `read_rows` gives them. Raises UserError if it cannot be read."""
     # The library `datasets` could do this, but it logs lines of its own before it raises, does not say in which line a
     # JSON file is broken, reads huge rows into memory, and takes 0.8 s to import.
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if suffix in UNREAD:
         raise UserError(f"{path}: {suffix} is not read: unpack or convert it")
     if suffix in TABLE_SUFFIXES:
@@ -214,15 +137,6 @@ def _encoding(path: Path, head: bytes) -> str:
     if b"\0" in head:
         raise UserError(f"{path}: not text, since it has zero bytes; if it is UTF-16, save it as UTF-8")
     return "utf-8-sig"
-
-
-def has_surrogates(text: str) -> bool:
-    """Whether a text has halves of surrogate pairs, or bytes that were decoded with surrogateescape."""
-    try:
-        text.encode()  # several times faster than a search
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _not_utf8(path: Path, where: str, text: str) -> str | None:

@@ -10,18 +10,15 @@ A source yields its documents in one fixed order and can continue from any posit
 """
 
 import logging
-import re
-import ssl
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint
-from wrinklefree.core.text import first_line
-from wrinklefree.data.rows import PIECE, BadRowError, EveryRowError, has_surrogates, is_saved_dataset, read_rows
+from wrinklefree.core.text import without_surrogates
+from wrinklefree.data.hub import hub_rows
+from wrinklefree.data.rows import PIECE, BadRowError, EveryRowError, read_rows
 from wrinklefree.data.rows import Row as Row  # for the files of data formats, a user's too
 
 log = logging.getLogger("wrinklefree")
@@ -45,8 +42,6 @@ Render = Callable[[Row, str], Document]  # (a row, its place for error messages)
 HOLDOUT_EVERY = 20
 # About 0.5 M tokens of ordinary documents: enough for a figure, tokenized in seconds, even if the dataset is terabytes.
 HELDOUT_DOCUMENTS = 512
-_SPLIT = re.compile(r"(?P<name>[\w.-]+)(?P<rows>\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 def is_blank(document: Item) -> bool:
@@ -278,90 +273,6 @@ def rendered(render: Render, row: Row, where: str) -> Item:
     except UserError as error:
         return BadRowError(str(error))
     if isinstance(document, str):
-        return whole(document)
-    return document._replace(prompt=whole(document.prompt), answer=whole(document.answer))
-
-
-def whole(text: str) -> str:
-    """Replace halves of surrogate pairs (an emoji that was cut in two, in JSON) by U+FFFD, as browsers do."""
-    return _HALF.sub("\ufffd", text) if has_surrogates(text) else text
-
-
-def load_hub(name: str, path: str | None, subset: str | None, split: str, instead: str) -> Any:
-    """Return a dataset of the hub, or of a local folder, as a streaming `datasets.IterableDataset`.
-
-    `split` is the name of a split, or a part of one: `train[:1000]`, `train[90%:]`.
-    Raises UserError, beginning with `name`, if the hub does not answer within seconds (and says what to use `instead`),
-    or if there is no such dataset, subset or split.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import constants
-
-    if path is None:
-        raise UserError("data.path: a value is required: a dataset on the hub, for example HuggingFaceFW/fineweb-edu")
-    if is_saved_dataset(Path(path)):
-        raise UserError(f"{name}: a folder of save_to_disk: read it with data=local data.path={path}")
-    where = f"{name} data.subset={subset} data.split={split}"
-    part = _SPLIT.fullmatch(split)
-    if part is None:
-        raise UserError(f"{where}: no split, and no part of one such as train[:1000] or train[10%:20%]")
-    if not Path(path).exists() and (constants.HF_HUB_OFFLINE or not hub_reachable(constants.ENDPOINT)):
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
-        raise UserError(f"{name}: {why}: use {instead}")
-    try:
-        dataset = load_dataset(path, subset, split=part["name"], streaming=True)
-    except (OSError, ValueError, DatasetsError) as error:  # no such dataset, no access; no such subset or split
-        raise UserError(f"{where}: {first_line(error)}") from error
-    return dataset if part["rows"] is None else _part(dataset, part, where)
-
-
-def _part(dataset: Any, part: re.Match[str], where: str) -> Any:
-    """Return the rows of a dataset that `train[FIRST:LAST]` names. Raises UserError if there are none."""
-    info = (dataset.info.splits or {}).get(part["name"])
-    total = info.num_examples if info is not None else None
-    first = _row_number(part["first"] or "0", total, where)
-    last = total if part["last"] is None else _row_number(part["last"], total, where)
-    if last is not None and last <= first:
-        raise UserError(f"{where}: no row in this part")
-    rows = dataset.skip(first) if first else dataset
-    return rows if last is None else rows.take(last - first)
-
-
-def _row_number(text: str, total: int | None, where: str) -> int:
-    """Return the row that `1000` or `10%` names. Raises UserError if the dataset does not say how many it has."""
-    if not text.endswith("%"):
-        return int(text)
-    if not total:
-        raise UserError(f"{where}: the dataset does not say how many rows it has: give row numbers, such as [:1000]")
-    return round(int(text[:-1]) * total / 100)
-
-
-def hub_rows(name: str, dataset: Any, done: int = 0) -> Iterator[Row]:
-    """Yield the rows of a dataset. Raises UserError if it cannot be read on after row `done`, or if the hub is gone."""
-    from datasets.exceptions import DatasetsError
-
-    rows = iter(dataset)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except (DatasetsError, OSError, ValueError) as error:  # ValueError: pyarrow's errors, and broken JSON
-            raise UserError(f"{name}: cannot be read after row {done}: {first_line(error)}") from error
-        done += 1
-        yield row
-
-
-def hub_reachable(endpoint: str, timeout: float = 5) -> bool:
-    """Whether the hub answers at all, within `timeout` seconds."""
-    try:  # the hub's own client would retry for 23 s
-        urlopen(Request(endpoint, method="HEAD"), timeout=timeout).close()
-    except HTTPError:
-        return True  # an error page is an answer
-    except URLError as error:
-        # This Python has no root certificates, but the hub's client brings its own.
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
-        return False
-    return True
+        return without_surrogates(document)
+    prompt, answer = without_surrogates(document.prompt), without_surrogates(document.answer)
+    return document._replace(prompt=prompt, answer=answer)

@@ -1,6 +1,6 @@
-"""Write conversations by a tokenizer's chat template. It is a program that came with the model: it gets little time.
+"""Writes conversations by a tokenizer's chat template, a program that came with the model, in bounded time and memory.
 
-Jinja's sandbox keeps it from files and from Python's insides. It does not keep it from looping or growing for ever.
+Jinja's sandbox keeps it from files and from Python's insides, but not from looping or growing for ever.
 """
 
 import resource
@@ -18,6 +18,7 @@ from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import without_surrogates
 from wrinklefree.families.foreign import REFUSALS
 
 SECONDS = 10.0  # for one conversation; a long one takes milliseconds
@@ -51,12 +52,7 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, 
         raise UserError(
             _said(tokenizer, f"says: {' '.join(str(error).split())[:300] or type(error).__name__}")
         ) from error
-    return _whole(text)
-
-
-def _whole(text: str) -> str:
-    """Join halves of surrogate pairs, and replace those that are alone (an emoji that was cut in two) by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return without_surrogates(text)
 
 
 def _said(tokenizer: PreTrainedTokenizerBase, what: str) -> str:

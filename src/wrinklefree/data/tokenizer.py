@@ -76,7 +76,7 @@ def _train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return bpe
 
 
-def check_same(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, what: str) -> None:
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, what: str) -> None:
     """Raise UserError, which begins with `what` and says how they differ, if `other` is another tokenizer.
 
     Models of one tokenizer may pad their embeddings to different sizes, so sizes say nothing.

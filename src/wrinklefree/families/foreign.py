@@ -1,4 +1,4 @@
-"""What transformers and its libraries raise while they read a folder that somebody else made."""
+"""Turns what transformers and its libraries raise on a broken folder into one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.config.compose import load_config, options
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import join_world
 from wrinklefree.engine.engine import Engine, supports
-from wrinklefree.families.foreign import refused_in_one_line
 from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import model_folder, resolve_pretrained
-from wrinklefree.models.load import Loaded, checkpoint_config, load_model, open_tokenizer
+from wrinklefree.models.load import Loaded, checkpoint_config, load_model, open_config, open_tokenizer
 from wrinklefree.packed.quantizer import QUANT_METHOD
 
 EngineName = Literal["auto", "native", "transformers"]
@@ -74,14 +73,7 @@ def open_engine(
 
 def _within(folder: Path, context: int | None) -> int | None:
     """`context`, but no more than the model's context. None means the model's context."""
-    return context and min(context, int(_read_config(folder).max_position_embeddings))
-
-
-def _read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """A folder's config. Raises UserError if transformers cannot read it."""
-    with refused_in_one_line(f"{folder}: transformers cannot load it"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return config
+    return context and min(context, int(open_config(str(folder)).max_position_embeddings))
 
 
 def _why_not_native(folder: Path, choice: EngineName, trust_remote_code: bool) -> str | None:
@@ -91,7 +83,7 @@ def _why_not_native(folder: Path, choice: EngineName, trust_remote_code: bool) -
     check_folder(folder)
     if checkpoint_config(folder) is not None:
         return f"a training checkpoint; `wf export {shlex.quote(str(folder))}` makes a packed folder of it"
-    settings = _read_config(folder, trust_remote_code)
+    settings = open_config(str(folder), trust_remote_code)
     quantization = settings.to_dict().get("quantization_config") or {}
     if choice == "auto" and quantization.get("quant_method") != QUANT_METHOD:
         return "not a packed folder"

@@ -1,26 +1,22 @@
 """Checks that a folder holds a whole causal language model, before time and memory are spent on loading it."""
 
-import json
 import math
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.files import inner_path, read_json
+from wrinklefree.core.files import read_json
+from wrinklefree.models.headers import FLOATS, Header, Stored, read_header, weight_files
 from wrinklefree.packed.check import PackedSection
 from wrinklefree.packed.quantizer import QUANT_METHOD
 
 LARGEST_CONFIG = 1 << 24  # bytes; a packed folder names each layer in it, 250 bytes each
-
-LARGEST_HEADER = 100_000_000  # bytes of a safetensors header; the library has the same limit
 
 LARGEST_SIZE = 2**26  # of a width, a vocabulary or a number of positions
 
@@ -65,19 +61,6 @@ SWITCHES = frozenset(
     | {"return_dict", "return_dict_in_generate", "renormalize_logits", "remove_invalid_values"}
 )
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})  # safetensors' names
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as the header of a safetensors file describes it."""
-
-    dtype: str
-    shape: list[int]
-
-
-Header = dict[str, Stored]
-
 
 @dataclass(frozen=True)
 class Contents:
@@ -103,8 +86,8 @@ def check_folder(folder: Path) -> Contents:
         if file.name in ("config.json", "generation_config.json"):
             _check_generation(file, values)
     header: Header = {}
-    for file in _weight_files(folder):
-        header |= check_safetensors(file)
+    for file in weight_files(folder):
+        header |= read_header(file)
     if header:
         check_sizes(folder / "config.json", config, len(header))
     return Contents(folder, config, header, _packed_section(folder, config, header))
@@ -159,9 +142,7 @@ def _check_generation(file: Path, values: Any) -> None:
         raise UserError(f"{file}: not a list of settings by name")
     for key, value in values.items():
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if key.endswith("_token_id") and not all(
-            one is None or (type(one) is int and -1 <= one < 2**31) for one in ids
-        ):
+        if key.endswith("_token_id") and not all(map(_is_token, ids)):
             raise UserError(f"{file}: {key}={str(value)[:99]!r} is no token")
         if key in SWITCHES and not (value is None or isinstance(value, bool)):
             raise UserError(f"{file}: {key}={str(value)[:99]!r} is neither true nor false")
@@ -250,66 +231,3 @@ def _without_packed(folder: Path, section: PackedSection, wanted: dict[str, list
             raise UserError(f"{folder}: {fqn} is packed as {section.spec(fqn)[0].shape}, config.json says {shape}")
     packed = {f"{fqn}.weight" for fqn in (*section.layers, *section.tied)}
     return {name: shape for name, shape in wanted.items() if name not in packed}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return all safetensors files of the folder's model. Raises UserError if one is missing.
-
-    The list is empty if the weights are in pytorch_model*.bin, which cannot be checked without loading.
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        files = _indexed(index)
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise UserError(f"{folder}: {missing[0]} is missing ({len(missing)} of {len(files)} files): copy it again")
-        return files
-    if any(folder.glob("pytorch_model*.bin")):
-        return []
-    raise UserError(f"{folder}: no model.safetensors, so there are no weights; copy the folder again or train it first")
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The files that an index names. Raises UserError if it is no index, or names files outside of its folder."""
-    values = read_json(index)
-    names = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{index}: no weight_map, so no index of weights: copy it again")
-    return sorted({inner_path(index.parent, name, str(index)) for name in names.values()})
-
-
-def check_safetensors(file: Path) -> Header:
-    """Read a file's header. Raises UserError if it is damaged, or if the file is not as long as its header says."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            start = handle.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            header = handle.read(length) if 8 + length <= size and length <= LARGEST_HEADER else b""
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
-    damaged = f"{file}: truncated, or not a safetensors file ({size:,} bytes): copy it again"
-    try:
-        entries = json.loads(header)
-        tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        found = {name: _stored(entry) for name, entry in tensors.items()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(damaged) from error
-    if size != 8 + length + end:
-        raise UserError(f"{file}: truncated, {size:,} of {8 + length + end:,} bytes: copy it again")
-    try:
-        with safe_open(file, framework="pt"):
-            return found
-    except SafetensorError as error:  # it checks that each tensor has its own bytes, as many as dtype and shape need
-        raise UserError(f"{damaged} ({error})") from error
-
-
-def _stored(entry: dict[str, Any]) -> Stored:
-    """Raises ValueError for an entry without a dtype and a shape."""
-    dtype, shape = entry["dtype"], entry["shape"]
-    if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError("no dtype and shape")
-    return Stored(dtype, list(shape))

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import constants, try_to_load_from_cache
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.data.sources import hub_reachable
+from wrinklefree.data.hub import hub_reachable
 from wrinklefree.training import checkpoint
 
 log = logging.getLogger("wrinklefree")
@@ -45,6 +45,13 @@ def resolve_pretrained(name: str) -> str:
     if not _looks_like_hub_id(name):
         raise UserError(f"{name}: no such folder")
     return _hub(name)
+
+
+def model_source(name: str) -> str:
+    """Return the folder of the model that `name` means, or a hub id. Raises UserError if there is no such model."""
+    source = resolve_pretrained(name)
+    folder = model_folder(Path(source))
+    return str(folder) if folder.exists() else source
 
 
 def at_hand(name: str) -> Path | None:

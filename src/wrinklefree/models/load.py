@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 import wrinklefree.packed  # noqa: F401  # registers the packed format
@@ -20,7 +27,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.numbers import first_not_numbers
 from wrinklefree.families.foreign import refused_in_one_line
 from wrinklefree.models.check import Contents, check_causal, check_folder, check_shapes
-from wrinklefree.models.find import model_folder, resolve_pretrained
+from wrinklefree.models.find import model_source
 from wrinklefree.training import checkpoint
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -39,12 +46,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remo
 
     Raises UserError if anything is missing or truncated, or if it is not a causal language model.
     """
-    source = resolve_pretrained(str(path))
-    folder = model_folder(Path(source))
+    source = model_source(str(path))
+    folder = Path(source)
     if not folder.exists():  # a hub id
         tokenizer = open_tokenizer(source, trust_remote_code)
         return _fitting(source, _from_pretrained(source, dtype or "auto", trust_remote_code), tokenizer)
-    source = str(folder)
     contents = check_folder(folder)
     config = checkpoint_config(folder)
     tokenizer = open_tokenizer(source, trust_remote_code)
@@ -54,9 +60,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remo
     return _fitting(source, _from_pretrained(source, dtype or "auto", trust_remote_code), tokenizer)
 
 
-def load_pretrained(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Loaded:
-    """Load the model that a run starts from, in eval mode, and its tokenizer. Raises UserError if that fails."""
-    return load_model(model.pretrained, dtype=dtype, trust_remote_code=model.trust_remote_code)
+def load_pretrained(model: ModelConfig) -> Loaded:
+    """Load the model that a run starts from, in fp32 and eval mode, and its tokenizer. Raises UserError on failure."""
+    return load_model(model.pretrained, dtype=torch.float32, trust_remote_code=model.trust_remote_code)
 
 
 def checkpoint_config(folder: Path) -> Config | None:
@@ -68,8 +74,8 @@ def checkpoint_config(folder: Path) -> Config | None:
 
 def meta_model(source: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model without weights, on the meta device, from its config alone; packed layers are plain ones in it."""
+    config = open_config(source, trust_remote_code)
     with refused_in_one_line(f"{source}: transformers cannot load it"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         vars(config).pop("quantization_config", None)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
@@ -134,8 +140,7 @@ def _open(
     source: str, dtype: torch.dtype | str, trust_remote_code: bool, masters: bool = False
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model, and transformers' info on missing tensors. With `masters`, the folder's packing is ignored."""
-    with refused_in_one_line(f"{source}: transformers cannot load it"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    config = open_config(source, trust_remote_code)
     if masters:
         vars(config).pop("quantization_config", None)
     if not Path(source).is_dir():
@@ -145,6 +150,13 @@ def _open(
             source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     return model, info
+
+
+def open_config(source: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load the config of a folder or hub id. Raises UserError if transformers cannot read it."""
+    with refused_in_one_line(f"{source}: transformers cannot load it"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return config
 
 
 def open_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -1,4 +1,4 @@
-"""Checks the section `quantization_config` of a packed folder before a layer is built from it: nothing is believed."""
+"""Checks the section `quantization_config` of a packed folder before a layer is built from it."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from wrinklefree.config.base import first_problem
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, find
 from wrinklefree.packed.layer import LayerSpec, PackedLinear
@@ -83,9 +84,7 @@ class PackedSection:
             checked: T = self._adapters[cls].validate_json(json.dumps(values), strict=True)
             return checked
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{self.folder}: config.json, quantization_config: {where}: {first['msg']}") from error
+            raise UserError(f"{self.folder}: config.json, quantization_config: {first_problem(error)}") from error
 
     def _method(self, values: Any) -> QuantMethod:
         """The method's config. Raises UserError if the method is unknown or its settings do not fit."""

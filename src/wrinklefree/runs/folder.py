@@ -12,13 +12,11 @@ from wrinklefree.core import replaced
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.lock import locked, refuse_locked
 from wrinklefree.runs import prerequisites
+from wrinklefree.runs.report import RESULTS
 from wrinklefree.tracking.run_log import CSV_NAME
 from wrinklefree.training import checkpoint
 
 log = logging.getLogger("wrinklefree")
-
-
-RESULTS = "results.json"
 
 # What a run writes into its folder. `--force` replaces these and leaves everything else alone.
 MADE_OF_CHECKPOINTS = ["best", "final", "packed", "shipped", "plots", RESULTS]

@@ -3,11 +3,8 @@
 import dataclasses
 import logging
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,10 +13,10 @@ from wrinklefree.config.check import flatten
 from wrinklefree.config.compose import load_config, read_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.signals import handling
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.stage import train_stage
 from wrinklefree.training import checkpoint
-from wrinklefree.training.loop import STOPPING
 
 log = logging.getLogger("wrinklefree")
 
@@ -68,7 +65,7 @@ def run_once(overrides: list[str], force: bool, processes: int | None) -> Config
     config = load_config(overrides)
     out = Path(config.output_dir)
     if prerequisites.is_done(out) and not force:
-        _check_same(config, out)
+        _check_settings(config, out)
         log.info("%s: done, in %s", config.training.stage, out)
         return config
     log.info("== %s", config.training.stage)
@@ -77,7 +74,7 @@ def run_once(overrides: list[str], force: bool, processes: int | None) -> Config
     return config
 
 
-def _check_same(config: Config, out: Path) -> None:
+def _check_settings(config: Config, out: Path) -> None:
     """Raise UserError if the finished stage in `out` was made with other settings than `config`."""
     before = dict(flatten(dataclasses.asdict(read_config(out / "final" / checkpoint.CONFIG))))
     now = dict(flatten(dataclasses.asdict(config)))
@@ -113,21 +110,7 @@ def torchrun(verb: str, processes: int, overrides: list[str], force: bool) -> No
     patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS)}
     # In a session of its own, so that a signal to this terminal's processes reaches it once, from here.
     process = subprocess.Popen(command, env=threads | patience | os.environ, start_new_session=True)
-    with _passed_on(process):
+    with handling(process.send_signal):  # this process stays until torchrun has ended
         failed = process.wait()
     if failed:
         raise UserError("a training process failed; its message is above")
-
-
-@contextmanager
-def _passed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """While the block runs, pass Ctrl-C, SIGTERM and SIGHUP on to `process`, and stay. Ignored ones stay ignored."""
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    for number in STOPPING:
-        if before[number] is not signal.SIG_IGN:
-            signal.signal(number, lambda got, frame: process.send_signal(got))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What can be known to go wrong is looked for before the model is loaded, and before anything is written.
+"""Checks a run before its model is loaded and before anything is written.
 
     trackers    their packages are installed
     storage     the driver is there, and the place takes files
@@ -10,17 +10,17 @@ Once the model is loaded, the plan says how often the text is gone through.
 """
 
 import logging
-import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import free_bytes
 from wrinklefree.data.kd_cache.manifest import read_manifest
 from wrinklefree.data.preview import preview, size_of
 from wrinklefree.models.check import check_folder
-from wrinklefree.models.find import at_hand, model_folder, resolve_pretrained
+from wrinklefree.models.find import at_hand, model_folder, model_source, resolve_pretrained
 from wrinklefree.models.load import meta_model, open_tokenizer
 from wrinklefree.runs import prerequisites
 from wrinklefree.tracking.run_log import check_wandb
@@ -44,23 +44,17 @@ def check_places(config: Config) -> None:
 
 def check_model(config: Config, reads_text: bool) -> None:
     """Raises UserError if the model, the teacher, the KD cache, the text or the room on the disk is missing."""
-    folder = model_folder(Path(resolve_pretrained(config.model.pretrained)))
-    if folder.exists():
-        check_folder(folder)
+    source = model_source(config.model.pretrained)
+    if Path(source).exists():
+        check_folder(Path(source))
     if config.distillation.teacher is not None:
         resolve_pretrained(prerequisites.stage_model(config, config.distillation.teacher))
     if config.distillation.cache is not None:
         read_manifest(Path(config.distillation.cache))
     elif reads_text:
-        preview(config.data, _tokenizer(config))
+        preview(config.data, open_tokenizer(source, config.model.trust_remote_code))
     if config.training.max_steps != 0 and config.thinking is None:  # a thinker is far smaller than its model
         check_disk(config)
-
-
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    source = resolve_pretrained(config.model.pretrained)
-    folder = model_folder(Path(source))
-    return open_tokenizer(str(folder) if folder.exists() else source, config.model.trust_remote_code)
 
 
 def check_disk(config: Config) -> None:
@@ -69,9 +63,8 @@ def check_disk(config: Config) -> None:
     if parameters is None:
         return
     out = Path(config.output_dir)
-    place = next(path for path in (out, *out.resolve().parents) if path.exists())
     there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    needed, free = checkpoint_bytes(config, parameters), shutil.disk_usage(place).free + there
+    needed, free = checkpoint_bytes(config, parameters), free_bytes(out) + there
     if needed > free:
         raise UserError(
             f"{out}: the checkpoints of this run need {short_size(needed)}, and the disk has {short_size(free)} for "

@@ -14,6 +14,7 @@ from wrinklefree.config.compose import compose_values, option_files, options, re
 from wrinklefree.config.schema import Config, ModelConfig
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
+from wrinklefree.runs.report import RESULTS
 
 # Settings of `training` that all stages of an experiment share. The others belong to one stage.
 SHARED = ("training.max_seq_length", "training.precision", "training.gradient_checkpointing")
@@ -36,7 +37,7 @@ def stage_folder(config: Config, stage: str) -> Path:
 
 def is_done(run: Path) -> bool:
     """Whether the run in this folder has finished: its results are written, after all else."""
-    return (run / "results.json").is_file() and (run / "final" / "config.json").is_file()
+    return (run / RESULTS).is_file() and (run / "final" / "config.json").is_file()
 
 
 def stage_model(config: Config, name: str) -> str:

@@ -11,6 +11,8 @@ from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.tracking.terminal import markdown_table, print_table, short_number, short_size
 
+RESULTS = "results.json"  # written after all else, so a run that has it is done
+
 STATES = ("full_precision", "one_shot", "trained")  # of the model; these are the columns of the table
 
 

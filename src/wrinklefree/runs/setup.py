@@ -173,9 +173,8 @@ def open_run(
     - settings that exclude one another.
     """
     joined, world = world is None, world or join_world()
-    resume = gather(_checked(config, force, reads_text, own_model=load is not None) if world.is_main else None, world)[
-        0
-    ]
+    checked = _checked(config, force, reads_text, own_model=load is not None) if world.is_main else None
+    resume = gather(checked, world)[0]
     torch.manual_seed(config.seed)
     model, tokenizer = (load or load_original)(config)
     t = config.training

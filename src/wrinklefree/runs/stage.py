@@ -21,7 +21,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core import surgery
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import Batches, quant_layers
-from wrinklefree.data.tokenizer import check_same
+from wrinklefree.data.tokenizer import check_same_tokenizer
 from wrinklefree.distributed.sharding import Sharded
 from wrinklefree.distributed.world import ALONE
 from wrinklefree.evaluate.speed import decoding_speed
@@ -34,7 +34,7 @@ from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.objectives.language_model import LanguageObjective, find_objective
 from wrinklefree.runs import prerequisites, setup
-from wrinklefree.runs.report import Results
+from wrinklefree.runs.report import RESULTS, Results
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.tracking.plotting import plot_runs
 
@@ -53,7 +53,7 @@ PARTS = {
     "final": "final/ (checkpoint)",
     "packed": "packed/ (small file)",
     "plots/loss.png": "plots/loss.png",
-    "results.json": "results.json",
+    RESULTS: RESULTS,
 }
 
 
@@ -84,10 +84,8 @@ def _train(run: Run, start: Path | None) -> None:
     measured.measure_state("trained", student)
     if run.is_main:
         if isinstance(run.placement, Sharded):  # packing needs whole models, and these are sharded
-            original, student = (
-                load_pretrained(config.model)[0],
-                load_model(run.out / "final", trust_remote_code=config.model.trust_remote_code)[0],
-            )
+            original, _ = load_pretrained(config.model)
+            student, _ = load_model(run.out / "final", trust_remote_code=config.model.trust_remote_code)
         finish(measured, original, student)
 
 
@@ -132,7 +130,7 @@ def prepare_student(
         student, theirs = load_model(start, trust_remote_code=config.model.trust_remote_code)
         student.to(original.device)
         if tokenizer is not None:
-            check_same(tokenizer, theirs, f"training.start_from: the model in {start}")
+            check_same_tokenizer(tokenizer, theirs, f"training.start_from: the model in {start}")
     student.requires_grad_(True)
     if config.method is not None:
         student = config.method.prepare(student, batches)
@@ -163,7 +161,7 @@ def choose_teacher(
         dtype=torch.float32,
         trust_remote_code=config.model.trust_remote_code,
     )
-    check_same(tokenizer, theirs, f"distillation.teacher={name}")
+    check_same_tokenizer(tokenizer, theirs, f"distillation.teacher={name}")
     return teacher.to(original.device).requires_grad_(False)
 
 
@@ -180,7 +178,7 @@ def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedMod
         plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
     if run.config.method is not None and run.config.training.pack:
         pack(measured, original, student)
-    results.save(out / "results.json")
+    results.save(out / RESULTS)
     results.print()
     wrote = [text for name, text in PARTS.items() if (out / name).exists()]
     print(f"\nwrote {out}/: {', '.join(wrote)}")

@@ -33,7 +33,8 @@ from wrinklefree.distributed.world import join_world
 from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.paired import mcnemar, quantile
 from wrinklefree.runs import prerequisites
-from wrinklefree.runs.folder import RESULTS, resume_point, writing
+from wrinklefree.runs.folder import resume_point, writing
+from wrinklefree.runs.report import RESULTS
 from wrinklefree.thinking import loading, tags
 from wrinklefree.thinking.network import LatentThinker
 from wrinklefree.thinking.pairs import Reader, Writer

@@ -158,30 +158,35 @@ def gather_moments(
     """
     moments = Moments.zeros(width)
     fisher = Fisher(decoder.project(torch.zeros(1, width, device=world.device))[1]) if weighted else None
-    together = world.size * batch_size
-    lines = Lines(-(-blocks // together), unit="moments: batch")
+    num_batches = -(-blocks // (world.size * batch_size))
+    lines = Lines(num_batches, unit="moments: batch")
     partial = Partial(_kept(kept, world), identity, moments, fisher, stream)
-    done = partial.go_on(world)
-    for number, start in list(enumerate(range(0, blocks, together), start=1))[done:]:
+    for number in range(partial.go_on(world), num_batches):
         if stream.state_dict()["epoch"]:  # an interrupted pass had come to the end
             break
         batch = next(stream)
-        mine = min(max(0, blocks - start - world.rank * batch_size), batch_size)
+        mine = min(max(0, blocks - (number * world.size + world.rank) * batch_size), batch_size)
         if mine:
             here = {name: tensor[:mine].to(world.device) for name, tensor in batch.items()}
             _add(moments, fisher, decoder, here)
         if world.is_main:
-            lines.show(number, f"{short_number(float(moments.count) * world.size)} tokens")
-        partial.keep(number, world)
+            lines.show(number + 1, f"{short_number(float(moments.count) * world.size)} tokens")
+        partial.keep(number + 1, world)
         if stream.state_dict()["epoch"]:
             log.info("the text ends here: moments of all of it")
             break
-    metric = None if fisher is None else fisher.total
-    for part in (moments.count, moments.total, moments.outer, metric):
+    found = _summed(Gathered(moments, None if fisher is None else fisher.total), world)
+    log_energy(found.moments)
+    return found
+
+
+def _summed(found: Gathered, world: World) -> Gathered:
+    """Add up what all processes found, in place, and return it."""
+    moments = found.moments
+    for part in (moments.count, moments.total, moments.outer, found.metric):
         if world.size > 1 and part is not None:
             dist.all_reduce(part)
-    log_energy(moments)
-    return Gathered(moments, metric)
+    return found
 
 
 def forget(folder: Path, world: World) -> None:

@@ -17,7 +17,6 @@ Every file is written aside and renamed. The manifest is the last one: a folder 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from wrinklefree.config.base import first_problem
 from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.files import file_aside, read_json
+from wrinklefree.core.files import file_aside, read_json, write_json
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.core.numbers import check_tensor
 from wrinklefree.data.sources import Split
@@ -79,8 +79,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write the manifest, whole or not at all."""
-        with file_aside(folder / MANIFEST) as aside:
-            aside.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_json(folder / MANIFEST, dataclasses.asdict(self))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -94,9 +93,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return TypeAdapter(Manifest).validate_python(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{file}: not a manifest of hidden pairs ({where}: {problem['msg']})") from error
+        raise UserError(f"{file}: not a manifest of hidden pairs ({first_problem(error)})") from error
 
 
 def shard_path(folder: Path, split: Split, number: int) -> Path:

@@ -15,7 +15,8 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
 from wrinklefree.data.tokenizer import check_written_with
 from wrinklefree.families.foreign import refused_in_one_line
-from wrinklefree.models.check import Contents, check_safetensors, check_shapes, check_sizes, read_model_config
+from wrinklefree.models.check import Contents, check_shapes, check_sizes, read_model_config
+from wrinklefree.models.headers import read_header
 from wrinklefree.models.load import load_pretrained
 from wrinklefree.runs import prerequisites
 from wrinklefree.thinking.hidden_pairs import Manifest
@@ -59,7 +60,7 @@ def load_thinker(path: Path) -> tuple[LatentThinker, Config]:
     if config.thinking is None:
         raise UserError(f"{path}: a model, not a thinker; give a folder that `wf trm` made")
     values = read_model_config(folder)
-    header = check_safetensors(folder / checkpoint.WEIGHTS)
+    header = read_header(folder / checkpoint.WEIGHTS)
     check_sizes(folder / "config.json", values, len(header))
     _check_fields(folder / "config.json", values)
     with refused_in_one_line(f"{folder / 'config.json'}: not the config of a thinker"):

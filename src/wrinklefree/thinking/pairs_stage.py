@@ -1,6 +1,5 @@
 """`wf trm pairs` from its config to its figures: the model writes thoughts, then reads them back as hidden pairs."""
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree.config.schema import Config
 from wrinklefree.core import replaced
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.files import read_json
+from wrinklefree.core.files import read_json, write_json
 from wrinklefree.core.fingerprint import model_fingerprint
 from wrinklefree.core.lock import locked
 from wrinklefree.data import problems
@@ -89,7 +88,7 @@ def _claim_folder(folder: Path, manifest: Manifest, force: bool) -> None:
             f"{folder}: begun with another model, compressor or thinking.pairs.* settings: go on with those, choose "
             f"another experiment=..., or start over with --force"
         )
-    started.write_text(json.dumps({"key": manifest.key}) + "\n")
+    write_json(started, {"key": manifest.key})
 
 
 def keep_pairs(

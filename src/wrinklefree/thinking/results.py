@@ -6,6 +6,7 @@ from typing import Any
 from wrinklefree.config.schema import Config
 from wrinklefree.core.files import write_json
 from wrinklefree.runs import prerequisites
+from wrinklefree.runs.report import RESULTS
 from wrinklefree.thinking import loading
 from wrinklefree.thinking.bench import Bench, Made
 from wrinklefree.thinking.curves import plot_sweep
@@ -84,7 +85,7 @@ def report(bench: Bench, made: Made, found: Gathered, seen: int) -> None:
     (figures,), measured = _measure(bench, [made], found)
     out, facts = Path(made.config.output_dir), _facts(made, found, figures)
     used = _forward_tokens(bench, seen, measured, 1)
-    write_json(out / "results.json", {**facts, "forward_tokens": used})
+    write_json(out / RESULTS, {**facts, "forward_tokens": used})
     title = f"D'={facts['d_compressed']} of {facts['hidden_size']}, held-out text"
     print_table(
         [title, *figures], [[label, *(_number(f[name]) for f in figures.values())] for name, label in SHOWN.items()]
@@ -99,7 +100,7 @@ def report_sweep(bench: Bench, made: list[Made], found: Gathered) -> None:
     figures, measured = _measure(bench, made, found)
     rows = [_facts(one, found, of) for one, of in zip(made, figures, strict=True)]
     for one, row in zip(made, rows, strict=True):
-        write_json(Path(one.config.output_dir) / "results.json", row)
+        write_json(Path(one.config.output_dir) / RESULTS, row)
     used = _forward_tokens(bench, int(found.moments.count), measured, len(made))
     write_json(out / "sweep.json", {"forward_tokens": used, "rows": rows})
     plot_sweep(rows, out / "plots" / "sweep.png")

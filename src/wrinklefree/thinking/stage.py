@@ -17,6 +17,7 @@ from wrinklefree.core.files import write_json
 from wrinklefree.data.shuffled import ShuffledStream
 from wrinklefree.objectives.base import Objective
 from wrinklefree.runs import prerequisites
+from wrinklefree.runs.report import RESULTS
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.thinking import hidden_pairs, loading
 from wrinklefree.thinking.hidden_pairs import HiddenPairs, answers_of, prompts_of
@@ -136,7 +137,7 @@ def report_stage(setup: StageSetup, final: Path, figures: Figures, by_steps: dic
     if setup.run.is_main:
         if config.training.max_steps:
             plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
-        write_json(out / "results.json", {**figures, "by_steps": by_steps})
+        write_json(out / RESULTS, {**figures, "by_steps": by_steps})
         shown = {name.removeprefix("eval_"): value for name, value in figures.items()}
         print_table(["held-out pairs", "value"], [[name, f"{value:.4g}"] for name, value in shown.items()])
         print(f"\nwrote {out}/: final/ (thinker), training_log.csv, results.json")

@@ -1,4 +1,4 @@
-"""The best model so far. Checkpoints say of which step it is, so that a resumed run has the one that it had then.
+"""Keeps the best model so far. Each checkpoint has its step, so a resumed run finds the best model of that time.
 
     best/            the model with the lowest held-out loss, and `progress.json` with its step
     .best_before/    the one before it, until a checkpoint knows of the new one
@@ -6,13 +6,12 @@
 A killed run resumes from its newest checkpoint, which may know the older of the two.
 """
 
-import json
 import logging
 import math
 import shutil
 from pathlib import Path
 
-from wrinklefree.core.files import written_aside
+from wrinklefree.core.files import read_json, written_aside
 from wrinklefree.distributed.world import gather
 from wrinklefree.training import checkpoint
 from wrinklefree.training.state import TrainingState
@@ -76,5 +75,5 @@ def _step(folder: Path) -> int | None:
     file = folder / checkpoint.PROGRESS
     if not file.is_file():
         return None
-    step: int = json.loads(file.read_text(encoding="utf-8"))["step"]
+    step: int = read_json(file)["step"]
     return step

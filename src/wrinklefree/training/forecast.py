@@ -1,4 +1,4 @@
-"""How long a training will take, from a step that is measured before the first one."""
+"""Tells how long a training will take. It measures two micro-batches before the first step."""
 
 import logging
 import time

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree.config.schema import OptimizerConfig, TrainingConfig
 from wrinklefree.core.errors import DataError, UserError
 from wrinklefree.core.method import refresh
+from wrinklefree.core.signals import handling
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.sharding import Whole
 from wrinklefree.distributed.world import World, any_of, barrier
@@ -32,11 +33,8 @@ from wrinklefree.training.uploads import Uploads
 
 log = logging.getLogger("wrinklefree")
 
-
 Evaluate = Callable[[nn.Module], dict[str, float]]
 OnStep = Callable[[nn.Module, int], None]  # the model and the number of the step that comes, from 0
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals after which a run saves and ends
 
 
 def do_nothing(model: nn.Module, step: int) -> None:
@@ -263,23 +261,12 @@ def _uploading(run: TrainingState) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Give a function that tells whether Ctrl-C was pressed, or SIGTERM or SIGHUP sent. A second one stops at once.
-
-    A signal that was ignored before stays ignored, as SIGHUP is under nohup.
-    """
+    """Give a function that tells whether Ctrl-C was pressed, or SIGTERM or SIGHUP sent. A second one stops at once."""
     asked: list[int] = []
 
-    def ask(number: int, frame: object) -> None:
+    def ask(number: int) -> None:
         asked.append(number)
-        signal.signal(number, before[signal.Signals(number)])
         log.warning("%s: stopping after this step (once more stops at once, without saving)", signal.strsignal(number))
 
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    try:
-        for number in STOPPING:
-            if before[number] is not signal.SIG_IGN:
-                signal.signal(number, ask)
+    with handling(ask, once=True):
         yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

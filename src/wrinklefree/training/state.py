@@ -18,7 +18,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.sharding import Sharded, Whole
 from wrinklefree.distributed.world import World, gather
 from wrinklefree.objectives.base import Objective
-from wrinklefree.training import checkpoint
+from wrinklefree.training import checkpoint, saved_state
 from wrinklefree.training.plan import Plan
 from wrinklefree.training.uploads import Uploads
 
@@ -62,7 +62,7 @@ class TrainingState:
     last_batch: Batch = field(default_factory=dict)
     uploads: Uploads | None = None  # the main process has one, if `training.upload_to` is set
 
-    def state(self) -> checkpoint.State:
+    def state(self) -> saved_state.State:
         """Return what a checkpoint keeps beside the weights. Every process has to call this."""
         return {
             "step": self.step,
@@ -81,14 +81,14 @@ class TrainingState:
 
         Raises UserError if it is broken, or if it does not fit this run's optimizers or data.
         """
-        state = checkpoint.load_state(path)
+        state = saved_state.load_state(path)
         self.step, self.tokens, self.best_loss = state["step"], state["tokens"], state["best_loss"]
         # Version 0.1 did not save these.
         self.stale, self.best_step = state.get("stale", 0), state.get("best_step")
         self.planned = state.get("planned", self.tokens)
         self.plan = self.plan.resumed(self.step, self.planned)
         try:
-            checkpoint.place_moments(path, state, self.optimizers)
+            saved_state.place_moments(path, state, self.optimizers)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 _load_optimizer(optimizer, saved)
         except ValueError as error:
@@ -99,7 +99,7 @@ class TrainingState:
         torch.set_rng_state(state["rng"][self.world.rank % len(state["rng"])])
 
     def save(
-        self, name: str, state: checkpoint.State | None = None, progress: Mapping[str, float] | None = None
+        self, name: str, state: saved_state.State | None = None, progress: Mapping[str, float] | None = None
     ) -> None:
         """Write the checkpoint folder `name` inside the run. Every process has to call this."""
         checkpoint.save(self.out / name, self.model, self.tokenizer, self.settings, state, self.world, progress)

@@ -4,13 +4,12 @@ One thread uploads in order. It tries a checkpoint again, after longer and longe
 there is written down in `uploads.json` in the run folder, so that a later run in it uploads what is missing.
 """
 
-import json
 import logging
 import threading
 from pathlib import Path
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.files import file_aside
+from wrinklefree.core.files import read_json, write_json
 from wrinklefree.training import checkpoint, storage
 
 log = logging.getLogger("wrinklefree")
@@ -97,12 +96,8 @@ class Uploads:
         with self._changed:
             self._waiting.remove(name)
             self._done.add(name)
-        self._write()
+        write_json(self._record, {"url": self.url, "done": sorted(self._done)})
         return True
-
-    def _write(self) -> None:
-        with file_aside(self._record) as aside:
-            aside.write_text(json.dumps({"url": self.url, "done": sorted(self._done)}, indent=1) + "\n")
 
 
 def _read(record: Path, url: str) -> set[str]:
@@ -110,7 +105,7 @@ def _read(record: Path, url: str) -> set[str]:
     if not record.is_file():
         return set()
     try:
-        values = json.loads(record.read_text(encoding="utf-8"))
+        values = read_json(record)
         return set(values["done"]) if values["url"] == url else set()
-    except (ValueError, LookupError, TypeError):  # not written by this file: then upload everything again
+    except (UserError, LookupError, TypeError):  # not written by this file: then upload everything again
         return set()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from wrinklefree.config.base import first_problem
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json
 from wrinklefree.core.fingerprint import fingerprint
@@ -140,9 +141,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = TypeAdapter(Manifest).validate_python(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{file}: not the manifest of a KD cache ({where}: {problem['msg']})") from error
+        raise UserError(f"{file}: not the manifest of a KD cache ({first_problem(error)})") from error
     if manifest.format != FORMAT or manifest.version != VERSION:
         raise UserError(f"{file}: format {manifest.format} {manifest.version}, this version reads {FORMAT} {VERSION}")
     return manifest

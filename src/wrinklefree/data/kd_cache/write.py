@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from wrinklefree.core import replaced
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.files import file_aside
+from wrinklefree.core.files import file_aside, free_bytes
 from wrinklefree.core.lock import locked
 from wrinklefree.data.identity import differences
 from wrinklefree.data.kd_cache.manifest import IDENTITY, MANIFEST, SPARE, Manifest, read_manifest, shard_name, shards_in
@@ -111,8 +110,7 @@ def check_disk(folder: Path, manifest: Manifest, freed: int = 0) -> None:
         return
     whole = manifest.predicted_bytes(manifest.num_train, manifest.num_heldout)
     missing = whole - (manifest.count("train") + manifest.count("heldout")) * manifest.sequence_bytes
-    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(place).free + freed
+    free = free_bytes(folder) + freed
     log.info(
         "%d + %d sequences of %d tokens, top %d, %d random: %.4g MB, %.4g MB of them missing; %.4g MB free",
         *(manifest.num_train, manifest.num_heldout, manifest.length, manifest.topk, manifest.negatives),

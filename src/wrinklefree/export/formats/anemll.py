@@ -8,7 +8,6 @@ A quantized layer F is stored in fp16, with W = F.weight * (F.scale_A @ F.scale_
 All other tensors keep their names.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.core import surgery
-from wrinklefree.core.files import file_aside
+from wrinklefree.core.files import file_aside, write_json
 from wrinklefree.core.method import quant_layers
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import refuse_norms, unquantized_state
@@ -65,7 +64,7 @@ def write_state(model: PreTrainedModel, file: Path) -> None:
     with file_aside(file) as aside:
         torch.save(state, aside)
         _check(torch.load(aside, weights_only=True), layers)
-    (file.parent / "config.json").write_text(json.dumps(described(model, layers), indent=2) + "\n")
+    write_json(file.parent / "config.json", described(model, layers))
 
 
 def _check(state: Mapping[str, Tensor], layers: Mapping[str, Palette]) -> None:

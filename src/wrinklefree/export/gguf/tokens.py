@@ -73,25 +73,21 @@ def add(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}
     if max(by_id) >= vocab_size:
         raise UserError(f"--format gguf: the tokenizer has {max(by_id) + 1} tokens, the model {vocab_size} embeddings")
+    kinds = [gguf.TokenType.NORMAL if i in by_id else gguf.TokenType.UNUSED for i in range(vocab_size)]
+    for entry in pieces["added_tokens"]:
+        kinds[entry["id"]] = gguf.TokenType.CONTROL if entry["special"] else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(cut)
-    special = {entry["id"] for entry in pieces["added_tokens"] if entry["special"]}
-    added = {entry["id"] for entry in pieces["added_tokens"]} - special
-    kinds = {**dict.fromkeys(special, gguf.TokenType.CONTROL), **dict.fromkeys(added, gguf.TokenType.USER_DEFINED)}
     writer.add_token_list([by_id.get(i, f"[PAD{i}]") for i in range(vocab_size)])
-    writer.add_token_types(
-        [kinds.get(i, gguf.TokenType.NORMAL if i in by_id else gguf.TokenType.UNUSED) for i in range(vocab_size)]
-    )
+    writer.add_token_types(kinds)
     merges = pieces["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-    for kind, write in (
-        ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
-        ("pad", writer.add_pad_token_id),
-    ):
-        if ids[kind] is not None:
-            write(ids[kind])
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    if tokenizer.eos_token_id is not None:
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
     before, after = _around(tokenizer)
     writer.add_add_bos_token(before)
     writer.add_add_eos_token(after)

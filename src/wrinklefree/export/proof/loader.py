@@ -1,4 +1,4 @@
-"""Proves that a packed folder's own loader reads it, in a process that cannot import this package."""
+"""Proves that a packed folder can be read by the loader in it, in a process that cannot import this package."""
 
 import os
 import subprocess

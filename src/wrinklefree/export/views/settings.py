@@ -1,4 +1,4 @@
-"""Settings of a model's config that a format has no place for. What is not known is refused."""
+"""Refuses settings of a model's config that a format has no place for, and those that nobody knows."""
 
 from collections.abc import Collection
 from typing import Any
