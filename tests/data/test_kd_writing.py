@@ -13,7 +13,7 @@ from tiny import tokenizer
 
 from wrinklefree.commands import cache
 from wrinklefree.config.schema import DataConfig
-from wrinklefree.core import files
+from wrinklefree.core import files, replaced
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.manifest import MANIFEST, read_manifest
 from wrinklefree.data.kd_cache.read import KDCache
@@ -92,6 +92,8 @@ def test_force_keeps_the_old_cache_until_a_new_shard_is_written(
         (tmp_path / "cache" / name).rename(tmp_path / "cache" / ".replaced" / name)
     make(folder, tmp_path / "cache", num_train=8)
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
+    replaced.set_aside(tmp_path / "cache", [tmp_path / "cache" / name for name in before])
+    assert make(folder, tmp_path / "cache", num_train=4, force=True).count("train") == 4
 
 
 def test_force_on_a_disk_that_is_too_small_leaves_the_old_cache(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from typer.testing import CliRunner
 
 from wrinklefree.cli import app
 from wrinklefree.config.compose import load_config, read_config
+from wrinklefree.core import replaced
 from wrinklefree.core.method import quant_layers
 from wrinklefree.models.load import load_model
-from wrinklefree.training import checkpoint
+from wrinklefree.runs.folder import outputs
+from wrinklefree.training import checkpoint, loop
 
 SHORT = ["training.batch_size=2", "training.gradient_accumulation_steps=1", "training.max_seq_length=32"]
 SHORT += ["training.precision=fp32", "training.final_eval_tokens=64", "training.eval_tokens=64", "training.lr=1e-3"]
@@ -73,6 +76,46 @@ def test_the_chain_runs_skips_what_is_done_and_refuses_other_settings(folder: Pa
     assert code == 2
     assert said.splitlines()[-1].startswith("error: outputs/bitdistill_toy_stage3_distill: made with training.")
     assert "--force" in said.splitlines()[-1]
+
+
+class KilledError(BaseException):
+    """What stands for a kill."""
+
+
+def kill(*args: object, **more: object) -> None:
+    raise KilledError
+
+
+@pytest.mark.parametrize("moment", ["results.json", "the first checkpoint"])
+@pytest.mark.parametrize("chain", ["bitdistill", "auto_prereq"])
+def test_a_killed_chain_goes_on_with_the_same_command(
+    folder: Path, moment: str, chain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chain == "bitdistill":
+        command = [*CHAIN, *SHORT, *STEPS, "--stages", "1,2"]
+    else:
+        command = ["train", "model=./toy", "training=stage2_pretrain", "auto_prereq=true", *SHORT, *TEXT, *STEPS]
+    assert wf(*CHAIN, *SHORT, *STEPS, "--stages", "1,2", "--force")[0] == 0
+    shutil.rmtree(run("stage2_pretrain"))
+    (run("stage1_subln") / "results.json").unlink()
+    if moment == "the first checkpoint":
+        shutil.rmtree(run("stage1_subln") / "final")
+    if chain == "bitdistill":
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_save", kill)
+            with pytest.raises(KilledError):
+                wf(*command)
+    code, said = wf(*command)
+    assert code == 0, said
+    assert all((run(stage) / "results.json").is_file() for stage in ("stage1_subln", "stage2_pretrain"))
+
+
+def test_a_killed_force_leaves_a_finished_stage_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [*CHAIN, *SHORT, *STEPS, "--stages", "1"]
+    assert wf(*command)[0] == 0
+    replaced.set_aside(run("stage1_subln"), outputs(run("stage1_subln")))
+    code, said = wf(*command)
+    assert (code, said.count(": done, in ")) == (0, 1), said
 
 
 def test_an_unknown_stage_is_one_line(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Hidden pairs hold the states that the model had while it thought, once each, and damage to them is one line."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,23 @@ def test_nothing_is_thought_about_twice(toy: Path, tmp_path: Path) -> None:
 def test_other_settings_do_not_go_on_with_these_thoughts(toy: Path) -> None:
     with pytest.raises(UserError, match="begun with another model, compressor or"):
         pairs_stage.make_pairs(resolved(toy, "trm_pairs", "thinking.pairs.temperature=0.5"), force=False)
+
+
+def test_force_replaces_pairs_and_nothing_else(toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy / "toy_trm_pairs", tmp_path / "toy_trm_pairs")
+    shutil.copytree(toy / "toy_trm_compressor", tmp_path / "toy_trm_compressor")
+    made, notes = tmp_path / "toy_trm_pairs", tmp_path / "toy_trm_pairs" / "notes.txt"
+    notes.write_text("mine")
+    config = resolved(toy, "trm_pairs", f"output_root={tmp_path}", "seed=3")
+    pairs_stage.make_pairs(config, force=True)
+    assert json.loads((made / "started.json").read_text()) != json.loads(
+        (toy / "toy_trm_pairs" / "started.json").read_text()
+    )
+    assert notes.read_text() == "mine"
+    for path in [*made.glob("*.json*"), *made.glob("*.safetensors")]:
+        path.unlink()
+    with pytest.raises(UserError, match="not empty, and not hidden pairs"):
+        pairs_stage.make_pairs(config, force=True)
 
 
 def test_what_is_not_kept_is_counted() -> None:

@@ -145,6 +145,9 @@ def test_every_way_to_think_is_measured(trained: Path, capsys: pytest.CaptureFix
     assert all(way["p50"] <= way["p95"] for name, way in values["ways"].items() if name != "oracle")
     assert (out / "plots" / "thinking.png").stat().st_size > 1000
     assert max(map(len, capsys.readouterr().out.splitlines()[:9])) <= 80
+    compare.compare_ways(resolved(trained, "trm_eval", "training.eval_examples=8"), force=True)
+    assert json.loads((out / "results.json").read_text())["problems"] < values["problems"]
+    assert not (out / ".replaced").exists()
 
 
 def test_a_thinker_answers_a_question(trained: Path) -> None:

@@ -1,6 +1,7 @@
 """A resumed run: the plan it goes on with, the branch it is on, and what it must never destroy."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from torch import nn
 from toyrun import resolved, rows, run, tensors, toy_files
 
 from wrinklefree.config.schema import ModelConfig, SchedulerConfig, TrainingConfig
+from wrinklefree.core import replaced
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import SCHEDULES, names
 from wrinklefree.core.signals import STOPPING
+from wrinklefree.runs.folder import outputs
 from wrinklefree.runs.setup import Run
 from wrinklefree.training import checkpoint, saved_state
 from wrinklefree.training.plan import Plan
@@ -214,6 +217,34 @@ def test_a_best_model_of_an_abandoned_branch_is_not_final(folder: Path, caplog: 
     worse, count = held_out({6: 9.0})
     run(resolved(folder, *settings, again), evaluate=worse, on_step=count)
     assert torch.isfinite(model.get_parameter("model.norm.weight")).all()
+
+
+def test_a_best_model_of_this_branch_stays_when_its_checkpoint_is_gone(folder: Path) -> None:
+    evaluate, on_step = held_out({1: 3.0, 2: 2.0} | dict.fromkeys(range(3, 7), 4.0))
+    few = ["training.save_interval=1", *KEEP, "training.save_total_limit=3"]
+    run(resolved(folder, *few), evaluate=evaluate, on_step=on_step)
+    assert (best_step(folder), steps(folder / "run")) == (2, [4, 5, 6])
+    back = f"training.resume_from={folder / 'run' / 'checkpoints' / 'step_4'}"
+    run(resolved(folder, *few, back), evaluate=evaluate, on_step=on_step)
+    assert best_step(folder) == 2
+    assert not (folder / "run" / "abandoned_1" / "best").exists()
+
+
+def test_a_new_run_that_was_killed_after_its_first_save_stays(finished: Path) -> None:
+    """Between its first checkpoint and the end of the old run."""
+    out = finished / "run"
+    replaced.set_aside(out, outputs(out))
+    shutil.copytree(out / ".replaced" / "checkpoints" / "step_2", out / "checkpoints" / "step_2")
+    run(resolved(finished, *saving(LATEST, "training.max_steps=3")))
+    assert steps(out) == [2, 3]
+    assert not (out / ".replaced").exists()
+
+
+def test_a_run_without_a_checkpoint_is_not_offered_to_go_on(folder: Path) -> None:
+    with pytest.raises(StoppedError):
+        run(resolved(folder), on_step=stop_at(1))
+    with pytest.raises(UserError, match="already holds a run: choose another output_dir"):
+        run(resolved(folder))
 
 
 def test_force_keeps_the_old_run_until_the_new_one_has_saved(finished: Path) -> None:

@@ -46,20 +46,12 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def refuse_locked(folder: Path) -> None:
-    """Raises UserError if a process holds the lock of `folder`."""
-    if is_locked(folder):
-        raise UserError(_taken(folder))
-
-
 def _lock(folder: Path, handle: int) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(_taken(folder)) from error
+        raise UserError(
+            f"{folder}: another process is writing it: wait for that one, or choose another folder"
+        ) from error
     except OSError:
         log.info("%s: cannot be locked on this file system: let no other process write there", folder)
-
-
-def _taken(folder: Path) -> str:
-    return f"{folder}: another process is writing it: wait for that one, or choose another folder"

@@ -202,7 +202,7 @@ def _json_line(file: TextIO, line: str, path: Path, where: str, more: str) -> Ro
     try:
         return _object(json.loads(line), where)
     except json.JSONDecodeError as error:
-        return BadRowError(f"{where}: not JSON: {error.msg} at column {error.colno}{more}")
+        return BadRowError(f"{where}: not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{more}")
     except JSON_ERRORS as error:
         return BadRowError(f"{where}: not JSON: {first_line(error)}")
 

@@ -10,16 +10,17 @@ from pathlib import Path
 from wrinklefree.config.schema import Config
 from wrinklefree.core import replaced
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.lock import locked, refuse_locked
+from wrinklefree.core.lock import locked
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.report import RESULTS
 from wrinklefree.tracking.run_log import CSV_NAME
-from wrinklefree.training import checkpoint
+from wrinklefree.training import best, checkpoint
 
 log = logging.getLogger("wrinklefree")
 
 # What a run writes into its folder. `--force` replaces these and leaves everything else alone.
 MADE_OF_CHECKPOINTS = ["best", "final", "packed", "shipped", "plots", RESULTS]
+SAVED = ["best", "final", RESULTS]
 OUTPUTS = ["checkpoints", *MADE_OF_CHECKPOINTS, CSV_NAME, "uploads.json"]
 
 
@@ -36,17 +37,14 @@ def resume_point(config: Config, force: bool) -> Path | None:
     """
     out = Path(config.output_dir)
     _check_folder(out)
-    refuse_locked(out)
-    put_back(out)
+    mend(out)
     if config.training.resume_from is not None:
         folder = checkpoint.find_checkpoint(config.training.resume_from, out)
         log.info("resuming from %s", folder)
         return folder
     if outputs(out) and not force and not _starts_within(config):
-        raise UserError(
-            f"{out} already holds a run: go on with training.resume_from=latest, choose another output_dir=..., "
-            f"or start over with --force"
-        )
+        offer = "go on with training.resume_from=latest, " if checkpoint.step_folders(out / "checkpoints") else ""
+        raise UserError(f"{out} already holds a run: {offer}choose another output_dir=..., or start over with --force")
     return None
 
 
@@ -88,12 +86,24 @@ def writing(config: Config, resume: Path | None) -> Iterator[None]:
         try:
             yield
         finally:
-            put_back(out)  # nothing is left to put back if the run has saved a model
+            put_back(out)
+
+
+def mend(out: Path) -> None:
+    """Put the run in `out` back if one with `--force` was killed before it had saved anything.
+
+    Raises UserError if another process trains there.
+    """
+    if out.is_dir():
+        with locked(out):
+            put_back(out)
 
 
 def put_back(out: Path) -> None:
-    """If the run in `out` was to be replaced, but the new one has saved no model, put it back."""
-    if replaced.put_back(out, outputs(out)):
+    """If the run in `out` was to be replaced, but the new one has saved no model and no results, put it back."""
+    new = outputs(out)
+    saved = any((out / name).exists() for name in SAVED) or bool(checkpoint.step_folders(out / "checkpoints"))
+    if replaced.settle(out, new, saved):
         log.info("%s: the earlier run is there again, because no model of the new one was saved", out)
 
 
@@ -101,7 +111,8 @@ def go_on(out: Path, resume: Path) -> None:
     """Make the folder ready for a run that goes on from the checkpoint `resume`.
 
     Results are removed, for they are of the run as it was. Checkpoints that do not lead to `resume`, and what was made
-    of them, are moved to `abandoned_1/` (or the next free number). So the newest is always of the branch that runs.
+    of them, are moved to `abandoned_1/` (or the next free number). So the newest is always of the branch that runs. The
+    best model stays if it is of a step up to that of `resume`.
     """
     own = checkpoint.step_folders(out / "checkpoints")
     inside = resume.resolve().parent == (out / "checkpoints").resolve()
@@ -109,8 +120,10 @@ def go_on(out: Path, resume: Path) -> None:
     if abandoned:
         kept = _unused(out, "abandoned")
         replaced.move(abandoned, kept / "checkpoints")
+        best_step = best.step_in(out / best.BEST)
+        stays = inside and best_step is not None and best_step <= checkpoint.step_of(resume)
         for name in MADE_OF_CHECKPOINTS:
-            if (out / name).exists():
+            if (out / name).exists() and not (name == best.BEST and stays):
                 (out / name).rename(kept / name)
         if (out / CSV_NAME).is_file():
             shutil.copy2(out / CSV_NAME, kept)

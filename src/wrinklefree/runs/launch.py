@@ -14,7 +14,7 @@ from wrinklefree.config.compose import load_config, read_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.signals import handling
-from wrinklefree.runs import prerequisites
+from wrinklefree.runs import folder, prerequisites
 from wrinklefree.runs.stage import train_stage
 from wrinklefree.training import checkpoint
 
@@ -49,7 +49,7 @@ def run_stage(overrides: list[str], *, force: bool = False, processes: int | Non
     if config.auto_prereq:
         for stage in prerequisites.missing(config):
             log.info("%s needs %s: running it first", config.training.stage, stage)
-            run_stage([*prerequisites.prerequisite(config, stage), "auto_prereq=true"], processes=processes)
+            run_once([*prerequisites.prerequisite(config, stage), "auto_prereq=true"], False, processes)
     number = count_processes(config, processes)
     if number > 1:
         torchrun("train", number, overrides, force)
@@ -60,17 +60,22 @@ def run_stage(overrides: list[str], *, force: bool = False, processes: int | Non
 def run_once(overrides: list[str], force: bool, processes: int | None) -> Config:
     """Run a stage and return its config. Resume it if it was interrupted, and skip it if it is done.
 
-    Raises UserError if a finished stage was made with other settings. `force` runs it again.
+    A stage that was interrupted before it had a checkpoint starts over. `force` runs a finished one again.
+
+    Raises UserError if a finished stage was made with other settings.
     """
     config = load_config(overrides)
     out = Path(config.output_dir)
+    folder.mend(out)
     if prerequisites.is_done(out) and not force:
         _check_settings(config, out)
         log.info("%s: done, in %s", config.training.stage, out)
         return config
     log.info("== %s", config.training.stage)
     resume = [] if force or not checkpoint.step_folders(out / "checkpoints") else ["training.resume_from=latest"]
-    run_stage([*overrides, *resume], force=force, processes=processes)
+    # The model of a stage without steps has no checkpoint, and is made again at once.
+    again = not resume and (config.training.max_steps == 0 or not (out / "final").exists())
+    run_stage([*overrides, *resume], force=force or again, processes=processes)
     return config
 
 

@@ -24,6 +24,9 @@ from wrinklefree.tracking.terminal import print_table
 
 STARTED = "started.json"  # the key of the pairs, from the first thought on; the manifest comes last
 
+# What `--force` replaces. The shards are `SPLIT-NNNNN.safetensors`.
+OWN = (STARTED, hidden_pairs.MANIFEST, "thoughts-*.jsonl", "*-*.safetensors")
+
 
 def make_pairs(config: Config, force: bool) -> Path:
     """Write thoughts and hidden pairs into this experiment's folder; an interrupted run goes on with what is missing.
@@ -45,7 +48,8 @@ def make_pairs(config: Config, force: bool) -> Path:
             _claim_folder(folder, manifest, force)
         barrier(world)
         pairs.write_thoughts(pairs.Writer(model, tokenizer, settings), folder, found, config.seed, world)
-        replaced.let_go(folder)
+        if world.is_main:
+            replaced.let_go(folder)
         keep_pairs(pairs.Reader(model, tokenizer, thinker, settings), folder, found, manifest, world)
         if world.is_main:
             manifest.save(folder)
@@ -76,12 +80,12 @@ def describe_pairs(
 def _claim_folder(folder: Path, manifest: Manifest, force: bool) -> None:
     """Begin pairs, or find that the same settings began them. Raises UserError for a folder of anything else."""
     started = folder / STARTED
-    if not any(folder.glob("thoughts-*.jsonl")):  # a run with `--force` was killed before it had written a thought
-        replaced.put_back(folder, [started] if started.is_file() else [])
-    if force:
-        replaced.let_go(folder)
-        replaced.set_aside(folder, list(folder.iterdir()))
-    if not started.is_file() and any(path.name != replaced.NAME for path in folder.iterdir()):
+    # A run with `--force` may have been killed before it had written a thought.
+    new = [started] if started.is_file() else []
+    replaced.settle(folder, new, saved=any(folder.glob("thoughts-*.jsonl")))
+    if force and started.is_file():
+        replaced.set_aside(folder, [path for pattern in OWN for path in folder.glob(pattern)])
+    elif not started.is_file() and any(folder.iterdir()):
         raise UserError(f"{folder}: not empty, and not hidden pairs; choose another output_root=... or experiment=...")
     if started.is_file() and read_json(started) != {"key": manifest.key}:
         raise UserError(

@@ -24,7 +24,7 @@ BEST, BEFORE = "best", ".best_before"
 def keep(run: TrainingState, loss: float) -> None:
     """Save the model as the best so far. Every process has to call this."""
     best, before = run.out / BEST, run.out / BEFORE
-    if run.world.is_main and best.is_dir() and _step(best) == run.saved_best_step:
+    if run.world.is_main and best.is_dir() and step_in(best) == run.saved_best_step:
         shutil.rmtree(before, ignore_errors=True)
         best.rename(before)
     run.best_step = run.step
@@ -55,10 +55,10 @@ def resume(run: TrainingState, resumed_from: Path) -> None:
 def _put_back(run: TrainingState, resumed_from: Path) -> bool:
     """Whether `best/` is now the model of `run.best_step`."""
     best, before = run.out / BEST, run.out / BEFORE
-    if _step(best) == run.best_step:
+    if step_in(best) == run.best_step:
         return True
     shutil.rmtree(best, ignore_errors=True)
-    if _step(before) == run.best_step:
+    if step_in(before) == run.best_step:
         before.rename(best)
         return True
     saved = resumed_from.parent / f"step_{run.best_step}"
@@ -70,7 +70,7 @@ def _put_back(run: TrainingState, resumed_from: Path) -> bool:
     return True
 
 
-def _step(folder: Path) -> int | None:
+def step_in(folder: Path) -> int | None:
     """The step of the model in a folder; None if there is none, or it was saved by version 0.1."""
     file = folder / checkpoint.PROGRESS
     if not file.is_file():

@@ -40,6 +40,7 @@ def begin(folder: Path, wanted: Manifest, *, force: bool = False, allow_changes:
         check_disk(folder, _manifest_to_continue(folder, wanted, allow_changes))
     with locked(folder):
         _put_back(folder)
+        anew = force and (folder / MANIFEST).exists()
         if anew:
             replaced.set_aside(folder, [folder / MANIFEST, *shards_in(folder)])
         manifest = wanted if anew else _manifest_to_continue(folder, wanted, allow_changes)
@@ -51,9 +52,8 @@ def begin(folder: Path, wanted: Manifest, *, force: bool = False, allow_changes:
 
 def _put_back(folder: Path) -> None:
     """Put back the cache that was to be replaced, if no shard of the new one was written."""
-    if shards_in(folder):
-        replaced.let_go(folder)
-    elif replaced.put_back(folder, [folder / MANIFEST] if (folder / MANIFEST).exists() else []):
+    new = [folder / MANIFEST] if (folder / MANIFEST).exists() else []
+    if replaced.settle(folder, new, saved=bool(shards_in(folder))):
         log.info("%s: the earlier cache is there again, because no shard of the new one was written", folder)
 
 
