@@ -373,3 +373,22 @@ def test_data_that_cannot_be_read_at_all_saves_nothing(folder: Path, monkeypatch
         run(resolved(folder))
     assert "saved" not in str(error.value)
     assert steps(folder / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda moments: moments.update(step=torch.tensor(-1.0)), "step of parameter 0 is below 0"),
+        (lambda moments: moments.update(exp_avg=moments["exp_avg"] * float("nan")), "exp_avg of parameter 0"),
+    ],
+    ids=["negative step", "nan"],
+)
+def test_moments_that_no_training_leaves_are_refused(
+    finished: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    file = finished / "run" / "checkpoints" / "step_4" / "state" / "trainer.pt"
+    state = torch.load(file, weights_only=True)
+    change(state["optimizers"][0]["state"][0])
+    torch.save(state, file)
+    with pytest.raises(UserError, match=message):
+        run(resolved(finished, f"training.resume_from={file.parents[1]}"))

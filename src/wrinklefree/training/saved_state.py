@@ -112,6 +112,8 @@ def _check_optimizer(file: Path, optimizer: Any) -> None:
         raise UserError(f"{file}: not a trainer state (optimizers are not as torch saves them)")
     for index, moments in optimizer["state"].items():
         for name, value in moments.items():
+            if name == "step" and (torch.as_tensor(value) < 0).any():  # torch divides by 1 - beta^(step + 1)
+                raise UserError(f"{file}: step of parameter {index} is below 0")
             if isinstance(value, Tensor) and not_numbers(value):
                 raise UserError(f"{file}: {name} of parameter {index} {not_numbers(value)}")
 
