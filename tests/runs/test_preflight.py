@@ -85,6 +85,15 @@ def test_a_place_that_takes_files_is_left_as_it_was() -> None:
     assert not [path for path in memory.find("/bucket") if "probe" in path]
 
 
+def test_files_that_a_run_does_not_replace_are_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "run").mkdir()
+    with (folder / "run" / "notes.bin").open("wb") as file:
+        file.truncate(1 << 30)
+    full(monkeypatch)
+    with pytest.raises(UserError, match=r"the disk has .* for them"):
+        preflight.check_disk(resolved(folder))
+
+
 def test_the_room_for_checkpoints_is_what_a_run_takes(folder: Path) -> None:
     config = resolved(folder, "training.save_interval=2", "training.save_total_limit=2", "training.keep_best=true")
     run(config)
