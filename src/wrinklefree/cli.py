@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -524,7 +525,7 @@ def reported(work: Callable[[], None]) -> None:
     |---|---|
     | 1 | a defect in this package; WF_DEBUG=1 shows the traceback |
     | 2 | a mistake that the user can fix (UserError) |
-    | 130 | Ctrl-C |
+    | 130, 143, 129 | Ctrl-C, SIGTERM, SIGHUP |
     """
     debug = os.environ.get("WF_DEBUG") == "1"
     try:
@@ -532,8 +533,9 @@ def reported(work: Callable[[], None]) -> None:
         work()
     except UserError as error:
         _fail("\n".join(f"error: {line}" for line in str(error).splitlines()), 2, debug)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130, debug=False)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        _fail("interrupted", 128 + number, debug=False)
     except BrokenPipeError:
         raise  # the reader has gone, as in `wf runs | head`: Typer then ends without a message
     except Exception as error:  # the only place that catches everything: a traceback tells a user nothing
@@ -562,8 +564,24 @@ def _quiet(debug: bool) -> None:
         warnings.simplefilter("ignore")
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _end_as_by_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP unwind the stack: half-written folders are removed, and what was set aside is put back.
+
+    A process of torchrun dies at once instead: it may wait for the others in C, where no handler runs. A signal that is
+    ignored stays so, as SIGHUP is under nohup.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if "RANK" not in os.environ and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run `wf` with `args`, by default the command line, and exit with its exit code."""
+    _end_as_by_ctrl_c()
     try:
         app(args, prog_name="wf")
     except SystemExit as ended:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from wrinklefree.cli import app
+from wrinklefree.cli import app, main
+from wrinklefree.commands import doctor
 from wrinklefree.config.compose import CONFIGS, load_config
+from wrinklefree.core import files
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import constant
 from wrinklefree.core.lock import locked
@@ -380,3 +383,25 @@ def test_smoke_script_judges_the_log(tmp_path: Path, monkeypatch, capsys, last: 
     assert ("ALL TESTS PASSED!" in capsys.readouterr().out) == (code == 0)
     config = load_config(given[0])
     assert (config.training.max_steps, config.training.stage, config.model.name) == (2, "w1", "tiny")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_outside_of_training_ends_a_command_as_ctrl_c_does(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write_and_be_ended() -> None:
+        with files.written_aside(tmp_path / "packed") as aside:
+            (aside / "half").touch()
+            signal.raise_signal(number)
+
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        monkeypatch.setattr(doctor, "run", write_and_be_ended)
+        with pytest.raises(SystemExit) as ended:
+            main(["doctor"])
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not list(tmp_path.iterdir())

@@ -85,6 +85,15 @@ def test_a_place_that_takes_files_is_left_as_it_was() -> None:
     assert not [path for path in memory.find("/bucket") if "probe" in path]
 
 
+def test_files_that_a_run_does_not_replace_are_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "run").mkdir()
+    with (folder / "run" / "notes.bin").open("wb") as file:
+        file.truncate(1 << 30)
+    full(monkeypatch)
+    with pytest.raises(UserError, match=r"the disk has .* for them"):
+        preflight.check_disk(resolved(folder))
+
+
 def test_the_room_for_checkpoints_is_what_a_run_takes(folder: Path) -> None:
     config = resolved(folder, "training.save_interval=2", "training.save_total_limit=2", "training.keep_best=true")
     run(config)
@@ -129,6 +138,6 @@ def test_a_forecast_leaves_no_trace(
     assert "s a step" not in caplog.text
     monkeypatch.setattr(forecast, "LONG", 4)
     found = run(resolved(folder, *settings, f"output_dir={folder / 'told'}"), forecast=True)
-    assert "seconds, at" in caplog.text
+    assert "and what the optimizer and evaluations take" in caplog.text
     assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.state_dict().items())
     assert rows(folder / "told") == rows(folder / "run")

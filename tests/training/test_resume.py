@@ -123,6 +123,18 @@ def test_going_back_sets_later_checkpoints_aside(finished: Path) -> None:
     assert steps(finished / "run" / "abandoned_2") == [4, 6]
 
 
+def test_a_resume_that_is_refused_changes_nothing(finished: Path) -> None:
+    out = finished / "run"
+    (out / "results.json").write_text("{}")
+    (finished / "text" / "00.txt").rename(finished / "text" / "zz.txt")
+    back = f"training.resume_from={out / 'checkpoints' / 'step_2'}"
+    with pytest.raises(UserError, match=r"saved with data\.path"):
+        run(resolved(finished, *saving(back)))
+    assert steps(out) == [2, 4, 6]
+    assert (out / "results.json").is_file()
+    assert not (out / "abandoned_1").exists()
+
+
 def test_checkpoints_of_another_branch_are_never_pruned_for_it(finished: Path) -> None:
     """With a limit of 1, the first checkpoint of the new branch would be the oldest of all."""
     early = f"training.resume_from={finished / 'run' / 'checkpoints' / 'step_2'}"

@@ -116,3 +116,16 @@ def test_closing_waits_only_so_long(tmp_path: Path, store: Store) -> None:
     waiting.close(seconds=0.1)
     assert waiting.waiting() == ["step_1"]
     store.held.set()
+
+
+def test_what_is_gone_is_not_said_to_be_there(tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """A store that hangs: meanwhile an old checkpoint is pruned."""
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    store.held.clear()
+    copies = Uploads(tmp_path / "checkpoints", "s3://bucket/run")
+    (tmp_path / "checkpoints" / "step_1").rmdir()
+    copies.close(0.05)
+    store.held.set()
+    assert "step_1: removed before it could be uploaded" in caplog.text
+    assert "not uploaded to s3://bucket/run: step_2; they are in" in caplog.text

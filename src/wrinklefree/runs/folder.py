@@ -73,7 +73,7 @@ def clear(config: Config) -> None:
 
 @contextmanager
 def writing(config: Config, resume: Path | None) -> Iterator[None]:
-    """Make the output folder ready for a new run, or for one that goes on from `resume`; lock it while the block runs.
+    """Lock the output folder while the block runs. For a new run, make it ready; a resumed one calls `go_on` later.
 
     Raises UserError if another process trains there.
     """
@@ -81,8 +81,6 @@ def writing(config: Config, resume: Path | None) -> Iterator[None]:
     with locked(out):
         if resume is None:
             clear(config)
-        else:
-            go_on(out, resume)
         try:
             yield
         finally:

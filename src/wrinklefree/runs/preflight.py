@@ -23,6 +23,7 @@ from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import at_hand, model_folder, model_source, resolve_pretrained
 from wrinklefree.models.load import meta_model, open_tokenizer
 from wrinklefree.runs import prerequisites
+from wrinklefree.runs.folder import outputs
 from wrinklefree.tracking.run_log import check_wandb
 from wrinklefree.tracking.terminal import short_number, short_size
 from wrinklefree.training import storage
@@ -63,7 +64,9 @@ def check_disk(config: Config) -> None:
     if parameters is None:
         return
     out = Path(config.output_dir)
-    there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    # What an earlier run wrote will be replaced. Other files stay, and there may be very many.
+    files = (file for path in outputs(out) for file in (path, *path.rglob("*")))
+    there = sum(file.stat().st_size for file in files if file.is_file())
     needed, free = checkpoint_bytes(config, parameters), free_bytes(out) + there
     if needed > free:
         raise UserError(

@@ -130,6 +130,7 @@ class Run:
             placement=self.placement.only(model, teacher),
             resume=self.resume,
             on_step=on_step or do_nothing,
+            on_resumed=None if self.resume is None else partial(folder.go_on, self.out, self.resume),
             forecast=forecast,
         )
 

@@ -73,7 +73,7 @@ def spoken_time(seconds: float) -> str:
     for limit, unit in ((172_800, 86_400), (7200, 3600), (120, 60)):
         if seconds >= limit:
             return f"{_three_digits(seconds / unit).removesuffix('.0')} {UNITS[unit]}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} second{'' if round(seconds) == 1 else 's'}"
 
 
 def _three_digits(value: float) -> str:

@@ -30,7 +30,8 @@ def how_long(run: TrainingState) -> None:
         micro_batches = [Step(run, [batch]) for batch in read(iter(run.stream), 2)]
         seconds = [_measure(run, step) for step in micro_batches][-1] * accumulated
     run.stream.load_state_dict(position)
-    log.info("about %s, at %.3g s a step, without evaluations", spoken_time(left * seconds), seconds)
+    told = (spoken_time(left * seconds), seconds)
+    log.info("at least %s: %.3g s a step, and what the optimizer and evaluations take", *told)
 
 
 def _measure(run: TrainingState, step: Step) -> float:

@@ -56,13 +56,15 @@ def fit(
     placement: Whole | None = None,
     resume: Path | None = None,
     on_step: OnStep = do_nothing,
+    on_resumed: Callable[[], None] | None = None,
     forecast: bool = False,
 ) -> Path:
     """Train to the end of `plan` in the run folder `out`. Returns `out/final`, which is the best model if `keep_best`.
 
     `settings` is the resolved config as YAML, for checkpoints and W&B. `resume` is a checkpoint to continue, bit for
-    bit. `placement` says how model and teacher are sharded; None means that each process has both whole. With
-    `forecast`, a long training begins with a line that says how long it takes.
+    bit; `on_resumed` is called on the main process once it is known to fit. `placement` says how model and teacher are
+    sharded; None means that each process has both whole. With `forecast`, a long training begins with a line that says
+    how long it takes.
 
     Raises UserError
     - after Ctrl-C, SIGTERM or SIGHUP, once the step is finished and saved,
@@ -75,7 +77,7 @@ def fit(
         model, objective, stream, t, plan, world, placement, optimizers, out=out, tokenizer=tokenizer, settings=settings
     )
     if resume is not None:
-        _resume(run, resume)
+        _resume(run, resume, on_resumed)
     if t.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.train()
@@ -90,10 +92,12 @@ def fit(
     return _finish(run)
 
 
-def _resume(run: TrainingState, path: Path) -> None:
+def _resume(run: TrainingState, path: Path, on_resumed: Callable[[], None] | None) -> None:
     """Take over the weights and the state of a checkpoint."""
     checkpoint.load_weights(path, run.model)
     run.load_state(path)
+    if on_resumed is not None and run.world.is_main:
+        on_resumed()
     best.resume(run, path)
     end = run.plan.max_steps
     if run.step < end:

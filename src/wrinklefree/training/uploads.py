@@ -18,6 +18,8 @@ RECORD = "uploads.json"
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds before an upload is tried again; the wait doubles each time
 
+REMOVED = "%s: removed before it could be uploaded"
+
 LAST_TRY = 60.0  # seconds that the end of a run waits for what is still missing
 
 
@@ -51,7 +53,11 @@ class Uploads:
             self._ending = True
             self._changed.notify()
         self._thread.join(seconds)
-        missing = self.waiting()
+        waiting = self.waiting()
+        missing = [name for name in waiting if (self.folder / name).is_dir()]
+        for name in waiting:
+            if name not in missing:
+                log.warning(REMOVED, name)
         if missing:
             log.warning(
                 "not uploaded to %s: %s; they are in %s, and the next run in this folder uploads them",
@@ -79,7 +85,7 @@ class Uploads:
     def _upload(self, name: str) -> bool:
         """Whether the checkpoint is done with: it is in the store now, or gone from the disk."""
         if not (self.folder / name).is_dir():
-            log.warning("%s: removed before it could be uploaded", name)
+            log.warning(REMOVED, name)
             with self._changed:
                 self._waiting.remove(name)
             return True
