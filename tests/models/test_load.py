@@ -20,6 +20,7 @@ from wrinklefree.core.method import QuantMethod, quant_layers
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.models import find
 from wrinklefree.models.find import model_folder, resolve_pretrained
+from wrinklefree.models.headers import read_header
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.packed.quantizer import FORMAT
 from wrinklefree.training import checkpoint
@@ -250,3 +251,13 @@ def test_without_the_hub_a_cached_copy_is_used(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(find, "try_to_load_from_cache", lambda name, file: str(plain / file))
     assert resolve_pretrained("someone/model") == str(plain)
+
+
+@pytest.mark.parametrize("offsets", [[None, None], ["0", "8"], [0], {}, None, [0, [8]]])
+def test_a_header_with_odd_offsets_is_one_line(tmp_path: Path, offsets: object) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match=r"truncated, or not a safetensors file") as refused:
+        read_header(file)
+    assert "\n" not in str(refused.value)

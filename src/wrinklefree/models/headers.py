@@ -69,12 +69,12 @@ def read_header(file: Path) -> Header:
     try:
         entries = json.loads(header)
         tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        whole = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         found = {name: _stored(entry) for name, entry in tensors.items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(damaged) from error
-    if size != 8 + length + end:
-        raise UserError(f"{file}: truncated, {size:,} of {8 + length + end:,} bytes: copy it again")
+    if size != whole:
+        raise UserError(f"{file}: truncated, {size:,} of {whole:,} bytes: copy it again")
     try:
         with safe_open(file, framework="pt"):
             return found
