@@ -17,8 +17,8 @@ LONG = 100  # micro-batches; a shorter training is soon done, and needs no forec
 def how_long(run: TrainingState) -> None:
     """Log how long the rest of the training takes. Every process has to call this.
 
-    Two micro-batches are computed, of which the second is timed. Nothing is learned from them, and the data, the random
-    numbers and the weights are as before.
+    Three micro-batches are computed, and the faster of the last two counts. Nothing is learned from them, and the data,
+    the random numbers and the weights are as before.
     """
     accumulated = run.training.gradient_accumulation_steps
     left = run.plan.max_steps - run.step
@@ -27,11 +27,12 @@ def how_long(run: TrainingState) -> None:
     device = run.world.device
     position = run.stream.state_dict()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        micro_batches = [Step(run, [batch]) for batch in read(iter(run.stream), 2)]
-        seconds = [_measure(run, step) for step in micro_batches][-1] * accumulated
+        micro_batches = [Step(run, [batch]) for batch in read(iter(run.stream), 3)]
+        seconds = [_measure(run, step) for step in micro_batches]
     run.stream.load_state_dict(position)
-    told = (spoken_time(left * seconds), seconds)
-    log.info("at least %s: %.3g s a step, and what the optimizer and evaluations take", *told)
+    shortest = min(seconds[1:]) * accumulated
+    told = (spoken_time(left * shortest), shortest)
+    log.info("about %s: %.3g s a step, and what the optimizer and evaluations take", *told)
 
 
 def _measure(run: TrainingState, step: Step) -> float:
