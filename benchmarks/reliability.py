@@ -347,11 +347,16 @@ def _attempt_all(samples: dict[str, Path], scratch: Path, told: Path, count: int
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
-    scratch.mkdir()
-    with told.open("a", buffering=1) as file:
-        for mutant, outcome in hostile.run(samples, hostile.mutations(samples, count, seed), scratch):
-            what = f"{mutant.kind} {mutant.name} (seed {seed}): {outcome.message[:300]}"
-            file.write(json.dumps({"verdict": outcome.verdict, "what": what}) + "\n")
+    try:
+        scratch.mkdir()
+        with told.open("a", buffering=1) as file:
+            for mutant, outcome in hostile.run(samples, hostile.mutations(samples, count, seed), scratch):
+                what = f"{mutant.kind} {mutant.name} (seed {seed}): {outcome.message[:300]}"
+                file.write(json.dumps({"verdict": outcome.verdict, "what": what}) + "\n")
+    except BaseException as error:  # this fork must not go on as its parent, which removes the samples at its end
+        with told.open("a") as file:
+            what = f"the attempts ended (seed {seed}): {type(error).__name__}: {error}"
+            file.write(json.dumps({"verdict": "internal error", "what": what}) + "\n")
     os._exit(0)
 
 
