@@ -20,6 +20,7 @@ from wrinklefree.core.files import DEEPEST_JSON, read_json
 from wrinklefree.core.numbers import not_numbers
 from wrinklefree.data import template
 from wrinklefree.data.template import as_chat
+from wrinklefree.families.foreign import refused_in_one_line
 from wrinklefree.models.load import load_model
 
 torch.set_num_threads(1)
@@ -228,3 +229,14 @@ def test_numbers_are_told_from_what_is_none(dtype: torch.dtype) -> None:
     assert "NaN" in not_numbers(torch.tensor([1.0, torch.nan]).to(dtype))
     assert not not_numbers(torch.full((9,), 3e38))  # finite, but their sum is not
     assert "int16" in not_numbers(torch.ones(3, dtype=torch.int16))
+
+
+class PanicException(BaseException):
+    """Named as what tokenizers raises for a panic, which is no `Exception`."""
+
+
+def test_a_panic_of_a_library_is_one_line_and_ctrl_c_is_none() -> None:
+    with pytest.raises(UserError, match="tokenizer: no entry found for key"), refused_in_one_line("tokenizer"):
+        raise PanicException("no entry found for key")
+    with pytest.raises(KeyboardInterrupt), refused_in_one_line("tokenizer"):
+        raise KeyboardInterrupt

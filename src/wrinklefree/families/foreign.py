@@ -43,13 +43,15 @@ def refused_in_one_line(what: str, advice: str = "") -> Iterator[None]:
         yield
     except REFUSALS as error:
         raise _said(what, error, advice) from error
-    except Exception as error:
-        if type(error) is not Exception:  # tokenizers raises Exception itself, and no subclass of it
+    except BaseException as error:
+        # tokenizers raises Exception itself, and no subclass of it. Its panics, in Rust, are no `Exception` at all, and
+        # their class cannot be imported.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise _said(what, error, advice) from error
 
 
-def _said(what: str, error: Exception, advice: str) -> UserError:
+def _said(what: str, error: BaseException, advice: str) -> UserError:
     words = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in words:
         return UserError(f"{what}: {NEEDS_CODE}")
