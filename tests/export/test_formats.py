@@ -24,6 +24,7 @@ from wrinklefree.export.formats import bitnet, compressed_tensors, dense
 from wrinklefree.export.formats import gguf as gguf_export
 from wrinklefree.export.gguf import tokens
 from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.export.views.settings import refuse_settings
 from wrinklefree.export.views.ternary import ternary_layers
 from wrinklefree.methods import fairy2
 from wrinklefree.methods.bitdistill import Config
@@ -289,6 +290,18 @@ def test_what_a_target_cannot_hold_is_refused_with_the_reason(case: str, tmp_pat
         target.write(make(), WORDS, tmp_path, BATCHES)
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_notes_in_a_config_change_no_logit_and_unknown_settings_are_refused() -> None:
+    """What real folders carry beside the settings of their model."""
+    model = llama()
+    notes = {"_model_name_or_path": "Some 135M", "unk_token_id": 0, "rope_interleaved": False, "is_llama_config": True}
+    for name, value in {**notes, "transformers.js_config": {"dtype": "q4"}}.items():
+        setattr(model.config, name, value)
+    refuse_settings(model, "gguf", ())
+    model.config.logit_scale = 0.5
+    with pytest.raises(UserError, match="the model's setting logit_scale"):
+        refuse_settings(model, "gguf", ())
 
 
 @pytest.mark.parametrize(

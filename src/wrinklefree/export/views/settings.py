@@ -33,7 +33,6 @@ NEUTRAL = frozenset(
         "dtype",
         "torch_dtype",
         "transformers_version",
-        "_name_or_path",
         "name_or_path",
         "auto_map",
         "quantization_config",
@@ -44,6 +43,12 @@ NEUTRAL = frozenset(
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "tokenizer_class",
+        "task_specific_params",
+        "is_llama_config",
+        "transformers.js_config",
         "return_dict",
         "output_attentions",
         "output_hidden_states",
@@ -73,12 +78,17 @@ def refuse_settings(model: PreTrainedModel, target: str, written: Collection[str
         raise _refused(target, "layer_types", "attention in a sliding window" if windowed else config["layer_types"][0])
     known = SIZES | NEUTRAL | WINDOW | set(written)
     for name, value in config.items():
-        if name not in known and value != default.get(name):
+        if name not in known and value != default.get(name) and not _is_note(name, value, default):
             raise _refused(target, name, value)
     positions: dict[str, Any] = config["rope_parameters"]
     odd = sorted(positions.keys() - {"rope_type", "rope_theta", *rope})
     if odd:
         raise _refused(target, f"rope_parameters.{odd[0]}", positions[odd[0]])
+
+
+def _is_note(name: str, value: Any, default: dict[str, Any]) -> bool:
+    """Whether a setting is a note of some tool: it begins with an underscore, or no model reads it and it is off."""
+    return name.startswith("_") or (name not in default and value in (None, False))
 
 
 def _refused(target: str, name: str, value: Any) -> UserError:
