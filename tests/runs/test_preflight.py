@@ -11,6 +11,7 @@ import pytest
 import torch
 from toyrun import overrides, resolved, rows, run, toy_files
 
+from wrinklefree.commands import train
 from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.runs import preflight, setup
@@ -127,6 +128,14 @@ def test_the_default_text_is_not_gone_through_hundreds_of_times(folder: Path) ->
     config = load_config([f"model={folder / 'toy'}", "training=fairy2_w2", f"output_dir={folder / 'run'}"])
     with pytest.raises(UserError, match=r"500,000,000 tokens are \d+ passes over Python's standard library"):
         setup.open_run(config)
+
+
+def test_a_dry_run_says_that_the_run_would_be_refused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="wrinklefree")
+    train.run([f"model={folder / 'toy'}", "training=fairy2_w2", f"output_dir={folder / 'run'}"], dry_run=True)
+    assert "the run would be refused: 500,000,000 tokens are" in caplog.text
+    assert "dry run: nothing was trained or written" in caplog.text
+    assert not (folder / "run").exists()
 
 
 def test_a_forecast_leaves_no_trace(

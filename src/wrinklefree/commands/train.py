@@ -9,8 +9,8 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import World, own_device
 from wrinklefree.models.find import at_hand
-from wrinklefree.models.load import meta_model
-from wrinklefree.runs import launch
+from wrinklefree.models.load import meta_model, open_tokenizer
+from wrinklefree.runs import launch, preflight
 from wrinklefree.training.plan import choose_length, make_plan
 
 log = logging.getLogger("wrinklefree")
@@ -54,7 +54,11 @@ def show(config: Config, processes: int) -> None:
     else:
         model = meta_model(str(source), config.model.trust_remote_code)
         length = choose_length(config.training.max_seq_length, model, config.distillation.cache)
-        make_plan(config.training, config.model, model, length, World(0, processes, own_device()))
+        plan = make_plan(config.training, config.model, model, length, World(0, processes, own_device()))
+        tokenizer = open_tokenizer(str(source), config.model.trust_remote_code)
+        problem = preflight.too_many_passes(config, tokenizer, plan)
+        if problem is not None:
+            log.warning("the run would be refused: %s", problem)
     log.info("dry run: nothing was trained or written")
 
 

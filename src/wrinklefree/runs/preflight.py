@@ -96,19 +96,27 @@ def check_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan)
 
     Raises UserError if a number of tokens goes through it more often than `data.max_passes`. A number of steps may.
     """
+    problem = too_many_passes(config, tokenizer, plan)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def too_many_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> str | None:
+    """Log which text is gone through, and how often. Returns why that is too often, or None."""
     if config.distillation.cache is not None or plan.max_steps == 0:
-        return
+        return None
     size = size_of(config.data, tokenizer)
     if size is None:
-        return
+        return None
     passes = plan.max_steps * plan.tokens_per_step / size.tokens
     log.info(
         "text: %s, about %s tokens; the plan goes through it %.3g times", size.name, short_number(size.tokens), passes
     )
     limit = config.data.max_passes
-    if plan.total_tokens is not None and passes > limit:
-        raise UserError(
-            f"{plan.total_tokens:,} tokens are {passes:.3g} passes over {size.name}: give more text (data=local "
-            f"data.path=FOLDER), train on fewer (training.total_tokens={int(limit * size.tokens)}), or allow it "
-            f"(data.max_passes={passes + 1:.0f})"
-        )
+    if plan.total_tokens is None or passes <= limit:
+        return None
+    return (
+        f"{plan.total_tokens:,} tokens are {passes:.3g} passes over {size.name}: give more text (data=local "
+        f"data.path=FOLDER), train on fewer (training.total_tokens={int(limit * size.tokens)}), or allow it "
+        f"(data.max_passes={passes + 1:.0f})"
+    )
