@@ -49,6 +49,9 @@ Figures = dict[str, Any]
 
 STEPS = 24
 CLOCKS = ("elapsed_sec", "tokens_per_sec")
+# How a run ends that is killed, or told to stop in its steps or outside of them.
+ENDED = (-signal.SIGKILL, -signal.SIGTERM, 2, 128 + signal.SIGTERM)
+
 PATIENCE = 120.0  # seconds for one run; they take two or three
 
 
@@ -247,6 +250,8 @@ def _killed(name: str, root: Path, draw: random.Random, log: Path, most: int) ->
             return killed + 1, False
         if code == 0:  # it was faster than the signal
             break
+        if code not in ENDED:
+            return killed + 1, False
         killed += 1
         arguments = again(plain, out)
     if killed:
@@ -481,7 +486,7 @@ def failing_uploads(root: Path) -> Figures:
         Store.mood = "fine"
         code = run(again(arguments, out), log, _soon)
         ended += code != 0
-        kept = {path.split("/")[3] for path in Store.kept if f"/{mood}/" in path and "step_" in path}
+        kept = {path.split("/")[3] for path in Store.kept if f"/{mood}/" in path and path.endswith("trainer.pt")}
         missing += len({path.name for path in checkpoint.step_folders(out / "checkpoints")} - kept)
     server.shutdown()
     return {"uploads_failed": Store.failed, "runs_ended_by_upload": ended, "uploads_missing": missing}

@@ -33,6 +33,7 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.distributed.world import World, barrier, join_world, leave_world
 from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
+from wrinklefree.runs.setup import Run
 from wrinklefree.training.loop import do_nothing
 
 
@@ -50,7 +51,30 @@ def act_for(kind: str | None, world: World) -> Callable[[nn.Module, int], None]:
         elif kind == "fill":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-    return do_nothing if kind in (None, "twice") else act
+    return do_nothing if kind in (None, "twice", "unreadable") else act
+
+
+class Unreadable(Iterator[Batch]):
+    """A stream whose third batch cannot be read."""
+
+    skipped = 0
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.served = stream, 0
+
+    def __next__(self) -> Batch:
+        self.served += 1
+        if self.served == 3:
+            raise UserError("rows.jsonl, line 7: not JSON")
+        batch: Batch = next(self.stream)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.stream.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
 
 
 def twice(student: PreTrainedModel, teacher: PreTrainedModel) -> Objective:
@@ -90,12 +114,16 @@ def work(folder: Path, job: dict[str, Any], world: World) -> None:
         result["kept"] += sum(layer.effective.leaf is not None for layer in quant_layers(model).values())
         act(model, step)
 
+    stream = Run.stream
+    if job["act"] == "unreadable" and world.rank == world.size - 1:
+        Run.stream = lambda self: Unreadable(stream(self))  # type: ignore[assignment,method-assign,return-value]
     try:
         objective = twice if job["act"] == "twice" else None
         model = run(config, on_step=on_step, world=world, objective=objective)
         result |= facts(model)
     except UserError as error:
         result["error"] = str(error)
+    Run.stream = stream  # type: ignore[method-assign]
     (folder / f"{job['name']}.{world.rank}.json").write_text(json.dumps(result))
 
 

@@ -191,3 +191,11 @@ def test_an_empty_file_has_no_tokens(tmp_path: Path, tokenizer: PreTrainedTokeni
     found = size_of(local(write(tmp_path / "a.txt")), tokenizer)
     assert found is not None
     assert found.tokens == 0
+
+
+def test_files_without_text_do_not_hide_others(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for number in range(20):  # every second one is empty
+        (tmp_path / f"{number:02}.txt").write_text("some words to read\n" * 50 * (number % 2))
+    size = size_of(local(tmp_path), tokenizer)
+    assert size is not None
+    assert size.tokens > 1000

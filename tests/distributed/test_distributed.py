@@ -46,7 +46,7 @@ SAME = {
 }
 # Of weights: a tenth of a step. Adam divides a gradient by its size, so one that is all rounding moves its weight too.
 NEAR = 1e-4
-ACTS = {"twice": "twice", "stopped": "interrupt", "overflowed": "overflow", "full": "fill"}
+ACTS = {"twice": "twice", "stopped": "interrupt", "overflowed": "overflow", "full": "fill", "unreadable": "unreadable"}
 
 
 def other_jobs(folder: Path) -> dict[str, list[str]]:
@@ -59,6 +59,7 @@ def other_jobs(folder: Path) -> dict[str, list[str]]:
         "muon": [*SHARDED, "training.optimizer.name=muon"],
         "compiled": [*SHARDED, "training.compile=true"],
         "stopped": SHARDED,
+        "unreadable": SHARDED,
         "overflowed": SHARDED,
         "full": [*SHARDED, "training.save_interval=3"],  # the last: its limit stays
     }
@@ -230,6 +231,13 @@ def test_ctrl_c_on_one_process_stops_and_saves_all(folder: Path) -> None:
     for rank in (0, 1):
         assert "stopped at step 3, saved" in result(folder, "stopped", rank)["error"]
     assert [path.name for path in checkpoint.step_folders(folder / "stopped" / "checkpoints")] == ["step_3"]
+
+
+def test_data_that_one_process_cannot_read_stops_and_saves_all(folder: Path) -> None:
+    for rank in (0, 1):
+        error = result(folder, "unreadable", rank)["error"]
+        assert error.startswith("rows.jsonl, line 7: not JSON; stopped at step 2, saved")
+    assert [path.name for path in checkpoint.step_folders(folder / "unreadable" / "checkpoints")] == ["step_2"]
 
 
 def test_what_overflows_on_one_process_is_named_by_all(folder: Path) -> None:

@@ -261,3 +261,10 @@ def test_a_header_with_odd_offsets_is_one_line(tmp_path: Path, offsets: object) 
     with pytest.raises(UserError, match=r"truncated, or not a safetensors file") as refused:
         read_header(file)
     assert "\n" not in str(refused.value)
+
+
+def test_json_that_transformers_does_not_read_may_hold_anything(plain: Path) -> None:
+    (plain / "notes.json").write_text("")
+    (plain / "log.json").write_text('{"a": 1}\n{"a": 2}\n')
+    (plain / "deep.json").write_text("[" * 10_000)
+    assert load_model(plain)[0].config.vocab_size == 96

@@ -307,7 +307,7 @@ def test_an_existing_run_is_refused_unless_forced(folder: Path) -> None:
     assert (folder / "run" / "final" / "model.safetensors").is_file()
     assert resume_point(resolved(folder), force=True) is None
     assert (folder / "run" / "final" / "model.safetensors").is_file()  # until nothing can be wrong any more
-    with writing(resolved(folder), None):
+    with writing(resolved(folder), None, force=True):
         assert {path.name for path in (folder / "run").iterdir()} == {"notes.txt", ".replaced"}
     assert (folder / "run" / "final" / "model.safetensors").is_file()  # nothing was saved in its place
     run(resolved(folder, "training.max_steps=0"), force=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toyrun import resolved, rows, run, tensors, toy_files
+from toyrun import CPU, resolved, rows, run, tensors, toy_files
 
 from wrinklefree.config.schema import ModelConfig, SchedulerConfig, TrainingConfig
 from wrinklefree.core import replaced
@@ -19,8 +19,8 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import SCHEDULES, names
 from wrinklefree.core.signals import STOPPING
 from wrinklefree.runs.folder import outputs
-from wrinklefree.runs.setup import Run
-from wrinklefree.training import checkpoint, saved_state
+from wrinklefree.runs.setup import Run, open_run
+from wrinklefree.training import checkpoint, saved_state, uploads
 from wrinklefree.training.plan import Plan
 from wrinklefree.training.schedule import rates
 
@@ -404,3 +404,21 @@ def test_moments_that_no_training_leaves_are_refused(
     torch.save(state, file)
     with pytest.raises(UserError, match=message):
         run(resolved(finished, f"training.resume_from={file.parents[1]}"))
+
+
+def test_a_run_that_ended_while_this_one_was_loading_is_not_replaced(folder: Path) -> None:
+    opened = open_run(resolved(folder), world=CPU)
+    run(resolved(folder))
+    with opened, pytest.raises(UserError, match="already holds a run: go on with"):
+        opened.begin()
+    assert (folder / "run" / "final" / "model.safetensors").is_file()
+    assert steps(folder / "run") == [6]
+
+
+def test_checkpoints_of_a_new_branch_are_not_taken_for_uploaded(finished: Path) -> None:
+    record = finished / "run" / uploads.RECORD
+    record.write_text("{}")
+    early = f"training.resume_from={finished / 'run' / 'checkpoints' / 'step_2'}"
+    run(resolved(finished, *saving(early)))
+    assert not record.exists()
+    assert (finished / "run" / "abandoned_1" / uploads.RECORD).is_file()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 import uuid
 from pathlib import Path
 
@@ -174,3 +175,35 @@ def test_a_broken_manifest_is_one_line(text: str, folder: Path, url: str, tmp_pa
     with pytest.raises(UserError, match="manifest") as caught:
         storage.fetch(url, tmp_path / "cache")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_pushed_folders_is_compared_with_all_their_manifests(
+    folder: Path, url: str, tmp_path: Path
+) -> None:
+    for name in ("step_1", "step_2"):
+        storage.push(folder, f"{url}/{name}")
+    memory = fsspec.filesystem("memory")
+    assert contents(storage.fetch(url, tmp_path / "cache")) == {
+        f"{name}/{file}": data for name in ("step_1", "step_2") for file, data in contents(folder).items()
+    }
+    memory.pipe_file(url.removeprefix("memory:/") + "/step_2/model.safetensors", b"WEIGHTS")
+    with pytest.raises(UserError, match=r"step_2/model.safetensors is not the file that was uploaded"):
+        storage.fetch(url, tmp_path / "cache")
+    memory.rm_file(url.removeprefix("memory:/") + "/step_1/state/data.pt")
+    with pytest.raises(UserError, match=r"not whole.*step_1/state/data.pt first"):
+        storage.fetch(url, tmp_path / "cache")
+
+
+def test_errors_of_drivers_that_are_no_oserror_are_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiohttp's, which gcsfs raises once it has tried often enough."""
+
+    class ClientError(Exception):
+        pass
+
+    def refuse(*args: object, **more: object) -> None:
+        raise ClientError("server disconnected")
+
+    monkeypatch.setitem(sys.modules, "aiohttp.client_exceptions", types.SimpleNamespace(ClientError=ClientError))  # type: ignore[arg-type]
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "pipe_file", refuse)
+    with pytest.raises(UserError, match="server disconnected; is the service reachable"):
+        storage.check_writable(url)

@@ -108,13 +108,14 @@ class Curriculum(Iterator[Batch]):
     def __init__(self, run: Run) -> None:
         library = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, tests=False))
         self.streams = [open_stream(config, run.tokenizer, run.world) for config in (run.config, library)]
-        per_step = run.config.training.gradient_accumulation_steps
+        # In tokens, because a resumed run may have batches of another size.
+        self.tokens_per_batch = run.plan.tokens_per_step // run.config.training.gradient_accumulation_steps
         decay_start = 1 - run.config.training.scheduler.decay_ratio
-        self.switch, self.served = int(run.plan.max_steps * decay_start) * per_step, 0
+        self.switch, self.tokens = int(run.plan.max_steps * decay_start) * run.plan.tokens_per_step, 0
 
     def __next__(self) -> Batch:
-        batch = next(self.streams[self.served >= self.switch])
-        self.served += 1
+        batch = next(self.streams[self.tokens >= self.switch])
+        self.tokens += self.tokens_per_batch
         return batch
 
     @property
@@ -122,10 +123,11 @@ class Curriculum(Iterator[Batch]):
         return sum(stream.skipped for stream in self.streams)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"served": self.served, "streams": [stream.state_dict() for stream in self.streams]}
+        return {"tokens": self.tokens, "streams": [stream.state_dict() for stream in self.streams]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.served = state["served"]
+        # Version 0.1 counted batches.
+        self.tokens = state["tokens"] if "tokens" in state else state["served"] * self.tokens_per_batch
         for stream, saved in zip(self.streams, state["streams"], strict=True):
             stream.load_state_dict(saved)
 

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from wrinklefree.core.errors import UserError
 
 log = logging.getLogger("wrinklefree")
+
+MOMENT = 0.05  # seconds
 
 
 @contextmanager
@@ -48,7 +51,11 @@ def is_locked(folder: Path) -> bool:
 
 def _lock(folder: Path, handle: int) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # perhaps `is_locked`, which holds it for a moment
+            time.sleep(MOMENT)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(
             f"{folder}: another process is writing it: wait for that one, or choose another folder"

@@ -31,7 +31,7 @@ Encode = Callable[[Sequence[Document]], list[Tensor]]
 
 
 # Documents per call of the tokenizer: enough to keep its threads busy, and done in a fraction of a second.
-_ENCODED_TOGETHER = 32
+ENCODED_TOGETHER = 32
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[Tensor]:
@@ -303,7 +303,7 @@ class BatchStream(Iterator[Batch]):
 
     def _tokens(self) -> Tensor:
         if self._document not in self._encoded:
-            texts = self._shuffled[self._document : self._document + _ENCODED_TOGETHER]
+            texts = self._shuffled[self._document : self._document + ENCODED_TOGETHER]
             self._encoded = dict(enumerate(self._encode(texts), start=self._document))
         return self._encoded[self._document]
 

@@ -18,14 +18,13 @@ from wrinklefree.data.open import (
     training_files,
     training_rows,
 )
-from wrinklefree.data.packing import encode
+from wrinklefree.data.packing import ENCODED_TOGETHER, encode
 from wrinklefree.data.rows import BadRowError, open_rows
 from wrinklefree.data.sources import Document, Example, GoodRows, Item, Render, is_blank, rendered
 
 log = logging.getLogger("wrinklefree")
 
 ROWS = 1000
-TOGETHER = 32  # documents per call of the tokenizer
 GLANCE = 1024  # characters of a document that are tokenized
 
 # A sample of the text is enough to tell how many tokens there are.
@@ -51,7 +50,7 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int = 
 def _look(to: str, source: GoodRows, tokenizer: PreTrainedTokenizerBase, rows: int, skip: bool) -> None:
     good, bad = 0, list[BadRowError]()
     items = (_beginning(item) for item in islice(source.every(None), rows))
-    while group := list(islice(items, TOGETHER)):
+    while group := list(islice(items, ENCODED_TOGETHER)):
         bad += [item for item in group if isinstance(item, BadRowError)]
         if bad and not skip:
             raise source.refusal(bad[0])
@@ -88,9 +87,10 @@ def size_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Size | No
         whole = [_text(document) for document in texts.texts]
         name = f"Python's standard library ({texts.name})" if config.source == "stdlib" else texts.name
         return Size(name, _estimate(tokenizer, whole, sum(map(len, whole)), len(whole)))
-    files = training_files(config)
-    if files is None:
+    found = training_files(config)
+    if found is None:
         return None
+    files = [file for file in found if file.stat().st_size] or found
     sizes = [file.stat().st_size for file in files]
     step = -(-len(files) // SAMPLED_FILES)
     samples = [_sample(file, row_renders(config, tokenizer)) for file in files[::step]]

@@ -20,6 +20,12 @@ LARGEST_CONFIG = 1 << 24  # bytes; a packed folder names each layer in it, 250 b
 
 LARGEST_SIZE = 2**26  # of a width, a vocabulary or a number of positions
 
+# Of a folder's JSON files, those that transformers reads. Others, such as a log, may hold anything.
+READ = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "chat_template.json"),
+)
+
 # Keys of a config that count parts of a model: at least one tensor each. `max_window_layers` is a limit.
 COUNTS = re.compile(r"^(?!max_)(.*_)?layers?(_|$)|^num_blocks$")
 
@@ -81,7 +87,7 @@ def check_folder(folder: Path) -> Contents:
         raise UserError(f"{folder}: a model is a folder, this is a file")
     config = read_model_config(folder)
     check_causal(folder, config)
-    for file in sorted(folder.glob("*.json")):
+    for file in (folder / name for name in READ if (folder / name).is_file()):
         values = read_json(file)
         if file.name in ("config.json", "generation_config.json"):
             _check_generation(file, values)

@@ -14,14 +14,14 @@ from wrinklefree.core.lock import locked
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.report import RESULTS
 from wrinklefree.tracking.run_log import CSV_NAME
-from wrinklefree.training import best, checkpoint
+from wrinklefree.training import best, checkpoint, uploads
 
 log = logging.getLogger("wrinklefree")
 
 # What a run writes into its folder. `--force` replaces these and leaves everything else alone.
-MADE_OF_CHECKPOINTS = ["best", "final", "packed", "shipped", "plots", RESULTS]
+MADE_OF_CHECKPOINTS = ["best", "final", "packed", "shipped", "plots", RESULTS, uploads.RECORD]
 SAVED = ["best", "final", RESULTS]
-OUTPUTS = ["checkpoints", *MADE_OF_CHECKPOINTS, CSV_NAME, "uploads.json"]
+OUTPUTS = ["checkpoints", *MADE_OF_CHECKPOINTS, CSV_NAME]
 
 
 def resume_point(config: Config, force: bool) -> Path | None:
@@ -42,10 +42,16 @@ def resume_point(config: Config, force: bool) -> Path | None:
         folder = checkpoint.find_checkpoint(config.training.resume_from, out)
         log.info("resuming from %s", folder)
         return folder
+    _refuse_held(config, force)
+    return None
+
+
+def _refuse_held(config: Config, force: bool) -> None:
+    """Raises UserError if the output folder holds a run that is neither to be replaced nor started from."""
+    out = Path(config.output_dir)
     if outputs(out) and not force and not _starts_within(config):
         offer = "go on with training.resume_from=latest, " if checkpoint.step_folders(out / "checkpoints") else ""
         raise UserError(f"{out} already holds a run: {offer}choose another output_dir=..., or start over with --force")
-    return None
 
 
 def _check_folder(out: Path) -> None:
@@ -72,14 +78,16 @@ def clear(config: Config) -> None:
 
 
 @contextmanager
-def writing(config: Config, resume: Path | None) -> Iterator[None]:
+def writing(config: Config, resume: Path | None, force: bool) -> Iterator[None]:
     """Lock the output folder while the block runs. For a new run, make it ready; a resumed one calls `go_on` later.
 
-    Raises UserError if another process trains there.
+    Raises UserError if another process trains there, or has trained there since `resume_point` looked.
     """
     out = Path(config.output_dir)
     with locked(out):
+        put_back(out)
         if resume is None:
+            _refuse_held(config, force)
             clear(config)
         try:
             yield

@@ -31,6 +31,9 @@ INCIDENTAL = (
     "training.upload_to",
     "training.logging",
     "distributed",
+    "data.max_passes",
+    "data.allow_changes",
+    "data.bad_rows",
 )
 
 

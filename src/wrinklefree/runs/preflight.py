@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import free_bytes
-from wrinklefree.data.kd_cache.manifest import read_manifest
+from wrinklefree.data.kd_cache.read import KDCache
 from wrinklefree.data.preview import preview, size_of
 from wrinklefree.models.check import check_folder
-from wrinklefree.models.find import at_hand, model_folder, model_source, resolve_pretrained
+from wrinklefree.models.find import at_hand, model_folder, model_source
 from wrinklefree.models.load import meta_model, open_tokenizer
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.folder import outputs
@@ -49,9 +49,11 @@ def check_model(config: Config, reads_text: bool) -> None:
     if Path(source).exists():
         check_folder(Path(source))
     if config.distillation.teacher is not None:
-        resolve_pretrained(prerequisites.stage_model(config, config.distillation.teacher))
+        teacher = model_source(prerequisites.stage_model(config, config.distillation.teacher))
+        if Path(teacher).exists():
+            check_folder(Path(teacher))
     if config.distillation.cache is not None:
-        read_manifest(Path(config.distillation.cache))
+        KDCache(Path(config.distillation.cache))
     elif reads_text:
         preview(config.data, open_tokenizer(source, config.model.trust_remote_code))
     if config.training.max_steps != 0 and config.thinking is None:  # a thinker is far smaller than its model
@@ -68,7 +70,8 @@ def check_disk(config: Config) -> None:
     files = (file for path in outputs(out) for file in (path, *path.rglob("*")))
     there = sum(file.stat().st_size for file in files if file.is_file())
     needed, free = checkpoint_bytes(config, parameters), free_bytes(out) + there
-    if needed > free:
+    first = parameters * (WEIGHT + MOMENTS)  # written while what it replaces is still there
+    if needed > free or first > free_bytes(out):
         raise UserError(
             f"{out}: the checkpoints of this run need {short_size(needed)}, and the disk has {short_size(free)} for "
             f"them: another output_dir, or a smaller training.save_total_limit (now {config.training.save_total_limit})"
@@ -106,7 +109,7 @@ def too_many_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Pl
     if config.distillation.cache is not None or plan.max_steps == 0:
         return None
     size = size_of(config.data, tokenizer)
-    if size is None:
+    if size is None or size.tokens == 0:
         return None
     passes = plan.max_steps * plan.tokens_per_step / size.tokens
     log.info(

@@ -57,6 +57,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     placement: Whole
     plan: Plan
+    force: bool = False  # whether an earlier run in the output folder is replaced
     joined: bool = False  # whether this run has joined the other processes, and so has to leave them
     lock: ExitStack = field(default_factory=ExitStack)
 
@@ -78,7 +79,7 @@ class Run:
         # Other processes may still be reading the model they start from, and it may lie in the folder to be cleared.
         barrier(self.world)
         if self.is_main:
-            self.lock.enter_context(folder.writing(self.config, self.resume))
+            self.lock.enter_context(folder.writing(self.config, self.resume, self.force))
 
     def __enter__(self) -> Self:
         return self
@@ -185,7 +186,7 @@ def open_run(
     plan = make_plan(t, config.model, model, length, world)
     if reads_text:
         preflight.check_passes(config, tokenizer, plan)
-    return Run(config, world, resume, model, tokenizer, placement, plan, joined)
+    return Run(config, world, resume, model, tokenizer, placement, plan, force, joined)
 
 
 def _checked(config: Config, force: bool, reads_text: bool, own_model: bool) -> Path | None:

@@ -90,7 +90,7 @@ def compare_ways(config: Config, force: bool) -> Path:
     device = join_world().device
     speaker = Speaker(model.to(device), tokenizer)
     thinkers = {name: thinker.to(device) for name, thinker in _thinkers(config).items()}
-    with writing(config, None):
+    with writing(config, None, force):
         _compare(config, WaysOfThinking(speaker, asked, settings), thinkers)
     return out
 

@@ -27,7 +27,7 @@ def how_long(run: TrainingState) -> None:
     device = run.world.device
     position = run.stream.state_dict()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        micro_batches = [Step(run, [batch]) for batch in read(iter(run.stream), 3)]
+        micro_batches = [Step(run, [batch]) for batch in read(iter(run.stream), 3, run.world)]
         seconds = [_measure(run, step) for step in micro_batches]
     run.stream.load_state_dict(position)
     shortest = min(seconds[1:]) * accumulated

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import DataError, UserError
-from wrinklefree.distributed.world import sum_over_processes
+from wrinklefree.distributed.world import World, any_of, gather, sum_over_processes
 from wrinklefree.objectives.base import LOSS, Loss, Metrics, Objective, terms_of
 from wrinklefree.training.state import TrainingState
 
@@ -103,15 +103,19 @@ def steps(run: TrainingState) -> Iterator[Step]:
     Raises DataError if the data cannot be read on.
     """
     stream = iter(run.stream)
-    while batches := read(stream, run.training.gradient_accumulation_steps):
+    while batches := read(stream, run.training.gradient_accumulation_steps, run.world):
         step = Step(run, batches)
         while step.advance():
             yield step
 
 
-def read(stream: Iterator[Batch], number: int) -> list[Batch]:
-    """The next batches of a stream. Raises DataError if it cannot be read on."""
+def read(stream: Iterator[Batch], number: int, world: World) -> list[Batch]:
+    """The next batches of a stream. Raises DataError, in all processes, if one of them cannot read on."""
+    batches, problem = [], None
     try:
-        return list(islice(stream, number))
+        batches = list(islice(stream, number))
     except UserError as error:
-        raise DataError(str(error)) from error
+        problem = str(error)
+    if any_of(problem is not None, world):  # the others would wait for this one for ever
+        raise DataError(next(text for text in gather(problem, world) if text is not None))
+    return batches

@@ -31,6 +31,8 @@ PROBE = ".wrinklefree-probe"
 # Exceptions of the drivers that are no OSError: (module, class). A class is looked up if its module has been imported.
 _REFUSALS = [
     ("gcsfs.retry", "HttpError"),
+    ("gcsfs.retry", "ChecksumError"),
+    ("aiohttp.client_exceptions", "ClientError"),
     ("google.auth.exceptions", "GoogleAuthError"),
     ("botocore.exceptions", "BotoCoreError"),
 ]
@@ -124,8 +126,12 @@ def _listing(files: Any, root: str, url: str) -> tuple[dict[str, list[Any]], dic
         raise UserError(f"{url}: nothing there")
     sizes = {name: int(entry[1]) for name, entry in present.items()}
     sums: dict[str, str] = {}
-    if MANIFEST in present:
-        sizes, sums = _read_manifest(files, present[MANIFEST], f"{url}/{MANIFEST}")
+    for manifest in [name for name in present if name.rpartition("/")[2] == MANIFEST]:  # each folder that was pushed
+        folder = manifest.removesuffix(MANIFEST)
+        own, hashes = _read_manifest(files, present[manifest], f"{url}/{manifest}")
+        sizes = {name: size for name, size in sizes.items() if not name.startswith(folder)}
+        sizes |= {folder + name: size for name, size in own.items()}
+        sums |= {folder + name: value for name, value in hashes.items()}
     for name in {**present, **sizes}:
         inner_path(Path(), name, url)
     missing = [name for name, size in sizes.items() if name not in present or present[name][1] != size]
@@ -214,4 +220,5 @@ def _refusals_explained(url: str) -> Iterator[None]:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    return (OSError, *(vars(sys.modules[module])[name] for module, name in _REFUSALS if module in sys.modules))
+    known = (vars(sys.modules[module]).get(name) for module, name in _REFUSALS if module in sys.modules)
+    return (OSError, *(found for found in known if found is not None))

@@ -91,6 +91,7 @@ class Uploads:
             return True
         try:
             storage.push(self.folder / name, f"{self.url}/{name}")
+            write_json(self._record, {"url": self.url, "done": sorted({*self._done, name})})
         except UserError as error:
             if not self._failed:
                 log.warning("upload failed, and is tried again while the training goes on: %s", error)
@@ -102,7 +103,6 @@ class Uploads:
         with self._changed:
             self._waiting.remove(name)
             self._done.add(name)
-        write_json(self._record, {"url": self.url, "done": sorted(self._done)})
         return True
 
 
