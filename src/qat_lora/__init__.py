@@ -113,7 +113,7 @@ def snap_model_for_ane_v2(model: nn.Module) -> int:
     for layer in _layers(model).values():
         codes = layer.encode()
         layer.weight.copy_(layer.decode(codes))
-        layer.adopt(Factors(codes.tensors["lut"], codes.tensors["a"], codes.tensors["b"]), codes.index)
+        layer.take(Factors(codes.tensors["lut"], codes.tensors["a"], codes.tensors["b"]), codes.index)
     return len(_layers(model))
 
 

@@ -300,7 +300,7 @@ def put(model: nn.Module, state: State, found: Mapping[str, Layer], file: Path) 
             raise UserError(f"{file}: {fqn} has another shape than in the model")
         decoded = layer.decode(_codes(source, layer))
         layer.weight.copy_(decoded if source.weight is None else source.weight)
-        layer.adopt(source.factors, source.codes)
+        layer.take(source.factors, source.codes)
         # Rounding the factors to fp16 can move a latent weight to another entry: set it to the weight of its own code.
         moved = layer.encode().index != source.codes
         layer.weight[moved] = decoded[moved]

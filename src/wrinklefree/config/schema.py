@@ -121,11 +121,26 @@ class LoggingConfig(Node):
 
 
 @dataclass(kw_only=True)
+class BlockwiseConfig(Node):
+    """Before the training, make each block's output equal to the original's, one block after the other."""
+
+    enabled: bool = False
+    tokens: Positive = 24576  # of the training text; all blocks see the same
+    max_seq_length: Positive = 256  # at most the training's
+    batch_size: Positive = 2
+    steps: Natural = 96  # for each block; 0 calibrates only
+    lr: PositiveFloat = 5e-4
+    scale_lr: PositiveFloat = 2e-3
+
+
+@dataclass(kw_only=True)
 class TrainingConfig(Node):
     """One stage of training."""
 
     stage: str
     objective: str = "language_modelling"  # a file in objectives/kinds/, or in objectives/ of your working directory
+    start: Literal["plain", "calibrated"] = "plain"  # calibrated: scales and codes by the inputs of each layer
+    blockwise: BlockwiseConfig = field(default_factory=BlockwiseConfig)
     start_from: list[str] = field(default_factory=list)  # earlier stages or folders; the first that exists is used
     total_tokens: Tokens | Auto = "auto"
     max_steps: Natural | None = None  # wins over total_tokens; 0 prepares and saves without training

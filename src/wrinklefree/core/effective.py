@@ -77,6 +77,13 @@ class EffectiveWeight:
             self.leaf.register_post_accumulate_grad_hook(partial(_hand_on, value))
 
 
+class MasterWeight(EffectiveWeight):
+    """In the place of a cache: the master itself, not quantized."""
+
+    def get(self, module: nn.Module, compute: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+        return module.get_parameter("weight").to(dtype)
+
+
 def _unpack(saved: Tensor) -> Tensor:
     """Undo packing, which detached the tensor: a node that keeps its own output alive is never freed."""
     return saved

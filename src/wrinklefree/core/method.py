@@ -4,7 +4,8 @@ To add a method, write `methods/<name>.py` with a class `Config`. `find("<name>"
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from typing_extensions import Self
 
 from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes
-from wrinklefree.core.effective import EffectiveWeight
+from wrinklefree.core.effective import EffectiveWeight, MasterWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import METHODS, find_named, names
 from wrinklefree.core.forms import Form
@@ -27,6 +28,7 @@ log = logging.getLogger("wrinklefree")
 
 
 Batches = Iterable[Mapping[str, Tensor]]
+Tensors = dict[str, Tensor]  # scales and tables by name, as `Codes.tensors` holds them
 
 
 class QuantLinear(nn.Linear):
@@ -60,6 +62,29 @@ class QuantLinear(nn.Linear):
     def encode(self) -> Codes:
         """Quantize the current weight. Gradients flow through `Codes.tensors` to trained scales, not through codes."""
         raise TypeError(f"{type(self).__name__} must define encode()")
+
+    def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
+        """The codes of a weight [out, columns] for given scales and tables, as `encode` chooses them.
+
+        A method that defines it can be calibrated (`reconstruction/`).
+        """
+        raise TypeError(f"{type(self).__name__} cannot be calibrated: it does not define nearest()")
+
+    def part(self, tensors: Tensors, columns: Tensor) -> Tensors:
+        """The scales and tables of one of the `column_sets`. By default all columns share them."""
+        return tensors
+
+    def column_sets(self) -> list[Tensor]:
+        """The columns of the weight that are coded together, int64. By default each column is coded by itself."""
+        return list(torch.arange(self.in_features).split(1))
+
+    def fit(self, importance: Tensor) -> None:
+        """Fit scales and tables to the weight again. An error in column j counts `importance[j]` times, fp32 [in]."""
+
+    @torch.no_grad()
+    def adopt(self, weight: Tensor, rounded: Tensor) -> None:
+        """Take over a calibrated master [out, in]; `rounded` is the weight that its nearest codes stand for."""
+        self.weight.copy_(weight)
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
@@ -163,6 +188,25 @@ def num_groups(columns: int, size: int, kind: str = "columns") -> int:
     if columns % size:
         raise UserError(f"method.group_size={size}: does not divide {columns} {kind}")
     return columns // size
+
+
+@contextmanager
+def masters(layers: Iterable[QuantLinear]) -> Iterator[None]:
+    """Multiply with the layers' masters, not with their quantized weights, while the block runs."""
+    layers = list(layers)
+    kept = [layer.effective for layer in layers]
+    for layer in layers:
+        layer.effective = MasterWeight()
+    try:
+        yield
+    finally:
+        for layer, effective in zip(layers, kept, strict=True):
+            layer.effective = effective
+
+
+def calibrates(layer: QuantLinear) -> bool:
+    """Whether the method of `layer` defines `nearest`, which a calibrated start needs."""
+    return type(layer).nearest is not QuantLinear.nearest
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:

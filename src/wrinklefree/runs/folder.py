@@ -19,9 +19,10 @@ from wrinklefree.training import best, checkpoint, uploads
 log = logging.getLogger("wrinklefree")
 
 # What a run writes into its folder. `--force` replaces these and leaves everything else alone.
+BLOCKS = "blocks"  # what reconstruction made so far
 MADE_OF_CHECKPOINTS = ["best", "final", "packed", "shipped", "plots", RESULTS, uploads.RECORD]
 SAVED = ["best", "final", RESULTS]
-OUTPUTS = ["checkpoints", *MADE_OF_CHECKPOINTS, CSV_NAME]
+OUTPUTS = ["checkpoints", BLOCKS, *MADE_OF_CHECKPOINTS, CSV_NAME]
 
 
 def resume_point(config: Config, force: bool) -> Path | None:
@@ -38,7 +39,7 @@ def resume_point(config: Config, force: bool) -> Path | None:
     out = Path(config.output_dir)
     _check_folder(out)
     mend(out)
-    if config.training.resume_from is not None:
+    if config.training.resume_from is not None and not _between_blocks(config):
         folder = checkpoint.find_checkpoint(config.training.resume_from, out)
         log.info("resuming from %s", folder)
         return folder
@@ -49,9 +50,16 @@ def resume_point(config: Config, force: bool) -> Path | None:
 def _refuse_held(config: Config, force: bool) -> None:
     """Raises UserError if the output folder holds a run that is neither to be replaced nor started from."""
     out = Path(config.output_dir)
-    if outputs(out) and not force and not _starts_within(config):
+    if outputs(out) and not force and not _starts_within(config) and not _between_blocks(config):
         offer = "go on with training.resume_from=latest, " if checkpoint.step_folders(out / "checkpoints") else ""
         raise UserError(f"{out} already holds a run: {offer}choose another output_dir=..., or start over with --force")
+
+
+def _between_blocks(config: Config) -> bool:
+    """Whether the run is to go on, and was interrupted while its blocks were rebuilt: it has no checkpoint yet."""
+    out = Path(config.output_dir)
+    has_steps = bool(checkpoint.step_folders(out / "checkpoints"))
+    return config.training.resume_from == "latest" and (out / BLOCKS).is_dir() and not has_steps
 
 
 def _check_folder(out: Path) -> None:
@@ -68,7 +76,7 @@ def clear(config: Config) -> None:
     to `earlier_1/` (or the next free number), and stays.
     """
     out = Path(config.output_dir)
-    if not outputs(out):
+    if not outputs(out) or _between_blocks(config):
         return
     if _starts_within(config):
         kept = replaced.move(outputs(out), _unused(out, "earlier"))

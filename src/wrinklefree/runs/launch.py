@@ -75,7 +75,8 @@ def run_once(overrides: list[str], force: bool, processes: int | None) -> Config
         log.info("%s: done, in %s", config.training.stage, out)
         return config
     log.info("== %s", config.training.stage)
-    resume = [] if force or not checkpoint.step_folders(out / "checkpoints") else ["training.resume_from=latest"]
+    begun = checkpoint.step_folders(out / "checkpoints") or (out / folder.BLOCKS).is_dir()
+    resume = [] if force or not begun else ["training.resume_from=latest"]
     # The model of a stage without steps has no checkpoint, and is made again at once.
     again = not resume and (config.training.max_steps == 0 or not (out / "final").exists())
     run_stage([*overrides, *resume], force=force or again, processes=processes)

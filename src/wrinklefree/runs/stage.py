@@ -33,7 +33,7 @@ from wrinklefree.models.check import refuse_packed
 from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.objectives.language_model import LanguageObjective, find_objective
-from wrinklefree.runs import prerequisites, setup
+from wrinklefree.runs import prerequisites, rebuilding, setup
 from wrinklefree.runs.report import RESULTS, Results
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.tracking.plotting import plot_runs
@@ -78,6 +78,8 @@ def _train(run: Run, start: Path | None) -> None:
     run.placement.place(reference)
     run.placement.place(student)
     measured.measure_state("full_precision", reference)
+    if rebuilding.wanted(config) and run.resume is None:
+        rebuilding.rebuild(run, original, student)
     if config.method is not None or start is not None:
         measured.measure_state("one_shot", student)
     run.fit(student, objective, teacher=teacher, stream=stream, forecast=True)
@@ -133,7 +135,7 @@ def prepare_student(
             check_same_tokenizer(tokenizer, theirs, f"training.start_from: the model in {start}")
     student.requires_grad_(True)
     if config.method is not None:
-        student = config.method.prepare(student, batches)
+        student = config.method.prepare(student, batches, initialize=not rebuilding.wanted(config))
         log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
     surgery.freeze(student, config.training.freeze_names)
     return student

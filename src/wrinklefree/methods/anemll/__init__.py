@@ -35,7 +35,7 @@ from typing_extensions import Self
 from wrinklefree.core import surgery
 from wrinklefree.core.codes import Codes, look_up
 from wrinklefree.core.forms import Form, low_rank
-from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
+from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, Tensors, quant_layers
 from wrinklefree.core.ste import round_fp16
 from wrinklefree.families.architectures import ATTENTION
 from wrinklefree.methods.anemll import lowrank
@@ -84,6 +84,23 @@ class LutLinear(QuantLinear):
         tensors = {"lut": table, "a": a, "b": b}
         return Codes(index, self.config.bits, tensors, (self.out_features, self.in_features))
 
+    def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
+        a, b = tensors["a"].detach(), tensors["b"].detach()
+        return nearest(weight / guarded(a @ b), tensors["lut"].detach())
+
+    def part(self, tensors: Tensors, columns: Tensor) -> Tensors:
+        return tensors | {"b": tensors["b"][:, columns]}
+
+    def fit(self, importance: Tensor) -> None:
+        self.initialize(importance if self.config.importance else None)
+
+    @torch.no_grad()
+    def adopt(self, weight: Tensor, rounded: Tensor) -> None:
+        super().adopt(weight, rounded)
+        if self.config.view == "v2":
+            table, a, b = (round_fp16(t) for t in self.factors())
+            self.codes.copy_(self.nearest(weight, {"lut": table, "a": a, "b": b}))
+
     def ratios(self, a: Tensor, b: Tensor) -> Tensor:
         """The latent weight divided by the scales a b: W / S [out, in], without gradient."""
         return self.weight.detach() / guarded(a.detach() @ b.detach())
@@ -116,7 +133,7 @@ class LutLinear(QuantLinear):
         return batched(self, x) if self.config.forward == "batched" else super().forward(x)
 
     @torch.no_grad()
-    def adopt(self, factors: Factors, codes: Tensor) -> None:
+    def take(self, factors: Factors, codes: Tensor) -> None:
         """Set the table and factors from `factors`, and in view v2 also the frozen `codes` (uint8 [out, in])."""
         table, a, b = factors
         self.lut.copy_(table)
@@ -141,10 +158,10 @@ class LutLinear(QuantLinear):
         self._adopt_nearest(factors)
 
     def _adopt_nearest(self, factors: Factors) -> None:
-        """Balance `factors`, choose the codes nearest to the weight, and `adopt` both."""
+        """Balance `factors`, choose the codes nearest to the weight, and `take` both."""
         factors = Factors(factors.table, *lowrank.balanced(factors.a, factors.b))
         table, a, b = (round_fp16(t) for t in factors)
-        self.adopt(factors, nearest(self.weight.detach() / guarded(a @ b), table))
+        self.take(factors, nearest(self.weight.detach() / guarded(a @ b), table))
 
     def choose_trained(self, trains: bool) -> None:
         """Turn gradients on for the parameters that the config trains, or off for all if `trains` is False."""
@@ -280,11 +297,11 @@ def converted(layer: LutLinear, config: Config) -> LutLinear:
     new = LutLinear(layer, config)
     factors = Factors(codes.tensors["lut"], codes.tensors["a"], codes.tensors["b"])
     if old.bits == config.bits and _rank(layer, config) >= len(factors.b):
-        new.adopt(_widened(factors, _rank(layer, config)), codes.index)
+        new.take(_widened(factors, _rank(layer, config)), codes.index)
     elif config.requantize == "kmeans":
         table, a, b = _widened(factors, _rank(layer, config))
         table = _kmeans(table, 2**config.bits)
-        new.adopt(Factors(table, a, b), nearest(effective / guarded(a @ b), table))
+        new.take(Factors(table, a, b), nearest(effective / guarded(a @ b), table))
     else:
         new.initialize(None)
     return new

@@ -41,7 +41,7 @@ from wrinklefree.core.batch import model_inputs
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Table
-from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_groups, quant_layers
+from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, Tensors, num_groups, quant_layers
 from wrinklefree.core.norm import RMSNorm, normalized
 from wrinklefree.core.ste import round_fp16, straight_through
 from wrinklefree.families import bitnet
@@ -88,6 +88,19 @@ class TernaryLinear(QuantLinear):
         index = ternary(self.blocks(), exact.detach()).flatten(1)  # codes from the scale before it is rounded to fp16
         return Codes(index, 2, {"scales": round_fp16(exact)}, (self.out_features, self.in_features))
 
+    def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
+        scales = tensors["scales"].detach()
+        return ternary(weight.unflatten(1, (scales.shape[1], -1)), scales).flatten(1)
+
+    def part(self, tensors: Tensors, columns: Tensor) -> Tensors:
+        group = int(columns[0]) * tensors["scales"].shape[1] // self.in_features
+        return {"scales": tensors["scales"][:, group : group + 1]}
+
+    def fit(self, importance: Tensor) -> None:
+        if self.config.scale_mode == "learned":
+            weighted = importance.expand_as(self.weight).unflatten(1, (self.config.groups(self.in_features), -1))
+            self.log_scales.data.copy_(fit(self.blocks(), self.config, weighted).log())
+
     @staticmethod
     def decode(codes: Codes) -> Tensor:
         return decode(codes)
@@ -122,18 +135,20 @@ def start(blocks: Tensor, config: "Config") -> Tensor:
     return scales if config.granularity != "tensor" else scales.mean(0, keepdim=True)
 
 
-def fit(blocks: Tensor, config: "Config") -> Tensor:
+def fit(blocks: Tensor, config: "Config", importance: Tensor | None = None) -> Tensor:
     """The least-squares scales of a weight [out, groups, size], found by alternating with its codes.
 
-    The paper's scales are the start. Shapes are [1, 1], [out, 1] or [out, groups].
+    The paper's scales are the start. Shapes are [1, 1], [out, 1] or [out, groups]. `importance` weights the entries.
     """
     scales = start(blocks, config)
     for _ in range(ALS_ITERATIONS):
         codes = ternary(blocks, scales).float() - 1
-        moments, counts = (blocks * codes).sum(-1), codes.abs().sum(-1)
+        weighted = codes if importance is None else codes * importance
+        moments, counts = (blocks * weighted).sum(-1), (codes * weighted).sum(-1)
         if config.granularity == "tensor":
             moments, counts = moments.sum(0, keepdim=True), counts.sum(0, keepdim=True)
-        scales = (moments / counts.clamp_min(1)).clamp_min(SMALLEST)
+        least = 1.0 if importance is None else SMALLEST
+        scales = (moments / counts.clamp_min(least)).clamp_min(SMALLEST)
     return scales
 
 

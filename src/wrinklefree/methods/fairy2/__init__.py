@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Complex
-from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, num_groups, quant_layers
+from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, Tensors, num_groups, quant_layers
 from wrinklefree.core.ste import round_fp16
 from wrinklefree.methods.fairy2.decode import dequantized, finished, int8_inputs, outer, to_real, units
 from wrinklefree.methods.fairy2.entrywise import entries
@@ -81,24 +81,51 @@ class Fairy2Linear(QuantLinear):
     def setup(self) -> None:
         if self.config.scale_mode == "mean":
             return
-        trained, weight = self.config.scale_mode == "learned", padded(self.weight.detach())
-        grid = self.config.grid(weight.shape[0] // 2, weight.shape[1] // 2)
-        make = fit if self.fits else unfitted
-        made = make(weight, self.config.num_stages, grid, self.config.scale_granularity == "rank1")
+        trained, made = self.config.scale_mode == "learned", self._fitted() if self.fits else self._unfitted()
         for name, tensor in made.items():
             # A logarithm takes relative steps, whatever the size of the weights, and keeps a scale positive.
             self.register_parameter(f"log_{name}", nn.Parameter(tensor.log(), requires_grad=trained))
 
+    def _fitted(self, importance: Tensor | None = None) -> Tensors:
+        weight, rank1 = padded(self.weight.detach()), self.config.scale_granularity == "rank1"
+        return fit(weight, self.config.num_stages, self._grid(), rank1, importance)
+
+    def _unfitted(self) -> Tensors:
+        weight, rank1 = padded(self.weight.detach()), self.config.scale_granularity == "rank1"
+        return unfitted(weight, self.config.num_stages, self._grid(), rank1)
+
+    def _grid(self) -> tuple[int, int]:
+        return self.config.grid((self.out_features + 1) // 2, (self.in_features + 1) // 2)
+
     def encode(self) -> Codes:
-        weight, shape = padded(self.weight.detach()), (self.out_features, self.in_features)
+        weight, shape = self.weight.detach(), (self.out_features, self.in_features)
         if self.config.scale_mode == "mean":
-            index, scales = residual_codes(to_widely_linear(weight), self.config.num_stages)
+            index, scales = residual_codes(to_widely_linear(padded(weight)), self.config.num_stages)
             return Codes(index, 2, {"scales": scales}, shape)
         logs = {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("log_")}
         tensors = {name.removeprefix("log_"): round_fp16(p.exp()) for name, p in logs.items()}
+        return Codes(self.nearest(weight, tensors), 2, tensors, shape)
+
+    def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
+        weight = padded(weight)
         if "rows" in tensors:
             weight = weight / outer(tensors["rows"], tensors["columns"]).detach()
-        return Codes(nearest_codes(to_widely_linear(weight), tensors["scales"].detach()), 2, tensors, shape)
+        return nearest_codes(to_widely_linear(weight), tensors["scales"].detach())
+
+    def part(self, tensors: Tensors, columns: Tensor) -> Tensors:
+        column, scales = int(columns[0]), tensors["scales"]
+        group = column * scales.shape[-1] // ((self.in_features + 1) // 2)
+        parts = tensors | {"scales": scales[..., group : group + 1]}
+        return parts | ({"columns": tensors["columns"][column : column + 1]} if "columns" in tensors else {})
+
+    def column_sets(self) -> list[Tensor]:
+        half = (self.in_features + 1) // 2
+        pairs = [torch.tensor([column, column + half]) for column in range(half)]
+        return [pair[pair < self.in_features] for pair in pairs]
+
+    def fit(self, importance: Tensor) -> None:
+        for name, tensor in self._fitted(importance).items():
+            self.get_parameter(f"log_{name}").data.copy_(tensor.log())
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:

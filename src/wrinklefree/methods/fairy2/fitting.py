@@ -97,14 +97,15 @@ def blocks(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(-1, (like.shape[-1], -1)).unflatten(-3, (like.shape[-2], -1))
 
 
-def fit_scales(Z: Tensor, index: Tensor, like: Tensor) -> Tensor:
+def fit_scales(Z: Tensor, index: Tensor, like: Tensor, importance: Tensor | None = None) -> Tensor:
     """The least-squares scales [2, T, 2, R, G] for given codes. `like` has their shape.
 
-    Each part (U, W), axis, row and group has T x T normal equations of its own.
+    Each part (U, W), axis, row and group has T x T normal equations of its own. `importance` [n, m] weights entries.
     """
     axes = torch.stack(units(index), dim=2)  # [2, T, 2, n, m]
-    gram = torch.einsum("ptarigj,psarigj->pargts", blocks(axes, like), blocks(axes, like))
-    moment = torch.einsum("ptarigj,parigj->pargt", blocks(axes, like), blocks(Z, like))
+    weighted = axes if importance is None else axes * importance
+    gram = torch.einsum("ptarigj,psarigj->pargts", blocks(weighted, like), blocks(axes, like))
+    moment = torch.einsum("ptarigj,parigj->pargt", blocks(weighted, like), blocks(Z, like))
     entries = Z.shape[-2] * Z.shape[-1] / (like.shape[-2] * like.shape[-1])
     # If two stages have equal codes everywhere, rows of the system are equal. The ridge makes the solution unique.
     ridge = 1e-6 * entries * torch.eye(index.shape[1], device=Z.device)
@@ -125,22 +126,33 @@ def balance(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def fit(weight: Tensor, num_stages: int, grid: tuple[int, int], rank1: bool) -> dict[str, Tensor]:
+def fit(
+    weight: Tensor, num_stages: int, grid: tuple[int, int], rank1: bool, importance: Tensor | None = None
+) -> dict[str, Tensor]:
     """Fit the scales of a weight with even widths by alternating least squares: nearest codes, then best scales.
 
+    `importance` [in] says how often an error in a column counts; None counts all once.
     Returns `scales` [2, T, 2, R, G] with (R, G) = `grid`, and for rank1 also `rows` [n] and `columns` [m].
     """
-    factors = {}
+    factors: dict[str, Tensor] = {}
+    counts = None
+    if importance is not None:
+        # U and W mix the columns j and j + m, so their errors share one importance.
+        counts = pad(importance, (0, len(importance) % 2)).unflatten(0, (2, -1)).mean(0).expand(len(weight) // 2, -1)
+        counts = counts / counts.mean()
     if rank1:
         factors = dict(zip(("rows", "columns"), balance(weight), strict=True))
         weight = weight / outer(factors["rows"], factors["columns"])
+        if counts is not None:
+            counts = counts * factors["rows"].square().unsqueeze(1) * factors["columns"].square()
+            counts = counts / counts.mean()
     Z = to_widely_linear(weight)
     index, scales = residual_codes(Z, num_stages)
     like = scales.expand(-1, -1, -1, *grid)
     for _ in range(ALS_ITERATIONS):
-        scales = fit_scales(Z, index, like).abs().clamp_min(TINY)
+        scales = fit_scales(Z, index, like, counts).abs().clamp_min(TINY)
         index = nearest_codes(Z, scales)
-    return {"scales": fit_scales(Z, index, like).abs().clamp_min(TINY), **factors}
+    return {"scales": fit_scales(Z, index, like, counts).abs().clamp_min(TINY), **factors}
 
 
 def unfitted(weight: Tensor, num_stages: int, grid: tuple[int, int], rank1: bool) -> dict[str, Tensor]:

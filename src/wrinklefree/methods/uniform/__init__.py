@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Form, Integers, Table
-from wrinklefree.core.method import QuantLinear, QuantMethod, num_groups
+from wrinklefree.core.method import QuantLinear, QuantMethod, Tensors, num_groups
 from wrinklefree.core.ste import round_fp16
 from wrinklefree.methods.uniform.decode import decode, int8_inputs
 
@@ -64,6 +64,20 @@ class UniformLinear(QuantLinear):
         index = codes_of(blocks, scales, self.config.bits) + 2 ** (self.config.bits - 1)
         shape = (weight.shape[0], weight.shape[1])
         return Codes(index.flatten(1).to(torch.uint8), self.config.bits, {"scales": scales}, shape)
+
+    def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
+        scales = tensors["scales"]
+        blocks = weight.unflatten(1, (scales.shape[1], -1))
+        index = codes_of(blocks, scales, self.config.bits) + 2 ** (self.config.bits - 1)
+        return index.flatten(1).to(torch.uint8)
+
+    def part(self, tensors: Tensors, columns: Tensor) -> Tensors:
+        group = int(columns[0]) * tensors["scales"].shape[1] // self.in_features
+        return {"scales": tensors["scales"][:, group : group + 1]}
+
+    @torch.no_grad()
+    def adopt(self, weight: Tensor, rounded: Tensor) -> None:
+        self.weight.copy_(rounded)  # the scales are computed from the weight, and these values keep them
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:

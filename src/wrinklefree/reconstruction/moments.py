@@ -1,0 +1,48 @@
+"""Second moments of what a block's layers are given: H = sum_t w_t x_t x_t^T / sum_t w_t.
+
+x_t [in] is a layer's input at token t, and w_t says how much an error at that token counts.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from wrinklefree.core.method import QuantLinear
+
+
+class Moments:
+    """Adds up second moments while the layers run. Use it as a context manager, and `weigh` before each run."""
+
+    def __init__(self, layers: Mapping[str, QuantLinear]) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.total = 0.0
+        self.handles = [layer.register_forward_pre_hook(partial(self._see, name)) for name, layer in layers.items()]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def weigh(self, weights: Tensor) -> None:
+        """Give the weights [B, L] of the tokens that run next."""
+        self.weights = weights
+        self.total += weights.double().sum().item()
+
+    @torch.no_grad()
+    def _see(self, name: str, layer: QuantLinear, inputs: tuple[Tensor, ...]) -> None:
+        x = layer.inputs(inputs[0]).float().flatten(0, -2) * self.weights.flatten().sqrt().unsqueeze(1)
+        with torch.autocast(x.device.type, enabled=False):
+            product = (x.T @ x).double()  # the sum over batches is in fp64
+        self.sums[name] = product if name not in self.sums else self.sums[name].add_(product)
+
+    def means(self) -> dict[str, Tensor]:
+        """The moments of each layer by name: fp32 [in, in]."""
+        return {name: (total / self.total).float() for name, total in self.sums.items()}

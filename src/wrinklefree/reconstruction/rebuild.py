@@ -1,0 +1,154 @@
+"""Rebuild a quantized model block by block: each block's output is made equal to the original's on a little text.
+
+    minimize  sum_t |B~(x~_t) - B(x_t)|^2 / |B(x_t)|^2
+
+B is a decoder block of the original, and x_t its input at token t. B~ is the quantized block, and x~_t its input, which
+comes from the quantized blocks before it. So a block also makes up for the errors that it is given.
+
+A token's error is divided by that token's own square norm. Some tokens (the first of a text, line ends) have
+activations a hundred times as large as all others; in a plain sum of squares nothing else would be learned.
+
+Each block is first calibrated (feedback.py), then trained by AdamW with a learning rate that falls to 0. Only one block
+is trained at a time, so memory holds its gradients and moments alone, and two hidden states per token.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from wrinklefree.config.schema import BlockwiseConfig
+from wrinklefree.core.batch import Batch
+from wrinklefree.core.method import QuantLinear, masters
+from wrinklefree.core.surgery import decoder_layers
+from wrinklefree.reconstruction import blocks, feedback
+from wrinklefree.reconstruction.moments import Moments
+from wrinklefree.training import optim
+
+log = logging.getLogger("wrinklefree")
+
+WARMUP = 0.05  # share of a block's steps
+
+
+@dataclass
+class Report:
+    """What came of one block: the mean relative squared error of a token before and after its training."""
+
+    number: int
+    calibrated: float
+    trained: float
+    seconds: float
+
+
+@dataclass
+class Rebuilding:
+    """A model that is rebuilt. `hidden` and `target` are the inputs of the next block, one tensor per batch."""
+
+    original: PreTrainedModel
+    student: PreTrainedModel
+    batches: list[Batch]
+    settings: BlockwiseConfig
+    autocast: Callable[[], AbstractContextManager[Any]]
+    seed: int
+    calibrate: bool = True
+
+    def __post_init__(self) -> None:
+        self.hidden = [self._first(self.student, batch) for batch in self.batches]
+        self.target = [self._first(self.original, batch) for batch in self.batches]
+
+    def _first(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        return blocks.first_inputs(model, self._here(model, batch)).float().cpu()
+
+    def _here(self, model: PreTrainedModel, batch: Batch) -> Batch:
+        return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+    def pass_by(self, number: int) -> None:
+        """Go on to the inputs of the next block, because block `number` is rebuilt already."""
+        self.target = list(self.outputs(self.original, self.target, number))
+        self.hidden = list(self.outputs(self.student, self.hidden, number))
+
+    def rebuild(self, number: int) -> Report:
+        """Calibrate and train block `number`, and go on to the inputs of the next."""
+        started = time.perf_counter()
+        self.target = list(self.outputs(self.original, self.target, number))
+        weights = [token_weights(target) for target in self.target]
+        block = decoder_layers(self.student)[number]
+        if self.calibrate:
+            self._calibrate(number, block, weights)
+        before = self.error(number, weights)
+        after = before
+        if self.settings.steps:
+            self._train(number, block, weights)
+            after = self.error(number, weights)
+        self.hidden = list(self.outputs(self.student, self.hidden, number))
+        return Report(number, before, after, time.perf_counter() - started)
+
+    @torch.no_grad()
+    def outputs(self, model: PreTrainedModel, inputs: list[Tensor], number: int) -> Iterator[Tensor]:
+        """What block `number` of `model` makes of its inputs [B, L, hidden], batch by batch: fp32."""
+        for i, hidden in enumerate(inputs):
+            yield self.output(model, hidden, number, i).float().cpu()
+
+    def output(self, model: PreTrainedModel, hidden: Tensor, number: int, i: int) -> Tensor:
+        """The output of block `number` for the hidden states of batch `i`."""
+        arguments = blocks.arguments(model, self._here(model, self.batches[i]), number)
+        with self.autocast():
+            return blocks.call(decoder_layers(model)[number], hidden.to(model.device), arguments)
+
+    def _calibrate(self, number: int, block: nn.Module, weights: list[Tensor]) -> None:
+        """Calibrate the block's layers, for what each is given while none of them is quantized."""
+        layers = {name: m for name, m in block.named_modules() if isinstance(m, QuantLinear)}
+        with torch.no_grad(), masters(layers.values()), Moments(layers) as moments:
+            for i, hidden in enumerate(self.hidden):
+                moments.weigh(weights[i].to(self.student.device))
+                self.output(self.student, hidden, number, i)
+            found = moments.means()
+        for name, layer in layers.items():
+            feedback.calibrate(layer, found[name].to(layer.weight.device))
+
+    @torch.no_grad()
+    def error(self, number: int, weights: list[Tensor]) -> float:
+        """The mean over tokens of the relative squared error of block `number`."""
+        found = zip(self.outputs(self.student, self.hidden, number), self.target, weights, strict=True)
+        errors = [squared_error(output, target, weight).double() for output, target, weight in found]
+        return (torch.stack(errors).sum() / sum(weight.numel() for weight in weights)).item()
+
+    def _train(self, number: int, block: nn.Module, weights: list[Tensor]) -> None:
+        """Train the block for `settings.steps` steps of one batch each, in shuffled order."""
+        s = self.settings
+        if not any(parameter.requires_grad for parameter in block.parameters()):
+            return
+        optimizers = optim.build(
+            block, name="adamw", lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, muon_lr=s.lr, scale_lr=s.scale_lr
+        )
+        generator = torch.Generator().manual_seed(self.seed * 1000 + number)
+        order = torch.cat([torch.randperm(len(self.hidden), generator=generator) for _ in range(s.steps)])[: s.steps]
+        for step, i in enumerate(order.tolist()):
+            optim.set_rate(optimizers, rate((step + 0.5) / s.steps))
+            output = self.output(self.student, self.hidden[i], number, i)
+            target, weight = self.target[i].to(output.device), weights[i].to(output.device)
+            (squared_error(output, target, weight) / weight.numel()).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+
+def token_weights(target: Tensor) -> Tensor:
+    """1 / |target_t|^2 for hidden states [B, L, hidden]: [B, L]."""
+    return 1 / target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def squared_error(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum over tokens of |output - target|^2, for hidden states [B, L, hidden] and weights [B, L]."""
+    return ((output.float() - target).square().sum(-1) * weights).sum()
+
+
+def rate(progress: float) -> float:
+    """The learning rate, relative to its peak: a short warm-up, then linearly to 0."""
+    return min(progress / WARMUP, 1.0) * (1 - progress) / (1 - WARMUP) if progress < WARMUP else 1 - progress
