@@ -129,8 +129,8 @@ class BlockwiseConfig(Node):
     max_seq_length: Positive = 256  # at most the training's
     batch_size: Positive = 2
     steps: Natural = 96  # for each block; 0 calibrates only
-    lr: PositiveFloat = 5e-4
-    scale_lr: PositiveFloat = 2e-3
+    lr: PositiveFloat = 0.02  # of weights, relative to the root mean square of their matrix
+    scale_lr: PositiveFloat = 5e-3  # of trained scales and norms, relative as well
 
 
 @dataclass(kw_only=True)

@@ -63,11 +63,16 @@ class QuantLinear(nn.Linear):
         """Quantize the current weight. Gradients flow through `Codes.tensors` to trained scales, not through codes."""
         raise TypeError(f"{type(self).__name__} must define encode()")
 
-    def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
-        """The codes of a weight [out, columns] for given scales and tables, as `encode` chooses them.
+    @property
+    def calibrates(self) -> bool:
+        """Whether codes can be chosen by what the layer is given (`reconstruction/`). It needs `nearest`.
 
-        A method that defines it can be calibrated (`reconstruction/`).
+        It also needs scales that stay as they are while the weight changes.
         """
+        return type(self).nearest is not QuantLinear.nearest
+
+    def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
+        """The codes of a weight [out, columns] for given scales and tables, as `encode` chooses them."""
         raise TypeError(f"{type(self).__name__} cannot be calibrated: it does not define nearest()")
 
     def part(self, tensors: Tensors, columns: Tensor) -> Tensors:
@@ -202,11 +207,6 @@ def masters(layers: Iterable[QuantLinear]) -> Iterator[None]:
     finally:
         for layer, effective in zip(layers, kept, strict=True):
             layer.effective = effective
-
-
-def calibrates(layer: QuantLinear) -> bool:
-    """Whether the method of `layer` defines `nearest`, which a calibrated start needs."""
-    return type(layer).nearest is not QuantLinear.nearest
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:

@@ -37,7 +37,10 @@ def calibrate(layer: QuantLinear, moments: Tensor) -> None:
 
     The master becomes a weight whose nearest codes are the chosen ones, so training goes on from there.
     """
-    layer.fit(moments.diagonal().clamp_min(0) / moments.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    mean = moments.diagonal().mean()
+    if mean == 0:
+        return  # nothing comes in, so no code is better than another
+    layer.fit(moments.diagonal() / mean)
     master, rounded = with_feedback(layer, moments)
     layer.adopt(master, rounded)
     layer.effective.clear()

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import BlockwiseConfig
@@ -38,7 +39,10 @@ WARMUP = 0.05  # share of a block's steps
 
 @dataclass
 class Report:
-    """What came of one block: the mean relative squared error of a token before and after its training."""
+    """What came of one block: the mean relative squared error of a token before and after its training.
+
+    A training that did not help is taken back.
+    """
 
     number: int
     calibrated: float
@@ -84,8 +88,12 @@ class Rebuilding:
         before = self.error(number, weights)
         after = before
         if self.settings.steps:
+            kept = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
             self._train(number, block, weights)
             after = self.error(number, weights)
+            if not after < before:  # also if it is NaN
+                block.load_state_dict(kept)
+                after = before
         self.hidden = list(self.outputs(self.student, self.hidden, number))
         return Report(number, before, after, time.perf_counter() - started)
 
@@ -122,11 +130,10 @@ class Rebuilding:
     def _train(self, number: int, block: nn.Module, weights: list[Tensor]) -> None:
         """Train the block for `settings.steps` steps of one batch each, in shuffled order."""
         s = self.settings
-        if not any(parameter.requires_grad for parameter in block.parameters()):
+        trained = groups(block, s)
+        if not trained:
             return
-        optimizers = optim.build(
-            block, name="adamw", lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, muon_lr=s.lr, scale_lr=s.scale_lr
-        )
+        optimizers: list[Optimizer] = [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)]
         generator = torch.Generator().manual_seed(self.seed * 1000 + number)
         order = torch.cat([torch.randperm(len(self.hidden), generator=generator) for _ in range(s.steps)])[: s.steps]
         for step, i in enumerate(order.tolist()):
@@ -137,6 +144,23 @@ class Rebuilding:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+
+
+def groups(block: nn.Module, settings: BlockwiseConfig) -> list[dict[str, Any]]:
+    """The trained parameters of a block for an optimizer, each with its own learning rate.
+
+    Rates are relative to the root mean square of what they train, since models differ in the size of their weights. A
+    logarithm takes relative steps by itself.
+    """
+    scales = optim.scale_parameters(block)
+    found = []
+    for name, parameter in block.named_parameters():
+        if parameter.requires_grad:
+            is_log = name.rpartition(".")[2].startswith("log_")
+            size = 1.0 if is_log else parameter.detach().square().mean().sqrt().item()
+            rate = (settings.scale_lr if parameter in scales or parameter.ndim < 2 else settings.lr) * size
+            found.append({"params": [parameter], "lr": rate, "peak_lr": rate})
+    return found
 
 
 def token_weights(target: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def _refuse_held(config: Config, force: bool) -> None:
     """Raises UserError if the output folder holds a run that is neither to be replaced nor started from."""
     out = Path(config.output_dir)
     if outputs(out) and not force and not _starts_within(config) and not _between_blocks(config):
-        offer = "go on with training.resume_from=latest, " if checkpoint.step_folders(out / "checkpoints") else ""
+        begun = checkpoint.step_folders(out / "checkpoints") or (out / BLOCKS).is_dir()
+        offer = "go on with training.resume_from=latest, " if begun else ""
         raise UserError(f"{out} already holds a run: {offer}choose another output_dir=..., or start over with --force")
 
 

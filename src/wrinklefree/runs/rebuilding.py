@@ -18,7 +18,7 @@ from wrinklefree.config.schema import BlockwiseConfig, Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside
-from wrinklefree.core.method import calibrates, quant_layers
+from wrinklefree.core.method import quant_layers
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.distributed.world import ALONE, barrier
 from wrinklefree.reconstruction.rebuild import Rebuilding
@@ -91,10 +91,10 @@ def _take(block: nn.Module, made: Path, number: int) -> bool:
 def _check_calibrates(student: PreTrainedModel) -> None:
     """Raises UserError if a quantized layer cannot be calibrated."""
     for fqn, layer in quant_layers(student).items():
-        if not calibrates(layer):
+        if not layer.calibrates:
             raise UserError(
-                f"training.start=calibrated: {type(layer).__name__} ({fqn}) defines no nearest(): use "
-                f"training.start=plain"
+                f"training.start=calibrated: {layer.config.name} cannot choose the codes of {fqn} by its inputs with "
+                f"these settings (trained scales can): use training.start=plain"
             )
 
 

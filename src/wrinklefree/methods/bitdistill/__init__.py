@@ -88,6 +88,10 @@ class TernaryLinear(QuantLinear):
         index = ternary(self.blocks(), exact.detach()).flatten(1)  # codes from the scale before it is rounded to fp16
         return Codes(index, 2, {"scales": round_fp16(exact)}, (self.out_features, self.in_features))
 
+    @property
+    def calibrates(self) -> bool:
+        return self.config.scale_mode == "learned"
+
     def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
         scales = tensors["scales"].detach()
         return ternary(weight.unflatten(1, (scales.shape[1], -1)), scales).flatten(1)
@@ -97,9 +101,8 @@ class TernaryLinear(QuantLinear):
         return {"scales": tensors["scales"][:, group : group + 1]}
 
     def fit(self, importance: Tensor) -> None:
-        if self.config.scale_mode == "learned":
-            weighted = importance.expand_as(self.weight).unflatten(1, (self.config.groups(self.in_features), -1))
-            self.log_scales.data.copy_(fit(self.blocks(), self.config, weighted).log())
+        weighted = importance.expand_as(self.weight).unflatten(1, (self.config.groups(self.in_features), -1))
+        self.log_scales.data.copy_(fit(self.blocks(), self.config, weighted).log())
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:

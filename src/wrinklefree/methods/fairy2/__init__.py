@@ -106,6 +106,10 @@ class Fairy2Linear(QuantLinear):
         tensors = {name.removeprefix("log_"): round_fp16(p.exp()) for name, p in logs.items()}
         return Codes(self.nearest(weight, tensors), 2, tensors, shape)
 
+    @property
+    def calibrates(self) -> bool:
+        return self.config.scale_mode != "mean"
+
     def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
         weight = padded(weight)
         if "rows" in tensors:

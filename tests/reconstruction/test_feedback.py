@@ -1,0 +1,111 @@
+"""Codes chosen with error feedback: the same rule for every method, and never worse than the nearest codes."""
+
+import pytest
+import torch
+from tiny import shipped_methods
+from torch import Tensor, nn
+
+from wrinklefree.core.method import QuantLinear, QuantMethod
+from wrinklefree.methods.anemll import Config as Anemll
+from wrinklefree.methods.bitdistill import Config as BitDistill
+from wrinklefree.methods.fairy2 import Config as Fairy2
+from wrinklefree.reconstruction import feedback
+
+pytestmark = pytest.mark.numeric
+
+METHODS = {
+    **{method.name: method for method in shipped_methods() if method.name != "bitdistill"},
+    "w1": Fairy2(num_stages=1),
+    "groups": Fairy2(scale_granularity="group", group_size=8),
+    "rows": Fairy2(scale_granularity="row"),
+    "ternary groups": BitDistill(scale_mode="learned", granularity="group", group_size=16),
+    "ternary": BitDistill(scale_mode="learned"),
+    "frozen codes": Anemll(view="v2"),
+}
+
+
+def layer_of(method: QuantMethod, width: int = 48, out: int = 40) -> QuantLinear:
+    torch.manual_seed(1)
+    return method.layer(nn.Linear(width, out, bias=False), method)
+
+
+def moments(width: int = 48) -> Tensor:
+    """Second moments of inputs that have few directions, and one of them ten times as large as all others."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(256, 8, generator=generator) @ torch.randn(8, width, generator=generator)
+    x = x + 0.3 * torch.randn(256, width, generator=generator)
+    x[:, 3] *= 10
+    return x.T @ x / len(x)
+
+
+def output_error(original: Tensor, rounded: Tensor, H: Tensor) -> float:
+    error = (original - rounded).double()
+    return ((error @ H.double()) * error).sum().item()
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> QuantMethod:
+    return METHODS[request.param]
+
+
+def test_methods_whose_scales_do_not_follow_the_weight_can_be_calibrated(method: QuantMethod) -> None:
+    assert layer_of(method).calibrates
+
+
+@pytest.mark.parametrize("method", [BitDistill(), Fairy2(preset="paper")], ids=["absmean", "paper"])
+def test_methods_whose_scales_follow_the_weight_cannot(method: QuantMethod) -> None:
+    assert not layer_of(method).calibrates
+
+
+def test_the_outputs_are_nearer_than_with_the_nearest_codes(method: QuantMethod) -> None:
+    layer, H = layer_of(method), moments()
+    original = layer.weight.detach().clone()
+    layer.fit(H.diagonal() / H.diagonal().mean())
+    plain = output_error(original, layer.decode(layer.encode()).detach(), H)
+    feedback.calibrate(layer, H)
+    least = 1.0 if method.name == "anemll" else 0.8  # so many ranks leave little to make up for
+    assert output_error(original, layer.decode(layer.encode()).detach(), H) < least * plain
+
+
+def test_the_new_master_stands_for_the_codes_that_were_chosen(method: QuantMethod) -> None:
+    layer = layer_of(method)
+    layer.fit(torch.ones(layer.in_features))
+    master, rounded = feedback.with_feedback(layer, moments())
+    layer.adopt(master, rounded)
+    torch.testing.assert_close(layer.decode(layer.encode()).detach(), rounded, atol=1e-6, rtol=1e-5)
+
+
+def test_uncorrelated_inputs_give_the_nearest_codes(method: QuantMethod) -> None:
+    layer = layer_of(method)
+    nearest = layer.decode(layer.encode()).detach()
+    _, rounded = feedback.with_feedback(layer, torch.eye(layer.in_features))
+    torch.testing.assert_close(rounded, nearest, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 7, 33])
+def test_odd_widths(width: int) -> None:
+    layer = layer_of(Fairy2(), width, 5)
+    feedback.calibrate(layer, moments(width) if width > 3 else torch.eye(width))
+    assert layer.decode(layer.encode()).isfinite().all()
+
+
+def test_inputs_that_are_always_zero(method: QuantMethod) -> None:
+    layer = layer_of(method)
+    H = moments()
+    H[5] = H[:, 5] = 0
+    feedback.calibrate(layer, H)
+    assert layer.decode(layer.encode()).isfinite().all()
+    feedback.calibrate(layer, torch.zeros_like(H))
+    assert layer.decode(layer.encode()).isfinite().all()
+
+
+def test_two_threads_choose_what_one_chooses(method: QuantMethod) -> None:
+    codes = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        layer = layer_of(method, 144, 96)
+        feedback.calibrate(layer, moments(144))
+        codes.append(layer.encode().index)
+    torch.set_num_threads(before)
+    assert torch.equal(*codes)

@@ -1,0 +1,138 @@
+"""Blocks that are rebuilt: closer to the original's, resumable, and not ruled by a token with large activations."""
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import VOCAB, llama
+from torch import Tensor
+from toyrun import overrides, toy_files
+from transformers import PreTrainedModel
+
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.schema import BlockwiseConfig
+from wrinklefree.core.batch import Batch
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import QuantMethod, quant_layers
+from wrinklefree.methods.anemll import Config as Anemll
+from wrinklefree.methods.bitdistill import Config as BitDistill
+from wrinklefree.methods.fairy2 import Config as Fairy2
+from wrinklefree.methods.uniform import Config as Uniform
+from wrinklefree.reconstruction.rebuild import Rebuilding, squared_error, token_weights
+from wrinklefree.runs import launch
+from wrinklefree.runs.stage import train_stage
+
+pytestmark = pytest.mark.numeric
+
+
+def batches() -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, VOCAB, (2, 16), generator=generator)} for _ in range(8)]
+
+
+def rebuilding_of(method: QuantMethod, **settings: float) -> tuple[Rebuilding, PreTrainedModel]:
+    original = llama().requires_grad_(False)
+    student = method.prepare(copy.deepcopy(original).requires_grad_(True), batches())
+    assert isinstance(student, PreTrainedModel)
+    chosen = BlockwiseConfig(enabled=True, **{"steps": 24, **settings})  # type: ignore[arg-type]
+    return Rebuilding(original, student, batches(), chosen, nullcontext, seed=0), student
+
+
+METHODS = [Fairy2(), BitDistill(scale_mode="learned"), Anemll(rank=2, attn_bits=2, attn_rank=2), Uniform(bits=2)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_training_a_block_brings_it_nearer_to_the_originals(method: QuantMethod) -> None:
+    work, _ = rebuilding_of(method, lr=0.005, scale_lr=0.002)
+    for number in range(2):
+        report = work.rebuild(number)
+        assert report.trained < 0.98 * report.calibrated
+
+
+def test_a_training_that_does_not_help_is_taken_back() -> None:
+    work, _ = rebuilding_of(Fairy2(), lr=1e6, scale_lr=1e6)
+    report = work.rebuild(0)
+    assert report.trained == report.calibrated
+    weights = [token_weights(target) for target in work.target]
+    inputs = rebuilding_of(Fairy2())[0].hidden
+    work.hidden = inputs
+    assert work.error(0, weights) == report.calibrated
+
+
+def test_calibration_brings_a_model_nearer_than_its_plain_start() -> None:
+    work, _ = rebuilding_of(Fairy2(), steps=0)
+    weights = [token_weights(target) for target in work.outputs(work.original, work.target, 0)]
+    work.target = list(work.outputs(work.original, work.target, 0))
+    plain = work.error(0, weights)
+    work, _ = rebuilding_of(Fairy2(), steps=0)
+    assert work.rebuild(0).calibrated < plain
+
+
+def test_a_token_with_large_activations_counts_as_much_as_any_other() -> None:
+    torch.manual_seed(0)
+    target = torch.randn(1, 5, 8)
+    target[0, 0] *= 1000
+    output = target + 0.1 * target.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(torch.ones(8), dim=0)
+    each = squared_error(output, target, token_weights(target)) / 5
+    assert each.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    def weights() -> list[Tensor]:
+        work, student = rebuilding_of(Fairy2(), steps=6)
+        work.rebuild(0)
+        return [layer.weight.detach() for layer in quant_layers(student).values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(), weights(), strict=True))
+
+
+BLOCKWISE = ("training.start=calibrated", "training.blockwise.enabled=true", "training.blockwise.steps=4")
+
+
+def settings(folder: Path, *more: str) -> list[str]:
+    return overrides(folder, *BLOCKWISE, "training.blockwise.tokens=128", "training.max_steps=0", *more)
+
+
+def final(run: Path) -> bytes:
+    return (run / "final" / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_is_killed_between_blocks_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy_files(tmp_path)
+    train_stage(load_config(settings(tmp_path, f"output_dir={tmp_path / 'unbroken'}")), force=False)
+    rebuild, done = Rebuilding.rebuild, []
+
+    def dies(self: Rebuilding, number: int) -> object:
+        if number == 1:
+            raise KeyboardInterrupt
+        done.append(number)
+        return rebuild(self, number)
+
+    monkeypatch.setattr(Rebuilding, "rebuild", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(load_config(settings(tmp_path)), force=False)
+    monkeypatch.setattr(Rebuilding, "rebuild", rebuild)
+    with pytest.raises(UserError, match="resume_from=latest"):
+        train_stage(load_config(settings(tmp_path)), force=False)
+    launch.run_once(settings(tmp_path), force=False, processes=None)
+    assert done == [0]
+    assert final(tmp_path / "run") == final(tmp_path / "unbroken")
+
+
+def test_a_broken_block_is_named(tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    blocks = tmp_path / "run" / "blocks"
+    blocks.mkdir(parents=True)
+    (blocks / "block_0.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"block_0\.safetensors: broken"):
+        train_stage(load_config(settings(tmp_path, "training.resume_from=latest")), force=False)
+
+
+def test_a_method_that_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    with pytest.raises(UserError, match=r"training\.start=calibrated: fairy2 .*q_proj"):
+        train_stage(load_config(settings(tmp_path, "method.preset=paper")), force=False)
