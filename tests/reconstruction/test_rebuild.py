@@ -32,12 +32,12 @@ def batches() -> list[Batch]:
     return [{"input_ids": torch.randint(0, VOCAB, (2, 16), generator=generator)} for _ in range(8)]
 
 
-def rebuilding_of(method: QuantMethod, **settings: float) -> tuple[Rebuilding, PreTrainedModel]:
+def rebuilding_of(method: QuantMethod, steps: int = 24, **settings: float) -> tuple[Rebuilding, PreTrainedModel]:
     original = llama().requires_grad_(False)
     student = method.prepare(copy.deepcopy(original).requires_grad_(True), batches())
     assert isinstance(student, PreTrainedModel)
-    chosen = BlockwiseConfig(enabled=True, **{"steps": 24, **settings})  # type: ignore[arg-type]
-    return Rebuilding(original, student, batches(), chosen, nullcontext, seed=0), student
+    chosen = BlockwiseConfig(enabled=True, **settings)
+    return Rebuilding(original, student, batches(), chosen, nullcontext, 0, steps), student
 
 
 METHODS = [Fairy2(), BitDistill(scale_mode="learned"), Anemll(rank=2, attn_bits=2, attn_rank=2), Uniform(bits=2)]

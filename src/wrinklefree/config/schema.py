@@ -128,7 +128,7 @@ class BlockwiseConfig(Node):
     tokens: Positive = 24576  # of the training text; all blocks see the same
     max_seq_length: Positive = 256  # at most the training's
     batch_size: Positive = 2
-    steps: Natural = 96  # for each block; 0 calibrates only
+    steps: Natural | Auto = "auto"  # for each block; auto: 96, or as many as training.max_steps if these are fewer
     lr: PositiveFloat = 0.02  # of weights, relative to the root mean square of their matrix
     scale_lr: PositiveFloat = 5e-3  # of trained scales and norms, relative as well
 
@@ -139,7 +139,7 @@ class TrainingConfig(Node):
 
     stage: str
     objective: str = "language_modelling"  # a file in objectives/kinds/, or in objectives/ of your working directory
-    start: Literal["plain", "calibrated"] = "plain"  # calibrated: scales and codes by the inputs of each layer
+    start: Literal["auto", "plain", "calibrated"] = "plain"  # calibrated: codes by the inputs; auto: if the method can
     blockwise: BlockwiseConfig = field(default_factory=BlockwiseConfig)
     start_from: list[str] = field(default_factory=list)  # earlier stages or folders; the first that exists is used
     total_tokens: Tokens | Auto = "auto"

@@ -60,6 +60,7 @@ class Rebuilding:
     settings: BlockwiseConfig
     autocast: Callable[[], AbstractContextManager[Any]]
     seed: int
+    steps: int  # for each block
     calibrate: bool = True
 
     def __post_init__(self) -> None:
@@ -87,7 +88,7 @@ class Rebuilding:
             self._calibrate(number, block, weights)
         before = self.error(number, weights)
         after = before
-        if self.settings.steps:
+        if self.steps:
             kept = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
             self._train(number, block, weights)
             after = self.error(number, weights)
@@ -128,16 +129,16 @@ class Rebuilding:
         return (torch.stack(errors).sum() / sum(weight.numel() for weight in weights)).item()
 
     def _train(self, number: int, block: nn.Module, weights: list[Tensor]) -> None:
-        """Train the block for `settings.steps` steps of one batch each, in shuffled order."""
-        s = self.settings
-        trained = groups(block, s)
+        """Train the block for `steps` steps of one batch each, in shuffled order."""
+        trained = groups(block, self.settings)
         if not trained:
             return
         optimizers: list[Optimizer] = [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)]
         generator = torch.Generator().manual_seed(self.seed * 1000 + number)
-        order = torch.cat([torch.randperm(len(self.hidden), generator=generator) for _ in range(s.steps)])[: s.steps]
+        passes = -(-self.steps // len(self.hidden))
+        order = torch.cat([torch.randperm(len(self.hidden), generator=generator) for _ in range(passes)])[: self.steps]
         for step, i in enumerate(order.tolist()):
-            optim.set_rate(optimizers, rate((step + 0.5) / s.steps))
+            optim.set_rate(optimizers, rate((step + 0.5) / self.steps))
             output = self.output(self.student, self.hidden[i], number, i)
             target, weight = self.target[i].to(output.device), weights[i].to(output.device)
             (squared_error(output, target, weight) / weight.numel()).backward()

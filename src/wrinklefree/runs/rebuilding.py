@@ -4,7 +4,6 @@ The run's folder has `blocks/block_N.safetensors` for each block that is done. A
 """
 
 import logging
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,14 +27,41 @@ from wrinklefree.tracking.terminal import spoken_time
 
 log = logging.getLogger("wrinklefree")
 
+STEPS = 96  # for each block, if that is left to us
+LEAST_TOKENS = 4096  # with fewer, the second moments of wide layers are mostly noise
+
 
 def wanted(config: Config) -> bool:
-    """Whether the run begins with a calibration or with blocks that are rebuilt."""
-    return config.method is not None and (config.training.start == "calibrated" or config.training.blockwise.enabled)
+    """Whether the run begins with a calibration or with blocks that are rebuilt, because no stage came before it."""
+    t = config.training
+    return config.method is not None and not t.start_from and (t.start != "plain" or t.blockwise.enabled)
+
+
+def choose_steps(config: Config) -> int:
+    """The steps for each block, if `training.blockwise.steps` is auto by those of the training."""
+    t = config.training
+    if not t.blockwise.enabled:
+        return 0
+    if not isinstance(t.blockwise.steps, str):
+        return t.blockwise.steps
+    return min(STEPS, t.max_steps) if t.max_steps else STEPS
+
+
+def choose_start(config: Config, student: PreTrainedModel) -> bool:
+    """Whether the codes are calibrated. Raises UserError if they have to be, and the method cannot."""
+    plain = [fqn for fqn, layer in quant_layers(student).items() if not layer.calibrates]
+    if config.training.start == "calibrated" and plain:
+        raise UserError(
+            f"training.start=calibrated: {config.method.name} cannot choose the codes of {plain[0]} by its inputs with "
+            f"these settings (trained scales can): use training.start=plain"
+        )
+    if config.training.start == "auto" and plain:
+        log.info("a plain start: with these settings, %s cannot choose codes by what layers are given", plain[0])
+    return config.training.start != "plain" and not plain
 
 
 def rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Calibrate and rebuild `student`, in place. Raises UserError if its method cannot be calibrated."""
+    """Calibrate and rebuild `student`, in place. Raises UserError if it has to be calibrated, and cannot be."""
     made = run.out / folder.BLOCKS
     if run.is_main:
         made.mkdir(exist_ok=True)
@@ -48,15 +74,12 @@ def rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> No
 
 def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made: Path) -> None:
     """Rebuild the blocks that are not in the folder `made`, and write them there."""
-    t, blocks = run.config.training, decoder_layers(student)
-    settings = t.blockwise if t.blockwise.enabled else replace(t.blockwise, steps=0)
-    calibrated = t.start == "calibrated"
-    if calibrated:
-        _check_calibrates(student)
-    batches = rows(run, settings)
+    config, blocks = run.config, decoder_layers(student)
+    calibrated, steps = choose_start(config, student), choose_steps(config)
+    batches = rows(run, config.training.blockwise, steps)
     log.info("rebuilding %d blocks on %s tokens", len(blocks), f"{sum(b['input_ids'].numel() for b in batches):,}")
     autocast = partial(run.plan.autocast, student.device)
-    work = Rebuilding(original, student, batches, settings, autocast, run.config.seed, calibrated)
+    work = Rebuilding(original, student, batches, config.training.blockwise, autocast, config.seed, steps, calibrated)
     for number, block in enumerate(blocks):
         if _take(block, made, number):
             work.pass_by(number)
@@ -64,7 +87,7 @@ def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made
         report = work.rebuild(number)
         with file_aside(_file(made, number)) as aside:
             save_file({name: tensor.contiguous() for name, tensor in block.state_dict().items()}, aside)
-        errors = f"error {report.calibrated:.4f}" + (f" -> {report.trained:.4f}" if settings.steps else "")
+        errors = f"error {report.calibrated:.4f}" + (f" -> {report.trained:.4f}" if steps else "")
         left = spoken_time(report.seconds * (len(blocks) - number - 1))
         log.info("block %d of %d: %s, %.0f s (%s to go)", number + 1, len(blocks), errors, report.seconds, left)
 
@@ -88,20 +111,14 @@ def _take(block: nn.Module, made: Path, number: int) -> bool:
     return True
 
 
-def _check_calibrates(student: PreTrainedModel) -> None:
-    """Raises UserError if a quantized layer cannot be calibrated."""
-    for fqn, layer in quant_layers(student).items():
-        if not layer.calibrates:
-            raise UserError(
-                f"training.start=calibrated: {layer.config.name} cannot choose the codes of {fqn} by its inputs with "
-                f"these settings (trained scales can): use training.start=plain"
-            )
+def rows(run: Run, settings: BlockwiseConfig, steps: int) -> list[Batch]:
+    """The first rows of the training text, cut to the length of `settings`, as batches.
 
-
-def rows(run: Run, settings: BlockwiseConfig) -> list[Batch]:
-    """The first rows of the training text that hold `settings.tokens` tokens, cut to its length, as batches."""
+    They hold `settings.tokens` tokens, or as many as the steps see if these are fewer.
+    """
     length = min(settings.max_seq_length, run.plan.length)
-    count = max(1, settings.tokens // length)
+    tokens = min(settings.tokens, max(LEAST_TOKENS, steps * settings.batch_size * length))
+    count = max(1, tokens // length)
     found: list[Tensor] = []
     for batch in setup.open_stream(run.config, run.tokenizer, ALONE):
         ids = batch["input_ids"]
