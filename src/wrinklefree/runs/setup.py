@@ -35,7 +35,7 @@ from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
 from wrinklefree.models.load import Loaded, load_pretrained
 from wrinklefree.objectives.base import LOSS, Objective
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
-from wrinklefree.runs import folder, preflight
+from wrinklefree.runs import folder, preflight, self_text
 from wrinklefree.training.loop import Evaluate, OnStep, do_nothing, fit
 from wrinklefree.training.plan import Plan, choose_length, make_plan
 from wrinklefree.training.state import Stream
@@ -162,7 +162,8 @@ def open_run(
 ) -> Run:
     """Join the other processes, load the model, and make the plan that every `auto` comes to.
 
-    Only `max_seq_length` is written into `config`. On the disk nothing is written or removed.
+    Only `max_seq_length` is written into `config`, and with `data=self` the path of the text. On the disk nothing is
+    written or removed but that text, which belongs to no run.
 
     `reads_text` says whether the run trains on `config.data`; if not, that is not looked at.
 
@@ -185,6 +186,8 @@ def open_run(
     model.to(placement.build_device)
     plan = make_plan(t, config.model, model, length, world)
     if reads_text:
+        if load is None:
+            self_text.write(config, model, tokenizer, world)
         preflight.check_passes(config, tokenizer, plan)
     return Run(config, world, resume, model, tokenizer, placement, plan, force, joined)
 
