@@ -8,6 +8,7 @@
 The fingerprint is that of the model and of how it writes, not of N: a longer text begins with the shorter one.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -71,13 +72,15 @@ class Documents:
         """The tokens of all documents that were not dropped."""
         return sum(written.tokens for written in self.done.values() if written.row is not None)
 
-    def missing(self) -> Iterator[int]:
-        """The numbers of the documents that are not done, without end."""
-        number = 0
-        while True:
-            if number not in self.done:
-                yield number
-            number += 1
+    def missing(self, together: int) -> Iterator[int]:
+        """The numbers of the documents that are not done, without end.
+
+        Documents that are written together come together, the done ones too if one of them is missing.
+        """
+        for start in itertools.count(0, together):
+            numbers = range(start, start + together)
+            if any(number not in self.done for number in numbers):
+                yield from numbers
 
     def first(self, tokens: int) -> list[Written] | None:
         """The first documents by number that have so many tokens, dropped ones too; None if some are not done yet."""

@@ -49,6 +49,7 @@ class Voice(Protocol):
     """Runs a model on documents."""
 
     name: str
+    together: int  # documents that depend on one another: those whose numbers have the same quotient by this number
 
     @property
     def begun(self) -> int:
@@ -99,6 +100,7 @@ class NativeVoice:
         self.engine = Engine.from_source(RoundedSource(model), threads, length, slots, half_cache=True)
         self.manner = manner
         self.name = f"{self.engine.describe()}, 8-bit weights, {slots} documents at a time"
+        self.together = 1
         self.opened: dict[int, _Open] = {}
 
     @property
@@ -156,6 +158,7 @@ class TransformersVoice:
         self.model = copy.deepcopy(model).to(torch.bfloat16) if half else model
         self.manner = manner
         self.name = f"transformers ({reason}), {GROUP} documents at a time"
+        self.together = GROUP
         self.begun = 0  # a group is done at once
 
     def tell(self, documents: Iterator[tuple[int, Writing]], over: Over) -> Iterator[Told]:

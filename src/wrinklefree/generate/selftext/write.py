@@ -108,12 +108,13 @@ def _write(
     progress = _Progress(documents.tokens, wish.tokens)
     try:
         cut: list[Written] = []
-        numbers = ((number, author.begin(number)) for number in documents.missing())
+        numbers = ((number, author.begin(number)) for number in documents.missing(voice.together))
         for told in voice.tell(numbers, lambda: wish.minutes is not None and _minutes(start) >= wish.minutes):
             if told.cut:
                 cut.append(told.written)
                 continue
-            documents.add(told.written)
+            if told.written.number not in documents.done:
+                documents.add(told.written)
             progress.show(documents.tokens + voice.begun)
             if documents.first(wish.tokens):
                 break
