@@ -131,4 +131,5 @@ def _more(config: Config, times: float) -> str:
     """Say how to get more text, `times` as much as there is."""
     if config.data.source != "self":
         return "give more text (data=local data.path=FOLDER)"
-    return f"let the model write more (data.self_tokens={math.ceil(times * config.data.self_tokens)})"
+    enough = math.ceil(1.05 * times * config.data.self_tokens)  # its size is estimated from a sample
+    return f"let the model write more (data.self_tokens={enough})"

@@ -39,6 +39,7 @@ class Documents:
         """Read the file, and drop a damaged tail. Raises UserError if the file cannot be read or mended."""
         self.file = folder / DOCUMENTS
         self.done: dict[int, Written] = {}
+        self.tokens = 0  # of all documents that were not dropped
         if self.file.is_file():
             self._read()
 
@@ -50,7 +51,7 @@ class Documents:
                     written = _parsed(line)
                     if written is None:
                         break
-                    self.done[written.number] = written
+                    self._note(written)
                     good += len(line)
             lost = self.file.stat().st_size - good
             if lost:
@@ -65,12 +66,11 @@ class Documents:
         line = json.dumps(vars(written)) + "\n"
         with full_disk_said(self.file), self.file.open("a", encoding="utf-8") as file:
             file.write(line)
-        self.done[written.number] = written
+        self._note(written)
 
-    @property
-    def tokens(self) -> int:
-        """The tokens of all documents that were not dropped."""
-        return sum(written.tokens for written in self.done.values() if written.row is not None)
+    def _note(self, written: Written) -> None:
+        self.done[written.number] = written
+        self.tokens += 0 if written.row is None else written.tokens
 
     def missing(self, together: int) -> Iterator[int]:
         """The numbers of the documents that are not done, without end.
@@ -84,6 +84,8 @@ class Documents:
 
     def first(self, tokens: int) -> list[Written] | None:
         """The first documents by number that have so many tokens, dropped ones too; None if some are not done yet."""
+        if self.tokens < tokens:
+            return None
         found: list[Written] = []
         while tokens > 0:
             written = self.done.get(len(found))
