@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from tiny import tokenizer
 from toyrun import CPU, resolved, rows, run, toy_files
 from typer.testing import CliRunner
 
@@ -15,7 +16,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.data.open import heldout_rows, training_rows
 from wrinklefree.generate.selftext import write
 from wrinklefree.models.load import open_tokenizer
-from wrinklefree.runs import launch, setup
+from wrinklefree.runs import launch
 from wrinklefree.runs.setup import open_run
 
 SELF = ("data=self", "data.path=auto", "data.self_tokens=3000", "data.self_length=48")
@@ -127,7 +128,8 @@ def test_a_cache_of_the_models_answers_to_its_own_text(folder: Path) -> None:
     assert (folder / "cache" / "manifest.json").is_file()
 
 
-def test_a_model_without_weights_has_no_text(folder: Path) -> None:
+def test_a_model_without_weights_has_no_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "build_model", lambda config: pytest.fail("the model was built"))
     with pytest.raises(UserError, match="data=self: there is no text yet"):
         pretrain.run(["model=tiny", "data=self", f"output_dir={folder / 'p'}", "training.max_steps=1"], force=False)
 
@@ -135,4 +137,4 @@ def test_a_model_without_weights_has_no_text(folder: Path) -> None:
 def test_settings_of_own_text_are_refused_for_other_data() -> None:
     config = load_config(["data=stdlib", "data.self_tokens=5"])
     with pytest.raises(UserError, match=r"data\.self_tokens=5 has no effect with data.source=stdlib"):
-        setup.preflight.preview(config.data, open_tokenizer("gpt2"))
+        training_rows(config.data, tokenizer())

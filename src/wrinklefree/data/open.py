@@ -302,6 +302,15 @@ def is_unwritten(config: DataConfig) -> bool:
     return config.source == "self" and config.path == UNWRITTEN
 
 
+def check_written(config: DataConfig) -> None:
+    """Raises UserError for text that a model is still to write."""
+    if is_unwritten(config):
+        raise UserError(
+            "data=self: there is no text yet: only the training of a pretrained model, or `wf selftext`, writes it; "
+            "here, name a file that it wrote with data.path=FILE"
+        )
+
+
 def _library(split: Split, tests: bool) -> sources.Memory:
     try:
         return sources.Memory("data=stdlib" + " with tests" * tests, stdlib.documents(split, tests))
@@ -311,11 +320,7 @@ def _library(split: Split, tests: bool) -> sources.Memory:
 
 def _refuse_unread(config: DataConfig) -> None:
     """Raises UserError if a setting would have no effect, or if the text is not written yet."""
-    if is_unwritten(config):
-        raise UserError(
-            "data=self: there is no text yet: only the training of a pretrained model, or `wf selftext`, writes it; "
-            "here, name a file that it wrote with data.path=FILE"
-        )
+    check_written(config)
     defaults = type(config)(source=config.source)
     for key, readers in _READ_BY.items():
         value = vars(config)[key]

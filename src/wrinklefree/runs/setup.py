@@ -25,7 +25,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.read import KDCache, KDStream
-from wrinklefree.data.open import heldout_batches, heldout_examples, training_stream
+from wrinklefree.data.open import check_written, heldout_batches, heldout_examples, training_stream
 from wrinklefree.data.packing import BatchStream
 from wrinklefree.data.sources import Example
 from wrinklefree.distributed.sharding import Whole, choose_placement
@@ -198,6 +198,8 @@ def _checked(config: Config, force: bool, reads_text: bool, own_model: bool) -> 
     preflight.check_places(config)
     if not own_model:
         preflight.check_model(config, reads_text)
+    elif reads_text:
+        check_written(config.data)
     return resume
 
 

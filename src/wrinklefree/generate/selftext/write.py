@@ -137,7 +137,7 @@ class _Progress:
 
     def show(self, tokens: int) -> None:
         here, seconds = tokens - self.already, time.monotonic() - self.start
-        done = min(tokens, self.total)
+        done = min(tokens, self.total - 1)  # it is never done before the last document is
         self.bar.show(done, f"{here / max(seconds, 1e-9):.0f} tokens/s  ETA {self.clock.remaining(done)}")
 
     def close(self) -> None:
