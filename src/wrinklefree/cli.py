@@ -297,6 +297,28 @@ def cache(
     call("cache", out, model=model, force=force, overrides=overrides or [], shard_size=shard_size, **sizes)
 
 
+@app.command()
+def selftext(
+    model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
+    tokens: Annotated[str, typer.Option(help="How much to write, such as 50000, 200k or 2M.")] = "200k",
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so many minutes of writing.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl file that gets a copy.")] = None,
+    force: Force = False,
+    overrides: Overrides = None,
+) -> None:
+    """Let a model write the text that data=self trains on.
+
+    The text is kept in outputs/self_text/, where later trainings of this model find it. An interrupted writing goes on.
+    Settings may be data.self_* and output_root.
+
+    \b
+    Example:
+      wf selftext -m tiny --tokens 20k
+      wf selftext -m smollm2_135m --tokens 200k -o own.jsonl data.self_chat=0.8
+    """
+    call("selftext", model, tokens, minutes=minutes, out=out, force=force, overrides=overrides or [])
+
+
 @app.command("eval")
 def evaluate(
     path: ModelFolder,

@@ -32,6 +32,7 @@ VERBS = [
     "train",
     "pretrain",
     "cache",
+    "selftext",
     "eval",
     "plot",
     "generate",

@@ -40,7 +40,7 @@ from wrinklefree.models.find import resolve_pretrained
 from wrinklefree.models.load import load_pretrained, open_tokenizer
 from wrinklefree.objectives.language_model import BodyAndHead
 from wrinklefree.objectives.losses import CHUNK, NEVER
-from wrinklefree.runs import prerequisites
+from wrinklefree.runs import prerequisites, self_text
 from wrinklefree.tracking.progress import Bar, Clock, Lines
 from wrinklefree.tracking.terminal import short_size
 from wrinklefree.training.plan import choose_dtype, choose_length
@@ -100,6 +100,7 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
     world = join_world()
     log.info("loading %s", config.model.pretrained)
     teacher, tokenizer = load_pretrained(config.model)
+    self_text.write(config, teacher, tokenizer, world)
     length = choose_length(config.training.max_seq_length, teacher, None)
     size, wanted_tokens = config.training.batch_size, sizes["num_heldout"] * length
     held_out = heldout_batches(config.data, tokenizer, batch_size=size, length=length, max_tokens=wanted_tokens)

@@ -7,10 +7,11 @@ import torch
 from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.data.open import is_unwritten
 from wrinklefree.distributed.world import World, own_device
 from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import meta_model, open_tokenizer
-from wrinklefree.runs import launch, preflight
+from wrinklefree.runs import launch, preflight, self_text
 from wrinklefree.training.plan import choose_length, make_plan
 
 log = logging.getLogger("wrinklefree")
@@ -56,6 +57,8 @@ def show(config: Config, processes: int) -> None:
         length = choose_length(config.training.max_seq_length, model, config.distillation.cache)
         plan = make_plan(config.training, config.model, model, length, World(0, processes, own_device()))
         tokenizer = open_tokenizer(str(source), config.model.trust_remote_code)
+        if is_unwritten(config.data):
+            log.info("%s", self_text.describe(config, tokenizer))
         problem = preflight.too_many_passes(config, tokenizer, plan)
         if problem is not None:
             log.warning("the run would be refused: %s", problem)

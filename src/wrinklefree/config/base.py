@@ -26,6 +26,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
 Auto = Literal["auto"]
 
 

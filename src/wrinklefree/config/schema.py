@@ -17,6 +17,7 @@ from wrinklefree.config.base import (
     Positive,
     PositiveFloat,
     Seed,
+    Share,
     Tokens,
 )
 from wrinklefree.config.thinking import ThinkingConfig
@@ -62,10 +63,12 @@ class ModelConfig(Node):
 class DataConfig(Node):
     """The text to train on. docs/configuration.md says what each source reads."""
 
-    source: Literal["stdlib", "local", "hub", "downstream"]
+    source: Literal["stdlib", "local", "hub", "downstream", "self"]
     task: str | None = None  # downstream: sst2, mnli, qnli, cnn_dailymail, stdlib_kind or mod7_chains
     tests: bool = False  # stdlib: with the library's own tests, if this Python has them
-    path: str | None = None  # local: file or folder; hub: dataset id
+    path: str | None = (
+        None  # local: file or folder; hub: dataset id; self: `auto`, or a file that the model wrote before
+    )
     subset: str | None = None
     split: str = "train"  # or a part of it, such as train[:1000]
     text_column: str = "text"
@@ -79,6 +82,13 @@ class DataConfig(Node):
     bad_rows: Literal["error", "skip"] = "error"  # a row that cannot be read ends the run, or is left out and counted
     allow_changes: bool = False  # resume although the data is not what the checkpoint was trained on
     max_passes: PositiveFloat = 4  # over the text; a number of tokens that needs more is refused
+    self_tokens: Tokens = 200_000  # that the model writes before its training
+    self_minutes: PositiveFloat | None = None  # at most, for writing; what there is by then is used
+    self_length: Positive = 512  # tokens of a document, at most
+    self_chat: Fraction = 0.5  # share of documents that are conversations, if the tokenizer has a chat template
+    self_temperature: PositiveFloat = 1.0
+    self_top_p: Share = 0.95
+    self_seed: Seed = 0  # another one gives another text
 
 
 @dataclass(kw_only=True)

@@ -28,7 +28,7 @@ from wrinklefree.data.tokenizer import tokenizer_fingerprint
 # Settings that only some sources read, with those sources. Set for any other source, they are an error.
 _READ_BY = {
     "tests": ("stdlib",),
-    "path": ("local", "hub", "downstream"),
+    "path": ("local", "hub", "downstream", "self"),
     "text_column": ("local", "hub"),
     "format": ("local", "hub"),
     "enable_thinking": ("local", "hub"),
@@ -39,7 +39,10 @@ _READ_BY = {
     "heldout_path": ("local", "downstream"),
     "task": ("downstream",),
     "bad_rows": ("local", "hub", "downstream"),
+    **{f"self_{key}": ("self",) for key in ("tokens", "minutes", "length", "chat", "temperature", "top_p", "seed")},
 }
+
+UNWRITTEN = "auto"  # the path of text that the model of this run is still to write
 
 # What decides which documents a setting gives, and how they are read; paths are compared by their content instead.
 _IDENTITY = (
@@ -291,7 +294,21 @@ def _may_be_endless(config: DataConfig) -> bool:
 
 
 def _is_local(config: DataConfig) -> bool:
-    return config.source == "local" or (config.source == "downstream" and config.path is not None)
+    return config.source in ("local", "self") or (config.source == "downstream" and config.path is not None)
+
+
+def is_unwritten(config: DataConfig) -> bool:
+    """Whether this is text that the model of the run is still to write (`data=self`)."""
+    return config.source == "self" and config.path == UNWRITTEN
+
+
+def check_written(config: DataConfig) -> None:
+    """Raises UserError for text that a model is still to write."""
+    if is_unwritten(config):
+        raise UserError(
+            "data=self: there is no text yet: only the training of a pretrained model, or `wf selftext`, writes it; "
+            "here, name a file that it wrote with data.path=FILE"
+        )
 
 
 def _library(split: Split, tests: bool) -> sources.Memory:
@@ -302,7 +319,8 @@ def _library(split: Split, tests: bool) -> sources.Memory:
 
 
 def _refuse_unread(config: DataConfig) -> None:
-    """Raises UserError if a setting would have no effect."""
+    """Raises UserError if a setting would have no effect, or if the text is not written yet."""
+    check_written(config)
     defaults = type(config)(source=config.source)
     for key, readers in _READ_BY.items():
         value = vars(config)[key]

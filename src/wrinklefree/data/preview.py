@@ -12,6 +12,7 @@ from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.open import (
     heldout_rows,
+    is_unwritten,
     row_renders,
     texts_in_memory,
     trained_share,
@@ -82,6 +83,8 @@ def size_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Size | No
 
     Raises UserError as `training_stream` does.
     """
+    if is_unwritten(config):
+        return Size("what the model writes itself (data=self)", round(trained_share(config) * config.self_tokens))
     texts = texts_in_memory(config)
     if texts is not None:
         whole = [_text(document) for document in texts.texts]

@@ -5,7 +5,7 @@ A source yields its documents in one fixed order and can continue from any posit
 | source | held out |
 |---|---|
 | stdlib | its own split, by file |
-| local | the file that the config names, or else every 20th document, of which at most 512 are used |
+| local, self | the file that the config names, or else every 20th document, of which at most 512 are used |
 | hub | the first 512 documents of the split that the config names, or else of the training split |
 """
 

@@ -118,7 +118,7 @@ class Engine:
         and may change a token if two are nearly as likely.
         Raises UserError if the folder is damaged or the loop cannot run the model.
         """
-        return cls._of(FolderSource(Path(path)), threads, context, slots, mode, half_cache)
+        return cls.from_source(FolderSource(Path(path)), threads, context, slots, mode, half_cache)
 
     @classmethod
     def from_model(
@@ -134,12 +134,22 @@ class Engine:
 
         The arguments are those of `from_folder`. Raises UserError if the loop cannot run the model.
         """
-        return cls._of(ModelSource(model), threads, context, slots, mode, half_cache)
+        return cls.from_source(ModelSource(model), threads, context, slots, mode, half_cache)
 
     @classmethod
-    def _of(
-        cls, source: Source, threads: int | None, context: int | None, slots: int, mode: Mode, half_cache: bool
+    def from_source(
+        cls,
+        source: Source,
+        threads: int | None = None,
+        context: int | None = None,
+        slots: int = 1,
+        mode: Mode = "int8",
+        half_cache: bool = False,
     ) -> Self:
+        """Take the weights of any source, such as `RoundedSource`.
+
+        The arguments are those of `from_folder`. Raises UserError if the loop cannot run the model.
+        """
         reason = supports(source.config)
         if reason is not None:
             raise UserError(f"the native loop cannot run this model: {reason}")

@@ -14,10 +14,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.inputs import PlainRMSNorm
+from wrinklefree.core.method import QuantLinear, find
 from wrinklefree.core.numbers import not_numbers
 from wrinklefree.families.foreign import refused_in_one_line
 from wrinklefree.packed.check import PackedSection
 from wrinklefree.packed.layer import PackedLinear, TiedEmbedding
+from wrinklefree.packed.pack import pack_layer
 
 
 class Source(Protocol):
@@ -72,6 +74,34 @@ class ModelSource:
 
     def has(self, name: str) -> bool:
         return name in self._parameters
+
+
+class RoundedSource(ModelSource):
+    """The weights of a loaded model, rounded to 8-bit integers as they are read, with a scale per row.
+
+    Packed layers stay as they are, and norms stay in floating point.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        settings: dict[str, Any] = {"bits": 8, "granularity": "row", "scale_mode": "absmax"}
+        self._method = find("uniform")(**settings)
+
+    def embedding(self, fqn: str, shape: Sequence[int]) -> Tensor | PackedLinear | None:
+        found = super().embedding(fqn, shape)
+        return self._rounded(found, None) if isinstance(found, Tensor) else found
+
+    def linear(self, fqn: str, shape: Sequence[int], bias: bool) -> nn.Linear | PackedLinear:
+        layer = super().linear(fqn, shape, bias)
+        return layer if isinstance(layer, PackedLinear) else self._rounded(layer.weight, layer.bias)
+
+    @torch.no_grad()
+    def _rounded(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        with torch.device("meta"):
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        plain.weight = _frozen(weight.detach().cpu().float())
+        layer: QuantLinear = self._method.layer(plain, self._method)
+        return pack_layer(PackedLinear, self._method, layer.encode(), bias)
 
 
 class FolderSource:

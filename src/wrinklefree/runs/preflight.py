@@ -10,6 +10,7 @@ Once the model is loaded, the plan says how often the text is gone through.
 """
 
 import logging
+import math
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import free_bytes
 from wrinklefree.data.kd_cache.read import KDCache
+from wrinklefree.data.open import is_unwritten
 from wrinklefree.data.preview import preview, size_of
 from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import at_hand, model_folder, model_source
@@ -54,7 +56,7 @@ def check_model(config: Config, reads_text: bool) -> None:
             check_folder(Path(teacher))
     if config.distillation.cache is not None:
         KDCache(Path(config.distillation.cache))
-    elif reads_text:
+    elif reads_text and not is_unwritten(config.data):
         preview(config.data, open_tokenizer(source, config.model.trust_remote_code))
     if config.training.max_steps != 0 and config.thinking is None:  # a thinker is far smaller than its model
         check_disk(config)
@@ -118,8 +120,16 @@ def too_many_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Pl
     limit = config.data.max_passes
     if plan.total_tokens is None or passes <= limit:
         return None
+    more = _more(config, passes / limit)
     return (
-        f"{plan.total_tokens:,} tokens are {passes:.3g} passes over {size.name}: give more text (data=local "
-        f"data.path=FOLDER), train on fewer (training.total_tokens={int(limit * size.tokens)}), or allow it "
-        f"(data.max_passes={passes + 1:.0f})"
+        f"{plan.total_tokens:,} tokens are {passes:.3g} passes over {size.name}: {more}, train "
+        f"on fewer (training.total_tokens={int(limit * size.tokens)}), or allow it (data.max_passes={passes + 1:.0f})"
     )
+
+
+def _more(config: Config, times: float) -> str:
+    """Say how to get more text, `times` as much as there is."""
+    if config.data.source != "self":
+        return "give more text (data=local data.path=FOLDER)"
+    enough = math.ceil(1.05 * times * config.data.self_tokens)  # its size is estimated from a sample
+    return f"let the model write more (data.self_tokens={enough})"

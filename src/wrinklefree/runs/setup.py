@@ -25,7 +25,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.read import KDCache, KDStream
-from wrinklefree.data.open import heldout_batches, heldout_examples, training_stream
+from wrinklefree.data.open import check_written, heldout_batches, heldout_examples, training_stream
 from wrinklefree.data.packing import BatchStream
 from wrinklefree.data.sources import Example
 from wrinklefree.distributed.sharding import Whole, choose_placement
@@ -35,7 +35,7 @@ from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
 from wrinklefree.models.load import Loaded, load_pretrained
 from wrinklefree.objectives.base import LOSS, Objective
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
-from wrinklefree.runs import folder, preflight
+from wrinklefree.runs import folder, preflight, self_text
 from wrinklefree.training.loop import Evaluate, OnStep, do_nothing, fit
 from wrinklefree.training.plan import Plan, choose_length, make_plan
 from wrinklefree.training.state import Stream
@@ -162,7 +162,8 @@ def open_run(
 ) -> Run:
     """Join the other processes, load the model, and make the plan that every `auto` comes to.
 
-    Only `max_seq_length` is written into `config`. On the disk nothing is written or removed.
+    Only `max_seq_length` is written into `config`, and with `data=self` the path of the text. On the disk nothing is
+    written or removed but that text, which belongs to no run.
 
     `reads_text` says whether the run trains on `config.data`; if not, that is not looked at.
 
@@ -185,6 +186,8 @@ def open_run(
     model.to(placement.build_device)
     plan = make_plan(t, config.model, model, length, world)
     if reads_text:
+        if load is None:
+            self_text.write(config, model, tokenizer, world)
         preflight.check_passes(config, tokenizer, plan)
     return Run(config, world, resume, model, tokenizer, placement, plan, force, joined)
 
@@ -195,6 +198,8 @@ def _checked(config: Config, force: bool, reads_text: bool, own_model: bool) -> 
     preflight.check_places(config)
     if not own_model:
         preflight.check_model(config, reads_text)
+    elif reads_text:
+        check_written(config.data)
     return resume
 
 
