@@ -24,7 +24,7 @@ Codes uint8 [out, in]; stored in fp16: lut [2**bits], a [out, r], b [r, in].
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from wrinklefree.core import surgery
+from wrinklefree.core import fused, surgery
 from wrinklefree.core.codes import Codes, look_up
 from wrinklefree.core.forms import Form, low_rank
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, quant_layers
@@ -80,9 +80,15 @@ class LutLinear(QuantLinear):
 
     def encode(self) -> Codes:
         table, a, b = (round_fp16(t) for t in self.factors())
-        index = self.codes if self.config.view == "v2" else nearest(self.ratios(a, b), table.detach())
+        index = self.codes if self.config.view == "v2" else self.nearest(table, a, b)
         tensors = {"lut": table, "a": a, "b": b}
         return Codes(index, self.config.bits, tensors, (self.out_features, self.in_features))
+
+    def nearest(self, table: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The codes nearest to the latent weight, for a rounded table and factors."""
+        if fused.serves(self.weight):
+            return fused.table_codes(self.weight, a.detach() @ b.detach(), table)
+        return nearest(self.ratios(a, b), table.detach())
 
     def ratios(self, a: Tensor, b: Tensor) -> Tensor:
         """The latent weight divided by the scales a b: W / S [out, in], without gradient."""
@@ -90,6 +96,9 @@ class LutLinear(QuantLinear):
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
+        table, a, b = (codes.tensors[name].float() for name in ("lut", "a", "b"))
+        if fused.serves(codes.index) and not any(t.requires_grad for t in (table, a, b)):
+            return fused.table_weight(codes.index, a @ b, table)
         return decode(codes)
 
     @staticmethod
@@ -98,9 +107,11 @@ class LutLinear(QuantLinear):
 
     def quantized_weight(self) -> Tensor:
         codes = self.encode()
-        value = self.decode(codes)
         if self.config.view == "v2" or not self.weight.requires_grad:
-            return value
+            return self.decode(codes)
+        if fused.serves(self.weight):
+            return estimated(self.weight, codes)
+        value = self.decode(codes)
         a, b = codes.tensors["a"], codes.tensors["b"]
         ratios = self.ratios(a, b)
         inside = (ratios.abs() <= codes.tensors["lut"].detach()[-1]).float()
@@ -156,6 +167,27 @@ class LutLinear(QuantLinear):
             factor.requires_grad_(scales and not config.g_only)
         if config.view == "v2":
             self.rank_magnitude.requires_grad_(scales)
+
+
+def estimated(weight: Tensor, codes: Codes) -> Tensor:
+    """Compute Q (A B) from the codes of a latent weight, with the gradients of view v1."""
+    value: Tensor = _Estimated.apply(weight, *(codes.tensors[name] for name in ("lut", "a", "b")), codes.index)
+    return value
+
+
+class _Estimated(torch.autograd.Function):
+    """Compute Q (A B) with the gradients of view v1. A B is computed again for them, to save memory."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, table: Tensor, a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, table, a, b)
+        return fused.table_weight(index, a @ b, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, table, a, b = ctx.saved_tensors
+        grads = fused.table_gradients(grad, weight, a @ b, table)
+        return grads.weight, grads.table, grads.scales @ b.T, a.T @ grads.scales, None
 
 
 def factored(layer: LutLinear, x: Tensor, fp16: bool = False) -> Tensor:
