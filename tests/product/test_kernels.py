@@ -12,7 +12,7 @@ from tiny import batches, ids, llama, qwen, shipped_methods, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from wrinklefree.core import library
+from wrinklefree.core import fused, library
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Complex, Form, Integers, Table, low_rank
 from wrinklefree.core.method import quant_layers
@@ -198,6 +198,24 @@ def anew() -> Iterator[Callable[[], None]]:
     forget()
 
 
+def training_loops() -> Iterator[Tensor]:
+    """Results of every loop in `native/train.h`, for widths that are no multiple of a vector."""
+    torch.manual_seed(0)
+    weight, grad, table = torch.randn(44, 54), torch.randn(44, 54), torch.tensor([-1.0, -0.3, 0.3, 1.0])
+    for stages, rows, groups in ((1, 1, 1), (2, 22, 3), (4, 1, 1)):
+        shapes = [(2, stages, 2, rows, groups), (22,), (27,)]
+        made = [torch.rand(shape).add(0.1).requires_grad_() for shape in shapes]
+        scales = fused.ComplexScales(*made)
+        index = fused.complex_codes(weight, scales)
+        value = fused.complex_weight(index, scales)
+        yield from (index, value.detach(), *torch.autograd.grad(value, made, grad))
+    scale = torch.randn(44, 54)
+    index = fused.table_codes(weight, scale, table)
+    yield from (index, fused.table_weight(index, scale, table), *fused.table_gradients(grad, weight, scale, table))
+    yield fused.rounded(weight)
+    yield fused.rounded(weight.bfloat16()).float()
+
+
 def test_the_same_bits_on_every_instruction_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: Callable[[], None]
 ) -> None:
@@ -219,6 +237,8 @@ def test_the_same_bits_on_every_instruction_set(
             x = made.inputs(layer.shape[1], made.pick(1, 2, 7, 9))
             for mode in (native.INT8, native.EXACT):
                 digest.update(native.matmul([layer], x, mode)[0].numpy().tobytes())
+        for result in training_loops():
+            digest.update(result.numpy().tobytes())
         there[isa] = digest.hexdigest()
     assert there.keys() >= {"generic", usual}
     assert len(set(there.values())) == 1

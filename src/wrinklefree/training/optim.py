@@ -67,8 +67,7 @@ def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Gr
 
 
 def _adamw(groups: Iterable[Group], betas: tuple[float, float]) -> Optimizer:
-    # Fused, it is one pass over weight, gradient and moments, with the same bits for any number of threads.
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas)
 
 
 def set_rate(optimizers: list[Optimizer], factor: float) -> None:
