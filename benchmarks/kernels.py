@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wrinklefree.core import library
 from wrinklefree.packed.products import native
 from wrinklefree.packed.products.native import Matrix
 
@@ -79,7 +80,7 @@ def probe() -> Case:
 
 
 def kernel_case(kind: str, n: int, k: int, x: Tensor, threads: int) -> Case:
-    first, pool = KINDS[kind](n, k), native.Pool(threads)
+    first, pool = KINDS[kind](n, k), library.Pool(threads)
     matrices = [first] + [KINDS[kind](n, k) for _ in range(min(60, int(COLD / first.nbytes)))]
     product = lambda i: native.matmul([matrices[i]], x, native.INT8, pool)  # noqa: E731
     return Case(kind, first.kernel, len(matrices), first.nbytes, product)
@@ -135,7 +136,7 @@ def main() -> None:
             if not args.json:
                 show(measured)
     if args.json:
-        print(json.dumps({"isa": native.isa(), "rows": everything}))
+        print(json.dumps({"isa": library.isa(), "rows": everything}))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from wrinklefree.core import library
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import find
 from wrinklefree.engine.binding import Layer, Linear, Model
@@ -68,7 +69,7 @@ def random_engine(
     frequencies = 1e4 ** -(np.arange(0, chosen.head_dim, 2, dtype=np.float32) / chosen.head_dim)
     norm = np.ones(chosen.hidden, np.float32)
     model = Model(sizes, 1e-6, frequencies, 1.0, "silu", table, norm, Linear(table), layers)
-    return Engine(model, native.Pool(threads), context=chosen.context, slots=slots, mode=mode)
+    return Engine(model, library.Pool(threads), context=chosen.context, slots=slots, mode=mode)
 
 
 def random_layer(shape: Shape, kind: str, generator: torch.Generator) -> Layer:

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+from wrinklefree.core import library
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, find, quant_layers
 from wrinklefree.engine.assemble import assemble
@@ -36,12 +37,11 @@ from wrinklefree.generate import generate
 from wrinklefree.generate.open import open_engine
 from wrinklefree.generate.text import TextStream
 from wrinklefree.models.load import load_model
-from wrinklefree.packed.products import native
 from wrinklefree.packed.products.choose import set_exact
 
 pytestmark = [
     pytest.mark.numeric,
-    pytest.mark.skipif(native.available() is not None, reason=str(native.available())),
+    pytest.mark.skipif(library.available() is not None, reason=str(library.available())),
 ]
 
 torch.set_num_threads(1)
@@ -92,7 +92,7 @@ def ids(length: int, seed: int = 0) -> list[int]:
 
 def decoder(model: PreTrainedModel, mode: str = "exact", threads: int = 1, slots: int = 2) -> Decoder:
     weights = assemble(ModelSource(model), mode)
-    return Decoder(native.Pool(threads), weights, context=CONTEXT, slots=slots, max_rows=CHUNK, mode=mode)
+    return Decoder(library.Pool(threads), weights, context=CONTEXT, slots=slots, max_rows=CHUNK, mode=mode)
 
 
 def read(native_decoder: Decoder, tokens: Sequence[int], sizes: Sequence[int], slot: int = 0) -> list[np.ndarray]:
@@ -445,11 +445,11 @@ def test_the_command_says_which_engine_runs(tmp_path: Path) -> None:
     folder = export(METHODS["bitdistill"].prepare(llama()), tmp_path / "packed", dense_dtype="float32")
     engine, words, line = open_engine(str(folder), "auto", threads=1)
     assert isinstance(engine, Engine)
-    assert line == f"engine: native, {native.isa()}, 1 thread"
+    assert line == f"engine: native, {library.isa()}, 1 thread"
     assert generate.complete(engine, words, "w1 w2", 3)
     assert open_engine(str(folder), "transformers")[2] == "engine: transformers (asked for)"
     assert open_engine("tiny", "auto")[2] == "engine: transformers (not a packed folder)"
-    assert open_engine("tiny", "native", threads=2)[2] == f"engine: native, {native.isa()}, 2 threads"
+    assert open_engine("tiny", "native", threads=2)[2] == f"engine: native, {library.isa()}, 2 threads"
     with pytest.raises(UserError, match="no such folder"):
         open_engine("./nowhere", "native")
 

@@ -119,6 +119,15 @@ def test_no_gradient_is_worked_out_without_autograd() -> None:
         assert not token_losses(states, head, targets, teacher=teacher).loss.requires_grad
 
 
+def test_a_frozen_head_gets_no_gradient_and_the_states_the_same() -> None:
+    states, head, targets, teacher = operands()
+    token_losses(states, head, targets, teacher=teacher).loss.backward()
+    expected, states.grad, head.grad = states.grad, None, None
+    token_losses(states, head.requires_grad_(False), targets, teacher=teacher).loss.backward()
+    assert head.grad is None
+    assert torch.equal(states.grad, expected)
+
+
 def batch(mask: bool = True) -> dict[str, Tensor]:
     """Three documents in two blocks of 12."""
     texts = ["w1 w2 w3 w4 w5 w6", "w7 w8 w9 w10 w11", "w12 w13 w14 w15 w16 w17 w18 w19 w20"]

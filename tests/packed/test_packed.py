@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.bitnet.modeling_bitnet import BitNetMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from wrinklefree.core import library
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import find, quant_layers
 from wrinklefree.export.formats.packed import export_packed
@@ -209,7 +210,7 @@ def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
     norm_mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But layer by layer where one has a norm of its own, where products are to be exact, and for a gradient."""
-    if native.available() is not None:
+    if library.available() is not None:
         pytest.skip("no native library")
     method = find("bitdistill")(name="bitdistill", norm_mode=norm_mode)
     export_packed(method.prepare(llama()), tokenizer(), method, tmp_path / "p", card="", force=False, batches=batches())
@@ -248,7 +249,7 @@ def test_a_known_mlp_works_in_two_products_with_the_bits_of_its_layers(
 @pytest.mark.numeric
 @torch.no_grad()
 def test_known_norms_are_one_call_in_fp32_and_their_own_otherwise(pair: tuple[PreTrainedModel, Path]) -> None:
-    if native.available() is not None:
+    if library.available() is not None:
         pytest.skip("no native library")
     model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
     norm = model.model.norm

@@ -12,6 +12,7 @@ from tiny import batches, ids, llama, qwen, shipped_methods, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from wrinklefree.core import fused, library
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Complex, Form, Integers, Table, low_rank
 from wrinklefree.core.method import quant_layers
@@ -26,7 +27,7 @@ from wrinklefree.packed.products.native import NativeProduct, matrix
 
 torch.set_num_threads(1)
 
-REASON = native.available()
+REASON = library.available()
 pytestmark = [pytest.mark.numeric, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 ISAS = ["avx512-vnni", "avx-vnni", "avx2", "neon-dotprod", "generic"]
@@ -161,7 +162,7 @@ def test_products_equal_those_in_float64(seed: int) -> None:
 
 @pytest.mark.parametrize("mode", [native.INT8, native.EXACT])
 def test_the_same_bits_for_any_threads_and_batch(mode: int) -> None:
-    made, pools = Layers(9), [native.Pool(threads) for threads in (1, 2, 3)]
+    made, pools = Layers(9), [library.Pool(threads) for threads in (1, 2, 3)]
     for _ in range(LAYERS):
         layer = matrix(made.any()[0])
         x = made.inputs(layer.shape[1], made.pick(2, 5, 9, 30))
@@ -190,34 +191,54 @@ def anew() -> Iterator[Callable[[], None]]:
     """What forgets the library, so that the next use loads it again."""
 
     def forget() -> None:
-        for cached in (native.load, native.available, native._pool_of):
+        for cached in (library.load, library.available, library._pool_of):
             cached.cache_clear()
 
     yield forget
     forget()
 
 
+def training_loops() -> Iterator[Tensor]:
+    """Results of every loop in `native/train.h`, for widths that are no multiple of a vector."""
+    torch.manual_seed(0)
+    weight, grad, table = torch.randn(44, 54), torch.randn(44, 54), torch.tensor([-1.0, -0.3, 0.3, 1.0])
+    for stages, rows, groups in ((1, 1, 1), (2, 22, 3), (4, 1, 1)):
+        shapes = [(2, stages, 2, rows, groups), (22,), (27,)]
+        made = [torch.rand(shape).add(0.1).requires_grad_() for shape in shapes]
+        scales = fused.ComplexScales(*made)
+        index = fused.complex_codes(weight, scales)
+        value = fused.complex_weight(index, scales)
+        yield from (index, value.detach(), *torch.autograd.grad(value, made, grad))
+    scale = torch.randn(44, 54)
+    index = fused.table_codes(weight, scale, table)
+    yield from (index, fused.table_weight(index, scale, table), *fused.table_gradients(grad, weight, scale, table))
+    yield fused.rounded(weight)
+    yield fused.rounded(weight.bfloat16()).float()
+
+
 def test_the_same_bits_on_every_instruction_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: Callable[[], None]
 ) -> None:
     """In copies of the library: each of them chooses once, when it is loaded."""
-    usual, library, there = native.isa(), native.path(), {}
+    usual, built, there = library.isa(), library.path(), {}
     for isa in ISAS:
         (tmp_path / isa).mkdir()
-        monkeypatch.setattr(native, "FOLDER", Path(shutil.copy(library, tmp_path / isa)).parent)
+        monkeypatch.setattr(library, "FOLDER", Path(shutil.copy(built, tmp_path / isa)).parent)
         monkeypatch.setenv("WF_ISA", isa)
         anew()
-        reason = native.available()
+        reason = library.available()
         if reason is not None:
             assert "not on this machine; it has" in reason
             continue
-        assert native.isa() == isa
+        assert library.isa() == isa
         made, digest = Layers(11), hashlib.sha256()
         for _ in range(40):
             layer = matrix(made.any()[0])
             x = made.inputs(layer.shape[1], made.pick(1, 2, 7, 9))
             for mode in (native.INT8, native.EXACT):
                 digest.update(native.matmul([layer], x, mode)[0].numpy().tobytes())
+        for result in training_loops():
+            digest.update(result.numpy().tobytes())
         there[isa] = digest.hexdigest()
     assert there.keys() >= {"generic", usual}
     assert len(set(there.values())) == 1
@@ -289,7 +310,7 @@ def test_mistakes_are_named() -> None:
         (lambda: native.Matrix.table(codes, table, scales, col=torch.ones(2, 8)), "row, col: must be given"),
         (lambda: native.Matrix.dense(torch.ones(1, 2**17)), "k: must be 1 to 65536"),
         (lambda: native.Matrix.dense(torch.ones(2, 2)).row(2), "row: not of this matrix"),
-        (lambda: native.Pool(0), "threads: must be 1"),
+        (lambda: library.Pool(0), "threads: must be 1"),
     ]
     for make, text in cases:
         with pytest.raises(ValueError, match=text):
@@ -409,12 +430,12 @@ def test_exactness_is_a_switch(folder: Path) -> None:
 
 
 def test_without_a_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
-    reason = native.available.__wrapped__
-    native.load.cache_clear()
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    reason = library.available.__wrapped__
+    library.load.cache_clear()
     try:
         assert "not built" in str(reason())
-        (tmp_path / native.path().name).write_bytes(b"not a library")
+        (tmp_path / library.path().name).write_bytes(b"not a library")
         assert reason() is not None
     finally:
-        native.load.cache_clear()
+        library.load.cache_clear()

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
+from wrinklefree.core import library
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import free_bytes
 from wrinklefree.data import stdlib
 from wrinklefree.data.hub import hub_reachable
 from wrinklefree.distributed.world import has_bf16
-from wrinklefree.packed.products import native
 from wrinklefree.tracking.terminal import print_hanging, short_size
 
 PACKAGE = Path(__file__).parents[1]
@@ -100,8 +100,8 @@ def _compiler() -> Check:
 
 def _native() -> Check:
     """Whether the native kernels can be used (docs/runtime.md)."""
-    reason = native.available()
-    return Check("kernels", reason is None, native.isa() if reason is None else reason)
+    reason = library.available()
+    return Check("kernels", reason is None, library.isa() if reason is None else reason)
 
 
 def _library(name: str) -> Check:

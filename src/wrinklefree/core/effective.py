@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Key = tuple[tuple[int, int, torch.dtype, torch.device, bool], ...]
 
@@ -32,8 +33,8 @@ class EffectiveWeight:
         # code that shards a layer sets this to False: then every forward pass quantizes again, inside its own graph.
         self.cached = True
         self.key: Key | None = None
-        self.graph: Tensor | None = None  # fp32, depends on the parameters
-        self.leaf: Tensor | None = None  # the same values in the compute dtype
+        self.trains = False  # whether the value was computed for training
+        self.leaf: Tensor | None = None  # the value in the compute dtype
 
     def __deepcopy__(self, memo: dict[int, object]) -> "EffectiveWeight":
         return EffectiveWeight()
@@ -42,7 +43,7 @@ class EffectiveWeight:
         return EffectiveWeight, ()
 
     def clear(self) -> None:
-        self.key = self.graph = self.leaf = None
+        self.key = self.leaf = None
 
     def get(self, module: nn.Module, compute: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
         """Return `compute()` in `dtype`, cached until a parameter of `module` changes.
@@ -56,7 +57,7 @@ class EffectiveWeight:
                 return compute().to(dtype)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters(recurse=False))
         key = state_key(module)
-        if self.leaf is None or self.key != key or self.leaf.dtype != dtype or (trains and self.graph is None):
+        if self.leaf is None or self.key != key or self.leaf.dtype != dtype or (trains and not self.trains):
             self._compute(next(module.parameters(recurse=False)).device.type, compute, dtype, trains)
             self.key = key
         assert self.leaf is not None
@@ -68,13 +69,13 @@ class EffectiveWeight:
         unseen = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _unpack)
         with torch.autocast(device_type=device, enabled=False), torch.set_grad_enabled(trains), unseen:
             value = compute()
-        self.graph = value if trains else None
+        self.trains = trains
         self.leaf = value.detach().to(dtype)
-        if trains:
+        if value.requires_grad:
             # Every user of the cache backpropagates into this leaf. The hook passes each gradient on to the master
             # weight and the trained scales, so a training loop needs no code of ours.
             self.leaf.requires_grad_()
-            self.leaf.register_post_accumulate_grad_hook(partial(_hand_on, value))
+            self.leaf.register_post_accumulate_grad_hook(partial(_hand_on, get_gradient_edge(value)))
 
 
 class MasterWeight(EffectiveWeight):
@@ -89,8 +90,9 @@ def _unpack(saved: Tensor) -> Tensor:
     return saved
 
 
-def _hand_on(graph: Tensor, leaf: Tensor) -> None:
-    """Backpropagate the gradient in `leaf` through `graph` to the parameters, then clear it."""
+def _hand_on(value: GradientEdge, leaf: Tensor) -> None:
+    """Backpropagate the gradient in `leaf` from `value`, in fp32, to the parameters. Then clear it."""
+    # An edge of the graph stands for the value, so that its fp32 copy need not be kept.
     assert leaf.grad is not None
-    graph.backward(leaf.grad.to(graph.dtype), retain_graph=True)
+    torch.autograd.backward([value], [leaf.grad.float()], retain_graph=True)
     leaf.grad = None

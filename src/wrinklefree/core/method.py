@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from wrinklefree.core import surgery
+from wrinklefree.core import fused, surgery
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.effective import EffectiveWeight, MasterWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import METHODS, find_named, names
 from wrinklefree.core.forms import Form
-from wrinklefree.core.inputs import compute_dtype, int8_per_token
+from wrinklefree.core.inputs import compute_dtype
 from wrinklefree.core.norm import RMSNorm
 from wrinklefree.core.ste import straight_through
 
@@ -125,7 +125,7 @@ class QuantLinear(nn.Linear):
 
     def rounded(self, x: Tensor) -> Tensor:
         """Round `x` to int8 per token if the method asks for it, else return `x`."""
-        return int8_per_token(x) if self.config.int8_inputs else x
+        return fused.rounded(x) if self.config.int8_inputs else x
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inputs(x)

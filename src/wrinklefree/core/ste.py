@@ -8,21 +8,20 @@ from torch import Tensor
 
 def straight_through(x: Tensor, y: Tensor) -> Tensor:
     """Return the value of `y`, and send the gradient to `x`. It also goes to `y` if `y` has trained parameters."""
-    if not y.requires_grad:
-        return _Replaced.apply(x, y)  # equals the line below, without its three passes over the values
-    return y + (x - x.detach())  # in this order the value is exactly `y`; x + (y - x).detach() would round it
+    replaced: Tensor = _Replaced.apply(x, y)  # equals y + (x - x.detach()) without three passes over the values
+    return replaced
 
 
 class _Replaced(torch.autograd.Function):
-    """Return `y` forward; pass the gradient to `x` unchanged backward."""
+    """Return `y` forward; pass the gradient to both unchanged backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
 
 
 def round_fp16(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from wrinklefree.core import library
 from wrinklefree.packed.products import native
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -134,7 +135,7 @@ class Decoder:
 
     def __init__(
         self,
-        pool: native.Pool,
+        pool: library.Pool,
         model: Model,
         *,
         context: int,
@@ -152,7 +153,7 @@ class Decoder:
         self._handle = self._lib.wf_decoder_new(pool.handle, ctypes.byref(struct))
         del borrowed  # the struct points into it, so it had to live until here
         if not self._handle:
-            raise ValueError(native.last_error(self._lib))
+            raise ValueError(library.last_error(self._lib))
         self._appends = (_Append * slots)()
         self._chosen = [c_int32() for _ in range(slots)]
         self._to_chosen = [ctypes.pointer(token) for token in self._chosen]
@@ -175,7 +176,7 @@ class Decoder:
 
     def _check(self, code: int) -> None:
         if code:
-            raise ValueError(native.last_error(self._lib))
+            raise ValueError(library.last_error(self._lib))
 
     def length(self, slot: int) -> int:
         """How many tokens the cache of `slot` holds."""
@@ -214,17 +215,17 @@ def sample(logits: Floats, history: Sequence[int], sampling: CSampling) -> int:
     """Choose a token from logits [vocab] as a decoder does. `history` is what the repetition penalty looks at."""
     values = np.ascontiguousarray(logits, dtype=np.float32)
     tokens = (c_int32 * len(history))(*history)
-    library = _library()
-    token = int(library.wf_sample(values.ctypes.data, len(values), tokens, len(history), ctypes.byref(sampling)))
+    lib = _library()
+    token = int(lib.wf_sample(values.ctypes.data, len(values), tokens, len(history), ctypes.byref(sampling)))
     if token < 0:
-        raise ValueError(native.last_error(library))
+        raise ValueError(library.last_error(lib))
     return token
 
 
 @cache
 def _library() -> ctypes.CDLL:
     """The library, with the decoder's functions declared."""
-    lib = native.load()
+    lib = library.load()
     handle, model = c_void_p, POINTER(_Model)
     declared: dict[str, tuple[Any, list[Any]]] = {
         "wf_decoder_new": (handle, [handle, model]),
@@ -236,7 +237,7 @@ def _library() -> ctypes.CDLL:
         "wf_decoder_bytes": (c_size_t, [handle]),
         "wf_sample": (c_int32, [c_void_p, c_int, POINTER(c_int32), c_int, POINTER(CSampling)]),
     }
-    native.declare(lib, declared)
+    library.declare(lib, declared)
     return lib
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
+from wrinklefree.core import library
 from wrinklefree.core.errors import UserError
 from wrinklefree.engine import family
 from wrinklefree.engine.assemble import assemble
 from wrinklefree.engine.binding import MASK, Append, CSampling, Decoder, Mode, Model
 from wrinklefree.engine.source import FolderSource, ModelSource, Source
-from wrinklefree.packed.products import native
 
 CHUNK = 256  # the most prompt tokens that one step reads, so that other sequences do not wait long for their token
 MOST_THREADS = 16  # the most threads by default; products of one token do not gain from more
@@ -60,7 +60,7 @@ class Sampling:
 
 def supports(config: PreTrainedConfig) -> str | None:
     """The reason why this loop cannot run a model with this config, or None if it can."""
-    return native.available() or family.supports(config)
+    return library.available() or family.supports(config)
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        pool: native.Pool,
+        pool: library.Pool,
         *,
         context: int,
         slots: int = 1,
@@ -158,7 +158,7 @@ class Engine:
             raise UserError(f"context={context}: this model's context is {most}")
         if slots < 1:
             raise UserError(f"slots={slots}: must be at least 1")
-        pool = native.Pool(default_threads() if threads is None else threads)
+        pool = library.Pool(default_threads() if threads is None else threads)
         model = assemble(source, mode)
         engine = cls(model, pool, context=context or most, slots=slots, mode=mode, half_cache=half_cache)
         engine.generation = source.generation
@@ -166,7 +166,7 @@ class Engine:
 
     def describe(self) -> str:
         """One line about the engine, such as `native, avx512-vnni, 2 threads`."""
-        return f"native, {native.isa()}, {self.threads} thread{'' if self.threads == 1 else 's'}"
+        return f"native, {library.isa()}, {self.threads} thread{'' if self.threads == 1 else 's'}"
 
     def open(self, prompt: Sequence[int], sampling: Sampling) -> int:
         """Put `prompt` into a free slot and return the slot's number. `step` then reads and continues it.

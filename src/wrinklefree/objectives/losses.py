@@ -261,7 +261,7 @@ class HeadLoss(torch.autograd.Function):
         total = states.new_zeros((), dtype=torch.float32)
         # Gradients are computed here, chunk by chunk: in backward() the logits are gone.
         grad_states = torch.empty_like(states) if trains else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if trains else None
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if trains and ctx.needs_input_grad[1] else None
         weight = head.detach().to(states.dtype)
         for start in range(0, max(1, len(states)), CHUNK):  # one empty chunk if there are no rows, to name the metrics
             part = slice(start, start + CHUNK)
@@ -271,17 +271,19 @@ class HeadLoss(torch.autograd.Function):
             total = total + loss.detach()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
-            if grad_states is not None and grad_head is not None:
+            if grad_states is not None:
                 (grad_logits,) = torch.autograd.grad(loss, logits)
                 grad_logits = grad_logits.to(weight.dtype)
                 grad_states[part] = grad_logits @ weight
-                grad_head += grad_logits.T @ states[part]
+                if grad_head is not None:  # a frozen head needs none, which is a third of the products here
+                    grad_head += grad_logits.T @ states[part]
         ctx.head_dtype = head.dtype
         ctx.save_for_backward(grad_states, grad_head)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         grad_states, grad_head = ctx.saved_tensors
         scaled = grad_states * grad_total.to(grad_states.dtype)
-        return scaled, (grad_head * grad_total).to(ctx.head_dtype), None, None, None
+        towards_head = None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype)
+        return scaled, towards_head, None, None, None

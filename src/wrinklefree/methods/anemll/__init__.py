@@ -24,7 +24,7 @@ Codes uint8 [out, in]; stored in fp16: lut [2**bits], a [out, r], b [r, in].
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from wrinklefree.core import surgery
+from wrinklefree.core import fused, surgery
 from wrinklefree.core.codes import Codes, look_up
 from wrinklefree.core.forms import Form, low_rank
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, Tensors, quant_layers
@@ -80,13 +80,15 @@ class LutLinear(QuantLinear):
 
     def encode(self) -> Codes:
         table, a, b = (round_fp16(t) for t in self.factors())
-        index = self.codes if self.config.view == "v2" else nearest(self.ratios(a, b), table.detach())
         tensors = {"lut": table, "a": a, "b": b}
+        index = self.codes if self.config.view == "v2" else self.nearest(self.weight.detach(), tensors)
         return Codes(index, self.config.bits, tensors, (self.out_features, self.in_features))
 
     def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
-        a, b = tensors["a"].detach(), tensors["b"].detach()
-        return nearest(weight / guarded(a @ b), tensors["lut"].detach())
+        table, scales = tensors["lut"].detach(), tensors["a"].detach() @ tensors["b"].detach()
+        if fused.serves(weight):
+            return fused.table_codes(weight, scales, table)
+        return nearest(weight / guarded(scales), table)
 
     def part(self, tensors: Tensors, columns: Tensor) -> Tensors:
         return tensors | {"b": tensors["b"][:, columns]}
@@ -107,6 +109,9 @@ class LutLinear(QuantLinear):
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
+        table, a, b = (codes.tensors[name].float() for name in ("lut", "a", "b"))
+        if fused.serves(codes.index) and not any(t.requires_grad for t in (table, a, b)):
+            return fused.table_weight(codes.index, a @ b, table)
         return decode(codes)
 
     @staticmethod
@@ -115,9 +120,11 @@ class LutLinear(QuantLinear):
 
     def quantized_weight(self) -> Tensor:
         codes = self.encode()
-        value = self.decode(codes)
         if self.config.view == "v2" or not self.weight.requires_grad:
-            return value
+            return self.decode(codes)
+        if fused.serves(self.weight):
+            return estimated(self.weight, codes)
+        value = self.decode(codes)
         a, b = codes.tensors["a"], codes.tensors["b"]
         ratios = self.ratios(a, b)
         inside = (ratios.abs() <= codes.tensors["lut"].detach()[-1]).float()
@@ -173,6 +180,27 @@ class LutLinear(QuantLinear):
             factor.requires_grad_(scales and not config.g_only)
         if config.view == "v2":
             self.rank_magnitude.requires_grad_(scales)
+
+
+def estimated(weight: Tensor, codes: Codes) -> Tensor:
+    """Compute Q (A B) from the codes of a latent weight, with the gradients of view v1."""
+    value: Tensor = _Estimated.apply(weight, *(codes.tensors[name] for name in ("lut", "a", "b")), codes.index)
+    return value
+
+
+class _Estimated(torch.autograd.Function):
+    """Compute Q (A B) with the gradients of view v1. A B is computed again for them, to save memory."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, table: Tensor, a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, table, a, b)
+        return fused.table_weight(index, a @ b, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, table, a, b = ctx.saved_tensors
+        grads = fused.table_gradients(grad, weight, a @ b, table)
+        return grads.weight, grads.table, grads.scales @ b.T, a.T @ grads.scales, None
 
 
 def factored(layer: LutLinear, x: Tensor, fp16: bool = False) -> Tensor:

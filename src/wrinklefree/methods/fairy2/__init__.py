@@ -23,7 +23,7 @@ stands for i^k; scales [2 (p), T, 2 (axis), R, G], R 1 or n, G 1 or m / group_si
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -31,8 +31,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from wrinklefree.core import fused
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Complex
+from wrinklefree.core.fused import ComplexScales
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, Tensors, num_groups, quant_layers
 from wrinklefree.core.ste import round_fp16
 from wrinklefree.methods.fairy2.decode import dequantized, finished, int8_inputs, outer, to_real, units
@@ -112,6 +114,8 @@ class Fairy2Linear(QuantLinear):
 
     def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
         weight = padded(weight)
+        if fused.serves(weight):
+            return fused.complex_codes(weight, scales_of(tensors))
         if "rows" in tensors:
             weight = weight / outer(tensors["rows"], tensors["columns"]).detach()
         return nearest_codes(to_widely_linear(weight), tensors["scales"].detach())
@@ -136,6 +140,9 @@ class Fairy2Linear(QuantLinear):
         scales = codes.tensors["scales"].float()
         if torch.compiler.is_compiling():
             return finished(codes, entries(codes.index, scales))
+        if fused.serves(codes.index):
+            weight = fused.complex_weight(codes.index, scales_of(codes.tensors))
+            return weight[: codes.shape[0], : codes.shape[1]]
         return finished(codes, to_real(Dequantize.apply(codes.index, scales)))
 
     @staticmethod
@@ -146,6 +153,11 @@ class Fairy2Linear(QuantLinear):
     def form(codes: Codes) -> Complex:
         factors = [codes.tensors[name].repeat(2) if name in codes.tensors else None for name in ("rows", "columns")]
         return Complex(codes.index, codes.tensors["scales"], *factors)
+
+
+def scales_of(tensors: Mapping[str, Tensor]) -> ComplexScales:
+    """The scales and factors of codes, as the native loops take them."""
+    return ComplexScales(tensors["scales"], tensors.get("rows"), tensors.get("columns"))
 
 
 @dataclass(kw_only=True)

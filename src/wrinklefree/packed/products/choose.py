@@ -27,6 +27,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from wrinklefree.core import library
 from wrinklefree.core.method import QuantLinear, QuantMethod
 from wrinklefree.packed.layer import PackedLinear, Product, by_decoded_weight
 from wrinklefree.packed.pack import packed_layers
@@ -71,7 +72,7 @@ def method_layer(layer: PackedLinear) -> type[QuantLinear]:
 @cache
 def usable() -> bool:
     """Whether the native library can be used. If not, warn once."""
-    reason = native.available()
+    reason = library.available()
     if reason is not None:
         log.warning("packed layers multiply with decoded weights, many times slower: %s", reason)
     return reason is None

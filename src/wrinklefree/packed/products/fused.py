@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wrinklefree.core import library
 from wrinklefree.core.inputs import compute_dtype
 from wrinklefree.families.architectures import FAMILIES, MLP, SUB_NORMS
 from wrinklefree.packed.layer import PackedLinear
-from wrinklefree.packed.products.native import Matrix, NativeProduct, available, matmul, norm
+from wrinklefree.packed.products.native import Matrix, NativeProduct, matmul, norm
 
 MLPS = tuple(f"{family.stem}MLP" for family in FAMILIES)
 NORMS = tuple(f"{family.stem}RMSNorm" for family in FAMILIES)
@@ -101,7 +102,7 @@ class FusedNorm(Fused):
 
 def fuse(model: nn.Module) -> None:
     """Fuse the known norms of `model`, and the known MLPs whose layers are all packed. Without kernels do nothing."""
-    if available() is not None:
+    if library.available() is not None:
         return
     made: dict[type, type[nn.Module]] = {}
     for module in model.modules():

@@ -1,128 +1,28 @@
-"""Call the native library (`native/wf.h`) through ctypes: matrices, their products, and the product of a packed layer.
+"""Matrices of the native library (`native/wf.h`), their products, and the product of a packed layer.
 
 Tensors must be on the CPU. The library copies weights. If it refuses a call, its reason is raised as a ValueError of
-one line. `available()` says why the library cannot be used.
+one line. `core/library.py` loads the library and says why it cannot be used.
 """
 
 import ctypes
-import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wrinklefree.core import library
 from wrinklefree.core.forms import Complex, Form, Integers, Table
 from wrinklefree.core.inputs import compute_dtype, int8_per_token
+from wrinklefree.core.library import Pool
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products.coded import with_bias
-
-ABI = 3
-NAMES = {"win32": "wf.dll", "darwin": "libwf.dylib"}
-FOLDER = Path(__file__).parents[1] / "lib"
 
 MOST_MATRICES = 8  # the most matrices that one call multiplies
 INT8, EXACT = 0, 1  # round activations to int8 per token, or leave them in fp32
 
-_int, _pointer, _text = ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p
-SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "wf_abi": (_int, []),
-    "wf_isa": (_text, []),
-    "wf_error": (_text, []),
-    "wf_pool_new": (_pointer, [_int]),
-    "wf_pool_free": (None, [_pointer]),
-    "wf_matrix_table": (_pointer, [_int] * 3 + [_pointer] * 3 + [_int] * 3 + [_pointer] * 3),
-    "wf_matrix_complex": (_pointer, [_int] * 3 + [_pointer] * 2 + [_int] * 2 + [_pointer] * 3),
-    "wf_matrix_int8": (_pointer, [_int] * 2 + [_pointer] * 3),
-    "wf_matrix_dense": (_pointer, [_int] * 2 + [_pointer] * 2 + [_int]),
-    "wf_matrix_free": (None, [_pointer]),
-    "wf_matrix_bytes": (ctypes.c_size_t, [_pointer]),
-    "wf_matrix_kernel": (_text, [_pointer]),
-    "wf_matrix_row": (_int, [_pointer, _int, _pointer]),
-    "wf_norm": (_int, [_pointer, _pointer, ctypes.c_float, _int, _int, _pointer]),
-    "wf_matmul": (_int, [_pointer, _pointer, _int, _pointer, _int, _pointer, _int]),
-}
-
-
-def path() -> Path:
-    """The file that the library is loaded from."""
-    return FOLDER / NAMES.get(sys.platform, "libwf.so")
-
-
-@cache
-def load() -> ctypes.CDLL:
-    """Load the library and declare its functions. Raises OSError with the reason if it cannot be used."""
-    if not path().is_file():
-        raise OSError(f"{path()}: not built; install a C++ compiler and wrinklefree again, or a wheel with the library")
-    library = ctypes.CDLL(str(path()))
-    if library.wf_abi() != ABI:  # check first: another version may lack the functions below
-        raise OSError(f"{path()}: version {library.wf_abi()}, this wrinklefree needs {ABI}: build it again")
-    declare(library, SIGNATURES)
-    if library.wf_isa() is None:
-        raise OSError(last_error(library))
-    return library
-
-
-def declare(library: ctypes.CDLL, signatures: Mapping[str, tuple[Any, list[Any]]]) -> None:
-    """Tell ctypes the (result, arguments) of functions. Raises AttributeError if the library lacks one."""
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-
-
-@cache
-def available() -> str | None:
-    """The reason why the library cannot be used, or None if it can."""
-    try:
-        load()
-    except (OSError, AttributeError) as error:
-        return str(error)
-    return None
-
-
-def isa() -> str:
-    """The instruction set in use, such as "avx512-vnni"."""
-    return str(load().wf_isa().decode())
-
-
-def last_error(library: ctypes.CDLL) -> str:
-    """The reason for the library's last failure."""
-    return str(library.wf_error().decode())
-
-
-def _checked(handle: int | None) -> int:
-    if handle is None:
-        raise ValueError(last_error(load()))
-    return handle
-
-
-class Pool:
-    """Threads that compute products. The calling thread is one of them, so 1 starts no other."""
-
-    def __init__(self, threads: int) -> None:
-        library = load()
-        self.threads = threads
-        self.handle = _checked(library.wf_pool_new(threads))
-        self._free = library.wf_pool_free
-
-    def __del__(self) -> None:
-        if "handle" in vars(self):
-            self._free(self.handle)
-
-
-@cache
-def _pool_of(process: int, threads: int) -> Pool:
-    return Pool(threads)
-
-
-def pool() -> Pool:
-    """A pool with as many threads as torch uses."""
-    return _pool_of(os.getpid(), torch.get_num_threads())  # one per process, because threads do not survive a fork
+_pointer = ctypes.c_void_p
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -137,9 +37,9 @@ class Matrix:
     """A linear layer [n, k] in the library's memory. `native/wf.h` says what each kind computes."""
 
     def __init__(self, handle: int | None, shape: tuple[int, int]) -> None:
-        self.handle = _checked(handle)
+        self.handle = library.checked(handle)
         self.shape = shape
-        self._free = load().wf_matrix_free
+        self._free = library.load().wf_matrix_free
 
     def __del__(self) -> None:
         if "handle" in vars(self) and "_free" in vars(self):
@@ -168,7 +68,7 @@ class Matrix:
         factors = _factors(n, k, row, col, bias, rank)
         index, entries, grid = _as(codes, torch.uint8), _as(table, torch.float32), _as(scales, torch.float32)
         rows, groups = scales.shape
-        handle = load().wf_matrix_table(
+        handle = library.load().wf_matrix_table(
             n, k, bits, _at(index), _at(entries), _at(grid), rows, groups, rank, *map(_at, factors)
         )
         return cls(handle, (n, k))
@@ -194,7 +94,7 @@ class Matrix:
         factors = _factors(n, k, row, col, bias)
         index, grid = _as(codes, torch.uint8), _as(scales, torch.float32)
         rows, groups = scales.shape[3:]
-        handle = load().wf_matrix_complex(n, k, stages, _at(index), _at(grid), rows, groups, *map(_at, factors))
+        handle = library.load().wf_matrix_complex(n, k, stages, _at(index), _at(grid), rows, groups, *map(_at, factors))
         return cls(handle, (n, k))
 
     @classmethod
@@ -203,7 +103,7 @@ class Matrix:
         n, k = weight.shape
         factor, _, offset = _factors(n, k, row, None, bias)
         entries = _as(weight, torch.int8)
-        return cls(load().wf_matrix_int8(n, k, _at(entries), _at(factor), _at(offset)), (n, k))
+        return cls(library.load().wf_matrix_int8(n, k, _at(entries), _at(factor), _at(offset)), (n, k))
 
     @classmethod
     def dense(cls, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> "Matrix":
@@ -211,23 +111,23 @@ class Matrix:
         n, k = weight.shape
         _, _, offset = _factors(n, k, None, None, bias)
         entries = _as(weight, torch.float32)
-        return cls(load().wf_matrix_dense(n, k, _at(entries), _at(offset), int(exact)), (n, k))
+        return cls(library.load().wf_matrix_dense(n, k, _at(entries), _at(offset), int(exact)), (n, k))
 
     @property
     def kernel(self) -> str:
         """The name of the kernel that multiplies this matrix."""
-        return str(load().wf_matrix_kernel(self.handle).decode())
+        return str(library.load().wf_matrix_kernel(self.handle).decode())
 
     @property
     def nbytes(self) -> int:
         """The memory that the matrix takes, in bytes."""
-        return int(load().wf_matrix_bytes(self.handle))
+        return int(library.load().wf_matrix_bytes(self.handle))
 
     def row(self, n: int) -> Tensor:
         """Row n of the dense weight: fp32 [k]."""
         out = torch.empty(self.shape[1])
-        if load().wf_matrix_row(self.handle, n, out.data_ptr()):
-            raise ValueError(last_error(load()))
+        if library.load().wf_matrix_row(self.handle, n, out.data_ptr()):
+            raise ValueError(library.last_error(library.load()))
         return out
 
 
@@ -258,9 +158,9 @@ def matmul(matrices: Sequence[Matrix], x: Tensor, mode: int = INT8, threads: Poo
     outs = [x.new_empty((*shape, matrix.shape[0])) for matrix in matrices]
     handles = _few[count](*[matrix.handle for matrix in matrices])
     targets = _few[count](*[out.data_ptr() for out in outs])
-    batch, owner = x.numel() // x.shape[-1], pool() if threads is None else threads
-    if batch and load().wf_matmul(owner.handle, handles, count, x.data_ptr(), batch, targets, mode):
-        raise ValueError(last_error(load()))
+    batch, owner = x.numel() // x.shape[-1], library.pool() if threads is None else threads
+    if batch and library.load().wf_matmul(owner.handle, handles, count, x.data_ptr(), batch, targets, mode):
+        raise ValueError(library.last_error(library.load()))
     return outs
 
 
@@ -270,8 +170,8 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.shape != (k,):
         raise ValueError(f"x {list(x.shape)} does not fit a weight {list(weight.shape)}")
     y, batch = torch.empty_like(x), x.numel() // k
-    if batch and load().wf_norm(x.data_ptr(), weight.data_ptr(), eps, batch, k, y.data_ptr()):
-        raise ValueError(last_error(load()))
+    if batch and library.load().wf_norm(x.data_ptr(), weight.data_ptr(), eps, batch, k, y.data_ptr()):
+        raise ValueError(library.last_error(library.load()))
     return y
 
 

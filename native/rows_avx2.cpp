@@ -1,0 +1,3 @@
+// rows.h for AVX2.
+#define WF_ROWS row_loops_avx2
+#include "rows_impl.h"

@@ -1,0 +1,3 @@
+// rows.h for every processor.
+#define WF_ROWS row_loops_generic
+#include "rows_impl.h"
