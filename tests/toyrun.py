@@ -1,6 +1,7 @@
 """A training run of seconds: a toy Llama saved to a folder, text of its own words, the settings to train it."""
 
 import csv
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -61,9 +62,10 @@ def run(
     world: World = CPU,
     force: bool = False,
     forecast: bool = False,
+    clock: Callable[[], float] = time.monotonic,
 ) -> PreTrainedModel:
     """What `wf train` does between loading and packing; returns the trained model."""
-    with open_run(config, force, world=world) as opened:
+    with open_run(config, force, world=world, clock=clock) as opened:
         opened.begin()
         teacher, student = opened.model, prepare_student(config, opened.model)
         made = (objective or partial(choose_objective, config))(student, teacher)
