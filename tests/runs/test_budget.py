@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from wrinklefree.cli import app
 from wrinklefree.commands import train
-from wrinklefree.config.compose import load_config
+from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import write_json
@@ -55,6 +55,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> list[Config]:
         configs.append(config)
         clock.now += 600
         write_json(_made(Path(config.output_dir) / "final") / "config.json", {})
+        (Path(config.output_dir) / "final" / "wrinklefree.yaml").write_text(config_yaml(config))
         figures = {"ppl": 1.0, "kl": 0.0}
         write_json(Path(config.output_dir) / "results.json", {"trained": figures, "one_shot": figures, "accuracy": {}})
 
@@ -63,7 +64,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> list[Config]:
 
 
 def _made(path: Path) -> Path:
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     return path
 
 

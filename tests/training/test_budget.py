@@ -160,6 +160,25 @@ def test_a_share_of_the_same_command_is_what_it_was(
     assert int(rows(folder / "run")[-1]["step"]) == pytest.approx(57, abs=3)
 
 
+@pytest.mark.parametrize(("more", "end"), [(["training.max_minutes=2"], 117), (["training.max_steps=9"], None)])
+def test_a_finished_run_may_go_on_or_not(
+    folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, more: list[str], end: int | None
+) -> None:
+    steps_take(monkeypatch, clock, lambda step: 1.0)
+    settings, free = [*UNSET, *QUIET, "training.max_minutes=1"], evaluates(clock, 0)
+    run(resolved(folder, *settings), clock=clock, evaluate=free)
+    before = rows(folder / "run")
+    for again in ([], more):
+        clock.now += 1000
+        run(resolved(folder, *settings, *again, LATEST), clock=clock, evaluate=free)
+        if not again or end is None:
+            assert rows(folder / "run") == before
+    log = rows(folder / "run")
+    if end is not None:
+        assert int(log[-1]["step"]) == pytest.approx(end, abs=4)
+        assert float(log[len(before)]["lr"]) > 0.5e-3  # as if the training had been planned so
+
+
 def test_a_checkpoint_without_minutes_goes_on_with_them(
     folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

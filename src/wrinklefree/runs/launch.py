@@ -69,13 +69,15 @@ def run_stage(
         others = needed[number + 1 :]
         shares = [] if budget is None else [*shares_of(budget, config, overrides, others).values(), *later]
         run_once(_needed(config, stage), False, processes, budget, shares)
-    if budget is not None:
-        overrides = [*overrides, *budget.settings(overrides, config, later)]
+    minutes = [] if budget is None else budget.settings(overrides, config, later)
+    if minutes:
+        overrides = [*overrides, *minutes]
+        config = load_config(overrides)
     number = count_processes(config, processes)
     if number > 1:
         torchrun("train", number, overrides, force)
     else:
-        train_stage(load_config(overrides), force)
+        train_stage(config, force)
 
 
 def needed_stages(config: Config) -> list[str]:

@@ -40,7 +40,7 @@ from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs import folder, preflight
 from wrinklefree.training.budget import Budget, Clock
 from wrinklefree.training.loop import Evaluate, OnStep, do_nothing, fit
-from wrinklefree.training.plan import UNLIMITED, Plan, choose_length, make_plan
+from wrinklefree.training.plan import Plan, choose_length, make_plan
 from wrinklefree.training.state import Stream
 
 log = logging.getLogger("wrinklefree")
@@ -61,7 +61,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     placement: Whole
     plan: Plan
-    text: Size | None = None  # of the training data, if its size is known
+    text: Size | None = None  # of the training data, until it is said how often that is gone through
     budget: Budget | None = None  # the minutes of the stage
     force: bool = False  # whether an earlier run in the output folder is replaced
     joined: bool = False  # whether this run has joined the other processes, and so has to leave them
@@ -146,9 +146,9 @@ class Run:
 
     def planned(self, plan: Plan) -> None:
         """Take over the plan that fits the budget. The first time, log how often it goes through the text."""
-        first, self.plan = self.plan.max_steps == UNLIMITED, plan
-        if first and self.text is not None:
-            preflight.say_passes(self.config, self.text, plan)
+        self.plan, text, self.text = plan, self.text, None
+        if text is not None:
+            preflight.say_passes(self.config, text, plan)
 
     def quality(
         self, model: PreTrainedModel, batches: list[Batch], reference: PreTrainedModel | None = None

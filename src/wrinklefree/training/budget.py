@@ -120,7 +120,8 @@ class Budget:
         self.kept = asked == (saved["minutes"], saved["last_step"], saved["tokens_per_step"])
         if self.kept:
             self.seconds = saved["seconds"]
-        return replace(plan, max_steps=saved["max_steps"], bend=tuple(saved["bend"]))
+        step, progress = saved["bend"]
+        return replace(plan, max_steps=min(saved["max_steps"], self.last_step), bend=(step, progress))
 
 
 def rest(step: int, last: int, means: Mapping[str, float], every: Intervals) -> float:

@@ -9,6 +9,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from wrinklefree.tracking.terminal import spoken_time
 from wrinklefree.training import optim
 from wrinklefree.training.budget import EVALUATION, SAVE, STEP, Budget, Intervals, fitting, rest
 from wrinklefree.training.microbatches import Step, steps
+from wrinklefree.training.plan import Plan
 from wrinklefree.training.state import TrainingState
 
 log = logging.getLogger("wrinklefree")
@@ -46,16 +48,19 @@ def begin(run: TrainingState, take_step: TakeStep) -> None:
     """
     budget = _budget(run)
     budget.begin()
+    budget.seconds = gather(budget.seconds, run.world)[0]
     if budget.kept:
         budget.mark = _mark(run)
         log.info("budget: %s of training are done, and the plan goes on", spoken_time(budget.before))
+        return
+    if run.step >= budget.last_step:
         return
     if not run.pace.means:
         _measure(run, take_step)
     last, means = _last_step(run), run.pace.means
     if last <= run.step:
         raise UserError(_too_little(run))
-    _end_at(run, last)
+    _take(run, replace(run.plan, max_steps=last, bend=(0, 0.0)))
     told = (
         spoken_time(60 * budget.minutes),
         spoken_time(60 * budget.minutes - budget.seconds - budget.reserved),
@@ -88,7 +93,7 @@ def look_again(run: TrainingState) -> bool:
     before, last = run.plan.max_steps, max(run.step + 1, _last_step(run))
     if last == before:
         return False
-    _end_at(run, last)
+    _take(run, run.plan.ending(run.step, last))
     told = (run.step, "early" if off > 0 else "late", run.pace.means[STEP], last, before)
     log.info("step %d: the training would end %s at %.3g s a step: it ends with step %d now, not %d", *told)
     return True
@@ -116,9 +121,9 @@ def _last_step(run: TrainingState) -> int:
     return min(budget.last_step, fitting(run.step, left, run.pace.means, _every(run)))
 
 
-def _end_at(run: TrainingState, last: int) -> None:
-    run.plan = run.plan.ending(run.step, last)
-    _budget(run).on_plan(run.plan)
+def _take(run: TrainingState, plan: Plan) -> None:
+    run.plan = plan
+    _budget(run).on_plan(plan)
 
 
 def _measure(run: TrainingState, take_step: TakeStep) -> None:
@@ -152,7 +157,7 @@ def _measure(run: TrainingState, take_step: TakeStep) -> None:
 def _too_little(run: TrainingState) -> str:
     """What to do if not one step fits."""
     budget, means = _budget(run), run.pace.means
-    other = budget.spent() + budget.reserved
+    other = budget.before + budget.spent() + budget.reserved
     least = other + rest(run.step, run.step + LEAST_STEPS, means, _every(run))
     return (
         f"training.max_minutes={budget.minutes:.3g}: too little for one step, which takes {means[STEP]:.3g} s: "

@@ -126,7 +126,7 @@ class Plan:
 
     def ending(self, step: int, max_steps: int) -> "Plan":
         """The plan that goes on from `step` with another end. The progress is the same there, and 1 at the new end."""
-        return replace(self, max_steps=max_steps, bend=(step, self._progress_at(step)) if step else (0, 0.0))
+        return replace(self, max_steps=max_steps, bend=(step, self._progress_at(step)))
 
     def _progress_at(self, place: float) -> float:
         step, done = self.bend
