@@ -1,6 +1,7 @@
 """A training run of seconds: a toy Llama saved to a folder, text of its own words, the settings to train it."""
 
 import csv
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,10 @@ def toy_files(folder: Path, toy: PreTrainedModel | None = None) -> tuple[Path, P
 def overrides(folder: Path, *more: str) -> list[str]:
     """Settings of a run in `folder`, where `toy_files` has been: 6 steps, everything logged."""
     values = {"max_steps": 6, "batch_size": 2, "max_seq_length": 16, "lr": 1e-3, "precision": "fp32"}
-    values |= {"start": "plain", "blockwise.enabled": "false"}  # these train; tests/reconstruction is about what precedes
+    values |= {
+        "start": "plain",
+        "blockwise.enabled": "false",
+    }  # tests/reconstruction is about these
     values |= {"log_interval": 1, "eval_interval": 2, "eval_tokens": 64, "final_eval_tokens": 64}
     return [
         f"model={folder / 'toy'}",
@@ -62,9 +66,10 @@ def run(
     world: World = CPU,
     force: bool = False,
     forecast: bool = False,
+    clock: Callable[[], float] = time.monotonic,
 ) -> PreTrainedModel:
     """What `wf train` does between loading and packing; returns the trained model."""
-    with open_run(config, force, world=world) as opened:
+    with open_run(config, force, world=world, clock=clock) as opened:
         opened.begin()
         teacher, student = opened.model, prepare_student(config, opened.model)
         made = (objective or partial(choose_objective, config))(student, teacher)

@@ -42,6 +42,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help
 Force = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
 Processes = Annotated[int | None, typer.Option("--nproc", min=1, help="Number of processes to train in.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")]
+Budget = Annotated[str | None, typer.Option("--budget", help="Time for all of it, such as 2h, 90m or 1h30m.")]
 ModelFolder = Annotated[str, typer.Argument(metavar="PATH", help="A run, a model folder, a config's name or a hub id.")]
 EngineChoice = Annotated[
     Literal["auto", "native", "transformers"],
@@ -59,6 +60,7 @@ def fairy2(
     model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
     mode: Annotated[Literal["w1", "w2"], typer.Option(help="Bits per weight: 1 or 2.")] = "w2",
     scale: Annotated[Scale | None, typer.Option(help="Preset of batch size and number of GPUs.")] = None,
+    budget: Budget = None,
     dry_run: DryRun = False,
     force: Force = False,
     overrides: Overrides = None,
@@ -68,10 +70,11 @@ def fairy2(
     \b
     Example:
       wf fairy2 -m tiny --mode w2
+      wf fairy2 -m smollm2_135m --mode w2 --budget 2h
       wf fairy2 -m smollm2_135m training.max_steps=100 training.optimizer.lr=5e-5
     """
     chosen = [f"model={model}", f"training=fairy2_{mode}", *(overrides or [])]
-    call("train", chosen, dry_run=dry_run, force=force, scale=scale)
+    call("train", chosen, dry_run=dry_run, force=force, scale=scale, budget=budget)
 
 
 @app.command()
@@ -82,6 +85,7 @@ def bitdistill(
     ] = None,
     stages: Annotated[str, typer.Option(help="Stages to run, of 0, 1, 1.9, 2 and 3.")] = "0,1,2,3",
     nproc: Processes = None,
+    budget: Budget = None,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
@@ -96,7 +100,8 @@ def bitdistill(
       wf bitdistill -m tiny --task stdlib_kind
       wf bitdistill -m smollm2_135m --task sst2 --stages 0,1,3 3:training.lr=1e-4
     """
-    call("bitdistill", model, task=task, numbers=stages, overrides=overrides or [], force=force, processes=nproc)
+    chosen = {"task": task, "numbers": stages, "overrides": overrides or []}
+    call("bitdistill", model, **chosen, force=force, processes=nproc, budget=budget)
 
 
 @app.command()
@@ -110,6 +115,7 @@ def anemll(
         str | None, typer.Option(help="Learn from a KD cache of `wf cache` instead of a running teacher.")
     ] = None,
     nproc: Processes = None,
+    budget: Budget = None,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
@@ -124,11 +130,17 @@ def anemll(
       wf anemll -m tiny --workflow a
       wf anemll -m qwen3_0_6b --workflow c q2:training.max_steps=1000
     """
-    call("anemll", model, workflow, cache, overrides or [], force, nproc)
+    call("anemll", model, workflow, cache, overrides or [], force, nproc, budget)
 
 
 @app.command()
-def train(overrides: Overrides = None, nproc: Processes = None, dry_run: DryRun = False, force: Force = False) -> None:
+def train(
+    overrides: Overrides = None,
+    nproc: Processes = None,
+    budget: Budget = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
     """Run any training stage; everything is chosen by settings.
 
     \b
@@ -137,7 +149,7 @@ def train(overrides: Overrides = None, nproc: Processes = None, dry_run: DryRun 
       wf train model=qwen3_4b training=stage2_pretrain auto_prereq=true \\
         distributed=fsdp_multi --nproc 8
     """
-    call("train", overrides or [], dry_run=dry_run, force=force, scale=None, processes=nproc)
+    call("train", overrides or [], dry_run=dry_run, force=force, scale=None, processes=nproc, budget=budget)
 
 
 @app.command()

@@ -123,7 +123,7 @@ def test_fairy2_is_train_with_two_overrides_first(received) -> None:
     )
     assert (code, err) == (0, "")
     overrides = ["model=org/name", "training=fairy2_w1", "training.lr=1e-4", "a.b=c"]
-    assert received == [((overrides,), {"dry_run": True, "force": False, "scale": "dev"})]
+    assert received == [((overrides,), {"dry_run": True, "force": False, "scale": "dev", "budget": None})]
 
 
 def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
@@ -131,7 +131,7 @@ def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
     assert wf("pretrain", "--force", "seed=1")[0] == 0
     assert wf("export", "run", "--format", "hf", "--out", "small")[0] == 0
     assert received == [
-        ((["model=tiny"],), {"dry_run": False, "force": True, "scale": None, "processes": 2}),
+        ((["model=tiny"],), {"dry_run": False, "force": True, "scale": None, "processes": 2, "budget": None}),
         ((["seed=1"],), {"force": True, "processes": None}),
         ((Path("run"), "hf", Path("small"), False, False), dict.fromkeys(options())),
     ]

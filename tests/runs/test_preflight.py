@@ -123,16 +123,20 @@ def test_many_passes_over_little_text_are_refused_unless_asked_for(
     assert rows(folder / "run")[-1]["step"] == "10"
 
 
+TABLE = ["training.max_minutes=null"]  # what a GPU has: tokens by the table
+
+
 def test_the_default_text_is_not_gone_through_hundreds_of_times(folder: Path) -> None:
-    """`wf fairy2 -m FOLDER`: half a billion tokens by the table, and no data named."""
-    config = load_config([f"model={folder / 'toy'}", "training=fairy2_w2", f"output_dir={folder / 'run'}"])
+    """`wf fairy2 -m FOLDER` without a budget: half a billion tokens by the table, and no data named."""
+    config = load_config([f"model={folder / 'toy'}", "training=fairy2_w2", f"output_dir={folder / 'run'}", *TABLE])
     with pytest.raises(UserError, match=r"500,000,000 tokens are \d+ passes over Python's standard library"):
         setup.open_run(config)
 
 
 def test_a_dry_run_says_that_the_run_would_be_refused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="wrinklefree")
-    train.run([f"model={folder / 'toy'}", "training=fairy2_w2", f"output_dir={folder / 'run'}"], dry_run=True)
+    out = f"output_dir={folder / 'run'}"
+    train.run([f"model={folder / 'toy'}", "training=fairy2_w2", out, *TABLE], dry_run=True)
     assert "the run would be refused: 500,000,000 tokens are" in caplog.text
     assert "dry run: nothing was trained or written" in caplog.text
     assert not (folder / "run").exists()

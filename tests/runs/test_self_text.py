@@ -74,7 +74,7 @@ def test_a_finished_stage_is_known_again(folder: Path, caplog: pytest.LogCapture
 def test_a_dry_run_says_what_would_be_written(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="wrinklefree")
     overrides = [f"model={folder / 'toy'}", "training=fairy2_w2", *settings(folder, "data.self_minutes=5")]
-    train.run(overrides, dry_run=True)
+    train.run([*overrides, "training.total_tokens=500000000"], dry_run=True)
     assert "toy first writes 3,000 tokens in at most 5 minutes, in documents of at most 48 tokens, 0% of" in caplog.text
     assert "the run would be refused: 500,000,000 tokens are" in caplog.text
     assert not (folder / "outputs").exists()

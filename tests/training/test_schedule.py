@@ -56,30 +56,24 @@ GUIDE |= {4e9: (2e-5, 2e9), 7e9: (1e-5, 5e9), 70e9: (1e-5, 5e9)}
 
 
 MODEL = ModelConfig(name="some", pretrained="some")
-SMALL = ModelConfig(name="small", pretrained="small", auto_tokens=1000, auto_tokens_slow=250)
+SMALL = ModelConfig(name="small", pretrained="small", auto_tokens=1000)
 
 
 @pytest.mark.parametrize("size", GUIDE)
 def test_auto_follows_the_guide_and_says_so(size: float) -> None:
-    lr, tokens = choose_lr("auto", int(size)), choose_tokens("auto", int(size), MODEL, slow=False)
+    lr, tokens = choose_lr("auto", int(size)), choose_tokens("auto", int(size), MODEL)
     assert (lr.value, tokens.value) == GUIDE[size]
     assert lr.reason == f"table, {size / 1e6:.0f} M parameters"
     assert tokens.reason == lr.reason
 
 
 def test_a_model_may_say_what_auto_comes_to() -> None:
-    assert choose_tokens("auto", 10, SMALL, slow=False).value == 1000
-
-
-def test_a_slow_processor_trains_on_fewer_tokens_and_says_how_to_train_on_all() -> None:
-    tokens = choose_tokens("auto", 10, SMALL, slow=True)
-    assert tokens.value == 250
-    assert "no bf16; training.total_tokens=1000" in tokens.reason
+    assert choose_tokens("auto", 10, SMALL).value == 1000
 
 
 def test_what_is_set_wins() -> None:
     assert choose_lr(3e-4, 10).value == 3e-4
-    assert choose_tokens(105, 10, SMALL, slow=True).value == 105
+    assert choose_tokens(105, 10, SMALL).value == 105
     assert choose_steps(7, Resolved(100, "set"), 10).value == 7
     assert choose_steps(0, Resolved(100, "set"), 1000).value == 0
     assert choose_steps(None, Resolved(105, "set"), 10).value == 10

@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
+from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
@@ -32,19 +33,30 @@ STEPS: dict[Workflow, list[tuple[str, str]]] = {
 
 
 def run(
-    model: str, workflow: Workflow, cache: str | None, overrides: list[str], force: bool, processes: int | None
+    model: str,
+    workflow: Workflow,
+    cache: str | None,
+    overrides: list[str],
+    force: bool,
+    processes: int | None,
+    budget: str | None = None,
 ) -> None:
-    """Run the steps of a workflow, then write the folder `anemll/` for ANEMLL's converters."""
+    """Run the steps of a workflow, then write the folder `anemll/` for ANEMLL's converters.
+
+    The steps share the time `budget`, such as `2h`.
+    """
     names = [name for name, _ in STEPS[workflow]]
     own = {name: _meant_for(name, names, overrides) for name in names}
-    finished: list[Config] = []
+    chain, before = list[list[str]](), None
     for name, training in STEPS[workflow]:
         chosen = [f"model={model}", f"training={training}", f"training.stage={workflow}_{name}"]
-        if finished:
-            chosen.append(setting("training.start_from", [finished[-1].output_dir]))
+        if before is not None:
+            chosen.append(setting("training.start_from", [before]))
         if cache is not None:
             chosen += ["training.objective=cached_kd", f"distillation.cache={cache}"]
-        finished.append(launch.run_once([*chosen, *own[name]], force, processes))
+        chain.append([*chosen, *own[name]])
+        before = load_config(chain[-1]).output_dir
+    finished = launch.run_chain(chain, force, processes, budget)
     last = Path(finished[-1].output_dir)
     trained, tokenizer = load_model(last, trust_remote_code=finished[-1].model.trust_remote_code)
     table = anemll.write(trained, tokenizer, last / "anemll", [])

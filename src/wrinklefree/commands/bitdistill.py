@@ -43,8 +43,9 @@ def run(
     overrides: list[str],
     force: bool,
     processes: int | None,
+    budget: str | None = None,
 ) -> None:
-    """Run the stages `numbers`, such as `0,1,2,3`.
+    """Run the stages `numbers`, such as `0,1,2,3`. They share the time `budget`, such as `2h`.
 
     Raises UserError if a stage is unknown, or was run with other settings before.
     """
@@ -53,12 +54,12 @@ def run(
     if unknown:
         raise UserError(f"--stages {numbers}: no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
     before: str | None = None
-    finished = []
+    chain = []
     for number in chosen:
-        config = launch.run_once(settings(model, number, task, before, overrides), force, processes)
-        finished.append(config)
+        chain.append(settings(model, number, task, before, overrides))
         if number != "0":
             before = STAGES[number]
+    finished = launch.run_chain(chain, force, processes, budget)
     summary(finished)
 
 

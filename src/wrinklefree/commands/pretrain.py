@@ -54,6 +54,10 @@ def run(overrides: list[str], *, force: bool = False, processes: int | None = No
     config = load_config(overrides, "pretrain")
     if config.model.architecture is None:
         raise UserError(f"model={config.model.name}: has no architecture to train from scratch; try model=tiny")
+    if config.training.max_minutes is not None:
+        raise UserError(
+            "training.max_minutes: not for `wf pretrain`, whose text changes at a step that is known before"
+        )
     number = launch.count_processes(config, processes)
     if number > 1:
         launch.torchrun("pretrain", number, overrides, force)

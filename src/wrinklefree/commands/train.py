@@ -12,6 +12,7 @@ from wrinklefree.distributed.world import World, own_device
 from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import meta_model, open_tokenizer
 from wrinklefree.runs import launch, preflight, self_text
+from wrinklefree.runs.budget import CommandBudget, command_budget
 from wrinklefree.training.plan import choose_length, make_plan
 
 log = logging.getLogger("wrinklefree")
@@ -27,23 +28,34 @@ def run(
     force: bool = False,
     scale: str | None = None,
     processes: int | None = None,
+    budget: str | None = None,
 ) -> None:
     """Train one stage with the settings in `overrides`. Raises UserError for anything that the user can fix.
 
+    `budget` is the time for all of it, such as `2h`.
     `scale` is a name in SCALES. With `dry_run`, the settings are printed and nothing is trained.
     """
     if scale is not None:
         processes, batch_size, accumulation = SCALES[scale]
         sizes = [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulation}"]
         overrides = [*overrides[:2], *sizes, *overrides[2:]]  # the user's own settings come later and win
+    config = load_config(overrides)
+    minutes = command_budget(budget, config)
+    if minutes is not None:
+        minutes.say(launch.shares_of(minutes, config, overrides, launch.needed_stages(config)))
     if dry_run:
-        config = load_config(overrides)
-        show(config, processes or launch.count_processes(config, None))
+        own = [] if minutes is None else minutes.settings(overrides, config, _before(minutes, config, overrides))
+        show(load_config([*overrides, *own]), processes or launch.count_processes(config, None))
         return
     if scale not in (None, "dev") and processes is not None:
-        load_config(overrides)
         check_gpus(processes, f"--scale {scale}")
-    launch.run_stage(overrides, force=force, processes=processes)
+    launch.run_stage(overrides, force=force, processes=processes, budget=minutes)
+
+
+def _before(budget: CommandBudget, config: Config, overrides: list[str]) -> list[float]:
+    """The shares of the stages that will take their minutes before this one."""
+    shares = launch.shares_of(budget, config, overrides, launch.needed_stages(config))
+    return [share for stage, share in shares.items() if stage != config.training.stage]
 
 
 def show(config: Config, processes: int) -> None:
@@ -59,7 +71,8 @@ def show(config: Config, processes: int) -> None:
         tokenizer = open_tokenizer(str(source), config.model.trust_remote_code)
         if is_unwritten(config.data):
             log.info("%s", self_text.describe(config, tokenizer))
-        problem = preflight.too_many_passes(config, tokenizer, plan)
+        size = preflight.text_size(config, tokenizer, plan)
+        problem = None if size is None else preflight.too_many_passes(config, size, plan)
         if problem is not None:
             log.warning("the run would be refused: %s", problem)
     log.info("dry run: nothing was trained or written")

@@ -286,8 +286,14 @@ def read_config(path: Path) -> Config:
 
 
 def _as_of_today(values: dict[str, Any]) -> dict[str, Any]:
-    """Translate the config of an older version. Version 0.1 kept the settings of a thinker in the section `method`."""
-    method = values.get("method")
+    """Translate the config of an older version.
+
+    Version 0.1 kept the settings of a thinker in the section `method`. `model.auto_tokens_slow` chose the tokens of a
+    CPU without bf16, before a CPU had minutes instead.
+    """
+    method, model = values.get("method"), values.get("model")
+    if isinstance(model, dict):
+        values = {**values, "model": {key: value for key, value in model.items() if key != "auto_tokens_slow"}}
     if isinstance(method, dict) and method.get("name") == "trm":
         return {**values, "method": None, "thinking": method}
     return values

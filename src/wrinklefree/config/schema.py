@@ -53,8 +53,8 @@ class ModelConfig(Node):
     name: str
     pretrained: str
     trust_remote_code: bool = False
-    auto_tokens: Tokens | None = None  # the value of training.total_tokens=auto; null goes by parameter count
-    auto_tokens_slow: Tokens | None = None  # used on a CPU without bf16: a step takes about four times as long
+    auto_tokens: Tokens | None = None  # training.total_tokens=auto without minutes; null goes by parameter count
+    auto_minutes: PositiveFloat | None = None  # of a training on a CPU, if no steps, tokens or minutes are set
     architecture: ArchitectureConfig | None = None
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
 
@@ -154,6 +154,12 @@ class TrainingConfig(Node):
     start_from: list[str] = field(default_factory=list)  # earlier stages or folders; the first that exists is used
     total_tokens: Tokens | Auto = "auto"
     max_steps: Natural | None = None  # wins over total_tokens; 0 prepares and saves without training
+    # Of the whole stage, and the steps are as many as fit; auto: on a CPU if neither steps nor tokens are set.
+    max_minutes: PositiveFloat | Auto | None = "auto"
+    budget_minutes: PositiveFloat | None = (
+        None  # of the whole command: --budget sets it; a resume with it keeps its plan
+    )
+    budget_share: NonNegative = 1.0  # of the minutes of a command with several stages, in proportion to the others
     batch_size: Positive = 8
     max_seq_length: Positive | Auto = "auto"  # auto: as many as the model has positions, at most 2048
     gradient_accumulation_steps: Positive = 1

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.signals import handling
 from wrinklefree.runs import folder, prerequisites
+from wrinklefree.runs.budget import CommandBudget, command_budget
 from wrinklefree.runs.stage import train_stage
 from wrinklefree.training import checkpoint
 
@@ -25,8 +27,12 @@ SAVING_SECONDS = 600  # how long torchrun waits for its processes to save after 
 # Settings that change where and how a stage runs, but not the model that it makes.
 INCIDENTAL = (
     "auto_prereq",
+    "model.auto_minutes",
     "model.auto_tokens",
     "model.trust_remote_code",
+    "training.budget_minutes",
+    "training.budget_share",
+    "training.max_minutes",
     "training.resume_from",
     "training.upload_to",
     "training.logging",
@@ -37,11 +43,19 @@ INCIDENTAL = (
 )
 
 
-def run_stage(overrides: list[str], *, force: bool = False, processes: int | None = None) -> None:
+def run_stage(
+    overrides: list[str],
+    *,
+    force: bool = False,
+    processes: int | None = None,
+    budget: CommandBudget | None = None,
+    later: Sequence[float] = (),
+) -> None:
     """Train one stage with the settings in `overrides`. With `auto_prereq=true`, first train the stages it needs.
 
     `processes` is the number of processes that torchrun starts. None means one process, or one per GPU with FSDP. A
-    process that torchrun has started ignores it.
+    process that torchrun has started ignores it. The stage and those that it needs share `budget` with the stages that
+    the command runs after them, whose shares are `later`.
 
     Raises UserError for anything that the user can fix.
     """
@@ -49,10 +63,16 @@ def run_stage(overrides: list[str], *, force: bool = False, processes: int | Non
     if config.thinking is not None:
         verb = prerequisites.VERBS.get(config.training.stage, "trm")
         raise UserError(f"training={config.training.stage}: a stage of LLM-TRM: run it with `wf {verb}`")
-    if config.auto_prereq:
-        for stage in prerequisites.missing(config):
-            log.info("%s needs %s: running it first", config.training.stage, stage)
-            run_once([*prerequisites.prerequisite(config, stage), "auto_prereq=true"], False, processes)
+    needed = needed_stages(config)
+    for number, stage in enumerate(needed):
+        log.info("%s needs %s: running it first", config.training.stage, stage)
+        others = needed[number + 1 :]
+        shares = [] if budget is None else [*shares_of(budget, config, overrides, others).values(), *later]
+        run_once(_needed(config, stage), False, processes, budget, shares)
+    minutes = [] if budget is None else budget.settings(overrides, config, later)
+    if minutes:
+        overrides = [*overrides, *minutes]
+        config = load_config(overrides)
     number = count_processes(config, processes)
     if number > 1:
         torchrun("train", number, overrides, force)
@@ -60,10 +80,52 @@ def run_stage(overrides: list[str], *, force: bool = False, processes: int | Non
         train_stage(config, force)
 
 
-def run_once(overrides: list[str], force: bool, processes: int | None) -> Config:
+def needed_stages(config: Config) -> list[str]:
+    """The stages that run before this one, because it needs them, they are missing, and `auto_prereq` allows it."""
+    return prerequisites.missing(config) if config.auto_prereq else []
+
+
+def _needed(config: Config, stage: str) -> list[str]:
+    return [*prerequisites.prerequisite(config, stage), "auto_prereq=true"]
+
+
+def shares_of(budget: CommandBudget, config: Config, overrides: list[str], needed: Sequence[str]) -> dict[str, float]:
+    """The shares of a budget by the stages' names: of the stages `needed` for a stage, and of this stage itself."""
+    before = {stage: _needed(config, stage) for stage in needed}
+    shares = {stage: budget.share(settings, load_config(settings)) for stage, settings in before.items()}
+    return shares | {config.training.stage: budget.share(overrides, config)}
+
+
+def run_chain(chain: Sequence[list[str]], force: bool, processes: int | None, budget: str | None) -> list[Config]:
+    """Run stages one after the other, each by its overrides, and return their configs.
+
+    `budget` is what `--budget` says. Raises UserError as `run_once` does.
+    """
+    configs = [load_config(overrides) for overrides in chain]
+    minutes = command_budget(budget, configs[-1])
+    shares = dict[str, float]()
+    if minutes is not None:
+        for overrides, config in zip(chain, configs, strict=True):
+            done = prerequisites.is_done(Path(config.output_dir)) and not force
+            shares[config.training.stage] = 0.0 if done else minutes.share(overrides, config)
+        minutes.say(shares)
+    finished = []
+    for number, overrides in enumerate(chain):
+        finished.append(run_once(overrides, force, processes, minutes, [*shares.values()][number + 1 :]))
+    return finished
+
+
+def run_once(
+    overrides: list[str],
+    force: bool,
+    processes: int | None,
+    budget: CommandBudget | None = None,
+    later: Sequence[float] = (),
+) -> Config:
     """Run a stage and return its config. Resume it if it was interrupted, and skip it if it is done.
 
-    A stage that was interrupted before it had a checkpoint starts over. `force` runs a finished one again.
+    A stage that was interrupted before it had a checkpoint starts over. `force` runs a finished one again. `budget` and
+    `later` are as for `run_stage`.
 
     Raises UserError if a finished stage was made with other settings.
     """
@@ -79,7 +141,8 @@ def run_once(overrides: list[str], force: bool, processes: int | None) -> Config
     resume = [] if force or not begun else ["training.resume_from=latest"]
     # The model of a stage without steps has no checkpoint, and is made again at once.
     again = not resume and (config.training.max_steps == 0 or not (out / "final").exists())
-    run_stage([*overrides, *resume], force=force or again, processes=processes)
+    settings = [*overrides, *resume]
+    run_stage(settings, force=force or again, processes=processes, budget=budget, later=later)
     return config
 
 

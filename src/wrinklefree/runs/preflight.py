@@ -20,7 +20,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import free_bytes
 from wrinklefree.data.kd_cache.read import KDCache
 from wrinklefree.data.open import is_unwritten
-from wrinklefree.data.preview import preview, size_of
+from wrinklefree.data.preview import Size, preview, size_of
 from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import at_hand, model_folder, model_source
 from wrinklefree.models.load import meta_model, open_tokenizer
@@ -96,24 +96,33 @@ def count_parameters(config: Config) -> int | None:
     return int(meta_model(str(model_folder(source)), config.model.trust_remote_code).num_parameters())
 
 
-def check_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
-    """Log which text is gone through, and how often.
+def check_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Size | None:
+    """Log which text is gone through, and how often. Returns its size, or None if that is not known.
 
-    Raises UserError if a number of tokens goes through it more often than `data.max_passes`. A number of steps may.
+    Raises UserError if a number of tokens goes through it more often than `data.max_passes`. A number of steps may, and
+    so may a number of minutes, which nobody can turn into passes beforehand.
     """
-    problem = too_many_passes(config, tokenizer, plan)
+    size = text_size(config, tokenizer, plan)
+    problem = None if size is None else too_many_passes(config, size, plan)
     if problem is not None:
         raise UserError(problem)
+    return size
 
 
-def too_many_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> str | None:
-    """Log which text is gone through, and how often. Returns why that is too often, or None."""
+def text_size(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Size | None:
+    """How much text the plan goes through; None if that is not known, or if it goes through none."""
     if config.distillation.cache is not None or plan.max_steps == 0:
         return None
     size = size_of(config.data, tokenizer)
-    if size is None or size.tokens == 0:
+    return None if size is None or size.tokens == 0 else size
+
+
+def too_many_passes(config: Config, size: Size, plan: Plan) -> str | None:
+    """Log which text is gone through, and how often. Returns why that is too often, or None."""
+    if plan.minutes is not None:
+        log.info("text: %s, about %s tokens", size.name, short_number(size.tokens))
         return None
-    passes = plan.max_steps * plan.tokens_per_step / size.tokens
+    passes = _passes(size, plan)
     log.info(
         "text: %s, about %s tokens; the plan goes through it %.3g times", size.name, short_number(size.tokens), passes
     )
@@ -133,3 +142,14 @@ def _more(config: Config, times: float) -> str:
         return "give more text (data=local data.path=FOLDER)"
     enough = math.ceil(1.05 * times * config.data.self_tokens)  # its size is estimated from a sample
     return f"let the model write more (data.self_tokens={enough})"
+
+
+def say_passes(config: Config, size: Size, plan: Plan) -> None:
+    """Log how often a plan that fits a budget goes through the text, and what to do if that is too often."""
+    passes = _passes(size, plan)
+    more = "; more text would be better (data=local data.path=FOLDER)" if passes > config.data.max_passes else ""
+    log.info("the plan goes through the text %.3g times%s", passes, more)
+
+
+def _passes(size: Size, plan: Plan) -> float:
+    return plan.max_steps * plan.tokens_per_step / size.tokens

@@ -7,6 +7,7 @@ with open_run(config, force) as run:    check everything; write and remove nothi
 """
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.read import KDCache, KDStream
 from wrinklefree.data.open import check_written, heldout_batches, heldout_examples, training_stream
 from wrinklefree.data.packing import BatchStream
+from wrinklefree.data.preview import Size
 from wrinklefree.data.sources import Example
 from wrinklefree.distributed.sharding import Whole, choose_placement
 from wrinklefree.distributed.world import World, barrier, gather, join_world, leave_world
@@ -36,6 +38,7 @@ from wrinklefree.models.load import Loaded, load_pretrained
 from wrinklefree.objectives.base import LOSS, Objective
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs import folder, preflight, self_text
+from wrinklefree.training.budget import Budget, Clock
 from wrinklefree.training.loop import Evaluate, OnStep, do_nothing, fit
 from wrinklefree.training.plan import Plan, choose_length, make_plan
 from wrinklefree.training.state import Stream
@@ -47,7 +50,8 @@ log = logging.getLogger("wrinklefree")
 class Run:
     """Everything that a training needs. Use it as a context manager; its end unlocks the output folder.
 
-    `plan` says what each `auto` of `config` came to. `model` is the model that the run starts from.
+    `plan` says what each `auto` of `config` came to; with a budget, its number of steps is known once `fit` has begun.
+    `model` is the model that the run starts from.
     """
 
     config: Config
@@ -57,6 +61,8 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     placement: Whole
     plan: Plan
+    text: Size | None = None  # of the training data, until it is said how often that is gone through
+    budget: Budget | None = None  # the minutes of the stage
     force: bool = False  # whether an earlier run in the output folder is replaced
     joined: bool = False  # whether this run has joined the other processes, and so has to leave them
     lock: ExitStack = field(default_factory=ExitStack)
@@ -117,6 +123,8 @@ class Run:
         """
         if on_step is None and self.config.method is not None:
             on_step = self.config.method.on_step
+        if self.budget is not None:
+            self.budget.on_plan = self.planned
         return fit(
             model,
             objective,
@@ -133,7 +141,14 @@ class Run:
             on_step=on_step or do_nothing,
             on_resumed=None if self.resume is None else partial(folder.go_on, self.out, self.resume),
             forecast=forecast,
+            budget=self.budget,
         )
+
+    def planned(self, plan: Plan) -> None:
+        """Take over the plan that fits the budget. The first time, log how often it goes through the text."""
+        self.plan, text, self.text = plan, self.text, None
+        if text is not None:
+            preflight.say_passes(self.config, text, plan)
 
     def quality(
         self, model: PreTrainedModel, batches: list[Batch], reference: PreTrainedModel | None = None
@@ -159,6 +174,7 @@ def open_run(
     load: Callable[[Config], Loaded] | None = None,
     reads_text: bool = True,
     world: World | None = None,
+    clock: Clock = time.monotonic,
 ) -> Run:
     """Join the other processes, load the model, and make the plan that every `auto` comes to.
 
@@ -166,6 +182,8 @@ def open_run(
     written or removed but that text, which belongs to no run.
 
     `reads_text` says whether the run trains on `config.data`; if not, that is not looked at.
+
+    The minutes of the stage, if it has such, begin with this call; `clock` measures them.
 
     `load` makes the model and its tokenizer, after the random numbers have been seeded. By default it loads the
     pretrained ones.
@@ -175,6 +193,7 @@ def open_run(
     - a checkpoint or model that does not exist,
     - settings that exclude one another.
     """
+    started = clock()
     joined, world = world is None, world or join_world()
     checked = _checked(config, force, reads_text, own_model=load is not None) if world.is_main else None
     resume = gather(checked, world)[0]
@@ -185,11 +204,11 @@ def open_run(
     placement = choose_placement(config.distributed, t.compile, world)
     model.to(placement.build_device)
     plan = make_plan(t, config.model, model, length, world)
-    if reads_text:
-        if load is None:
-            self_text.write(config, model, tokenizer, world)
-        preflight.check_passes(config, tokenizer, plan)
-    return Run(config, world, resume, model, tokenizer, placement, plan, force, joined)
+    if reads_text and load is None:
+        self_text.write(config, model, tokenizer, world)
+    text = preflight.check_passes(config, tokenizer, plan) if reads_text else None
+    budget = None if plan.minutes is None else Budget(plan.minutes, clock, started, t.budget_minutes)
+    return Run(config, world, resume, model, tokenizer, placement, plan, text, budget, force, joined)
 
 
 def _checked(config: Config, force: bool, reads_text: bool, own_model: bool) -> Path | None:

@@ -23,7 +23,7 @@ from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import Batches, quant_layers
 from wrinklefree.data.tokenizer import check_same_tokenizer
 from wrinklefree.distributed.sharding import Sharded
-from wrinklefree.distributed.world import ALONE
+from wrinklefree.distributed.world import ALONE, gather
 from wrinklefree.evaluate.speed import decoding_speed
 from wrinklefree.export.card import card
 from wrinklefree.export.formats.packed import export_packed
@@ -37,6 +37,8 @@ from wrinklefree.runs import prerequisites, rebuilding, setup
 from wrinklefree.runs.report import RESULTS, Results
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.tracking.plotting import plot_runs
+from wrinklefree.tracking.terminal import spoken_time
+from wrinklefree.training.budget import Budget
 
 log = logging.getLogger("wrinklefree")
 
@@ -45,6 +47,11 @@ log = logging.getLogger("wrinklefree")
 NUM_SAMPLES, PROMPT_TOKENS = 3, 8
 
 CALIBRATION_BATCHES = 4
+
+MEASURING = 0.2  # of a budget may go into measuring the model, before and after the training
+
+# Packing, its proof and its samples take so long, and as long as a forward pass over so many tokens (LOG.md).
+PACKING_SECONDS, PACKING_TOKENS = 10.0, 60_000
 
 NAMES = {"full_precision": "original or teacher", "one_shot": "before training", "trained": "trained"}
 
@@ -82,6 +89,8 @@ def _train(run: Run, start: Path | None) -> None:
         rebuilding.rebuild(run, original, student)
     if config.method is not None or start is not None:
         measured.measure_state("one_shot", student)
+    if run.budget is not None:
+        run.budget.reserved = measured.seconds_to_come()
     run.fit(student, objective, teacher=teacher, stream=stream, forecast=True)
     measured.measure_state("trained", student)
     if run.is_main:
@@ -97,21 +106,58 @@ class Measured:
     def __init__(self, run: Run, reference: PreTrainedModel) -> None:
         self.run, self.reference = run, reference
         self.heldout = run.heldout(run.config.training.final_eval_tokens)
+        # With a budget: how long the last measurement took, one with KL, and a forward pass over one token.
+        self.seconds = self.with_kl = self.per_token = 0.0
         self.examples = setup.examples(run.config, run.tokenizer)
         self.results = Results(context=run.plan.length)
 
     def measure_state(self, state: str, model: PreTrainedModel) -> None:
         """Measure `model` and store the figures in `results` under `state`, one of `report.STATES`.
 
-        The figures include the KL to the reference, unless `model` is the reference.
+        The figures include the KL to the reference, unless `model` is the reference. With a budget, the first
+        measurement shortens the held-out text if measuring would take too much of it.
         """
+        budget = self.run.budget
+        if budget is not None and model is self.reference:
+            self.heldout = self.affordable(model, budget)
+        began = 0.0 if budget is None else budget.clock()
         quality = self.run.quality(model, self.heldout, None if model is self.reference else self.reference)
         setattr(self.results, state, quality)
         right = ""
         if self.examples:
             accuracy = self.results.accuracy[state] = self.run.accuracy(model, self.examples)
             right = f", accuracy {accuracy.value:.1%}"
+        if budget is not None:
+            self.seconds = budget.clock() - began
         log.info("%s: held-out perplexity %.2f%s", NAMES[state], quality.ppl, right)
+
+    def affordable(self, model: PreTrainedModel, budget: Budget) -> list[Batch]:
+        """The first held-out batches, as many as can be measured on in `MEASURING` of the budget.
+
+        The original is measured once, and the model with the KL to it before and after the training.
+        """
+        first = self.heldout[:1]
+        self.run.quality(model, first)  # warms up
+        times = [budget.clock()]
+        for reference in (None, model):
+            self.run.quality(model, first, reference)
+            times.append(budget.clock())
+        plain, with_kl = gather([times[1] - times[0], times[2] - times[1]], self.run.world)[0]
+        self.per_token = plain / first[0]["input_ids"].numel()
+        seconds, allowed = plain + 2 * with_kl, MEASURING * 60 * budget.minutes
+        number = max(1, min(len(self.heldout), int(allowed / max(seconds, 1e-9))))
+        self.with_kl = with_kl * number
+        if number < len(self.heldout):
+            told = (100 * number / len(self.heldout), 100 * MEASURING, spoken_time(60 * budget.minutes))
+            log.info("held-out text: %.2g %% of it, so that measuring takes %.0f %% of %s", *told)
+        return self.heldout[:number]
+
+    def seconds_to_come(self) -> float:
+        """Forecast how long measuring and packing after the training take."""
+        config = self.run.config
+        packs = config.method is not None and config.training.pack
+        packing = PACKING_SECONDS + PACKING_TOKENS * self.per_token if packs else 0.0
+        return max(self.seconds, self.with_kl) + packing
 
 
 def prepare_student(

@@ -45,6 +45,9 @@ class Bar:
     def show(self, step: int, text: str) -> None:
         self.progress.update(self.task, completed=step, description=text)
 
+    def set_total(self, total_steps: int) -> None:
+        self.progress.update(self.task, total=total_steps)
+
     def close(self) -> None:
         self.progress.stop()
 
@@ -66,6 +69,9 @@ class Lines:
             return
         self.printed = now
         print(f"{self.unit} {step}/{self.total_steps}  {text}", flush=True)
+
+    def set_total(self, total_steps: int) -> None:
+        self.total_steps = total_steps
 
     def close(self) -> None:
         """Nothing is held open."""

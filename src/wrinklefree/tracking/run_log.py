@@ -63,6 +63,11 @@ class Tracker:
         rate = f"loss {loss:.3f}  lr {lr:.1e}  {short_number(tokens_per_sec)} tok/s"
         self.bar.show(step, f"{rate}  ETA {self.clock.remaining(step)}")
 
+    def set_total(self, total_steps: int) -> None:
+        """The training will end after another number of steps than it was to."""
+        self.bar.set_total(total_steps)
+        self.clock.total_steps = total_steps
+
     def close(self) -> None:
         """Stop the progress bar and finish the logs."""
         self.bar.close()
@@ -89,6 +94,9 @@ class Silent(Tracker):
         """The main process logs."""
 
     def update(self, step: int, loss: float, lr: float, tokens_per_sec: float) -> None:
+        """The main process shows progress."""
+
+    def set_total(self, total_steps: int) -> None:
         """The main process shows progress."""
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ def spoken_time(seconds: float) -> str:
     """A length of time as one would say it: 45 seconds, 12 minutes, 5.2 hours, 103 days."""
     for limit, unit in ((172_800, 86_400), (7200, 3600), (120, 60)):
         if seconds >= limit:
-            return f"{_three_digits(seconds / unit).removesuffix('.0')} {UNITS[unit]}"
+            return f"{_three_digits(seconds / unit).removesuffix('.00').removesuffix('.0')} {UNITS[unit]}"
     return f"{seconds:.0f} second{'' if round(seconds) == 1 else 's'}"
 
 

@@ -22,7 +22,8 @@ from wrinklefree.distributed.sharding import Whole
 from wrinklefree.distributed.world import World, any_of, barrier
 from wrinklefree.objectives.base import Metrics, Objective
 from wrinklefree.tracking.run_log import Silent, Tracker
-from wrinklefree.training import best, checkpoint, optim
+from wrinklefree.training import best, checkpoint, optim, pacing
+from wrinklefree.training.budget import EVALUATION, SAVE, STEP, Budget, Pace
 from wrinklefree.training.diagnose import explain_nonfinite
 from wrinklefree.training.forecast import how_long
 from wrinklefree.training.microbatches import Step, steps
@@ -58,15 +59,17 @@ def fit(
     on_step: OnStep = do_nothing,
     on_resumed: Callable[[], None] | None = None,
     forecast: bool = False,
+    budget: Budget | None = None,
 ) -> Path:
     """Train to the end of `plan` in the run folder `out`. Returns `out/final`, which is the best model if `keep_best`.
 
     `settings` is the resolved config as YAML, for checkpoints and W&B. `resume` is a checkpoint to continue, bit for
     bit; `on_resumed` is called on the main process once it is known to fit. `placement` says how model and teacher are
     sharded; None means that each process has both whole. With `forecast`, a long training begins with a line that says
-    how long it takes.
+    how long it takes. With `budget`, the training takes as many of the plan's steps as its minutes suffice for.
 
     Raises UserError
+    - if the minutes do not suffice for one step,
     - after Ctrl-C, SIGTERM or SIGHUP, once the step is finished and saved,
     - if the data cannot be read on, once what was trained so far is saved,
     - if the loss is not finite; nothing is saved then, so that the newest checkpoint is a good one.
@@ -76,12 +79,18 @@ def fit(
     run = TrainingState(
         model, objective, stream, t, plan, world, placement, optimizers, out=out, tokenizer=tokenizer, settings=settings
     )
+    if budget is not None:
+        budget.last_step = plan.max_steps
+        run.budget, run.pace = budget, Pace(budget.clock)
     if resume is not None:
         _resume(run, resume, on_resumed)
     if t.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.train()
-    if forecast:
+    if budget is not None:
+        on_step(model, run.step)  # what it sets for the first step, the steps that are timed need too
+        pacing.begin(run, _step)
+    elif forecast:
         how_long(run)
     tracker = Tracker(out, run.plan.max_steps, t.logging.wandb, settings, run.step) if world.is_main else Silent()
     with tracker, _uploading(run), _interruptible() as stopped:
@@ -114,16 +123,20 @@ def _run_steps(
     stopped: Callable[[], bool],
 ) -> None:
     """Step, evaluate, log and save until the last step, or until patience runs out. Raises UserError if stopped."""
-    t, max_steps, first = run.training, run.plan.max_steps, run.step
+    t, first = run.training, run.step
     batches, rate = steps(run), rates(t.scheduler)
     row: dict[str, float] = {}
     save = False
     while True:
+        if run.budget is not None and run.step > first and pacing.look_again(run):
+            tracker.set_total(run.plan.max_steps)
+        max_steps = run.plan.max_steps
         # Evaluating and saving come before the step: the last pass does both, and no code follows the loop.
         last = run.step >= max_steps
         due = run.step > first and (last or run.step % t.eval_interval == 0)
         if due or (t.eval_first and run.step == 0):
-            row |= _evaluate(run, evaluate)
+            with run.pace.timed(EVALUATION):
+                row |= _evaluate(run, evaluate)
         last = last or _had_enough(run)
         if row and (last or "eval_loss" in row or run.step == 1 or run.step % t.log_interval == 0):
             tracker.log(run.step, row)
@@ -132,7 +145,8 @@ def _run_steps(
         stop = any_of(stopped(), run.world) and between
         save = save or (run.step > first and run.step % t.save_interval == 0)
         if run.step > first and (last or stop or (save and between)):
-            _save(run)
+            with run.pace.timed(SAVE):
+                _save(run)
             save = False
         if last:
             return
@@ -140,7 +154,8 @@ def _run_steps(
             raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
         run.objective.on_step(run.step, max_steps)
         on_step(run.model, run.step)
-        row = _step_or_save(run, batches, rate(run.plan.progress(run.step, run.planned)), first)
+        with run.pace.timed(STEP):
+            row = _step_or_save(run, batches, rate(run.plan.progress(run.step, run.planned)), first)
         run.planned += run.plan.tokens_per_step
         tracker.update(run.step, row["train_loss"], row["lr"], row["tokens_per_sec"])
 

@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from wrinklefree.config.base import LARGEST
 from wrinklefree.config.schema import ModelConfig, TrainingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.manifest import read_manifest
 from wrinklefree.distributed.world import World, has_bf16
+from wrinklefree.tracking.terminal import spoken_time
 
 log = logging.getLogger("wrinklefree")
 
 MAX_LENGTH = 2048  # tokens, the most that `training.max_seq_length: auto` chooses
+
+CPU_MINUTES = 120.0  # of a training on a CPU, if neither the user nor the model's config says how long
+
+UNLIMITED = LARGEST - 1  # steps of a plan that nothing but its minutes ends
 
 # The training guide's table: (fewer parameters than, learning rate, tokens). It gives ranges of tokens; these are
 # their lower ends.
@@ -45,22 +51,34 @@ def choose_lr(setting: float | str, num_parameters: int) -> Resolved:
     return Resolved(value, f"table, {num_parameters / 1e6:.0f} M parameters")
 
 
-def choose_tokens(setting: int | str, num_parameters: int, model: ModelConfig, slow: bool) -> Resolved:
+def choose_tokens(setting: int | str, num_parameters: int, model: ModelConfig) -> Resolved:
     """Return the number of tokens to train on.
 
     That is `setting`; if it is `auto`, what the model's config says; if that says nothing, the number in `TABLE`.
     """
     if not isinstance(setting, str):
         return Resolved(setting, "total_tokens set")
-    if slow and model.auto_tokens_slow is not None:
-        return Resolved(
-            model.auto_tokens_slow,
-            f"fewer because this processor has no bf16; training.total_tokens={model.auto_tokens} trains on all",
-        )
     if model.auto_tokens is not None:
         return Resolved(model.auto_tokens, f"model={model.name}")
     value = next(tokens for limit, _, tokens in TABLE if num_parameters < limit)
     return Resolved(value, f"table, {num_parameters / 1e6:.0f} M parameters")
+
+
+def choose_minutes(t: TrainingConfig, model: ModelConfig, device: torch.device) -> Resolved | None:
+    """Return how many minutes the stage may take, or None if only steps or tokens end it.
+
+    That is `training.max_minutes`. If it is `auto`, a stage on a CPU has a limit if nothing says how many steps or
+    tokens it trains on: what the model's config says, or else `CPU_MINUTES`.
+    """
+    if t.max_steps == 0 or t.max_minutes is None:
+        return None
+    if not isinstance(t.max_minutes, str):
+        return Resolved(t.max_minutes, "max_minutes set")
+    if device.type != "cpu" or t.max_steps is not None or t.total_tokens != "auto":
+        return None
+    if model.auto_minutes is not None:
+        return Resolved(model.auto_minutes, f"model={model.name} on a CPU")
+    return Resolved(CPU_MINUTES, "on a CPU")
 
 
 def choose_steps(max_steps: int | None, tokens: Resolved, tokens_per_step: int) -> Resolved:
@@ -86,6 +104,8 @@ class Plan:
     length: int  # tokens in a sequence
     tokens_per_step: int  # all processes together
     total_tokens: int | None = None  # if the user gave tokens: the training ends with them, however a step is cut
+    minutes: float | None = None  # of the whole stage; `max_steps` may be lowered to fit them
+    bend: tuple[int, float] = (0, 0.0)  # the step at which the end was last changed, and the progress there
 
     def resumed(self, step: int, tokens: int) -> "Plan":
         """The plan of a run that has taken `step` steps over `tokens` tokens, which may have been of another size."""
@@ -99,10 +119,18 @@ class Plan:
 
         In the middle, because at the ends of a step the first or the last learning rate would be 0.
         """
-        if self.total_tokens is None:
-            return (step + 0.5) / self.max_steps
+        if self.total_tokens is None or self.minutes is not None:
+            return self._progress_at(step + 0.5)
         end = tokens + (self.max_steps - step) * self.tokens_per_step
         return (tokens + 0.5 * self.tokens_per_step) / end
+
+    def ending(self, step: int, max_steps: int) -> "Plan":
+        """The plan that goes on from `step` with another end. The progress is the same there, and 1 at the new end."""
+        return replace(self, max_steps=max_steps, bend=(step, self._progress_at(step)))
+
+    def _progress_at(self, place: float) -> float:
+        step, done = self.bend
+        return done + (1 - done) * (place - step) / (self.max_steps - step)
 
     def autocast(self, device: torch.device, cached: bool = True) -> AbstractContextManager[Any]:
         """Compute matrix products in `dtype` while the block runs; `cached` keeps a copy of each plain weight in it."""
@@ -115,14 +143,21 @@ def make_plan(t: TrainingConfig, config: ModelConfig, model: PreTrainedModel, le
     num_parameters = model.num_parameters()
     per_step = t.batch_size * length * t.gradient_accumulation_steps * world.size
     lr = choose_lr(t.optimizer.lr, num_parameters)
-    tokens = choose_tokens(t.total_tokens, num_parameters, config, slow=not has_bf16(world.device))
-    steps = choose_steps(t.max_steps, tokens, per_step)
-    dtype = choose_dtype(t.precision, world.device)
+    minutes = choose_minutes(t, config, world.device)
     log.info("learning rate %g (%s)", lr.value, lr.reason)
-    log.info("%d steps of %s tokens (%s)", steps.value, f"{per_step:,}", steps.reason)
+    if minutes is not None:
+        told = (spoken_time(60 * minutes.value), minutes.reason)
+        log.info("%s for this stage (%s); others: --budget 8h, or training.max_minutes=480", *told)
+    steps, total = UNLIMITED, None
+    if minutes is None or t.max_steps is not None or t.total_tokens != "auto":
+        tokens = choose_tokens(t.total_tokens, num_parameters, config)
+        chosen = choose_steps(t.max_steps, tokens, per_step)
+        steps, total = int(chosen.value), int(tokens.value) if t.max_steps is None else None
+        at_most = "" if minutes is None else "at most "
+        log.info("%s%d steps of %s tokens (%s)", at_most, steps, f"{per_step:,}", chosen.reason)
+    dtype = choose_dtype(t.precision, world.device)
     log.info("precision %s on %s", str(dtype).removeprefix("torch."), world.device)
-    total = int(tokens.value) if t.max_steps is None else None
-    return Plan(int(steps.value), lr.value, dtype, length, per_step, total)
+    return Plan(steps, lr.value, dtype, length, per_step, total, None if minutes is None else minutes.value)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

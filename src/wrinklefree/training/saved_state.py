@@ -4,6 +4,7 @@ state/shards/              moments of sharded parameters, one safetensors file p
 state/trainer.pt           all else
 """
 
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -23,6 +24,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.numbers import not_numbers
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.world import World
+from wrinklefree.training.budget import EVALUATION, SAVE, STEP
 
 State = dict[str, Any]
 
@@ -102,8 +104,27 @@ def _check_state(file: Path, state: Any) -> None:
         raise UserError(f"{file}: not a trainer state ({wrong[0]} is missing, or not of its kind)")
     if not state["rng"] or not all(isinstance(one, Tensor) and one.dtype == torch.uint8 for one in state["rng"]):
         raise UserError(f"{file}: not a trainer state (rng holds no states of random numbers)")
+    if state.get("budget") is not None and not _is_budget(state["budget"]):
+        raise UserError(f"{file}: not a trainer state (budget is not as it was saved)")
     for optimizer in state["optimizers"]:
         _check_optimizer(file, optimizer)
+
+
+# What a budget keeps: numbers that are not below 0, and the plan.
+BUDGET = ("minutes", "seconds", "trained", "last_step", "tokens_per_step", "max_steps")
+
+
+def _is_budget(values: Any) -> bool:
+    """Whether `values` has the form of a budget's state, with numbers that a budget may have."""
+    if not isinstance(values, dict) or not isinstance(values.get("means"), dict) or "command" not in values:
+        return False
+    bend, means = values.get("bend"), values["means"]
+    if not isinstance(bend, list) or len(bend) != 2 or not {STEP, EVALUATION, SAVE} <= means.keys():
+        return False
+    numbers = [*(values.get(name) for name in BUDGET), *bend, *means.values()]
+    if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
+        return False
+    return bool(means[STEP] > 0 and values["tokens_per_step"] > 0 and bend[0] < values["max_steps"])
 
 
 def _check_optimizer(file: Path, optimizer: Any) -> None:

@@ -19,6 +19,7 @@ from wrinklefree.distributed.sharding import Sharded, Whole
 from wrinklefree.distributed.world import World, gather
 from wrinklefree.objectives.base import Objective
 from wrinklefree.training import checkpoint, saved_state
+from wrinklefree.training.budget import Budget, Pace
 from wrinklefree.training.plan import Plan
 from wrinklefree.training.uploads import Uploads
 
@@ -61,6 +62,8 @@ class TrainingState:
     stale: int = 0  # evaluations in a row without a better one
     last_batch: Batch = field(default_factory=dict)
     uploads: Uploads | None = None  # the main process has one, if `training.upload_to` is set
+    budget: Budget | None = None  # the minutes that the training has to fit into
+    pace: Pace = field(default_factory=Pace)
 
     def state(self) -> saved_state.State:
         """Return what a checkpoint keeps beside the weights. Every process has to call this."""
@@ -71,6 +74,7 @@ class TrainingState:
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "stale": self.stale,
+            "budget": None if self.budget is None else self.budget.state(self.plan, self.pace.means),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "stream": self.stream.state_dict(),  # the same on every process
             "rng": gather(torch.get_rng_state(), self.world),
@@ -87,6 +91,8 @@ class TrainingState:
         self.stale, self.best_step = state.get("stale", 0), state.get("best_step")
         self.planned = state.get("planned", self.tokens)
         self.plan = self.plan.resumed(self.step, self.planned)
+        if self.budget is not None:
+            self.plan = self.budget.resumed(self.plan, state.get("budget"), self.pace)
         try:
             saved_state.place_moments(path, state, self.optimizers)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
