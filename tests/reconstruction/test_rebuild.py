@@ -92,7 +92,7 @@ BLOCKWISE = ("training.start=calibrated", "training.blockwise.enabled=true", "tr
 
 
 def settings(folder: Path, *more: str) -> list[str]:
-    return overrides(folder, *BLOCKWISE, "training.blockwise.tokens=128", "training.max_steps=0", *more)
+    return overrides(folder, *BLOCKWISE, "training.max_steps=0", *more)
 
 
 def final(run: Path) -> bytes:

@@ -135,10 +135,10 @@ class BlockwiseConfig(Node):
     """Before the training, make each block's output equal to the original's, one block after the other."""
 
     enabled: bool = False
-    tokens: Positive = 24576  # of the training text; all blocks see the same
+    passes: Positive = 2  # how often a block goes through its text, which is the same for all blocks
     max_seq_length: Positive = 256  # at most the training's
     batch_size: Positive = 2
-    steps: Natural | Auto = "auto"  # for each block; auto: 96, or as many as training.max_steps if these are fewer
+    steps: Natural | Auto = "auto"  # for each block; auto: what a quarter of the minutes suffices for, or else 96
     lr: PositiveFloat = 0.02  # of weights, relative to the root mean square of their matrix
     scale_lr: PositiveFloat = 5e-3  # of trained scales and norms, relative as well
 

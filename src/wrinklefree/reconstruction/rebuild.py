@@ -98,6 +98,22 @@ class Rebuilding:
         self.hidden = list(self.outputs(self.student, self.hidden, number))
         return Report(number, before, after, time.perf_counter() - started)
 
+    def seconds_of_a_step(self) -> float:
+        """How long a step of the first block takes, with its share of the passes that come before and after.
+
+        Nothing is learned. Of three tries the last counts.
+        """
+        block, weight = decoder_layers(self.student)[0], torch.ones(self.hidden[0].shape[:2])
+        for _ in range(3):
+            began = time.perf_counter()
+            output = self.output(self.student, self.hidden[0], 0, 0)
+            if output.requires_grad:
+                squared_error(output, self.target[0].to(output.device), weight.to(output.device)).backward()
+            seconds = time.perf_counter() - began
+            block.zero_grad(set_to_none=True)
+        # A step has a forward and a backward pass, worth three. Five more forward passes go over each batch.
+        return seconds * (1 + 5 / (3 * self.settings.passes))
+
     @torch.no_grad()
     def outputs(self, model: PreTrainedModel, inputs: list[Tensor], number: int) -> Iterator[Tensor]:
         """What block `number` of `model` makes of its inputs [B, L, hidden], batch by batch: fp32."""

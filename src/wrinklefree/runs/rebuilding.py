@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wrinklefree.config.schema import BlockwiseConfig, Config
+from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.files import file_aside
+from wrinklefree.core.files import file_aside, read_json, write_json
 from wrinklefree.core.method import quant_layers
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.distributed.world import ALONE, barrier
@@ -27,8 +27,11 @@ from wrinklefree.tracking.terminal import spoken_time
 
 log = logging.getLogger("wrinklefree")
 
-STEPS = 96  # for each block, if that is left to us
+STEPS = 96  # for each block, if nothing is known
+BUDGET_SHARE = 0.25  # of the minutes
+LEAST_STEPS, MOST_STEPS = 8, 384  # that a budget buys
 LEAST_TOKENS = 4096  # with fewer, the second moments of wide layers are mostly noise
+PLAN = "plan.json"
 
 
 def wanted(config: Config) -> bool:
@@ -37,14 +40,22 @@ def wanted(config: Config) -> bool:
     return config.method is not None and not t.start_from and (t.start != "plain" or t.blockwise.enabled)
 
 
-def choose_steps(config: Config) -> int:
-    """The steps for each block, if `training.blockwise.steps` is auto by those of the training."""
-    t = config.training
+def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> int:
+    """The steps for each block.
+
+    If `training.blockwise.steps` is auto, that is as many as fit into a share of the minutes. Without minutes it is
+    `STEPS`, or the number of the training's steps if that was set and is smaller.
+    """
+    t = run.config.training
     if not t.blockwise.enabled:
         return 0
     if not isinstance(t.blockwise.steps, str):
         return t.blockwise.steps
-    return min(STEPS, t.max_steps) if t.max_steps else STEPS
+    if run.budget is None:
+        return min(STEPS, t.max_steps) if t.max_steps else STEPS
+    probe = _work(run, original, student, rows(run, 0)[:1], steps=1)
+    seconds = 60 * run.budget.minutes * BUDGET_SHARE / len(decoder_layers(student))
+    return max(LEAST_STEPS, min(MOST_STEPS, int(seconds / probe.seconds_of_a_step())))
 
 
 def choose_start(config: Config, student: PreTrainedModel) -> bool:
@@ -74,12 +85,14 @@ def rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> No
 
 def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made: Path) -> None:
     """Rebuild the blocks that are not in the folder `made`, and write them there."""
-    config, blocks = run.config, decoder_layers(student)
-    calibrated, steps = choose_start(config, student), choose_steps(config)
-    batches = rows(run, config.training.blockwise, steps)
-    log.info("rebuilding %d blocks on %s tokens", len(blocks), f"{sum(b['input_ids'].numel() for b in batches):,}")
-    autocast = partial(run.plan.autocast, student.device)
-    work = Rebuilding(original, student, batches, config.training.blockwise, autocast, config.seed, steps, calibrated)
+    blocks = decoder_layers(student)
+    if not (made / PLAN).exists():
+        write_json(made / PLAN, {"steps": choose_steps(run, original, student)})
+    steps = read_plan(made / PLAN)
+    batches = rows(run, steps)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    log.info("rebuilding %d blocks, %d steps each, on %s tokens of the text", len(blocks), steps, f"{tokens:,}")
+    work = _work(run, original, student, batches, steps)
     for number, block in enumerate(blocks):
         if _take(block, made, number):
             work.pass_by(number)
@@ -90,6 +103,23 @@ def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made
         errors = f"error {report.calibrated:.4f}" + (f" -> {report.trained:.4f}" if steps else "")
         left = spoken_time(report.seconds * (len(blocks) - number - 1))
         log.info("block %d of %d: %s, %.0f s (%s to go)", number + 1, len(blocks), errors, report.seconds, left)
+
+
+def _work(
+    run: Run, original: PreTrainedModel, student: PreTrainedModel, batches: list[Batch], steps: int
+) -> Rebuilding:
+    config, autocast = run.config, partial(run.plan.autocast, student.device)
+    calibrated = choose_start(config, student)
+    return Rebuilding(original, student, batches, config.training.blockwise, autocast, config.seed, steps, calibrated)
+
+
+def read_plan(file: Path) -> int:
+    """The steps for each block that a run has begun with. Raises UserError if the file is broken."""
+    plan = read_json(file)
+    steps = plan.get("steps") if isinstance(plan, dict) else None
+    if not isinstance(steps, int) or steps < 0:
+        raise UserError(f"{file}: not the plan of a run; start over with --force")
+    return steps
 
 
 def _file(made: Path, number: int) -> Path:
@@ -111,14 +141,16 @@ def _take(block: nn.Module, made: Path, number: int) -> bool:
     return True
 
 
-def rows(run: Run, settings: BlockwiseConfig, steps: int) -> list[Batch]:
-    """The first rows of the training text, cut to the length of `settings`, as batches.
+def rows(run: Run, steps: int) -> list[Batch]:
+    """The first rows of the training text, cut to the length for blocks, as batches.
 
-    They hold `settings.tokens` tokens, or as many as the steps see if these are fewer.
+    The steps go `passes` times over them.
+
+    Without steps they are as many as for `STEPS`.
     """
+    settings = run.config.training.blockwise
     length = min(settings.max_seq_length, run.plan.length)
-    tokens = min(settings.tokens, max(LEAST_TOKENS, steps * settings.batch_size * length))
-    count = max(1, tokens // length)
+    count = max(-(-LEAST_TOKENS // length), (steps or STEPS) * settings.batch_size // settings.passes)
     found: list[Tensor] = []
     for batch in setup.open_stream(run.config, run.tokenizer, ALONE):
         ids = batch["input_ids"]
