@@ -34,9 +34,9 @@ def run(
         if not override.startswith(TAKEN):
             raise UserError(f"{override}: wf selftext takes {', '.join(key.rstrip('=') for key in TAKEN)}")
     _check_out(out, force)
-    settings = [setting("model", model), "training=full_precision", "data=self", f"data.self_tokens={count(tokens)}"]
-    settings += [] if minutes is None else [f"data.self_minutes={minutes}"]
-    config = load_config([*settings, *overrides])
+    chosen = [setting("model", model), "training=full_precision", "data=self", f"data.self_tokens={count(tokens)}"]
+    chosen += [] if minutes is None else [f"data.self_minutes={minutes}"]
+    config = load_config([*chosen, *overrides])
     world = join_world()
     log.info("loading %s", config.model.pretrained)
     original, tokenizer = load_pretrained(config.model)
@@ -46,7 +46,7 @@ def run(
         with file_aside(out) as aside:
             shutil.copyfile(config.data.path, aside)
     print(f"wrote {out or config.data.path}")
-    print(f"next: {shlex.join(['wf', 'train', *settings[:1], *settings[2:], *overrides])}")
+    print(f"next: {shlex.join(['wf', 'train', *chosen[:1], *chosen[2:], *overrides])}")
 
 
 def _check_out(out: Path | None, force: bool) -> None:
