@@ -16,7 +16,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.data.open import heldout_rows, training_rows
 from wrinklefree.generate.selftext import write
 from wrinklefree.models.load import open_tokenizer
-from wrinklefree.runs import launch
+from wrinklefree.runs import launch, self_text
 from wrinklefree.runs.setup import open_run
 
 SELF = ("data=self", "data.path=auto", "data.self_tokens=3000", "data.self_length=48")
@@ -138,3 +138,12 @@ def test_settings_of_own_text_are_refused_for_other_data() -> None:
     config = load_config(["data=stdlib", "data.self_tokens=5"])
     with pytest.raises(UserError, match=r"data\.self_tokens=5 has no effect with data.source=stdlib"):
         training_rows(config.data, tokenizer())
+
+
+def test_writing_takes_a_share_of_the_minutes_that_an_interruption_does_not_change(folder: Path) -> None:
+    model = [f"model={folder / 'toy'}", "training=fairy2_w2", "data=self"]
+    alone, command = load_config(model), load_config([*model, "training.budget_minutes=100"])
+    assert self_text.limit(alone, None) is None
+    assert self_text.limit(alone, 40.0) == pytest.approx(6)
+    assert self_text.limit(command, 40.0) == self_text.limit(command, 20.0) == pytest.approx(15)
+    assert self_text.limit(load_config([*model, "data.self_minutes=3"]), 40.0) == 3

@@ -13,7 +13,7 @@ from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import meta_model, open_tokenizer
 from wrinklefree.runs import launch, preflight, self_text
 from wrinklefree.runs.budget import CommandBudget, command_budget
-from wrinklefree.training.plan import choose_length, make_plan
+from wrinklefree.training.plan import choose_length, choose_minutes, make_plan
 
 log = logging.getLogger("wrinklefree")
 
@@ -66,11 +66,13 @@ def show(config: Config, processes: int) -> None:
         log.info("%s is not on this machine: the values of `auto` depend on it", config.model.pretrained)
     else:
         model = meta_model(str(source), config.model.trust_remote_code)
-        length = choose_length(config.training.max_seq_length, model, config.distillation.cache)
-        plan = make_plan(config.training, config.model, model, length, World(0, processes, own_device()))
+        t, device = config.training, own_device()
+        minutes = choose_minutes(t, config.model, device)
+        length = choose_length(t.max_seq_length, model, config.distillation.cache, minutes)
+        plan = make_plan(t, config.model, model, length, World(0, processes, device))
         tokenizer = open_tokenizer(str(source), config.model.trust_remote_code)
         if is_unwritten(config.data):
-            log.info("%s", self_text.describe(config, tokenizer))
+            log.info("%s", self_text.describe(config, tokenizer, plan.minutes))
         size = preflight.text_size(config, tokenizer, plan)
         problem = None if size is None else preflight.too_many_passes(config, size, plan)
         if problem is not None:

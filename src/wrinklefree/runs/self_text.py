@@ -10,15 +10,17 @@ from wrinklefree.data.preview import preview
 from wrinklefree.distributed.world import World, gather
 from wrinklefree.generate.selftext.write import Wish, kept_in, self_text
 
+SHARE = 0.15  # of the minutes of a training
+
 FOLDER = "self_text"  # in `output_root`, for all methods and stages
 
 
-def wish(config: Config) -> Wish:
-    """What the settings want written."""
+def wish(config: Config, minutes: float | None = None) -> Wish:
+    """What the settings want written, in a training of so many minutes."""
     d = config.data
     return Wish(
         tokens=d.self_tokens,
-        minutes=d.self_minutes,
+        minutes=limit(config, minutes),
         length=d.self_length,
         chat_share=d.self_chat,
         temperature=d.self_temperature,
@@ -27,36 +29,53 @@ def wish(config: Config) -> Wish:
     )
 
 
+def limit(config: Config, minutes: float | None) -> float | None:
+    """The most minutes of writing: what is set, or else a share of the minutes of the training, if it has any."""
+    if config.data.self_minutes is not None or minutes is None:
+        return config.data.self_minutes
+    # A command's share for this stage changes if it is interrupted, and then the text would be another one.
+    return SHARE * (config.training.budget_minutes or minutes)
+
+
 def folder(config: Config) -> Path:
     """Where texts are kept that models wrote: beside the runs of all experiments."""
     return Path(config.output_root) / FOLDER
 
 
-def describe(config: Config, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Say what would be written."""
+def describe(config: Config, tokenizer: PreTrainedTokenizerBase, minutes: float | None = None) -> str:
+    """Say what would be written before a training of so many minutes."""
     d = config.data
     chats = d.self_chat if tokenizer.chat_template else 0
-    within = "" if d.self_minutes is None else f" in at most {d.self_minutes:g} minutes"
+    most = limit(config, minutes)
+    within = "" if most is None else f" in at most {most:g} minutes"
     return (
         f"data=self: unless {folder(config)} has it, {config.model.name} first writes {d.self_tokens:,} tokens"
         f"{within}, in documents of at most {d.self_length} tokens, {chats:.0%} of them conversations"
     )
 
 
-def write(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> None:
+def write(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    minutes: float | None = None,
+) -> None:
     """With `data=self`, let `model` write its text, unless it did before, and name the file in `config`.
+
+    If the training has `minutes`, writing takes a share of them at most.
 
     Every process has to call it; the main process writes. Raises UserError if the model cannot write.
     """
     if not is_unwritten(config.data):
         return
-    written = _written(config, model, tokenizer) if world.is_main else None
+    written = _written(config, model, tokenizer, minutes) if world.is_main else None
     config.data.path = gather(written, world)[0]
     if world.is_main:
         preview(config.data, tokenizer)
 
 
-def _written(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    wanted = wish(config)
+def _written(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, minutes: float | None) -> str:
+    wanted = wish(config, minutes)
     kept = kept_in(folder(config), config.model.name, model, tokenizer, wanted)
     return str(self_text(model, tokenizer, kept, wanted))

@@ -40,7 +40,7 @@ from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs import folder, preflight, self_text
 from wrinklefree.training.budget import Budget, Clock
 from wrinklefree.training.loop import Evaluate, OnStep, do_nothing, fit
-from wrinklefree.training.plan import Plan, choose_length, make_plan
+from wrinklefree.training.plan import Plan, choose_length, choose_minutes, make_plan
 from wrinklefree.training.state import Stream
 
 log = logging.getLogger("wrinklefree")
@@ -200,12 +200,13 @@ def open_run(
     torch.manual_seed(config.seed)
     model, tokenizer = (load or load_original)(config)
     t = config.training
-    t.max_seq_length = length = choose_length(t.max_seq_length, model, config.distillation.cache)
+    minutes = choose_minutes(t, config.model, world.device)
+    t.max_seq_length = length = choose_length(t.max_seq_length, model, config.distillation.cache, minutes)
     placement = choose_placement(config.distributed, t.compile, world)
     model.to(placement.build_device)
     plan = make_plan(t, config.model, model, length, world)
     if reads_text and load is None:
-        self_text.write(config, model, tokenizer, world)
+        self_text.write(config, model, tokenizer, world, plan.minutes)
     text = preflight.check_passes(config, tokenizer, plan) if reads_text else None
     budget = None if plan.minutes is None else Budget(plan.minutes, clock, started, t.budget_minutes)
     return Run(config, world, resume, model, tokenizer, placement, plan, text, budget, force, joined)

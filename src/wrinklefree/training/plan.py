@@ -20,6 +20,7 @@ from wrinklefree.tracking.terminal import spoken_time
 log = logging.getLogger("wrinklefree")
 
 MAX_LENGTH = 2048  # tokens, the most that `training.max_seq_length: auto` chooses
+MAX_LENGTH_IN_MINUTES = 512  # the same if minutes end the training: shorter steps, and so more of them
 
 CPU_MINUTES = 120.0  # of a training on a CPU, if neither the user nor the model's config says how long
 
@@ -167,16 +168,19 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def choose_length(setting: int | str, model: PreTrainedModel, cache: str | None) -> int:
+def choose_length(
+    setting: int | str, model: PreTrainedModel, cache: str | None, minutes: Resolved | None = None
+) -> int:
     """Return the sequence length: the KD cache's if there is one, else `setting`.
 
-    `auto` is the model's number of positions, at most `MAX_LENGTH`.
+    `auto` is the model's number of positions, at most `MAX_LENGTH`, or less if the training has `minutes`.
     Raises UserError if the length is above the model's positions, or if it is set and the cache has another one.
     """
     longest: int = model.config.max_position_embeddings
     if cache is not None:
         setting = _length_of_cache(setting, cache)
-    length = min(longest, MAX_LENGTH) if isinstance(setting, str) else setting
+    most = MAX_LENGTH if minutes is None else MAX_LENGTH_IN_MINUTES
+    length = min(longest, most) if isinstance(setting, str) else setting
     if length > longest:
         raise UserError(f"training.max_seq_length={length}: the model has {longest} positions")
     return length
