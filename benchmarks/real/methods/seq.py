@@ -71,9 +71,9 @@ class SeqLinear(QuantLinear):
         return Table(codes.index, torch.tensor(LEVELS), codes.tensors["scales"])
 
     def quantized_weight(self) -> Tensor:
-        scales = round_fp16(self.log_scales.exp())
+        codes = self.encode()
+        scales, levels = codes.tensors["scales"], codes.index.float() - 1.5
         clipped = (self.weight / scales).clamp(-EDGE, EDGE)
-        levels = codes_of(self.weight.detach(), scales.detach()).float() - 1.5
         return scales * (levels + (clipped - clipped.detach()))  # in this order the value is exactly decode()'s
 
 
