@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import wrinklefree.methods
 from benchmarks.real import __main__ as table
 from benchmarks.real import formulas, measure, ours, peers
-from benchmarks.real.llama import importance
+from benchmarks.real.llama import Runner, bits_per_block_weight, importance, quantize, write
 from benchmarks.real.rows import Row, Store
 from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
@@ -272,3 +273,25 @@ def test_runs_of_one_name_are_seeds() -> None:
     assert found == {"w2": Path("a"), "w2.2": Path("b"), "w1": Path("c"), "w2.3": Path("d")}
     with pytest.raises(UserError, match="NAME=FOLDER"):
         table.given(["w2"])
+
+
+@pytest.mark.llamacpp
+def test_llama_cpp_computes_the_logits_of_the_file_that_was_written(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="make test-gguf builds it")
+    model, ids = llama(), texts(1)[0]
+    write(model, tmp_path / "f16.gguf")
+    runner = Runner(Path(sys.executable), tmp_path / "f16.gguf", VOCAB)
+    kl, top1 = measure.distance(runner, measure.of_model(model), [ids, ids])
+    runner.close()
+    assert kl < 1e-4
+    assert top1 == 1.0
+
+
+@pytest.mark.llamacpp
+def test_llama_cpp_quantizes_with_an_importance_matrix(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="make test-gguf builds it")
+    model = llama(hidden_size=256, intermediate_size=256)
+    write(model, tmp_path / "f16.gguf")
+    matrix = importance(model, torch.stack(texts(2)))
+    quantize(Path(sys.executable), tmp_path / "f16.gguf", tmp_path / "IQ2_XS.gguf", "IQ2_XS", matrix)
+    assert bits_per_block_weight(tmp_path / "IQ2_XS.gguf") < 3  # refused without the matrix
