@@ -50,6 +50,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=64, help="calibration sequences of the peers")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--auto-round-python", type=Path, default=Path(sys.executable))
+    parser.add_argument("--auto-round-iters", type=int, default=50, help="steps a block; its light recipe has 50")
     parser.add_argument("--llama-python", type=Path, default=Path(sys.executable))
     parser.add_argument("--step-time", type=Path, help="JSON of benchmarks/step_time.py")
     parser.add_argument("--again", default="", help="comma-separated rows to measure again, or all")
@@ -88,7 +89,16 @@ def open_setup(args: argparse.Namespace) -> peers.Setup:
     original = measure.remembered(measure.of_model(model))
     test = measure.Test(windows, texts, original, tokenizer)
     rows = measure.calibration(rest, args.rows, args.length)
-    return peers.Setup(args.model, model, test, rows, args.out, args.auto_round_python, args.llama_python)
+    return peers.Setup(
+        args.model,
+        model,
+        test,
+        rows,
+        args.out,
+        args.auto_round_python,
+        args.auto_round_iters,
+        args.llama_python,
+    )
 
 
 def peer(name: str) -> peers.Peer:

@@ -25,9 +25,9 @@ POWER, BETA, STEPS = 0.7, 10.0, 20
 SMALLEST = 2.0**-24  # the smallest positive fp16 number
 
 
-def rtn_bits(group: int) -> float:
-    """Bits per weight: codes, a scale and an integer zero for each group."""
-    return BITS + (16 + BITS) / group
+def rtn_bits(group: int, zeros: bool = True) -> float:
+    """Bits per weight: codes, a scale for each group, and an integer zero if there are any."""
+    return BITS + (16 + BITS * zeros) / group
 
 
 def hqq_bits(group: int) -> float:

@@ -4,7 +4,7 @@
 |---|---|---|
 | rtn, rtn_uniform | 2 and an integer zero, or our `uniform`: 3 levels around 0; groups of 64 | nothing |
 | hqq | 2, an fp16 scale and a real zero for 64 | nothing: the published formula (`formulas.py`) |
-| auto_round_asym, _sym | 2, an fp16 scale and an integer zero for 64 | a venv with `auto-round` |
+| auto_round_asym, _sym | 2, an fp16 scale for 64, and an integer zero if asymmetric | a venv with `auto-round` |
 | llama_* | what llama.cpp makes of the type; rows that are no multiple of 256 get 4 bits or more | `llama-cpp-python` |
 
 All see the same calibration tokens, and have the embedding at 8 bits. Minutes are CPU minutes of one thread.
@@ -32,7 +32,6 @@ from wrinklefree.core.method import find
 from wrinklefree.export.rounded import head
 
 GROUP = 64
-AUTO_ROUND = {"bits": formulas.BITS, "group_size": GROUP, "iters": 50, "batch_size": 8}  # its light recipe's steps
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Setup:
     rows: Tensor  # calibration tokens [rows, length]
     out: Path
     auto_round_python: Path
+    auto_round_iters: int
     llama_python: Path
 
     def place(self, name: str) -> Path:
@@ -105,9 +105,11 @@ def linears(setup: Setup) -> list[tuple[str, Any]]:
     return list(block_linears(setup.model).items())
 
 
-def auto_round(setup: Setup, name: str, **settings: Any) -> Row:
+def auto_round(setup: Setup, name: str, symmetric: bool) -> Row:
     """AutoRound, run once in its own venv; its weights are kept."""
-    place, chosen = setup.place(name), AUTO_ROUND | settings
+    place = setup.place(name)
+    chosen = {"bits": formulas.BITS, "group_size": GROUP, "sym": symmetric}
+    chosen |= {"iters": setup.auto_round_iters, "batch_size": 8}
     if not (place / "cost.json").exists():
         worker = Path(__file__).with_name("auto_round_worker.py")
         command = [setup.auto_round_python, worker, setup.folder, place, json.dumps(chosen)]
@@ -115,7 +117,7 @@ def auto_round(setup: Setup, name: str, **settings: Any) -> Row:
     weights = load_file(place / "model.safetensors")
     minutes = json.loads((place / "cost.json").read_text())["cpu_seconds"] / 60
     source = f"{json.dumps(chosen)} on {list(setup.rows.shape)} tokens"
-    bits = formulas.rtn_bits(GROUP)
+    bits = formulas.rtn_bits(GROUP, zeros=not symmetric)
     return dense_row(setup, name, lambda fqn, _: weights[f"{fqn}.weight"].float(), bits, source, minutes)
 
 
@@ -145,6 +147,6 @@ PEERS: dict[str, Peer] = {
     "llama_q2_k": partial(llama_cpp, kind="Q2_K"),
     "llama_iq2_s": partial(llama_cpp, kind="IQ2_S"),
     "llama_iq2_xs": partial(llama_cpp, kind="IQ2_XS"),
-    "auto_round_asym": partial(auto_round, sym=False),
-    "auto_round_sym": partial(auto_round, sym=True),
+    "auto_round_asym": partial(auto_round, symmetric=False),
+    "auto_round_sym": partial(auto_round, symmetric=True),
 }

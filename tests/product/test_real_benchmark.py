@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import VOCAB, llama, tokenizer
 from torch import Tensor, nn
+from toyrun import overrides, toy_files
 
 import wrinklefree.methods
 from benchmarks.real import __main__ as table
@@ -20,6 +21,8 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, find
 from wrinklefree.export.rounded import head
+from wrinklefree.models.load import load_model
+from wrinklefree.runs.stage import train_stage
 
 torch.set_num_threads(1)
 
@@ -227,7 +230,7 @@ def made(name: str) -> QuantLinear:
 def test_a_dense_peer_replaces_block_weights_and_rounds_the_embedding(tmp_path: Path) -> None:
     model = llama(max_position_embeddings=128)
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    setup = peers.Setup(tmp_path, model, small_test(), torch.stack(texts(2)), tmp_path, tmp_path, tmp_path)
+    setup = peers.Setup(tmp_path, model, small_test(), torch.stack(texts(2)), tmp_path, tmp_path, 1, tmp_path)
     same = peers.original_int8_embedding(setup, "same")
     zero = peers.dense_row(setup, "zero", lambda _, weight: weight * 0, 2.0, "zeros")
     with head.rounded(model, head.quantize(model, 8)):
@@ -273,6 +276,22 @@ def test_runs_of_one_name_are_seeds() -> None:
     assert found == {"w2": Path("a"), "w2.2": Path("b"), "w1": Path("c"), "w2.3": Path("d")}
     with pytest.raises(UserError, match="NAME=FOLDER"):
         table.given(["w2"])
+
+
+def test_a_finished_run_is_measured_as_packed(tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    with pytest.raises(UserError, match="No such file"):
+        ours.row("w2", tmp_path / "run", small_test())
+    train_stage(load_config(overrides(tmp_path, "export.head_bits=8")), force=False)
+    found = ours.row("w2", tmp_path / "run", small_test())
+    packed, _ = load_model(tmp_path / "run" / "packed", dtype=torch.float32)
+    assert found.ppl == measure.perplexity(measure.of_model(packed), small_test().windows)
+    assert found.bytes == (tmp_path / "run" / "packed" / "model.safetensors").stat().st_size
+    assert 2 < found.bits < 3
+    assert found.minutes > 0
+    train_stage(load_config(overrides(tmp_path)), force=True)
+    with pytest.raises(UserError, match=r"train with export\.head_bits=8"):
+        ours.row("w2", tmp_path / "run", small_test())
 
 
 @pytest.mark.llamacpp
