@@ -7,7 +7,7 @@ The first 8,192 tokens of the text, in windows of 512, are the test. The rest is
 
 --peers  those of `peers.py`, or `all`; auto_round_* and llama_* need a Python that has them
 --runs   finished runs of ours. One name given several times is a headline with several seeds: its mean counts
---train  runs to make first, by the commands in `ours.py`
+--train  runs to make first, by the commands in `ours.py`; w2.2 is the second seed of w2
 
 LOG.md has the results.
 """
@@ -131,11 +131,22 @@ def given(runs: list[str]) -> dict[str, Path]:
 def trained(args: argparse.Namespace, setup: peers.Setup) -> dict[str, Path]:
     """Row names and folders of `--train`, each run made if it is not finished."""
     found = {name: args.out / "runs" / name for name in args.train.split(",") if name}
+    chosen = {name: name_and_seed(name) for name in found}
     for name, folder in found.items():
-        if name not in ours.COMMANDS:
-            raise UserError(f"--train {name}: none of {', '.join(ours.COMMANDS)}")
-        ours.train(name, setup.folder, args.out / "rest.txt", folder, args.budget)
+        command, seed = chosen[name]
+        ours.train(command, setup.folder, args.out / "rest.txt", folder, args.budget, seed)
     return found
+
+
+def name_and_seed(text: str) -> tuple[str, int]:
+    """Split `w2.3`, the third run of `w2`, into the command's name and the seed 2. `w2` has the seed 0.
+
+    Raises UserError if there is no such command.
+    """
+    name, dot, number = text.partition(".")
+    if name not in ours.COMMANDS or (dot and not number.isdecimal()):
+        raise UserError(f"--train {text}: none of {', '.join(ours.COMMANDS)}, perhaps with .2 or .3 for more seeds")
+    return name, int(number or 1) - 1
 
 
 def say(row: Row, store: Store) -> None:

@@ -24,7 +24,7 @@ COMMON = "data=local data.path={text} export.head_bits=8 seed={seed} output_dir=
 COMMANDS = {
     "w2": "fairy2 -m {model} --mode w2",
     "w1": "fairy2 -m {model} --mode w1",
-    "ternary": "train model={model} training=stage2_pretrain training.start_from=null",
+    "ternary": "train model={model} training=stage2_pretrain training.start_from=[]",
     "q2a4": "train model={model} training=anemll_q2a4",
     "seq": "train model={model} training=seq_w2",
     "residual_signs": "train model={model} training=residual_signs_w2",
@@ -33,17 +33,22 @@ COMMANDS = {
 CONTROLS = ("seq", "residual_signs", "w2_paper")  # ours, but in the table as peers
 
 
-def train(name: str, model: Path, text: Path, out: Path, budget: str, seed: int = 0) -> None:
+def train(name: str, model: Path, text: Path, out: Path, budget: str, seed: int) -> None:
     """Make the run `name` with its command, unless it is finished. Raises UserError if the command fails."""
     if (out / RESULTS).exists():
         return
-    paths = {"model": model.resolve(), "text": text.resolve(), "out": out.resolve()}
-    command = f"{COMMANDS[name]} {COMMON}".format(**paths, budget=budget, seed=seed)
+    words = command(name, model.resolve(), text.resolve(), out.resolve(), budget, seed)
     wf = shutil.which("wf", path=Path(sys.executable).parent)
     if wf is None:
         raise UserError("no wf beside this Python: install the package first")
-    if subprocess.run([wf, *shlex.split(command)], cwd=HERE, stdout=sys.stderr).returncode:
-        raise UserError(f"wf {command}: failed; its message is above")
+    if subprocess.run([wf, *words], cwd=HERE, stdout=sys.stderr).returncode:
+        raise UserError(f"wf {shlex.join(words)}: failed; its message is above")
+
+
+def command(name: str, model: Path, text: Path, out: Path, budget: str, seed: int) -> list[str]:
+    """The words after `wf` that make the run `name`."""
+    values = {"model": model, "text": text, "out": out, "budget": budget, "seed": seed}
+    return [word.format(**values) for word in f"{COMMANDS[name]} {COMMON}".split()]
 
 
 def row(name: str, folder: Path, test: Test) -> Row:

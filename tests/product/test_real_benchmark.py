@@ -211,12 +211,19 @@ def test_scales_are_least_squares_and_weighted_where_asked(name: str, controls: 
     assert after < before
 
 
-@pytest.mark.parametrize("name", ["seq_w2", "residual_signs_w2"])
-def test_configs_of_the_controls_compose_where_the_benchmark_runs_wf(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ours.HERE)
-    assert f"{load_config(['model=tiny', f'training={name}']).method.name}_w2" == name
+@pytest.mark.parametrize("name", ours.COMMANDS)
+def test_settings_of_every_run_compose_where_the_benchmark_runs_wf(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ours.HERE)  # the controls and their configs are found there
+    command = ours.command(name, Path("tiny"), Path("text"), Path("out"), budget="2h", seed=3)
+    settings = [word for word in command if "=" in word]
+    if command[0] == "fairy2":
+        settings = [f"training=fairy2_{command[command.index('--mode') + 1]}", f"model={command[2]}", *settings]
+    config = load_config(settings)
+    assert command[-2:] == ["--budget", "2h"]
+    assert config.method is not None
+    assert config.seed == 3
+    assert config.export.head_bits == 8
+    assert list(config.training.start_from) == []
 
 
 def made(name: str) -> QuantLinear:
@@ -276,6 +283,9 @@ def test_runs_of_one_name_are_seeds() -> None:
     assert found == {"w2": Path("a"), "w2.2": Path("b"), "w1": Path("c"), "w2.3": Path("d")}
     with pytest.raises(UserError, match="NAME=FOLDER"):
         table.given(["w2"])
+    assert [table.name_and_seed(name) for name in ("w2", "w2.3")] == [("w2", 0), ("w2", 2)]
+    with pytest.raises(UserError, match="--train w3"):
+        table.name_and_seed("w3")
 
 
 def test_a_finished_run_is_measured_as_packed(tmp_path: Path) -> None:
