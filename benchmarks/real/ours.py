@@ -5,10 +5,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+import wrinklefree.methods
 from benchmarks.real.measure import Test, measure, of_model
 from benchmarks.real.rows import Row
 from wrinklefree.core.errors import UserError
@@ -51,10 +54,22 @@ def command(name: str, model: Path, text: Path, out: Path, budget: str, seed: in
     return [word.format(**values) for word in f"{COMMANDS[name]} {COMMON}".split()]
 
 
+@contextmanager
+def controls() -> Iterator[None]:
+    """The methods of the controls are found by name while the block runs."""
+    folder = str(HERE / "methods")
+    wrinklefree.methods.__path__.append(folder)
+    try:
+        yield
+    finally:
+        wrinklefree.methods.__path__.remove(folder)
+
+
 def row(name: str, folder: Path, test: Test) -> Row:
     """Measure a finished run as packed. Raises UserError if it is not finished, or has no embedding at 8 bits."""
     results, packed = read_figures(folder / RESULTS), folder / "packed"
-    model, _ = load_model(packed, dtype=torch.float32)
+    with controls():
+        model, _ = load_model(packed, dtype=torch.float32)
     head = model.get_output_embeddings()
     if not isinstance(head, PackedLinear) or not packed_layers(model):
         raise UserError(f"{packed}: the table has embeddings at 8 bits: train with export.head_bits=8")

@@ -8,6 +8,10 @@
 | llama_* | what llama.cpp makes of the type; rows that are no multiple of 256 get 4 bits or more | `llama-cpp-python` |
 
 All see the same calibration tokens, and have the embedding at 8 bits. Minutes are CPU minutes of one thread.
+The venvs of the last two, given by --auto-round-python and --llama-python:
+
+    python3 -m venv A && A/bin/pip install torch==2.13.0 auto-round==0.16.1
+    python3 -m venv L && L/bin/pip install numpy llama-cpp-python==0.3.36
 """
 
 import copy

@@ -12,7 +12,6 @@ from tiny import VOCAB, llama, tokenizer
 from torch import Tensor, nn
 from toyrun import overrides, toy_files
 
-import wrinklefree.methods
 from benchmarks.real import __main__ as table
 from benchmarks.real import formulas, measure, ours, peers
 from benchmarks.real.llama import Runner, bits_per_block_weight, importance, quantize, write
@@ -28,12 +27,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def controls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The methods of the benchmark, found where it runs `wf`."""
-    folder = str(ours.HERE / "methods")
-    wrinklefree.methods.__path__.append(folder)
-    yield
-    wrinklefree.methods.__path__.remove(folder)
+def controls() -> Iterator[None]:
+    with ours.controls():
+        yield
 
 
 def texts(count: int, length: int = 16) -> list[Tensor]:
@@ -288,13 +284,16 @@ def test_runs_of_one_name_are_seeds() -> None:
         table.name_and_seed("w3")
 
 
-def test_a_finished_run_is_measured_as_packed(tmp_path: Path) -> None:
+def test_a_finished_run_is_measured_as_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_files(tmp_path)
     with pytest.raises(UserError, match="No such file"):
         ours.row("w2", tmp_path / "run", small_test())
-    train_stage(load_config(overrides(tmp_path, "export.head_bits=8")), force=False)
+    with monkeypatch.context() as at:
+        at.chdir(ours.HERE)
+        train_stage(load_config(overrides(tmp_path, "training=seq_w2", "export.head_bits=8")), force=False)
     found = ours.row("w2", tmp_path / "run", small_test())
-    packed, _ = load_model(tmp_path / "run" / "packed", dtype=torch.float32)
+    with ours.controls():
+        packed, _ = load_model(tmp_path / "run" / "packed", dtype=torch.float32)
     assert found.ppl == measure.perplexity(measure.of_model(packed), small_test().windows)
     assert found.bytes == (tmp_path / "run" / "packed" / "model.safetensors").stat().st_size
     assert 2 < found.bits < 3
