@@ -69,11 +69,13 @@ def calibration(rest: Tensor, rows: int, length: int) -> Tensor:
 def documents(file: Path, tokenizer: Any, tokens: int = TEST_TOKENS, window: int = WINDOW) -> list[Tensor]:
     """Token ids of the texts in a jsonl file, at most `window` of each, until `tokens` are predicted.
 
-    Raises UserError if the file has fewer.
+    A row has `text`, or `messages` of a conversation. Raises UserError if the file has fewer tokens.
     """
     found, predicted = [], 0
     for line in file.read_text(encoding="utf-8").splitlines():
-        ids = tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[0]
+        row = json.loads(line)
+        text = row["text"] if "text" in row else tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        ids = tokenizer(text, return_tensors="pt").input_ids[0]
         ids = ids[: min(window, tokens - predicted + 1)]
         if len(ids) > 1:
             found.append(ids)

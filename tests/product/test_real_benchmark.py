@@ -87,6 +87,10 @@ def test_documents_give_exactly_the_wanted_predictions(tmp_path: Path) -> None:
     assert max(len(ids) for ids in found) == 25
     with pytest.raises(UserError, match="are needed"):
         measure.documents(file, tokenizer(), tokens=400)
+    chat = tokenizer()
+    chat.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "w1 w2"}] * 3}), encoding="utf-8")
+    assert measure.documents(file, chat, tokens=5)[0].tolist() == [1, 2, 1, 2, 1, 2]
 
 
 def test_what_the_original_writes_is_the_same_for_the_same_seed(
