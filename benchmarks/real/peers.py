@@ -1,0 +1,156 @@
+"""What one would pick instead, measured: each peer is a function from the set-up to a row of the table.
+
+| peer | stored bits per block weight | what it needs |
+|---|---|---|
+| rtn, rtn_uniform | 2 and an integer zero, or our `uniform`: 3 levels around 0; groups of 64 | nothing |
+| hqq | 2, an fp16 scale and a real zero for 64 | nothing: the published formula (`formulas.py`) |
+| auto_round_asym, _sym | 2, an fp16 scale for 64, and an integer zero if asymmetric | a venv with `auto-round` |
+| llama_* | what llama.cpp makes of the type; rows that are no multiple of 256 get 4 bits or more | `llama-cpp-python` |
+
+All see the same calibration tokens, and have the embedding at 8 bits. Minutes are CPU minutes of one thread.
+The venvs of the last two, given by --auto-round-python and --llama-python:
+
+    python3 -m venv A && A/bin/pip install torch==2.13.0 auto-round==0.16.1
+    python3 -m venv L && L/bin/pip install numpy llama-cpp-python==0.3.36
+"""
+
+import copy
+import json
+import resource
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.real import formulas, llama
+from benchmarks.real.measure import Test, block_linears, measure, of_model, whole_bytes
+from benchmarks.real.rows import Row
+from wrinklefree.core.codes import Codes
+from wrinklefree.core.method import find
+from wrinklefree.export.rounded import head
+
+GROUP = 64
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The original, what is measured, and where peers keep their files."""
+
+    folder: Path  # of the original
+    model: Any  # the original in fp32
+    test: Test
+    rows: Tensor  # calibration tokens [rows, length]
+    out: Path
+    auto_round_python: Path
+    auto_round_iters: int
+    llama_python: Path
+
+    def place(self, name: str) -> Path:
+        """The folder of one peer's files."""
+        place = self.out / "peers" / name
+        place.mkdir(parents=True, exist_ok=True)
+        return place
+
+
+Peer = Callable[[Setup, str], Row]
+Rounded = Callable[[str, Tensor], Tensor]  # fqn and weight [out, in] -> the weight that the codes stand for
+
+
+def cpu_minutes() -> float:
+    """CPU minutes of this process and of the children that ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used) / 60
+
+
+def dense_row(setup: Setup, name: str, rounded: Rounded, bits: float, source: str, minutes: float = 0.0) -> Row:
+    """Measure the original with its block weights replaced, and the embedding at 8 bits."""
+    before = cpu_minutes()
+    model = copy.deepcopy(setup.model)
+    for fqn, linear in block_linears(model).items():
+        linear.weight.data = rounded(fqn, linear.weight.data)
+    minutes += cpu_minutes() - before
+    with head.rounded(model, head.quantize(model, 8)):
+        quality = measure(of_model(model), setup.test)
+    return Row.of(name, quality, bits=bits, bytes=whole_bytes(model, bits), minutes=minutes, source=source)
+
+
+def original(setup: Setup, name: str) -> Row:
+    """The original as it is. Its bytes are those of a file in 16 bits."""
+    quality = measure(of_model(setup.model), setup.test)
+    size = 2 * setup.model.num_parameters()
+    return Row.of(name, quality, bits=16.0, bytes=size, minutes=0.0, source=str(setup.folder))
+
+
+def original_int8_embedding(setup: Setup, name: str) -> Row:
+    """The original with the embedding at 8 bits: what that alone costs all others."""
+    return dense_row(setup, name, lambda _, weight: weight, 16.0, "embedding at 8 bits")
+
+
+def formula(setup: Setup, name: str, quantizer: formulas.Quantizer, bits: float) -> Row:
+    """A one-shot quantizer of `formulas.py`."""
+    return dense_row(setup, name, lambda _, weight: quantizer(weight, GROUP), bits, f"groups of {GROUP}")
+
+
+def uniform(setup: Setup, name: str) -> Row:
+    """Our method `uniform`, rounded to nearest."""
+    method = find("uniform")(bits=formulas.BITS, granularity="group", group_size=GROUP)
+    codes: dict[str, Codes] = {fqn: head.encode(linear.weight, method) for fqn, linear in linears(setup)}
+    bits = sum(c.num_bits() for c in codes.values()) / sum(c.index.numel() for c in codes.values())
+    return dense_row(setup, name, lambda fqn, _: method.decode(codes[fqn]), bits, f"uniform, groups of {GROUP}")
+
+
+def linears(setup: Setup) -> list[tuple[str, Any]]:
+    return list(block_linears(setup.model).items())
+
+
+def auto_round(setup: Setup, name: str, symmetric: bool) -> Row:
+    """AutoRound, run once in its own venv; its weights are kept."""
+    place = setup.place(name)
+    chosen = {"bits": formulas.BITS, "group_size": GROUP, "sym": symmetric}
+    chosen |= {"iters": setup.auto_round_iters, "batch_size": 8}
+    if not (place / "cost.json").exists():
+        worker = Path(__file__).with_name("auto_round_worker.py")
+        command = [setup.auto_round_python, worker, setup.folder, place, json.dumps(chosen)]
+        subprocess.run(command, input=json.dumps(setup.rows.tolist()), text=True, check=True)
+    weights = load_file(place / "model.safetensors")
+    minutes = json.loads((place / "cost.json").read_text())["cpu_seconds"] / 60
+    source = f"{json.dumps(chosen)} on {list(setup.rows.shape)} tokens"
+    bits = formulas.rtn_bits(GROUP, zeros=not symmetric)
+    return dense_row(setup, name, lambda fqn, _: weights[f"{fqn}.weight"].float(), bits, source, minutes)
+
+
+def llama_cpp(setup: Setup, name: str, kind: str) -> Row:
+    """llama.cpp's own quantizer with an importance matrix of the calibration tokens."""
+    place, before, wall = setup.place(name), cpu_minutes(), time.perf_counter()
+    plain, target = place / "f16.gguf", place / f"{kind}.gguf"
+    llama.write(setup.model, plain)
+    llama.quantize(setup.llama_python, plain, target, kind, llama.importance(setup.model, setup.rows))
+    plain.unlink()
+    minutes = cpu_minutes() - before
+    print(f"{name}: {(time.perf_counter() - wall) / 60:.1f} minutes on the clock")
+    runner = llama.Runner(setup.llama_python, target, setup.model.config.vocab_size)
+    quality = measure(runner, setup.test)
+    runner.close()
+    figures = {"bits": llama.bits_per_block_weight(target), "bytes": target.stat().st_size}
+    source = f"importance of {list(setup.rows.shape)} tokens, embedding Q8_0"
+    return Row.of(name, quality, **figures, minutes=minutes, source=source)
+
+
+PEERS: dict[str, Peer] = {
+    "original_embedding8": original_int8_embedding,
+    "rtn": partial(formula, quantizer=formulas.rtn, bits=formulas.rtn_bits(GROUP)),
+    "rtn_uniform": uniform,
+    "hqq": partial(formula, quantizer=formulas.hqq, bits=formulas.hqq_bits(GROUP)),
+    "llama_q4_0": partial(llama_cpp, kind="Q4_0"),
+    "llama_q2_k": partial(llama_cpp, kind="Q2_K"),
+    "llama_iq2_s": partial(llama_cpp, kind="IQ2_S"),
+    "llama_iq2_xs": partial(llama_cpp, kind="IQ2_XS"),
+    "auto_round_asym": partial(auto_round, symmetric=False),
+    "auto_round_sym": partial(auto_round, symmetric=True),
+}
