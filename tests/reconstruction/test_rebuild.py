@@ -22,6 +22,7 @@ from wrinklefree.methods.fairy2 import Config as Fairy2
 from wrinklefree.methods.uniform import Config as Uniform
 from wrinklefree.reconstruction.rebuild import Rebuilding, squared_error, token_weights
 from wrinklefree.runs import launch
+from wrinklefree.runs.report import RESULTS, read_figures
 from wrinklefree.runs.stage import train_stage
 
 pytestmark = pytest.mark.numeric
@@ -136,3 +137,18 @@ def test_a_method_that_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
     toy_files(tmp_path)
     with pytest.raises(UserError, match=r"training\.start=calibrated: fairy2 .*q_proj"):
         train_stage(load_config(settings(tmp_path, "method.preset=paper")), force=False)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_shows_how_its_training_began(tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    run = tmp_path / "run"
+    more = ("training.save_interval=1", "training.save_total_limit=9")
+    train_stage(load_config([*settings(tmp_path), "training.max_steps=2", *more]), force=False)
+    whole = read_figures(run / RESULTS)
+    assert whole["rebuilt"]
+    assert not (run / "blocks").exists()
+    resumed = [*settings(tmp_path), "training.max_steps=2", *more, f"training.resume_from={run}/checkpoints/step_1"]
+    train_stage(load_config(resumed), force=False)
+    again = read_figures(run / RESULTS)
+    assert again["one_shot"] is None  # the blocks are gone, and nobody measures a model that never was
+    assert again["trained"] == whole["trained"]

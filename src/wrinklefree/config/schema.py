@@ -263,3 +263,9 @@ class Config(Node):
     export: ExportConfig = field(default_factory=ExportConfig)
     method: Any = None  # the typed config of the method; null trains in full precision
     thinking: ThinkingConfig | None = None  # a thinker over the model (`wf trm`); excludes `method`
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the run begins with a calibration or with blocks that are rebuilt: if no stage came before it."""
+        t = self.training
+        return self.method is not None and not t.start_from and (t.start != "plain" or t.blockwise.enabled)

@@ -85,6 +85,7 @@ def checkpoint_bytes(config: Config, parameters: int) -> int:
     t = config.training
     checkpoints = (t.save_total_limit + 1) * (WEIGHT + MOMENTS)
     models = (3 if t.keep_best else 1) * WEIGHT  # final/, the best model, and the one before it
+    models += WEIGHT if config.rebuilds else 0  # its blocks
     return parameters * (checkpoints + models)
 
 

@@ -34,12 +34,6 @@ LEAST_TOKENS = 4096  # with fewer, the second moments of wide layers are mostly 
 PLAN = "plan.json"
 
 
-def wanted(config: Config) -> bool:
-    """Whether the run begins with a calibration or with blocks that are rebuilt, because no stage came before it."""
-    t = config.training
-    return config.method is not None and not t.start_from and (t.start != "plain" or t.blockwise.enabled)
-
-
 def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> int:
     """The steps for each block.
 
@@ -71,16 +65,20 @@ def choose_start(config: Config, student: PreTrainedModel) -> bool:
     return config.training.start != "plain" and not plain
 
 
-def rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Calibrate and rebuild `student`, in place. Raises UserError if it has to be calibrated, and cannot be."""
+def rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> bool:
+    """Calibrate and rebuild `student`, in place. Every process has to call this; the main one works.
+
+    A run that goes on from a checkpoint takes the blocks as they were. Returns False if they are not there any more.
+    Raises UserError if the model has to be calibrated, and cannot be.
+    """
     made = run.out / folder.BLOCKS
-    if run.is_main:
+    if run.is_main and run.resume is None:
         made.mkdir(exist_ok=True)
         _rebuild(run, original, student, made)
     barrier(run.world)
-    if not run.is_main:
-        for number, block in enumerate(decoder_layers(student)):
-            _take(block, made, number)
+    if run.is_main and run.resume is None:
+        return True
+    return all(_take(block, made, number) for number, block in enumerate(decoder_layers(student)))
 
 
 def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made: Path) -> None:

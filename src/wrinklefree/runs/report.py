@@ -31,6 +31,8 @@ class Results:
     packed_linear_bytes: int = 0
     bits_per_quantized_weight: float = 0.0
     bits_per_weight: float = 0.0
+    rebuilt: bool = False  # whether `one_shot` is the model after its blocks were rebuilt, not a plain quantization
+    minutes: float = 0.0  # of the process that wrote this, all included
     tokens_per_second: dict[str, float] = field(default_factory=dict)  # greedy decoding, batch 1
 
     def save(self, path: Path) -> None:
@@ -69,11 +71,14 @@ class Results:
 
     def print(self) -> None:
         """Print the table."""
-        print_table(["", "full precision", "one-shot", "trained"], self.rows())
+        print_table(["", "full precision", self._start(), "trained"], self.rows())
+
+    def _start(self) -> str:
+        return "rebuilt" if self.rebuilt else "one-shot"
 
     def markdown(self) -> str:
         """The table as a section of the model card."""
-        table = markdown_table(["", "full precision", "quantized, one-shot", "trained"], self.rows())
+        table = markdown_table(["", "full precision", f"quantized, {self._start()}", "trained"], self.rows())
         assert self.full_precision is not None
         measured_on = f"On {self.full_precision.tokens:,} held-out tokens in windows of {self.context}."
         return "\n".join(["## Quality", "", measured_on, "", table, ""])

@@ -10,6 +10,8 @@
 import copy
 import logging
 import shlex
+import shutil
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -33,7 +35,7 @@ from wrinklefree.models.check import refuse_packed
 from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.objectives.language_model import LanguageObjective, find_objective
-from wrinklefree.runs import prerequisites, rebuilding, setup
+from wrinklefree.runs import folder, prerequisites, rebuilding, setup
 from wrinklefree.runs.report import RESULTS, Results
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.tracking.plotting import plot_runs
@@ -82,12 +84,13 @@ def _train(run: Run, start: Path | None) -> None:
     objective = choose_objective(config, student, teacher)
     objective.words = len(run.tokenizer)
     run.begin()
+    # Whole models are needed here, and shards come later. A resumed run may have nothing to show but its checkpoint.
+    started_plain = not config.rebuilds
+    rebuilt = measured.results.rebuilt = not started_plain and rebuilding.rebuild(run, original, student)
     run.placement.place(reference)
     run.placement.place(student)
     measured.measure_state("full_precision", reference)
-    if rebuilding.wanted(config) and run.resume is None:
-        rebuilding.rebuild(run, original, student)
-    if config.method is not None or start is not None:
+    if (config.method is not None or start is not None) and (started_plain or rebuilt):
         measured.measure_state("one_shot", student)
     if run.budget is not None:
         run.budget.reserved = measured.seconds_to_come()
@@ -104,7 +107,7 @@ class Measured:
     """Measures a model before and after training, always on the same held-out text and examples."""
 
     def __init__(self, run: Run, reference: PreTrainedModel) -> None:
-        self.run, self.reference = run, reference
+        self.run, self.reference, self.began = run, reference, run.began
         self.heldout = run.heldout(run.config.training.final_eval_tokens)
         # With a budget: how long the last measurement took, one with KL, and a forward pass over one token.
         self.seconds = self.with_kl = self.per_token = 0.0
@@ -181,7 +184,7 @@ def prepare_student(
             check_same_tokenizer(tokenizer, theirs, f"training.start_from: the model in {start}")
     student.requires_grad_(True)
     if config.method is not None:
-        student = config.method.prepare(student, batches, initialize=not rebuilding.wanted(config))
+        student = config.method.prepare(student, batches, initialize=not config.rebuilds)
         log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
     surgery.freeze(student, config.training.freeze_names)
     return student
@@ -226,7 +229,9 @@ def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedMod
         plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
     if run.config.method is not None and run.config.training.pack:
         pack(measured, original, student)
+    results.minutes = (time.monotonic() - measured.began) / 60
     results.save(out / RESULTS)
+    shutil.rmtree(out / folder.BLOCKS, ignore_errors=True)  # only an unfinished run needs them
     results.print()
     wrote = [text for name, text in PARTS.items() if (out / name).exists()]
     print(f"\nwrote {out}/: {', '.join(wrote)}")
