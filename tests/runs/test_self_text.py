@@ -1,4 +1,4 @@
-"""`data=self`: a run's original model writes the text first; from there on it is text like any other."""
+"""With `data=self`, a run's original model writes the text first; from there on it is text like any other."""
 
 import json
 import logging
