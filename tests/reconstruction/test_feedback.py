@@ -1,5 +1,7 @@
 """Codes chosen with error feedback: the same rule for every method, and never worse than the nearest codes."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import shipped_methods
@@ -80,6 +82,24 @@ def test_uncorrelated_inputs_give_the_nearest_codes(method: QuantMethod) -> None
     nearest = layer.decode(layer.encode()).detach()
     _, rounded = feedback.with_feedback(layer, torch.eye(layer.in_features))
     torch.testing.assert_close(rounded, nearest, atol=1e-6, rtol=1e-5)
+
+
+def test_scales_that_are_fitted_again_to_the_codes_bring_the_outputs_nearer() -> None:
+    for method in (Fairy2(num_stages=1), Fairy2(), BitDistill(scale_mode="learned"), Anemll(rank=2)):
+        layer, H = layer_of(method), moments()
+        original = layer.weight.detach().clone()
+        layer.fit(H.diagonal() / H.diagonal().mean())
+        layer.adopt(*feedback.with_feedback(layer, H))
+        before = feedback.output_error(layer, original, H)
+        index = layer.encode().index
+        assert feedback.refit(layer, original, H / H.diagonal().mean())
+        rounded = layer.decode(dataclasses.replace(layer.encode(), index=index)).detach()
+        assert output_error(original, rounded, H) < before
+
+
+def test_a_method_without_trained_scales_is_not_fitted_again() -> None:
+    layer = layer_of(Fairy2(scale_mode="als"))
+    assert not feedback.refit(layer, layer.weight.detach().clone(), moments())
 
 
 @pytest.mark.parametrize("width", [1, 7, 33])

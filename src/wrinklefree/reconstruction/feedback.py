@@ -11,6 +11,8 @@ Sets with large moments come first: what is coded late has nothing left to make 
 Symbols: W, Q [out, in]; H, U [in, in]; P 1 or 2 columns.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import QuantLinear
 
 DAMPING = 0.01  # share of the mean diagonal of H that is added to it, as in GPTQ
+REFIT_STEPS, REFIT_RATE = 20, 0.02
 LAZY = 64  # sets after which all later ones are corrected at once
 
 
@@ -36,14 +39,63 @@ def calibrate(layer: QuantLinear, moments: Tensor) -> None:
     """Choose the layer's scales and codes for inputs with the second moments `moments`, fp32 [in, in].
 
     The master becomes a weight whose nearest codes are the chosen ones, so training goes on from there.
+
+    1. Fit the scales to the weight, by the importance of its columns.
+    2. Choose codes with feedback.
+    3. Fit the scales again, now to these codes and to all of H, and choose the codes again.
     """
     mean = moments.diagonal().mean()
     if mean == 0:
         return  # nothing comes in, so no code is better than another
+    original = layer.weight.detach().clone()
     layer.fit(moments.diagonal() / mean)
-    master, rounded = with_feedback(layer, moments)
-    layer.adopt(master, rounded)
+    layer.adopt(*with_feedback(layer, moments))
+    kept = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    before = output_error(layer, original, moments)
+    if refit(layer, original, moments / mean):
+        layer.weight.copy_(original)
+        layer.adopt(*with_feedback(layer, moments))
+        if not output_error(layer, original, moments) < before:
+            layer.load_state_dict(kept)
     layer.effective.clear()
+
+
+def output_error(layer: QuantLinear, weight: Tensor, moments: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T) for the layer's present codes Q."""
+    error = weight - layer.decode(layer.encode())
+    return ((error @ moments) * error).double().sum().item()
+
+
+@torch.enable_grad()
+def refit(layer: QuantLinear, weight: Tensor, moments: Tensor) -> bool:
+    """Minimize tr((W - Q) H (W - Q)^T) over the trained scales, for the layer's present codes. False if it has none.
+
+    It takes a few steps of Adam, because scales enter in another way in each method.
+    """
+    trained = {
+        n: p for n, p in layer.named_parameters(recurse=False) if p.requires_grad and n not in ("weight", "bias")
+    }
+    if not trained:
+        return False
+    index = layer.encode().index
+    groups = [{"params": [p], "lr": REFIT_RATE * relative_size(n, p)} for n, p in trained.items()]
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, REFIT_STEPS)
+    for _ in range(REFIT_STEPS):
+        rounded = layer.decode(replace(layer.encode(), index=index))
+        rounded.backward((rounded.detach() - weight) @ moments)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    return True
+
+
+def relative_size(name: str, parameter: Tensor) -> float:
+    """What a relative learning rate is multiplied by: the root mean square of a parameter.
+
+    A logarithm, whose name begins with `log_`, takes relative steps by itself.
+    """
+    return 1.0 if name.startswith("log_") else parameter.detach().square().mean().sqrt().item()
 
 
 def with_feedback(layer: QuantLinear, moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -166,16 +166,14 @@ class Rebuilding:
 def groups(block: nn.Module, settings: BlockwiseConfig) -> list[dict[str, Any]]:
     """The trained parameters of a block for an optimizer, each with its own learning rate.
 
-    Rates are relative to the root mean square of what they train, since models differ in the size of their weights. A
-    logarithm takes relative steps by itself.
+    Rates are relative to the size of what they train, since models differ in the size of their weights.
     """
     scales = optim.scale_parameters(block)
     found = []
     for name, parameter in block.named_parameters():
         if parameter.requires_grad:
-            is_log = name.rpartition(".")[2].startswith("log_")
-            size = 1.0 if is_log else parameter.detach().square().mean().sqrt().item()
-            rate = (settings.scale_lr if parameter in scales or parameter.ndim < 2 else settings.lr) * size
+            peak = settings.scale_lr if parameter in scales or parameter.ndim < 2 else settings.lr
+            rate = peak * feedback.relative_size(name.rpartition(".")[2], parameter)
             found.append({"params": [parameter], "lr": rate, "peak_lr": rate})
     return found
 
