@@ -128,9 +128,11 @@ TABLE = ["training.max_minutes=null"]  # what a GPU has: tokens by the table
 
 def test_the_default_text_is_not_gone_through_hundreds_of_times(folder: Path) -> None:
     """`wf fairy2 -m FOLDER` without a budget: half a billion tokens by the table, and no data named."""
-    config = load_config([f"model={folder / 'toy'}", "training=fairy2_w2", f"output_dir={folder / 'run'}", *TABLE])
-    with pytest.raises(UserError, match=r"500,000,000 tokens are \d+ passes over Python's standard library"):
+    out = [f"output_dir={folder / 'run'}", f"output_root={folder}"]
+    config = load_config([f"model={folder / 'toy'}", "training=fairy2_w2", *out, *TABLE])
+    with pytest.raises(UserError, match=r"500,000,000 tokens are \S+ passes over what the model writes itself"):
         setup.open_run(config)
+    assert not (folder / "self_text").exists()
 
 
 def test_a_dry_run_says_that_the_run_would_be_refused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

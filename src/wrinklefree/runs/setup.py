@@ -26,7 +26,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.read import KDCache, KDStream
-from wrinklefree.data.open import check_written, heldout_batches, heldout_examples, training_stream
+from wrinklefree.data.open import check_written, heldout_batches, heldout_examples, is_unwritten, training_stream
 from wrinklefree.data.packing import BatchStream
 from wrinklefree.data.preview import Size
 from wrinklefree.data.sources import Example
@@ -206,7 +206,8 @@ def open_run(
     placement = choose_placement(config.distributed, t.compile, world)
     model.to(placement.build_device)
     plan = make_plan(t, config.model, model, length, world)
-    if reads_text and load is None:
+    if reads_text and load is None and is_unwritten(config.data):
+        preflight.check_passes(config, tokenizer, plan)  # before the model writes for minutes
         self_text.write(config, model, tokenizer, world, plan.minutes)
     text = preflight.check_passes(config, tokenizer, plan) if reads_text else None
     budget = None if plan.minutes is None else Budget(plan.minutes, clock, started, t.budget_minutes)

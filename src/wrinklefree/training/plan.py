@@ -26,6 +26,8 @@ CPU_MINUTES = 120.0  # of a training on a CPU, if neither the user nor the model
 
 UNLIMITED = LARGEST - 1  # steps of a plan that nothing but its minutes ends
 
+IN_MINUTES = 2.0  # times the table's learning rate (LOG.md)
+
 # The training guide's table: (fewer parameters than, learning rate, tokens). It gives ranges of tokens; these are
 # their lower ends.
 TABLE = [
@@ -44,12 +46,17 @@ class Resolved:
     reason: str
 
 
-def choose_lr(setting: float | str, num_parameters: int) -> Resolved:
-    """Return the peak learning rate: `setting`, or if that is `auto`, the one in `TABLE`."""
+def choose_lr(setting: float | str, num_parameters: int, minutes: Resolved | None = None) -> Resolved:
+    """Return the peak learning rate: `setting`, or if that is `auto`, the one in `TABLE`.
+
+    A training of so many minutes is short beside the table's, and gets `IN_MINUTES` times that.
+    """
     if not isinstance(setting, str):
         return Resolved(setting, "set")
     value = next(lr for limit, lr, _ in TABLE if num_parameters < limit)
-    return Resolved(value, f"table, {num_parameters / 1e6:.0f} M parameters")
+    times = 1.0 if minutes is None else IN_MINUTES
+    said = f"table, {num_parameters / 1e6:.0f} M parameters"
+    return Resolved(times * value, said if minutes is None else f"{times:g} times the {said}, for a short training")
 
 
 def choose_tokens(setting: int | str, num_parameters: int, model: ModelConfig) -> Resolved:
@@ -143,8 +150,8 @@ def make_plan(t: TrainingConfig, config: ModelConfig, model: PreTrainedModel, le
     """Resolve every `auto`, and log what was chosen and why."""
     num_parameters = model.num_parameters()
     per_step = t.batch_size * length * t.gradient_accumulation_steps * world.size
-    lr = choose_lr(t.optimizer.lr, num_parameters)
     minutes = choose_minutes(t, config, world.device)
+    lr = choose_lr(t.optimizer.lr, num_parameters, minutes)
     log.info("learning rate %g (%s)", lr.value, lr.reason)
     if minutes is not None:
         told = (spoken_time(60 * minutes.value), minutes.reason)
