@@ -152,3 +152,14 @@ def test_a_run_that_goes_on_from_a_checkpoint_shows_how_its_training_began(tmp_p
     again = read_figures(run / RESULTS)
     assert again["one_shot"] is None  # the blocks are gone, and nobody measures a model that never was
     assert again["trained"] == whole["trained"]
+
+
+def test_a_plain_start_has_fitted_scales(tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    plain = overrides(tmp_path, "training.max_steps=0", f"output_dir={tmp_path / 'plain'}")
+    train_stage(load_config(plain), force=False)
+    rebuilt = overrides(
+        tmp_path, "training.max_steps=0", "training.blockwise.enabled=true", "training.blockwise.steps=0"
+    )
+    train_stage(load_config(rebuilt), force=False)
+    assert final(tmp_path / "run") == final(tmp_path / "plain")

@@ -17,7 +17,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside, read_json, write_json
-from wrinklefree.core.method import quant_layers
+from wrinklefree.core.method import QuantLinear, quant_layers
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.distributed.world import ALONE, barrier
 from wrinklefree.reconstruction.rebuild import Rebuilding
@@ -50,6 +50,12 @@ def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) 
     probe = _work(run, original, student, rows(run, 0)[:1], steps=1)
     seconds = 60 * run.budget.minutes * BUDGET_SHARE / len(decoder_layers(student))
     return max(LEAST_STEPS, min(MOST_STEPS, int(seconds / probe.seconds_of_a_step())))
+
+
+def fits_scales(config: Config) -> bool:
+    """Whether the calibration fits all scales, so that nobody has to do it before."""
+    calibrated = config.rebuilds and config.training.start != "plain"
+    return calibrated and config.method.layer.nearest is not QuantLinear.nearest
 
 
 def choose_start(config: Config, student: PreTrainedModel) -> bool:

@@ -184,7 +184,7 @@ def prepare_student(
             check_same_tokenizer(tokenizer, theirs, f"training.start_from: the model in {start}")
     student.requires_grad_(True)
     if config.method is not None:
-        student = config.method.prepare(student, batches, initialize=not config.rebuilds)
+        student = config.method.prepare(student, batches, initialize=not rebuilding.fits_scales(config))
         log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
     surgery.freeze(student, config.training.freeze_names)
     return student
