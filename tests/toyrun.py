@@ -37,10 +37,8 @@ def toy_files(folder: Path, toy: PreTrainedModel | None = None) -> tuple[Path, P
 def overrides(folder: Path, *more: str) -> list[str]:
     """Settings of a run in `folder`, where `toy_files` has been: 6 steps, everything logged."""
     values = {"max_steps": 6, "batch_size": 2, "max_seq_length": 16, "lr": 1e-3, "precision": "fp32"}
-    values |= {
-        "start": "plain",
-        "blockwise.enabled": "false",
-    }  # tests/reconstruction is about these
+    values |= {"scheduler.name": "wsd", "optimizer.scale_lr": 5e-4}  # not those of `model=FOLDER`
+    values |= {"start": "plain", "blockwise.enabled": "false"}  # tests/reconstruction is about these
     values |= {"log_interval": 1, "eval_interval": 2, "eval_tokens": 64, "final_eval_tokens": 64}
     return [
         f"model={folder / 'toy'}",

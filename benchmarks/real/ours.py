@@ -78,7 +78,7 @@ def row(name: str, folder: Path, test: Test) -> Row:
         measure(of_model(model), test),
         bits=results["bits_per_quantized_weight"],
         bytes=sum(file.stat().st_size for file in packed.glob("*.safetensors")),
-        minutes=max(results["minutes"], minutes(folder / CSV_NAME)),
+        minutes=max(results.get("minutes", 0.0), minutes(folder / CSV_NAME)),
         source=str(folder),
     )
 

@@ -138,7 +138,7 @@ def load_v2_checkpoint(model: nn.Module, path: str | Path) -> int:
 
 def _config(model: PreTrainedModel, cache_dir: str | Path, *settings: str) -> RunConfig:
     training = ["training=anemll_v2", "training.objective=cached_kd", f"distillation.cache={cache_dir}"]
-    return load_config([f"model={model.name_or_path}", *training, *settings])
+    return load_config([f"model={model.name_or_path}", "data=stdlib", *training, *settings])
 
 
 def train_e2e(

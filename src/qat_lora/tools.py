@@ -277,7 +277,7 @@ def _fitted(model_id: str, checkpoint: Path | None, bits: int, rank: int, group_
         return opened.model, opened.tokenizer
     sizes = {"bits": bits, "attn_bits": bits, "rank": rank, "attn_rank": rank, "group_size": group_size}
     settings = [f"method.{key}={value}" for key, value in sizes.items()]
-    config = load_config([f"model={model_id}", "training=anemll_q2a4", *settings])
+    config = load_config([f"model={model_id}", "training=anemll_q2a4", "data=stdlib", *settings])
     model, tokenizer = load_pretrained(config.model)
     assert config.method is not None
     return config.method.prepare(model), tokenizer
