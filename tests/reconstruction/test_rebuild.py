@@ -100,37 +100,59 @@ def final(run: Path) -> bytes:
     return (run / "final" / "model.safetensors").read_bytes()
 
 
-def test_a_run_that_is_killed_between_blocks_goes_on_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that was interrupted behind its first block."""
     toy_files(tmp_path)
-    train_stage(load_config(settings(tmp_path, f"output_dir={tmp_path / 'unbroken'}")), force=False)
-    rebuild, done = Rebuilding.rebuild, []
+    rebuild = Rebuilding.rebuild
 
     def dies(self: Rebuilding, number: int) -> object:
         if number == 1:
             raise KeyboardInterrupt
-        done.append(number)
         return rebuild(self, number)
 
-    monkeypatch.setattr(Rebuilding, "rebuild", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train_stage(load_config(settings(tmp_path)), force=False)
-    monkeypatch.setattr(Rebuilding, "rebuild", rebuild)
+    with monkeypatch.context() as patch:
+        patch.setattr(Rebuilding, "rebuild", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_stage(load_config(settings(tmp_path)), force=False)
+    return tmp_path
+
+
+def test_a_run_that_is_killed_between_blocks_goes_on_to_the_same_bits(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_stage(load_config(settings(interrupted, f"output_dir={interrupted / 'unbroken'}")), force=False)
     with pytest.raises(UserError, match="resume_from=latest"):
-        train_stage(load_config(settings(tmp_path)), force=False)
-    launch.run_once(settings(tmp_path), force=False, processes=None)
-    assert done == [0]
-    assert final(tmp_path / "run") == final(tmp_path / "unbroken")
+        train_stage(load_config(settings(interrupted)), force=False)
+    rebuild, rebuilt = Rebuilding.rebuild, []
+
+    def counted(self: Rebuilding, number: int) -> object:
+        rebuilt.append(number)
+        return rebuild(self, number)
+
+    monkeypatch.setattr(Rebuilding, "rebuild", counted)
+    launch.run_once(settings(interrupted), force=False, processes=None)
+    assert rebuilt == [1]
+    assert final(interrupted / "run") == final(interrupted / "unbroken")
 
 
-def test_a_broken_block_is_named(tmp_path: Path) -> None:
-    toy_files(tmp_path)
-    blocks = tmp_path / "run" / "blocks"
-    blocks.mkdir(parents=True)
-    (blocks / "block_0.safetensors").write_bytes(b"no tensors")
+def test_a_broken_block_is_named(interrupted: Path) -> None:
+    (interrupted / "run" / "blocks" / "block_0.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"block_0\.safetensors: broken"):
-        train_stage(load_config(settings(tmp_path, "training.resume_from=latest")), force=False)
+        train_stage(load_config(settings(interrupted, "training.resume_from=latest")), force=False)
+
+
+@pytest.mark.parametrize("key", ["training.blockwise.lr=0.5", "seed=7", "method.num_stages=1"])
+def test_blocks_of_other_settings_are_refused(interrupted: Path, key: str) -> None:
+    with pytest.raises(UserError, match=rf"blocks: its blocks were made with {key.partition('=')[0]}="):
+        train_stage(load_config(settings(interrupted, "training.resume_from=latest", key)), force=False)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"steps": "four"}', '{"steps": 4, "settings": 3}'])
+def test_a_broken_plan_is_named(interrupted: Path, text: str) -> None:
+    (interrupted / "run" / "blocks" / "plan.json").write_text(text)
+    with pytest.raises(UserError, match=r"plan\.json: not the plan of a run"):
+        train_stage(load_config(settings(interrupted, "training.resume_from=latest")), force=False)
 
 
 def test_a_method_that_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 The run's folder has `blocks/block_N.safetensors` for each block that is done. An interrupted run goes on from there.
 """
 
+import json
 import logging
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from wrinklefree.config.check import flatten
 from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
@@ -33,6 +36,12 @@ LEAST_STEPS, MOST_STEPS = 8, 384  # that a budget buys
 LEAST_TOKENS = 4096  # with fewer, the second moments of wide layers are mostly noise
 PLAN = "plan.json"
 
+# What makes the blocks what they are. Minutes may be others: the steps that they chose are kept.
+SETTINGS = (
+    *("seed", "model.pretrained", "method", "data.source", "data.path", "data.format"),
+    *("training.start", "training.blockwise", "training.max_seq_length"),
+)
+
 
 def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> int:
     """The steps for each block.
@@ -47,7 +56,7 @@ def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) 
         return t.blockwise.steps
     if run.budget is None:
         return min(STEPS, t.max_steps) if t.max_steps else STEPS
-    probe = _work(run, original, student, rows(run, 0)[:1], steps=1)
+    probe = _work(run, original, student, rows(run, 0)[:1], steps=1, calibrate=False)
     seconds = 60 * run.budget.minutes * BUDGET_SHARE / len(decoder_layers(student))
     return max(LEAST_STEPS, min(MOST_STEPS, int(seconds / probe.seconds_of_a_step())))
 
@@ -75,28 +84,29 @@ def rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> bo
     """Calibrate and rebuild `student`, in place. Every process has to call this; the main one works.
 
     A run that goes on from a checkpoint takes the blocks as they were. Returns False if they are not there any more.
-    Raises UserError if the model has to be calibrated, and cannot be.
+
+    Raises UserError if
+    - the model has to be calibrated, and cannot be,
+    - the blocks that are there are broken, or were made with other settings.
     """
     made = run.out / folder.BLOCKS
     if run.is_main and run.resume is None:
-        made.mkdir(exist_ok=True)
         _rebuild(run, original, student, made)
     barrier(run.world)
-    if run.is_main and run.resume is None:
-        return True
     return all(_take(block, made, number) for number, block in enumerate(decoder_layers(student)))
 
 
 def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made: Path) -> None:
     """Rebuild the blocks that are not in the folder `made`, and write them there."""
-    blocks = decoder_layers(student)
-    if not (made / PLAN).exists():
-        write_json(made / PLAN, {"steps": choose_steps(run, original, student)})
-    steps = read_plan(made / PLAN)
+    blocks, calibrate = decoder_layers(student), choose_start(run.config, student)
+    steps = _plan(run, original, student, made / PLAN)
+    done = sum(_file(made, number).exists() for number in range(len(blocks)))
+    if done == len(blocks):
+        return
     batches = rows(run, steps)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     log.info("rebuilding %d blocks, %d steps each, on %s tokens of the text", len(blocks), steps, f"{tokens:,}")
-    work = _work(run, original, student, batches, steps)
+    work = _work(run, original, student, batches, steps, calibrate)
     for number, block in enumerate(blocks):
         if _take(block, made, number):
             work.pass_by(number)
@@ -110,20 +120,39 @@ def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made
 
 
 def _work(
-    run: Run, original: PreTrainedModel, student: PreTrainedModel, batches: list[Batch], steps: int
+    run: Run,
+    original: PreTrainedModel,
+    student: PreTrainedModel,
+    batches: list[Batch],
+    steps: int,
+    calibrate: bool,
 ) -> Rebuilding:
-    config, autocast = run.config, partial(run.plan.autocast, student.device)
-    calibrated = choose_start(config, student)
-    return Rebuilding(original, student, batches, config.training.blockwise, autocast, config.seed, steps, calibrated)
+    autocast, settings = partial(run.plan.autocast, student.device), run.config.training.blockwise
+    return Rebuilding(original, student, batches, settings, autocast, run.config.seed, steps, calibrate)
 
 
-def read_plan(file: Path) -> int:
-    """The steps for each block that a run has begun with. Raises UserError if the file is broken."""
+def _plan(run: Run, original: PreTrainedModel, student: PreTrainedModel, file: Path) -> int:
+    """The steps for each block. The first time they are chosen, and written beside the settings that make the blocks.
+
+    Raises UserError if the file is broken, or has other settings.
+    """
+    settings = {key: value for key, value in flatten(asdict(run.config)) if key.startswith(SETTINGS)}
+    settings = json.loads(json.dumps(settings))  # as they are read back
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, {"steps": choose_steps(run, original, student), "settings": settings})
     plan = read_json(file)
-    steps = plan.get("steps") if isinstance(plan, dict) else None
-    if not isinstance(steps, int) or steps < 0:
+    kinds = {"steps": int, "settings": dict}
+    if not isinstance(plan, dict) or not all(isinstance(plan.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{file}: not the plan of a run; start over with --force")
-    return steps
+    for key, now in settings.items():
+        before = plan["settings"].get(key)
+        if before != now:
+            raise UserError(
+                f"{file.parent}: its blocks were made with {key}={before}, but now it is {now}: go on with the same "
+                f"settings, or start over with --force"
+            )
+    return int(plan["steps"])
 
 
 def _file(made: Path, number: int) -> Path:
@@ -148,9 +177,7 @@ def _take(block: nn.Module, made: Path, number: int) -> bool:
 def rows(run: Run, steps: int) -> list[Batch]:
     """The first rows of the training text, cut to the length for blocks, as batches.
 
-    The steps go `passes` times over them.
-
-    Without steps they are as many as for `STEPS`.
+    There are as many as `steps` steps go through `passes` times, or without steps as many as for `STEPS`.
     """
     settings = run.config.training.blockwise
     length = min(settings.max_seq_length, run.plan.length)

@@ -65,7 +65,8 @@ class Run:
     budget: Budget | None = None  # the minutes of the stage
     force: bool = False  # whether an earlier run in the output folder is replaced
     joined: bool = False  # whether this run has joined the other processes, and so has to leave them
-    began: float = 0.0  # on the clock of time.monotonic
+    clock: Clock = time.monotonic
+    started: float = 0.0  # on that clock
     lock: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -194,7 +195,7 @@ def open_run(
     - a checkpoint or model that does not exist,
     - settings that exclude one another.
     """
-    started, began = clock(), time.monotonic()
+    started = clock()
     joined, world = world is None, world or join_world()
     checked = _checked(config, force, reads_text, own_model=load is not None) if world.is_main else None
     resume = gather(checked, world)[0]
@@ -211,7 +212,7 @@ def open_run(
         self_text.write(config, model, tokenizer, world, plan.minutes)
     text = preflight.check_passes(config, tokenizer, plan) if reads_text else None
     budget = None if plan.minutes is None else Budget(plan.minutes, clock, started, t.budget_minutes)
-    return Run(config, world, resume, model, tokenizer, placement, plan, text, budget, force, joined, began)
+    return Run(config, world, resume, model, tokenizer, placement, plan, text, budget, force, joined, clock, started)
 
 
 def _checked(config: Config, force: bool, reads_text: bool, own_model: bool) -> Path | None:

@@ -11,7 +11,6 @@ import copy
 import logging
 import shlex
 import shutil
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -84,13 +83,14 @@ def _train(run: Run, start: Path | None) -> None:
     objective = choose_objective(config, student, teacher)
     objective.words = len(run.tokenizer)
     run.begin()
-    # Whole models are needed here, and shards come later. A resumed run may have nothing to show but its checkpoint.
-    started_plain = not config.rebuilds
-    rebuilt = measured.results.rebuilt = not started_plain and rebuilding.rebuild(run, original, student)
+    # Blocks are rebuilt before a model is sharded. Those of a resumed run may be gone, and then nothing is one-shot.
+    shows_start = config.method is not None or start is not None
+    if config.rebuilds:
+        shows_start = measured.results.rebuilt = rebuilding.rebuild(run, original, student)
     run.placement.place(reference)
     run.placement.place(student)
     measured.measure_state("full_precision", reference)
-    if (config.method is not None or start is not None) and (started_plain or rebuilt):
+    if shows_start:
         measured.measure_state("one_shot", student)
     if run.budget is not None:
         run.budget.reserved = measured.seconds_to_come()
@@ -107,7 +107,7 @@ class Measured:
     """Measures a model before and after training, always on the same held-out text and examples."""
 
     def __init__(self, run: Run, reference: PreTrainedModel) -> None:
-        self.run, self.reference, self.began = run, reference, run.began
+        self.run, self.reference = run, reference
         self.heldout = run.heldout(run.config.training.final_eval_tokens)
         # With a budget: how long the last measurement took, one with KL, and a forward pass over one token.
         self.seconds = self.with_kl = self.per_token = 0.0
@@ -229,7 +229,7 @@ def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedMod
         plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
     if run.config.method is not None and run.config.training.pack:
         pack(measured, original, student)
-    results.minutes = (time.monotonic() - measured.began) / 60
+    results.minutes = (run.clock() - run.started) / 60
     results.save(out / RESULTS)
     shutil.rmtree(out / folder.BLOCKS, ignore_errors=True)  # only an unfinished run needs them
     results.print()
