@@ -86,4 +86,4 @@ def row(name: str, folder: Path, test: Test) -> Row:
 def minutes(log: Path) -> float:
     """Minutes of training by its log. Resumed runs go on counting."""
     with log.open(newline="") as file:
-        return max(float(line["elapsed_sec"]) for line in csv.DictReader(file)) / 60
+        return max((float(line["elapsed_sec"]) for line in csv.DictReader(file)), default=0.0) / 60

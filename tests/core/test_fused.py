@@ -11,6 +11,8 @@ from wrinklefree.core import fused, library
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.inputs import int8_per_token
 from wrinklefree.core.method import QuantLinear, QuantMethod, find
+from wrinklefree.methods.anemll import Config as Anemll
+from wrinklefree.methods.fairy2 import Config as Fairy2
 
 pytestmark = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
 
@@ -113,6 +115,39 @@ def test_a_layer_that_trains_its_bias_alone_has_no_gradient_of_its_weight() -> N
     F.linear(torch.randn(2, 8), made.effective_weight(torch.float32), made.bias).sum().backward()
     assert made.bias.grad is not None
     assert made.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("scales", "factors"),
+    [
+        ((2, 1, 2, 1, 1), None),  # of fewer stages
+        ((1, 2, 2, 1, 1), None),
+        ((2, 2, 1, 1, 1), None),
+        ((2, 2, 2, 3, 1), None),
+        ((2, 2, 2, 1, 3), None),
+        ((2, 2, 2, 1, 1), (1, 4)),
+        ((2, 2, 2, 1, 1), (4, 1)),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_complex_scales_of_other_shapes_are_refused(
+    scales: tuple[int, ...], factors: tuple[int, int] | None, device: str
+) -> None:
+    tensors = {"scales": torch.ones(scales, device=device)}
+    if factors is not None:
+        tensors |= {n: torch.ones(k, device=device) for n, k in zip(("rows", "columns"), factors, strict=True)}
+    index = torch.zeros(2, 2, 4, 4, dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match="are not those of codes"):
+        Fairy2().decode(Codes(index, 2, tensors, (8, 8)))
+
+
+@pytest.mark.parametrize(("a", "b"), [((1, 2), (2, 6)), ((4, 2), (2, 1))])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_factors_of_other_shapes_are_refused(a: tuple[int, int], b: tuple[int, int], device: str) -> None:
+    tensors = {name: torch.ones(shape, device=device) for name, shape in (("lut", (4,)), ("a", a), ("b", b))}
+    index = torch.zeros(4, 6, dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match="factors"):
+        Anemll().decode(Codes(index, 2, tensors, (4, 6)))
 
 
 def test_the_library_refuses_what_does_not_belong_together() -> None:

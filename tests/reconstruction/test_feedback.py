@@ -11,12 +11,15 @@ from wrinklefree.core.method import QuantLinear, QuantMethod
 from wrinklefree.methods.anemll import Config as Anemll
 from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Config as Fairy2
+from wrinklefree.methods.uniform import Config as Uniform
 from wrinklefree.reconstruction import feedback
+from wrinklefree.reconstruction.moments import Moments
 
 pytestmark = pytest.mark.numeric
 
 METHODS = {
-    **{method.name: method for method in shipped_methods() if method.name != "bitdistill"},
+    **{method.name: method for method in shipped_methods() if method.name not in ("bitdistill", "uniform")},
+    "integers": Uniform(bits=3, granularity="group", group_size=16),
     "w1": Fairy2(num_stages=1),
     "groups": Fairy2(scale_granularity="group", group_size=8),
     "rows": Fairy2(scale_granularity="row"),
@@ -54,7 +57,9 @@ def test_methods_whose_scales_do_not_follow_the_weight_can_be_calibrated(method:
     assert layer_of(method).calibrates
 
 
-@pytest.mark.parametrize("method", [BitDistill(), Fairy2(preset="paper")], ids=["absmean", "paper"])
+@pytest.mark.parametrize(
+    "method", [BitDistill(), Fairy2(preset="paper"), Uniform(bits=8)], ids=["absmean", "paper", "8 bits"]
+)
 def test_methods_whose_scales_follow_the_weight_cannot(method: QuantMethod) -> None:
     assert not layer_of(method).calibrates
 
@@ -102,6 +107,17 @@ def test_a_method_without_trained_scales_is_not_fitted_again() -> None:
     assert not feedback.refit(layer, layer.weight.detach().clone(), moments())
 
 
+def test_tokens_in_another_order_count_alike() -> None:
+    layer = layer_of(Fairy2())
+    x = torch.randn(2, 6, 48)
+    with Moments({"expert": layer}) as found:
+        found.weigh(torch.rand(2, 6))
+        layer(x.flatten(0, 1)[:7])
+    some = layer.inputs(x).flatten(0, 1)[:7]
+    H = found.means()["expert"]
+    torch.testing.assert_close(H / H.trace(), some.T @ some / some.square().sum())
+
+
 @pytest.mark.parametrize("width", [1, 7, 33])
 def test_odd_widths(width: int) -> None:
     layer = layer_of(Fairy2(), width, 5)
@@ -115,8 +131,11 @@ def test_inputs_that_are_always_zero(method: QuantMethod) -> None:
     H[5] = H[:, 5] = 0
     feedback.calibrate(layer, H)
     assert layer.decode(layer.encode()).isfinite().all()
-    feedback.calibrate(layer, torch.zeros_like(H))
-    assert layer.decode(layer.encode()).isfinite().all()
+    unfitted = method.layer(nn.Linear(48, 40, bias=False), method, fits=False)
+    feedback.calibrate(unfitted, torch.zeros_like(H))
+    assert output_error(unfitted.weight, unfitted.decode(unfitted.encode()), torch.eye(48)) < 0.5 * (
+        unfitted.weight.square().sum()
+    )
 
 
 def test_two_threads_choose_what_one_chooses(method: QuantMethod) -> None:

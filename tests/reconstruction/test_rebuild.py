@@ -20,9 +20,11 @@ from wrinklefree.methods.anemll import Config as Anemll
 from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Config as Fairy2
 from wrinklefree.methods.uniform import Config as Uniform
+from wrinklefree.reconstruction.moments import Moments
 from wrinklefree.reconstruction.rebuild import Rebuilding, squared_error, token_weights
-from wrinklefree.runs import launch
+from wrinklefree.runs import launch, rebuilding
 from wrinklefree.runs.report import RESULTS, read_figures
+from wrinklefree.runs.setup import open_run
 from wrinklefree.runs.stage import train_stage
 
 pytestmark = pytest.mark.numeric
@@ -30,15 +32,15 @@ pytestmark = pytest.mark.numeric
 
 def batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(0, VOCAB, (2, 16), generator=generator)} for _ in range(8)]
+    return [{"input_ids": torch.randint(0, VOCAB, (2, 16), generator=generator)} for _ in range(40)]
 
 
-def rebuilding_of(method: QuantMethod, steps: int = 24, **settings: float) -> tuple[Rebuilding, PreTrainedModel]:
+def rebuilding_of(method: QuantMethod, steps: int = 72, **settings: float) -> tuple[Rebuilding, PreTrainedModel]:
     original = llama().requires_grad_(False)
     student = method.prepare(copy.deepcopy(original).requires_grad_(True), batches())
     assert isinstance(student, PreTrainedModel)
     chosen = BlockwiseConfig(enabled=True, **settings)
-    return Rebuilding(original, student, batches(), chosen, nullcontext, 0, steps), student
+    return Rebuilding(original, student, batches(), 4, chosen, nullcontext, 0, steps), student
 
 
 METHODS = [Fairy2(), BitDistill(scale_mode="learned"), Anemll(rank=2, attn_bits=2, attn_rank=2), Uniform(bits=2)]
@@ -69,6 +71,36 @@ def test_calibration_brings_a_model_nearer_than_its_plain_start() -> None:
     plain = work.error(0, weights)
     work, _ = rebuilding_of(Fairy2(), steps=0)
     assert work.rebuild(0).calibrated < plain
+
+
+def test_a_layer_that_never_runs_gets_scales_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, student = rebuilding_of(Fairy2(), steps=0)
+    layer = next(iter(quant_layers(student).values()))
+    layer.fit(torch.ones(layer.in_features))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for name, parameter in layer.named_parameters():
+        if name != "weight":
+            parameter.data.zero_()  # as before anything was fitted
+    means = Moments.means
+    monkeypatch.setattr(Moments, "means", lambda self: dict(list(means(self).items())[1:]))
+    work.rebuild(0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_what_a_block_costs_is_measured_without_changing_it() -> None:
+    work, student = rebuilding_of(Fairy2())
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    assert work.seconds_of_a_step() > 0
+    assert work.seconds_of_calibration() > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_documents_in_a_row_do_not_see_each_other(tmp_path: Path) -> None:
+    toy_files(tmp_path)
+    with open_run(load_config(settings(tmp_path))) as run:
+        found = rebuilding.rows(run, 4)
+    assert all(batch["position_ids"].shape == batch["input_ids"].shape for batch in found)
+    assert any((batch["position_ids"].diff() != 1).any() for batch in found)
 
 
 def test_a_token_with_large_activations_counts_as_much_as_any_other() -> None:

@@ -92,13 +92,22 @@ def test_what_is_no_time_is_one_line(text: str) -> None:
 
 
 def test_stages_share_what_is_left(folder: Path, ran: list[Config]) -> None:
-    """Stage 1 has no steps, and no share; what it does not need, the others get."""
+    """What a stage does not need, the others get."""
     command = ["bitdistill", "-m", "./toy", "--task", "sst2", "--stages", "1,2,3", "--budget", "110m"]
     code, said = wf(*command, "2:training.budget_share=3", "3:training.budget_share=1")
     assert code == 0, said
-    assert minutes(ran) == {"stage1_subln": "auto", "stage2_pretrain": 75, "stage3_distill": 90}
-    assert {config.training.budget_minutes for config in ran[1:]} == {110}
-    assert re.search(r"budget of 110 minutes: stage2_pretrain 82.5 minutes, stage3_distill 27.5 minutes", said)
+    assert minutes(ran) == pytest.approx({"stage1_subln": 110 / 9, "stage2_pretrain": 75, "stage3_distill": 90})
+    assert {config.training.budget_minutes for config in ran} == {110}
+    assert re.search(r"budget of 110 minutes: stage1_subln 12.2 minutes, stage2_pretrain 73.3 minutes", said)
+
+
+def test_steps_that_are_made_for_gpus_are_smaller_on_a_cpu(folder: Path, ran: list[Config]) -> None:
+    command = ["bitdistill", "-m", "./toy", "--task", "sst2", "--stages", "2", "--budget", "110m"]
+    wf(*command, "training.max_seq_length=256")
+    wf(*command, "training.max_seq_length=256", "training.batch_size=64", "--force")
+    wf(*command[:-2], "training.max_seq_length=256", "training.max_steps=3", "--force")
+    sizes = [(config.training.batch_size, config.training.gradient_accumulation_steps) for config in ran]
+    assert sizes == [(8, 1), (64, 16), (32, 16)]
 
 
 def test_a_stage_that_is_done_gives_its_share_to_the_others(folder: Path, ran: list[Config]) -> None:
@@ -117,7 +126,7 @@ def test_needed_stages_have_a_share(folder: Path, ran: list[Config]) -> None:
     command = ["train", "model=./toy", "training=stage2_pretrain", "auto_prereq=true", "--budget", "70m"]
     code, said = wf(*command)
     assert code == 0, said
-    assert minutes(ran) == {"stage1_subln": "auto", "stage2_pretrain": 60}
+    assert minutes(ran) == {"stage1_subln": 14, "stage2_pretrain": 60}
 
 
 def test_a_budget_that_is_over_is_one_line(folder: Path, ran: list[Config]) -> None:

@@ -140,10 +140,22 @@ def test_settings_of_own_text_are_refused_for_other_data() -> None:
         training_rows(config.data, tokenizer())
 
 
-def test_writing_takes_a_share_of_the_minutes_that_an_interruption_does_not_change(folder: Path) -> None:
+def test_a_run_that_goes_on_keeps_its_text_although_it_has_other_minutes_now(folder: Path) -> None:
+    config = resolved(folder, *settings(folder, "data.self_minutes=0.0001", "training.save_interval=3"))
+    run(config)
+    step = folder / "run" / "checkpoints" / "step_3"
+    more = resolved(folder, *settings(folder, "data.self_minutes=9", f"training.resume_from={step}"))
+    with open_run(more) as going_on:
+        assert going_on.config.data.path == config.data.path
+    Path(str(config.data.path)).unlink()
+    more.data.path = "auto"
+    with open_run(more) as going_on:
+        assert going_on.config.data.path not in ("auto", config.data.path)
+
+
+def test_writing_takes_a_share_of_the_minutes(folder: Path) -> None:
     model = [f"model={folder / 'toy'}", "training=fairy2_w2", "data=self"]
-    alone, command = load_config(model), load_config([*model, "training.budget_minutes=100"])
+    alone = load_config(model)
     assert self_text.limit(alone, None) is None
     assert self_text.limit(alone, 40.0) == pytest.approx(6)
-    assert self_text.limit(command, 40.0) == self_text.limit(command, 20.0) == pytest.approx(15)
     assert self_text.limit(load_config([*model, "data.self_minutes=3"]), 40.0) == 3

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from toyrun import resolved, rows, run, toy_files
 
-from wrinklefree.config.schema import ModelConfig, SchedulerConfig, TrainingConfig
+from wrinklefree.config.schema import BlockwiseConfig, ModelConfig, SchedulerConfig, TrainingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.training import loop, pacing
 from wrinklefree.training.budget import EVALUATION, SAVE, STEP, Intervals, Pace, fitting, rest, split
@@ -229,7 +229,7 @@ def test_many_passes_are_no_error_but_said(
     steps_take(monkeypatch, clock, lambda step: 1.0)
     settings = [*UNSET, *QUIET, "training.max_minutes=1", "data.max_passes=0.1"]
     run(resolved(folder, *settings), clock=clock, evaluate=evaluates(clock, 0))
-    assert re.search(r"goes through the text 0.\d+ times; more text would be better \(data=local", caplog.text)
+    assert re.search(r"goes through the text 0.\d+ times; better: give more text \(data=local", caplog.text)
 
 
 def test_the_state_of_a_budget_is_checked(folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +239,8 @@ def test_the_state_of_a_budget_is_checked(folder: Path, clock: Clock, monkeypatc
     file = step_folders(folder / "run" / "checkpoints")[-1] / "state" / "trainer.pt"
     state = torch.load(file, weights_only=True)
     for wrong in ({"trained": -1.0}, {"seconds": float("nan")}, {"means": {STEP: 0.0}}, {"max_steps": "many"}):
+        if "means" in wrong:
+            wrong = {"means": state["budget"]["means"] | wrong["means"]}
         torch.save(state | {"budget": state["budget"] | wrong}, file)
         with pytest.raises(UserError, match=r"trainer.pt: not a trainer state \(budget"):
             run(resolved(folder, *settings, LATEST), clock=clock, evaluate=evaluates(clock, 0))
@@ -300,6 +302,8 @@ SMALL = ModelConfig(name="small", pretrained="small", auto_minutes=5)
         ({"max_minutes": 3.0}, SOME, GPU, 3),
         ({"max_minutes": 3.0, "max_steps": 10}, SOME, CPU, 3),
         ({"max_minutes": 3.0, "max_steps": 0}, SOME, CPU, None),
+        ({"max_minutes": 3.0, "max_steps": 0, "blockwise": BlockwiseConfig(enabled=True)}, SOME, CPU, 3),
+        ({"max_steps": 0, "blockwise": BlockwiseConfig(enabled=True)}, SOME, CPU, None),
         ({"max_minutes": None}, SOME, CPU, None),
         ({"max_steps": 10}, SOME, CPU, None),
         ({"total_tokens": 10}, SOME, CPU, None),
@@ -317,4 +321,4 @@ def test_looks_are_few(folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPat
     settled = []
     monkeypatch.setattr(Pace, "settle", lambda self: settled.append(clock.now))
     run(resolved(folder, *UNSET, *QUIET, "training.max_minutes=2"), clock=clock, evaluate=evaluates(clock, 0))
-    assert len(settled) <= pacing.MARKS
+    assert pacing.MARKS / 2 <= len(settled) <= pacing.MARKS

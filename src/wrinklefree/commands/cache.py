@@ -100,6 +100,7 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
     world = join_world()
     log.info("loading %s", config.model.pretrained)
     teacher, tokenizer = load_pretrained(config.model)
+    teacher.to(world.device)
     self_text.write(config, teacher, tokenizer, world)
     length = choose_length(config.training.max_seq_length, teacher, None)
     size, wanted_tokens = config.training.batch_size, sizes["num_heldout"] * length
@@ -128,7 +129,7 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
             log.info("%s is complete; --force writes it again", out)
             return manifest
         log.info("precision %s on %s", manifest.precision, world.device)
-        ask = Teacher(teacher.to(world.device), manifest, config.training.batch_size, dtype)
+        ask = Teacher(teacher, manifest, config.training.batch_size, dtype)
         try:
             manifest = fill(out, manifest, ask, heldout, stream)
         finally:

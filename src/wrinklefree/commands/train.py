@@ -74,9 +74,11 @@ def show(config: Config, processes: int) -> None:
         if is_unwritten(config.data):
             log.info("%s", self_text.describe(config, tokenizer, plan.minutes))
         size = preflight.text_size(config, tokenizer, plan)
-        problem = None if size is None else preflight.too_many_passes(config, size, plan)
-        if problem is not None:
-            log.warning("the run would be refused: %s", problem)
+        if size is not None:
+            preflight.say_text(size, plan)
+            problem = preflight.too_many_passes(config, size, plan)
+            if problem is not None:
+                log.warning("the run would be refused: %s", problem)
     log.info("dry run: nothing was trained or written")
 
 

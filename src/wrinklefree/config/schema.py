@@ -135,7 +135,7 @@ class BlockwiseConfig(Node):
     """Before the training, make each block's output equal to the original's, one block after the other."""
 
     enabled: bool = False
-    passes: Positive = 2  # how often a block goes through its text, which is the same for all blocks
+    passes: Positive = 1  # how often a block goes through its text, which is the same for all blocks
     max_seq_length: Positive = 256  # at most the training's
     batch_size: Positive = 2
     steps: Natural | Auto = "auto"  # for each block; auto: what a quarter of the minutes suffices for, or else 96
@@ -185,6 +185,11 @@ class TrainingConfig(Node):
     resume_from: str | None = None
     upload_to: str | None = None  # a copy of every checkpoint goes to this URL (gs://, s3://, ...)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def takes_time(self) -> bool:
+        """Whether minutes can end this stage: it takes steps, or rebuilds blocks."""
+        return self.max_steps != 0 or self.blockwise.enabled
 
 
 @dataclass(kw_only=True)

@@ -44,6 +44,17 @@ class ComplexScales(NamedTuple):
         """The same values as contiguous fp32 tensors without gradient."""
         return ComplexScales(_plain(self.scales), *(None if t is None else _plain(t) for t in self[1:]))
 
+    def check(self, index: torch.Size) -> None:
+        """Raises ValueError unless these are scales and factors for codes of the shape `index`."""
+        both, stages, n, m = index
+        num_rows, num_groups = self.scales.shape[-2:]
+        fits = self.scales.shape == (2, stages, 2, num_rows, num_groups) and both == 2
+        fits = fits and num_rows in (1, n) and num_groups > 0 and m % num_groups == 0
+        factors = [None if t is None else t.shape for t in self[1:]]
+        if not fits or factors not in ([None, None], [(n,), (m,)]):
+            shapes = [list(t.shape) for t in self if t is not None]
+            raise ValueError(f"scales of shapes {shapes} are not those of codes {list(index)}")
+
     def described(self, n: int, m: int) -> Any:
         """A pointer for the library, to a layer of n x m complex numbers. It is valid as long as `self` is."""
         _, stages, _, num_rows, num_groups = self.scales.shape
@@ -55,12 +66,17 @@ def complex_codes(weight: Tensor, scales: ComplexScales) -> Tensor:
     weight, scales = _plain(weight), scales.plain()
     n, m = weight.shape[0] // 2, weight.shape[1] // 2
     index = torch.empty(2, scales.scales.shape[1], n, m, dtype=torch.uint8)
+    scales.check(index.shape)
     _call("wf_complex_codes", scales.described(n, m), _at(weight), _at(index))
     return index
 
 
 def complex_weight(index: Tensor, scales: ComplexScales) -> Tensor:
-    """The real weight [2n, 2m] that codes [2, T, n, m] stand for. Differentiable in the scales."""
+    """The real weight [2n, 2m] that codes [2, T, n, m] stand for. Differentiable in the scales.
+
+    Raises ValueError if the scales are not those of such codes.
+    """
+    scales.check(index.shape)
     weight: Tensor = _ComplexWeight.apply(index, *scales)
     return weight
 
@@ -86,6 +102,7 @@ class _ComplexWeight(torch.autograd.Function):
 
 def table_codes(weight: Tensor, scales: Tensor, table: Tensor) -> Tensor:
     """The index uint8 [out, in] of the entry of an ascending table that is nearest to weight / scales."""
+    check_table(weight.shape, scales, table)
     weight, scales, table = _plain(weight), _plain(scales), _plain(table)
     index = torch.empty(weight.shape, dtype=torch.uint8)
     _call("wf_table_codes", _described(scales, table), _at(weight), _at(index))
@@ -93,7 +110,8 @@ def table_codes(weight: Tensor, scales: Tensor, table: Tensor) -> Tensor:
 
 
 def table_weight(index: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """Compute table[index] * scales: [out, in], without gradient."""
+    """Compute table[index] * scales: [out, in], without gradient. Raises ValueError if shapes do not fit."""
+    check_table(index.shape, scales, table)
     index, scales, table = index.contiguous(), _plain(scales), _plain(table)
     weight = torch.empty(index.shape)
     _call("wf_table_weight", _described(scales, table), _at(index), _at(weight))
@@ -113,6 +131,8 @@ def table_gradients(grad: Tensor, weight: Tensor, scales: Tensor, table: Tensor)
 
     m g for the weight, g (q - r m) for the scales, and for an entry of the table the sum of g scales over its codes.
     """
+    check_table(weight.shape, scales, table)
+    check_table(grad.shape, scales, table)
     grad, weight, scales, table = _plain(grad), _plain(weight), _plain(scales), _plain(table)
     grads = TableGradients(*(torch.empty_like(t) for t in (weight, scales, table)))
     _call("wf_table_gradient", _described(scales, table), _at(weight), _at(grad), *map(_at, grads))
@@ -138,6 +158,12 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+def check_table(shape: torch.Size, scales: Tensor, table: Tensor) -> None:
+    """Raises ValueError unless `scales` has the shape [out, in] of a weight or its codes, and `table` is a vector."""
+    if len(shape) != 2 or scales.shape != shape or table.ndim != 1:
+        raise ValueError(f"scales {list(scales.shape)} and a table {list(table.shape)} for {list(shape)}")
 
 
 def _described(scales: Tensor, table: Tensor) -> Any:

@@ -45,8 +45,10 @@ def calibrate(layer: QuantLinear, moments: Tensor) -> None:
     3. Fit the scales again, now to these codes and to all of H, and choose the codes again.
     """
     mean = moments.diagonal().mean()
-    if mean == 0:
-        return  # nothing comes in, so no code is better than another
+    if mean == 0:  # nothing comes in, so no code is better than another
+        layer.fit(torch.ones_like(moments.diagonal()))
+        layer.effective.clear()
+        return
     original = layer.weight.detach().clone()
     layer.fit(moments.diagonal() / mean)
     layer.adopt(*with_feedback(layer, moments))

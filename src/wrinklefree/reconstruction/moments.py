@@ -38,11 +38,14 @@ class Moments:
 
     @torch.no_grad()
     def _see(self, name: str, layer: QuantLinear, inputs: tuple[Tensor, ...]) -> None:
-        x = layer.inputs(inputs[0]).float().flatten(0, -2) * self.weights.flatten().sqrt().unsqueeze(1)
+        x = layer.inputs(inputs[0]).float()
+        # An expert gets some of the tokens in an order of its own: there they all count alike.
+        weights = self.weights if x.shape[:-1] == self.weights.shape else self.weights.mean()
+        x = (x * weights.sqrt().unsqueeze(-1)).flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
             product = (x.T @ x).double()  # the sum over batches is in fp64
         self.sums[name] = product if name not in self.sums else self.sums[name].add_(product)
 
     def means(self) -> dict[str, Tensor]:
-        """The moments of each layer by name: fp32 [in, in]."""
+        """The moments of each layer by name: fp32 [in, in]. A layer that did not run has none."""
         return {name: (total / self.total).float() for name, total in self.sums.items()}

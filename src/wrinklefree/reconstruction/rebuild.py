@@ -24,22 +24,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from wrinklefree.config.schema import BlockwiseConfig
+from wrinklefree.config.schema import BlockwiseConfig, SchedulerConfig
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import QuantLinear, masters
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.reconstruction import blocks, feedback
 from wrinklefree.reconstruction.moments import Moments
-from wrinklefree.training import optim
+from wrinklefree.training import optim, schedule
 
 log = logging.getLogger("wrinklefree")
 
-WARMUP = 0.05  # share of a block's steps
+CALIBRATION_TOKENS = 32_768  # at most, for second moments
+
+SCHEDULE = SchedulerConfig(name="linear", warmup_ratio=0.05)  # over a block's steps
 
 
 @dataclass
 class Report:
-    """What came of one block: the mean relative squared error of a token before and after its training.
+    """What came of one block: the mean relative squared error of a held-out token before and after its training.
 
     A training that did not help is taken back.
     """
@@ -57,6 +59,7 @@ class Rebuilding:
     original: PreTrainedModel
     student: PreTrainedModel
     batches: list[Batch]
+    heldout: int  # of the batches, the last ones: nothing learns from them, and errors are measured on them
     settings: BlockwiseConfig
     autocast: Callable[[], AbstractContextManager[Any]]
     seed: int
@@ -66,6 +69,10 @@ class Rebuilding:
     def __post_init__(self) -> None:
         self.hidden = [self._first(self.student, batch) for batch in self.batches]
         self.target = [self._first(self.original, batch) for batch in self.batches]
+
+    def _learned(self) -> range:
+        """The batches to learn from."""
+        return range(len(self.batches) - self.heldout)
 
     def _first(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         return blocks.first_inputs(model, self._here(model, batch)).float().cpu()
@@ -109,10 +116,22 @@ class Rebuilding:
             output = self.output(self.student, self.hidden[0], 0, 0)
             if output.requires_grad:
                 squared_error(output, self.target[0].to(output.device), weight.to(output.device)).backward()
+            _wait_for(output.device)
             seconds = time.perf_counter() - began
             block.zero_grad(set_to_none=True)
-        # A step has a forward and a backward pass, worth three. Five more forward passes go over each batch.
-        return seconds * (1 + 5 / (3 * self.settings.passes))
+        # A step has a forward and a backward pass, worth three. Two more forward passes go over each batch.
+        return seconds * (1 + 2 / (3 * self.settings.passes))
+
+    def seconds_of_calibration(self) -> float:
+        """How long the codes of the first block take to choose. It is as it was afterwards."""
+        block = decoder_layers(self.student)[0]
+        kept = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
+        began = time.perf_counter()
+        self._calibrate(0, block, [torch.ones(hidden.shape[:2]) for hidden in self.hidden])
+        _wait_for(self.student.device)
+        seconds = time.perf_counter() - began
+        block.load_state_dict(kept)
+        return seconds
 
     @torch.no_grad()
     def outputs(self, model: PreTrainedModel, inputs: list[Tensor], number: int) -> Iterator[Tensor]:
@@ -130,19 +149,25 @@ class Rebuilding:
         """Calibrate the block's layers, for what each is given while none of them is quantized."""
         layers = {name: m for name, m in block.named_modules() if isinstance(m, QuantLinear)}
         with torch.no_grad(), masters(layers.values()), Moments(layers) as moments:
-            for i, hidden in enumerate(self.hidden):
+            for i in self._learned()[: -(-CALIBRATION_TOKENS // weights[0].numel())]:
                 moments.weigh(weights[i].to(self.student.device))
-                self.output(self.student, hidden, number, i)
+                self.output(self.student, self.hidden[i], number, i)
             found = moments.means()
         for name, layer in layers.items():
-            feedback.calibrate(layer, found[name].to(layer.weight.device))
+            if name in found:
+                feedback.calibrate(layer, found[name].to(layer.weight.device))
+            else:  # the model multiplies with its weight by itself
+                layer.fit(torch.ones(layer.in_features, device=layer.weight.device))
 
     @torch.no_grad()
     def error(self, number: int, weights: list[Tensor]) -> float:
-        """The mean over tokens of the relative squared error of block `number`."""
-        found = zip(self.outputs(self.student, self.hidden, number), self.target, weights, strict=True)
-        errors = [squared_error(output, target, weight).double() for output, target, weight in found]
-        return (torch.stack(errors).sum() / sum(weight.numel() for weight in weights)).item()
+        """The mean over held-out tokens of the relative squared error of block `number`."""
+        total, tokens = 0.0, 0
+        for i in range(len(self.batches))[-self.heldout :]:
+            output = self.output(self.student, self.hidden[i], number, i).float().cpu()
+            total += squared_error(output, self.target[i], weights[i]).double().item()
+            tokens += weights[i].numel()
+        return total / tokens
 
     def _train(self, number: int, block: nn.Module, weights: list[Tensor]) -> None:
         """Train the block for `steps` steps of one batch each, in shuffled order."""
@@ -150,9 +175,11 @@ class Rebuilding:
         if not trained:
             return
         optimizers: list[Optimizer] = [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)]
+        rate = schedule.rates(SCHEDULE)
         generator = torch.Generator().manual_seed(self.seed * 1000 + number)
-        passes = -(-self.steps // len(self.hidden))
-        order = torch.cat([torch.randperm(len(self.hidden), generator=generator) for _ in range(passes)])[: self.steps]
+        num = len(self._learned())
+        passes = -(-self.steps // num)
+        order = torch.cat([torch.randperm(num, generator=generator) for _ in range(passes)])[: self.steps]
         for step, i in enumerate(order.tolist()):
             optim.set_rate(optimizers, rate((step + 0.5) / self.steps))
             output = self.output(self.student, self.hidden[i], number, i)
@@ -188,6 +215,7 @@ def squared_error(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     return ((output.float() - target).square().sum(-1) * weights).sum()
 
 
-def rate(progress: float) -> float:
-    """The learning rate, relative to its peak: a short warm-up, then linearly to 0."""
-    return min(progress / WARMUP, 1.0) * (1 - progress) / (1 - WARMUP) if progress < WARMUP else 1 - progress
+def _wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -17,7 +17,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import own_device
 from wrinklefree.tracking.terminal import spoken_time
 from wrinklefree.training.budget import Clock, split
-from wrinklefree.training.plan import CPU_MINUTES
+from wrinklefree.training.plan import CPU_MINUTES, MAX_LENGTH_IN_MINUTES
 
 log = logging.getLogger("wrinklefree")
 
@@ -25,6 +25,10 @@ TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)
 
 # Settings that say how long a stage is. A budget that nobody asked for leaves such a stage alone.
 LENGTHS = ("training.max_steps", "training.total_tokens", "training.max_minutes")
+
+# Some trainings have steps that take a GPU a second, and a CPU many minutes. A budget on a CPU makes them smaller.
+STEP_SIZE = ("training.batch_size", "training.gradient_accumulation_steps")
+MOST_TOKENS, TOKENS = 8192, 2048  # of a step: if there are more, it gets so many
 
 
 def parse_minutes(text: str) -> float:
@@ -51,8 +55,9 @@ class CommandBudget:
         return self.minutes - (self.clock() - self.started) / 60
 
     def share(self, overrides: Sequence[str], config: Config) -> float:
-        """The share of a stage: none if it trains nothing, or if a default would overrule what the user set."""
-        if config.training.max_steps == 0 or (not self.asked and says_how_long(overrides)):
+        """The share of a stage: none if it trains nothing, or if a default would overrule what was set."""
+        t = config.training
+        if not t.takes_time or (not self.asked and (t.max_steps == 0 or says_how_long(overrides))):
             return 0.0
         return config.training.budget_share
 
@@ -73,7 +78,8 @@ class CommandBudget:
         minutes = split(left, [share, *later])[0]
         if isinstance(config.training.max_minutes, float | int):
             minutes = min(minutes, config.training.max_minutes)
-        return [setting("training.max_minutes", minutes), setting("training.budget_minutes", self.minutes)]
+        ours = [setting("training.max_minutes", minutes), setting("training.budget_minutes", self.minutes)]
+        return ours + smaller_steps(overrides, config)
 
     def say(self, shares: Mapping[str, float]) -> None:
         """Log the minutes of the stages that are still to run, whose shares are given by name."""
@@ -100,6 +106,16 @@ def command_budget(text: str | None, model: Config, clock: Clock = time.monotoni
     if own_device().type != "cpu" or model.model.auto_minutes is not None:
         return None
     return CommandBudget(CPU_MINUTES, False, clock, clock())
+
+
+def smaller_steps(overrides: Sequence[str], config: Config) -> list[str]:
+    """The settings for steps that suit a CPU, unless the user has set their size or this is no CPU."""
+    t = config.training
+    length = MAX_LENGTH_IN_MINUTES if isinstance(t.max_seq_length, str) else t.max_seq_length
+    is_set = any(key in STEP_SIZE for key, _ in all_settings(list(overrides)))
+    if is_set or own_device().type != "cpu" or t.batch_size * t.gradient_accumulation_steps * length <= MOST_TOKENS:
+        return []
+    return [setting(key, value) for key, value in zip(STEP_SIZE, (max(1, TOKENS // length), 1), strict=True)]
 
 
 def says_how_long(overrides: Sequence[str]) -> bool:

@@ -5,11 +5,16 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from wrinklefree.config.check import flatten
+from wrinklefree.config.compose import read_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core import replaced
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import read_json
 from wrinklefree.core.lock import locked
 from wrinklefree.runs import prerequisites
 from wrinklefree.runs.report import RESULTS
@@ -20,6 +25,8 @@ log = logging.getLogger("wrinklefree")
 
 # What a run writes into its folder. `--force` replaces these and leaves everything else alone.
 BLOCKS = "blocks"  # what reconstruction made so far
+PLAN = "plan.json"  # in it
+TEXT_KINDS = tuple(f"data.self_{key}" for key in ("tokens", "length", "chat", "temperature", "top_p", "seed"))
 MADE_OF_CHECKPOINTS = ["best", "final", "packed", "shipped", "plots", RESULTS, uploads.RECORD]
 SAVED = ["best", "final", RESULTS]
 OUTPUTS = ["checkpoints", BLOCKS, *MADE_OF_CHECKPOINTS, CSV_NAME]
@@ -61,6 +68,36 @@ def _between_blocks(config: Config) -> bool:
     out = Path(config.output_dir)
     has_steps = bool(checkpoint.step_folders(out / "checkpoints"))
     return config.training.resume_from == "latest" and (out / BLOCKS).is_dir() and not has_steps
+
+
+def text_of(config: Config, resume: Path | None) -> str | None:
+    """The file of own text that the run which goes on has learned from.
+
+    None if this is a new run, if it is to have text of another kind, or if the file is gone.
+    """
+    if resume is not None:
+        before = flatten({"data": asdict(read_config(resume / checkpoint.CONFIG).data)})
+    elif _between_blocks(config) and (plan := Path(config.output_dir) / BLOCKS / PLAN).is_file():
+        before = blocks_plan(plan)["settings"].items()
+    else:
+        return None
+    earlier = dict(before)
+    kind = {key: value for key, value in flatten({"data": asdict(config.data)}) if key.startswith(TEXT_KINDS)}
+    path = earlier.get("data.path")
+    same = all(earlier.get(key) == value for key, value in kind.items())
+    return path if same and isinstance(path, str) and Path(path).is_file() else None
+
+
+def blocks_plan(file: Path) -> dict[str, Any]:
+    """Read the plan beside blocks: the `steps` of each, and the `settings` that make them what they are.
+
+    Raises UserError if the file is broken.
+    """
+    plan = read_json(file)
+    kinds = {"steps": int, "settings": dict}
+    if not isinstance(plan, dict) or not all(isinstance(plan.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{file}: not the plan of a run; start over with --force")
+    return plan
 
 
 def _check_folder(out: Path) -> None:

@@ -16,7 +16,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.signals import handling
 from wrinklefree.runs import folder, prerequisites
-from wrinklefree.runs.budget import CommandBudget, command_budget
+from wrinklefree.runs.budget import STEP_SIZE, CommandBudget, command_budget
 from wrinklefree.runs.stage import train_stage
 from wrinklefree.training import checkpoint
 
@@ -133,7 +133,7 @@ def run_once(
     out = Path(config.output_dir)
     folder.mend(out)
     if prerequisites.is_done(out) and not force:
-        _check_settings(config, out)
+        _check_settings(config, out, apart=() if budget is None else STEP_SIZE)
         log.info("%s: done, in %s", config.training.stage, out)
         return config
     log.info("== %s", config.training.stage)
@@ -146,12 +146,12 @@ def run_once(
     return config
 
 
-def _check_settings(config: Config, out: Path) -> None:
-    """Raise UserError if the finished stage in `out` was made with other settings than `config`."""
+def _check_settings(config: Config, out: Path, apart: tuple[str, ...]) -> None:
+    """Raise UserError if the finished stage in `out` was made with other settings than `config`, `apart` from some."""
     before = dict(flatten(dataclasses.asdict(read_config(out / "final" / checkpoint.CONFIG))))
     now = dict(flatten(dataclasses.asdict(config)))
     for key, value in now.items():
-        if key.startswith(INCIDENTAL) or value == "auto" or before[key] == value:
+        if key.startswith((*INCIDENTAL, *apart)) or value == "auto" or before[key] == value:
             continue
         raise UserError(
             f"{out}: made with {key}={before[key]}, but now it is {value}: choose another place with output_root=..., "

@@ -104,10 +104,23 @@ def check_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan)
     so may a number of minutes, which nobody can turn into passes beforehand.
     """
     size = text_size(config, tokenizer, plan)
-    problem = None if size is None else too_many_passes(config, size, plan)
+    if size is not None:
+        say_text(size, plan)
+        _refuse_passes(config, size, plan)
+    return size
+
+
+def check_unwritten(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
+    """Raises UserError if a number of tokens goes through text that is still to be written too often."""
+    size = text_size(config, tokenizer, plan)
+    if size is not None:
+        _refuse_passes(config, size, plan)
+
+
+def _refuse_passes(config: Config, size: Size, plan: Plan) -> None:
+    problem = too_many_passes(config, size, plan)
     if problem is not None:
         raise UserError(problem)
-    return size
 
 
 def text_size(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Size | None:
@@ -118,17 +131,16 @@ def text_size(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) ->
     return None if size is None or size.tokens == 0 else size
 
 
+def say_text(size: Size, plan: Plan) -> None:
+    """Log which text is gone through, and how often if that is known."""
+    passes = "" if plan.minutes is not None else f"; the plan goes through it {_passes(size, plan):.3g} times"
+    log.info("text: %s, about %s tokens%s", size.name, short_number(size.tokens), passes)
+
+
 def too_many_passes(config: Config, size: Size, plan: Plan) -> str | None:
-    """Log which text is gone through, and how often. Returns why that is too often, or None."""
-    if plan.minutes is not None:
-        log.info("text: %s, about %s tokens", size.name, short_number(size.tokens))
-        return None
-    passes = _passes(size, plan)
-    log.info(
-        "text: %s, about %s tokens; the plan goes through it %.3g times", size.name, short_number(size.tokens), passes
-    )
-    limit = config.data.max_passes
-    if plan.total_tokens is None or passes <= limit:
+    """Why the plan goes through the text too often, or None."""
+    passes, limit = _passes(size, plan), config.data.max_passes
+    if plan.minutes is not None or plan.total_tokens is None or passes <= limit:
         return None
     more = _more(config, passes / limit)
     return (
@@ -147,8 +159,8 @@ def _more(config: Config, times: float) -> str:
 
 def say_passes(config: Config, size: Size, plan: Plan) -> None:
     """Log how often a plan that fits a budget goes through the text, and what to do if that is too often."""
-    passes = _passes(size, plan)
-    more = "; more text would be better (data=local data.path=FOLDER)" if passes > config.data.max_passes else ""
+    passes, limit = _passes(size, plan), config.data.max_passes
+    more = f"; better: {_more(config, passes / limit)}" if passes > limit else ""
     log.info("the plan goes through the text %.3g times%s", passes, more)
 
 

@@ -5,6 +5,7 @@ The run's folder has `blocks/block_N.safetensors` for each block that is done. A
 
 import json
 import logging
+from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,9 @@ from transformers import PreTrainedModel
 
 from wrinklefree.config.check import flatten
 from wrinklefree.config.schema import Config
-from wrinklefree.core.batch import Batch
+from wrinklefree.core.batch import Batch, model_inputs
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.files import file_aside, read_json, write_json
+from wrinklefree.core.files import file_aside, write_json
 from wrinklefree.core.method import QuantLinear, quant_layers
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.distributed.world import ALONE, barrier
@@ -31,16 +32,18 @@ from wrinklefree.tracking.terminal import spoken_time
 log = logging.getLogger("wrinklefree")
 
 STEPS = 96  # for each block, if nothing is known
-BUDGET_SHARE = 0.25  # of the minutes
+BUDGET_SHARE, ALONE_SHARE = 0.25, 0.75  # of the minutes: before a training, and without one
 LEAST_STEPS, MOST_STEPS = 8, 384  # that a budget buys
 LEAST_TOKENS = 4096  # with fewer, the second moments of wide layers are mostly noise
-PLAN = "plan.json"
+HELDOUT_TOKENS = 4096  # on which the error of a block is measured
 
 # What makes the blocks what they are. Minutes may be others: the steps that they chose are kept.
 SETTINGS = (
-    *("seed", "model.pretrained", "method", "data.source", "data.path", "data.format"),
-    *("training.start", "training.blockwise", "training.max_seq_length"),
+    *("seed", "model.pretrained", "method", "data"),
+    *("training.start", "training.blockwise", "training.max_seq_length", "training.batch_size"),
+    *("training.precision", "training.freeze_names"),
 )
+OTHERS = ("data.bad_rows", "data.allow_changes", "data.max_passes", "data.self_minutes")  # do not change the rows
 
 
 def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> int:
@@ -56,9 +59,16 @@ def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) 
         return t.blockwise.steps
     if run.budget is None:
         return min(STEPS, t.max_steps) if t.max_steps else STEPS
-    probe = _work(run, original, student, rows(run, 0)[:1], steps=1, calibrate=False)
-    seconds = 60 * run.budget.minutes * BUDGET_SHARE / len(decoder_layers(student))
+    probe = _work(run, original, student, rows(run, 0)[:2], steps=1, calibrate=False)
+    seconds = 60 * run.budget.minutes * _budget_share(run.config) / len(decoder_layers(student))
+    if choose_start(run.config, student):
+        seconds -= probe.seconds_of_calibration()
     return max(LEAST_STEPS, min(MOST_STEPS, int(seconds / probe.seconds_of_a_step())))
+
+
+def _budget_share(config: Config) -> float:
+    """The share of the minutes for the blocks: nearly all of them if nothing comes after."""
+    return ALONE_SHARE if config.training.max_steps == 0 else BUDGET_SHARE
 
 
 def fits_scales(config: Config) -> bool:
@@ -99,13 +109,13 @@ def rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel) -> bo
 def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made: Path) -> None:
     """Rebuild the blocks that are not in the folder `made`, and write them there."""
     blocks, calibrate = decoder_layers(student), choose_start(run.config, student)
-    steps = _plan(run, original, student, made / PLAN)
+    steps = _plan(run, original, student, made / folder.PLAN)
     done = sum(_file(made, number).exists() for number in range(len(blocks)))
     if done == len(blocks):
         return
     batches = rows(run, steps)
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    log.info("rebuilding %d blocks, %d steps each, on %s tokens of the text", len(blocks), steps, f"{tokens:,}")
+    tokens = f"{sum(batch['input_ids'].numel() for batch in batches):,}"
+    log.info("rebuilding %d blocks, %d steps each, with %s tokens of the text", len(blocks), steps, tokens)
     work = _work(run, original, student, batches, steps, calibrate)
     for number, block in enumerate(blocks):
         if _take(block, made, number):
@@ -128,7 +138,8 @@ def _work(
     calibrate: bool,
 ) -> Rebuilding:
     autocast, settings = partial(run.plan.autocast, student.device), run.config.training.blockwise
-    return Rebuilding(original, student, batches, settings, autocast, run.config.seed, steps, calibrate)
+    heldout = min(len(batches) - 1, _batches(HELDOUT_TOKENS, run))
+    return Rebuilding(original, student, batches, heldout, settings, autocast, run.config.seed, steps, calibrate)
 
 
 def _plan(run: Run, original: PreTrainedModel, student: PreTrainedModel, file: Path) -> int:
@@ -136,15 +147,12 @@ def _plan(run: Run, original: PreTrainedModel, student: PreTrainedModel, file: P
 
     Raises UserError if the file is broken, or has other settings.
     """
-    settings = {key: value for key, value in flatten(asdict(run.config)) if key.startswith(SETTINGS)}
+    settings = {key: value for key, value in flatten(asdict(run.config)) if _makes_blocks(key)}
     settings = json.loads(json.dumps(settings))  # as they are read back
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
         write_json(file, {"steps": choose_steps(run, original, student), "settings": settings})
-    plan = read_json(file)
-    kinds = {"steps": int, "settings": dict}
-    if not isinstance(plan, dict) or not all(isinstance(plan.get(key), kind) for key, kind in kinds.items()):
-        raise UserError(f"{file}: not the plan of a run; start over with --force")
+    plan = folder.blocks_plan(file)
     for key, now in settings.items():
         before = plan["settings"].get(key)
         if before != now:
@@ -153,6 +161,10 @@ def _plan(run: Run, original: PreTrainedModel, student: PreTrainedModel, file: P
                 f"settings, or start over with --force"
             )
     return int(plan["steps"])
+
+
+def _makes_blocks(key: str) -> bool:
+    return key.startswith(SETTINGS) and key not in OTHERS
 
 
 def _file(made: Path, number: int) -> Path:
@@ -174,19 +186,29 @@ def _take(block: nn.Module, made: Path, number: int) -> bool:
     return True
 
 
+def _length(run: Run) -> int:
+    return min(run.config.training.blockwise.max_seq_length, run.plan.length)
+
+
+def _batches(tokens: int, run: Run) -> int:
+    """How many batches have so many tokens."""
+    return -(-tokens // (run.config.training.blockwise.batch_size * _length(run)))
+
+
 def rows(run: Run, steps: int) -> list[Batch]:
     """The first rows of the training text, cut to the length for blocks, as batches.
 
-    There are as many as `steps` steps go through `passes` times, or without steps as many as for `STEPS`.
+    There are as many as `steps` steps go through `passes` times, or without steps as many as for `STEPS`, and a few to
+    measure on.
     """
-    settings = run.config.training.blockwise
-    length = min(settings.max_seq_length, run.plan.length)
-    count = max(-(-LEAST_TOKENS // length), (steps or STEPS) * settings.batch_size // settings.passes)
-    found: list[Tensor] = []
+    settings, length = run.config.training.blockwise, _length(run)
+    learned = max(_batches(LEAST_TOKENS, run), -(-(steps or STEPS) // settings.passes))
+    count = (learned + _batches(HELDOUT_TOKENS, run)) * settings.batch_size
+    found: dict[str, list[Tensor]] = defaultdict(list)
     for batch in setup.open_stream(run.config, run.tokenizer, ALONE):
-        ids = batch["input_ids"]
-        found += ids[:, : ids.shape[1] // length * length].reshape(-1, length)
-        if len(found) >= count:
+        for name, tensor in model_inputs(batch).items():  # positions say where a document begins
+            found[name] += tensor[:, : tensor.shape[1] // length * length].reshape(-1, length)
+        if len(found["input_ids"]) >= count:
             break
-    whole = torch.stack(found[:count])
-    return [{"input_ids": part} for part in whole.split(settings.batch_size)]
+    parts = {name: torch.stack(rows[:count]).split(settings.batch_size) for name, rows in found.items()}
+    return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]

@@ -33,8 +33,7 @@ def limit(config: Config, minutes: float | None) -> float | None:
     """The most minutes of writing: what is set, or else a share of the minutes of the training, if it has any."""
     if config.data.self_minutes is not None or minutes is None:
         return config.data.self_minutes
-    # A command's share for this stage changes if it is interrupted, and then the text would be another one.
-    return SHARE * (config.training.budget_minutes or minutes)
+    return SHARE * minutes
 
 
 def folder(config: Config) -> Path:
@@ -60,16 +59,18 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
     minutes: float | None = None,
+    earlier: str | None = None,
 ) -> None:
     """With `data=self`, let `model` write its text, unless it did before, and name the file in `config`.
 
-    If the training has `minutes`, writing takes a share of them at most.
+    If the training has `minutes`, writing takes a share of them at most. A run that goes on keeps its `earlier` file,
+    although it has other minutes now.
 
     Every process has to call it; the main process writes. Raises UserError if the model cannot write.
     """
     if not is_unwritten(config.data):
         return
-    written = _written(config, model, tokenizer, minutes) if world.is_main else None
+    written = (earlier or _written(config, model, tokenizer, minutes)) if world.is_main else None
     config.data.path = gather(written, world)[0]
     if world.is_main:
         preview(config.data, tokenizer)

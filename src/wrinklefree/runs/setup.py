@@ -208,8 +208,9 @@ def open_run(
     model.to(placement.build_device)
     plan = make_plan(t, config.model, model, length, world)
     if reads_text and load is None and is_unwritten(config.data):
-        preflight.check_passes(config, tokenizer, plan)  # before the model writes for minutes
-        self_text.write(config, model, tokenizer, world, plan.minutes)
+        preflight.check_unwritten(config, tokenizer, plan)  # before the model writes for minutes
+        earlier = folder.text_of(config, resume) if world.is_main else None
+        self_text.write(config, model, tokenizer, world, plan.minutes, earlier)
     text = preflight.check_passes(config, tokenizer, plan) if reads_text else None
     budget = None if plan.minutes is None else Budget(plan.minutes, clock, started, t.budget_minutes)
     return Run(config, world, resume, model, tokenizer, placement, plan, text, budget, force, joined, clock, started)

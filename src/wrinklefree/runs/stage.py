@@ -152,7 +152,7 @@ class Measured:
         self.with_kl = with_kl * number
         if number < len(self.heldout):
             told = (100 * number / len(self.heldout), 100 * MEASURING, spoken_time(60 * budget.minutes))
-            log.info("held-out text: %.2g %% of it, so that measuring takes %.0f %% of %s", *told)
+            log.info("held-out text: %.0f %% of it, so that measuring takes %.0f %% of %s", *told)
         return self.heldout[:number]
 
     def seconds_to_come(self) -> float:

@@ -60,7 +60,8 @@ def begin(run: TrainingState, take_step: TakeStep) -> None:
     last, means = _last_step(run), run.pace.means
     if last <= run.step:
         raise UserError(_too_little(run))
-    _take(run, replace(run.plan, max_steps=last, bend=(0, 0.0)))
+    _take(run, replace(run.plan, max_steps=last, bend=(0, 0.0)))  # as if it had been planned so from the beginning
+    budget.mark = _mark(run)
     told = (
         spoken_time(60 * budget.minutes),
         spoken_time(60 * budget.minutes - budget.seconds - budget.reserved),

@@ -26,8 +26,6 @@ CPU_MINUTES = 120.0  # of a training on a CPU, if neither the user nor the model
 
 UNLIMITED = LARGEST - 1  # steps of a plan that nothing but its minutes ends
 
-IN_MINUTES = 2.0  # times the table's learning rate (LOG.md)
-
 # The training guide's table: (fewer parameters than, learning rate, tokens). It gives ranges of tokens; these are
 # their lower ends.
 TABLE = [
@@ -46,17 +44,12 @@ class Resolved:
     reason: str
 
 
-def choose_lr(setting: float | str, num_parameters: int, minutes: Resolved | None = None) -> Resolved:
-    """Return the peak learning rate: `setting`, or if that is `auto`, the one in `TABLE`.
-
-    A training of so many minutes is short beside the table's, and gets `IN_MINUTES` times that.
-    """
+def choose_lr(setting: float | str, num_parameters: int) -> Resolved:
+    """Return the peak learning rate: `setting`, or if that is `auto`, the one in `TABLE`."""
     if not isinstance(setting, str):
         return Resolved(setting, "set")
     value = next(lr for limit, lr, _ in TABLE if num_parameters < limit)
-    times = 1.0 if minutes is None else IN_MINUTES
-    said = f"table, {num_parameters / 1e6:.0f} M parameters"
-    return Resolved(times * value, said if minutes is None else f"{times:g} times the {said}, for a short training")
+    return Resolved(value, f"table, {num_parameters / 1e6:.0f} M parameters")
 
 
 def choose_tokens(setting: int | str, num_parameters: int, model: ModelConfig) -> Resolved:
@@ -78,7 +71,7 @@ def choose_minutes(t: TrainingConfig, model: ModelConfig, device: torch.device) 
     That is `training.max_minutes`. If it is `auto`, a stage on a CPU has a limit if nothing says how many steps or
     tokens it trains on: what the model's config says, or else `CPU_MINUTES`.
     """
-    if t.max_steps == 0 or t.max_minutes is None:
+    if not t.takes_time or t.max_minutes is None:
         return None
     if not isinstance(t.max_minutes, str):
         return Resolved(t.max_minutes, "max_minutes set")
@@ -151,7 +144,7 @@ def make_plan(t: TrainingConfig, config: ModelConfig, model: PreTrainedModel, le
     num_parameters = model.num_parameters()
     per_step = t.batch_size * length * t.gradient_accumulation_steps * world.size
     minutes = choose_minutes(t, config, world.device)
-    lr = choose_lr(t.optimizer.lr, num_parameters, minutes)
+    lr = choose_lr(t.optimizer.lr, num_parameters)
     log.info("learning rate %g (%s)", lr.value, lr.reason)
     if minutes is not None:
         told = (spoken_time(60 * minutes.value), minutes.reason)

@@ -140,6 +140,7 @@ class Fairy2Linear(QuantLinear):
         scales = codes.tensors["scales"].float()
         if torch.compiler.is_compiling():
             return finished(codes, entries(codes.index, scales))
+        scales_of(codes.tensors).check(codes.index.shape)
         if fused.serves(codes.index):
             weight = fused.complex_weight(codes.index, scales_of(codes.tensors))
             return weight[: codes.shape[0], : codes.shape[1]]

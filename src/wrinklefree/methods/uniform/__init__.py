@@ -65,6 +65,11 @@ class UniformLinear(QuantLinear):
         shape = (weight.shape[0], weight.shape[1])
         return Codes(index.flatten(1).to(torch.uint8), self.config.bits, {"scales": scales}, shape)
 
+    @property
+    def calibrates(self) -> bool:
+        # Scales are computed from the weight. With few values, a rounded weight gives the scales it was rounded by.
+        return self.config.bits <= 3
+
     def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
         scales = tensors["scales"]
         blocks = weight.unflatten(1, (scales.shape[1], -1))
@@ -77,7 +82,7 @@ class UniformLinear(QuantLinear):
 
     @torch.no_grad()
     def adopt(self, weight: Tensor, rounded: Tensor) -> None:
-        self.weight.copy_(rounded)  # the scales are computed from the weight, and these values keep them
+        self.weight.copy_(rounded)  # which keeps its scales: see `calibrates`
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
