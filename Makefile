@@ -17,7 +17,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/wf fairy2 -m tiny --mode w2 --budget 5m --force
+	$(BIN)/wf fairy2 -m tiny --mode w2 --budget 4m --force
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -135,7 +135,7 @@ class BlockwiseConfig(Node):
     """Before the training, make each block's output equal to the original's, one block after the other."""
 
     enabled: bool = False
-    passes: Positive = 1  # how often a block goes through its text, which is the same for all blocks
+    passes: Positive = 2  # how often a block goes through its text, which is the same for all blocks
     max_seq_length: Positive = 256  # at most the training's
     batch_size: Positive = 2
     steps: Natural | Auto = "auto"  # for each block; auto: what a quarter of the minutes suffices for, or else 96

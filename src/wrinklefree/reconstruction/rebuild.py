@@ -34,8 +34,6 @@ from wrinklefree.training import optim, schedule
 
 log = logging.getLogger("wrinklefree")
 
-CALIBRATION_TOKENS = 32_768  # at most, for second moments
-
 SCHEDULE = SchedulerConfig(name="linear", warmup_ratio=0.05)  # over a block's steps
 
 
@@ -119,8 +117,8 @@ class Rebuilding:
             _wait_for(output.device)
             seconds = time.perf_counter() - began
             block.zero_grad(set_to_none=True)
-        # A step has a forward and a backward pass, worth three. Two more forward passes go over each batch.
-        return seconds * (1 + 2 / (3 * self.settings.passes))
+        # A step has a forward and a backward pass, worth three. Three more forward passes go over each batch.
+        return seconds * (1 + 1 / self.settings.passes)
 
     def seconds_of_calibration(self) -> float:
         """How long the codes of the first block take to choose. It is as it was afterwards."""
@@ -149,7 +147,7 @@ class Rebuilding:
         """Calibrate the block's layers, for what each is given while none of them is quantized."""
         layers = {name: m for name, m in block.named_modules() if isinstance(m, QuantLinear)}
         with torch.no_grad(), masters(layers.values()), Moments(layers) as moments:
-            for i in self._learned()[: -(-CALIBRATION_TOKENS // weights[0].numel())]:
+            for i in self._learned():
                 moments.weigh(weights[i].to(self.student.device))
                 self.output(self.student, self.hidden[i], number, i)
             found = moments.means()
