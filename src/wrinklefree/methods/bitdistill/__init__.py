@@ -84,13 +84,9 @@ class TernaryLinear(QuantLinear):
         return self.weight.detach().unflatten(1, (self.config.groups(self.in_features), -1))
 
     def encode(self) -> Codes:
-        if self.config.scale_mode == "learned":
-            scales = round_fp16(self.log_scales.exp())
-            index = ternary(self.blocks(), scales.detach())
-        else:  # as transformers computes them: codes from the scale before it is rounded to fp16
-            exact = start(self.blocks(), self.config)
-            index, scales = ternary(self.blocks(), exact), round_fp16(exact)
-        return Codes(index.flatten(1), 2, {"scales": scales}, (self.out_features, self.in_features))
+        exact = self.log_scales.exp() if self.config.scale_mode == "learned" else start(self.blocks(), self.config)
+        index = ternary(self.blocks(), exact.detach()).flatten(1)  # codes from the scale before it is rounded to fp16
+        return Codes(index, 2, {"scales": round_fp16(exact)}, (self.out_features, self.in_features))
 
     @property
     def calibrates(self) -> bool:
