@@ -231,6 +231,16 @@ def test_a_best_model_of_an_abandoned_branch_is_not_final(folder: Path, caplog: 
     assert torch.isfinite(model.get_parameter("model.norm.weight")).all()
 
 
+def test_a_best_model_that_cannot_be_copied_is_named(folder: Path) -> None:
+    settings = [*KEEP, "training.save_interval=2"]
+    evaluate, count = held_out({1: 3.0, 2: 2.0, 3: 1.5, 4: 1.0, 5: 1.1, 6: 1.2})
+    run(resolved(folder, *settings), evaluate=evaluate, on_step=count)
+    step = folder / "run" / "checkpoints" / "step_2"
+    (step / "gone.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"step_2/gone\.json: cannot be copied to .*best"):
+        run(resolved(folder, *settings, f"training.resume_from={step}"), evaluate=evaluate, on_step=count)
+
+
 def test_a_best_model_of_this_branch_stays_when_its_checkpoint_is_gone(folder: Path) -> None:
     evaluate, on_step = held_out({1: 3.0, 2: 2.0} | dict.fromkeys(range(3, 7), 4.0))
     few = ["training.save_interval=1", *KEEP, "training.save_total_limit=3"]

@@ -44,6 +44,12 @@ def own_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given, so that a clock counts it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def join_world() -> World:
     """Join the processes that torchrun started. Without torchrun, the world is this process alone."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -28,6 +28,7 @@ from wrinklefree.config.schema import BlockwiseConfig, SchedulerConfig
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import QuantLinear, masters
 from wrinklefree.core.surgery import decoder_layers
+from wrinklefree.distributed.world import wait_for
 from wrinklefree.reconstruction import blocks, feedback
 from wrinklefree.reconstruction.moments import Moments
 from wrinklefree.training import optim, schedule
@@ -114,7 +115,7 @@ class Rebuilding:
             output = self.output(self.student, self.hidden[0], 0, 0)
             if output.requires_grad:
                 squared_error(output, self.target[0].to(output.device), weight.to(output.device)).backward()
-            _wait_for(output.device)
+            wait_for(output.device)
             seconds = time.perf_counter() - began
             block.zero_grad(set_to_none=True)
         # A step has a forward and a backward pass, worth three. Three more forward passes go over each batch.
@@ -126,7 +127,7 @@ class Rebuilding:
         kept = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
         began = time.perf_counter()
         self._calibrate(0, block, [torch.ones(hidden.shape[:2]) for hidden in self.hidden])
-        _wait_for(self.student.device)
+        wait_for(self.student.device)
         seconds = time.perf_counter() - began
         block.load_state_dict(kept)
         return seconds
@@ -211,9 +212,3 @@ def token_weights(target: Tensor) -> Tensor:
 def squared_error(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum over tokens of |output - target|^2, for hidden states [B, L, hidden] and weights [B, L]."""
     return ((output.float() - target).square().sum(-1) * weights).sum()
-
-
-def _wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

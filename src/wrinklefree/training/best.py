@@ -11,6 +11,7 @@ import math
 import shutil
 from pathlib import Path
 
+from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json, written_aside
 from wrinklefree.distributed.world import gather
 from wrinklefree.training import checkpoint
@@ -53,7 +54,7 @@ def resume(run: TrainingState, resumed_from: Path) -> None:
 
 
 def _put_back(run: TrainingState, resumed_from: Path) -> bool:
-    """Whether `best/` is now the model of `run.best_step`."""
+    """Whether `best/` is now the model of `run.best_step`. Raises UserError if its checkpoint cannot be copied."""
     best, before = run.out / BEST, run.out / BEFORE
     if step_in(best) == run.best_step:
         return True
@@ -65,7 +66,11 @@ def _put_back(run: TrainingState, resumed_from: Path) -> bool:
     if not (saved / checkpoint.WEIGHTS).is_file():
         return False
     with written_aside(best) as aside:
-        shutil.copytree(saved, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("state"))
+        try:
+            shutil.copytree(saved, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("state"))
+        except shutil.Error as error:  # it lists (from, to, reason) of each file
+            path, _, reason = error.args[0][0]
+            raise UserError(f"{path}: cannot be copied to {best}: {reason}") from error
         checkpoint.write_progress(aside, {"step": checkpoint.step_of(saved), "eval_loss": run.best_loss})
     return True
 

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from wrinklefree.distributed.world import wait_for
 from wrinklefree.tracking.terminal import spoken_time
 from wrinklefree.training.microbatches import Step, read
 from wrinklefree.training.state import TrainingState
@@ -41,8 +42,7 @@ def _measure(run: TrainingState, step: Step) -> float:
     step.advance()
     for weighed in step:
         weighed.loss.backward()
-    if run.world.device.type == "cuda":
-        torch.cuda.synchronize(run.world.device)
+    wait_for(run.world.device)
     for parameter in run.model.parameters():
         parameter.grad = None
     return time.perf_counter() - started

@@ -110,7 +110,7 @@ class LutLinear(QuantLinear):
     @staticmethod
     def decode(codes: Codes) -> Tensor:
         table, a, b = (codes.tensors[name].float() for name in ("lut", "a", "b"))
-        if a.shape[:1] + b.shape[1:] != codes.index.shape:
+        if a.shape[:1] + b.shape[1:] != codes.index.shape:  # torch would stretch some that the library refuses
             raise ValueError(f"factors {list(a.shape)} and {list(b.shape)} for codes {list(codes.index.shape)}")
         if fused.serves(codes.index) and not any(t.requires_grad for t in (table, a, b)):
             return fused.table_weight(codes.index, a @ b, table)

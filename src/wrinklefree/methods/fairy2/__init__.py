@@ -140,10 +140,10 @@ class Fairy2Linear(QuantLinear):
         scales = codes.tensors["scales"].float()
         if torch.compiler.is_compiling():
             return finished(codes, entries(codes.index, scales))
-        scales_of(codes.tensors).check(codes.index.shape)
         if fused.serves(codes.index):
             weight = fused.complex_weight(codes.index, scales_of(codes.tensors))
             return weight[: codes.shape[0], : codes.shape[1]]
+        scales_of(codes.tensors).check(codes.index.shape)  # torch would stretch some that the library refuses
         return finished(codes, to_real(Dequantize.apply(codes.index, scales)))
 
     @staticmethod
