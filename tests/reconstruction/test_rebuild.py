@@ -187,6 +187,16 @@ def test_a_broken_plan_is_named(interrupted: Path, text: str) -> None:
         train_stage(load_config(settings(interrupted, "training.resume_from=latest")), force=False)
 
 
+def test_minutes_that_the_blocks_would_outlast_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_files(tmp_path)
+    monkeypatch.setattr(Rebuilding, "seconds_of_calibration", lambda self: 40.0)
+    monkeypatch.setattr(Rebuilding, "seconds_of_a_step", lambda self: 0.5)
+    more = ("training.blockwise.steps=auto", "training.max_minutes=1")
+    with pytest.raises(UserError, match=r"max_minutes=1: too little: rebuilding 2 blocks takes at least 88 seconds"):
+        train_stage(load_config(settings(tmp_path, *more)), force=False)
+    assert not (tmp_path / "run" / "blocks").exists()
+
+
 def test_a_method_that_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
     toy_files(tmp_path)
     with pytest.raises(UserError, match=r"training\.start=calibrated: fairy2 .*q_proj"):

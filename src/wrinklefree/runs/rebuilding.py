@@ -5,6 +5,7 @@ The run's folder has `blocks/block_N.safetensors` for each block that is done. A
 
 import json
 import logging
+import math
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
@@ -51,6 +52,8 @@ def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) 
 
     If `training.blockwise.steps` is auto, that is as many as fit into a share of the minutes. Without minutes it is
     `STEPS`, or the number of the training's steps if that was set and is smaller.
+
+    Raises UserError if the minutes do not suffice for a few steps.
     """
     t = run.config.training
     if not t.blockwise.enabled:
@@ -59,11 +62,19 @@ def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) 
         return t.blockwise.steps
     if run.budget is None:
         return min(STEPS, t.max_steps) if t.max_steps else STEPS
+    number, budget = len(decoder_layers(student)), run.budget
     probe = _work(run, original, student, rows(run, 0)[:2], steps=1, calibrate=False)
-    seconds = 60 * run.budget.minutes * _budget_share(run.config) / len(decoder_layers(student))
-    if choose_start(run.config, student):
-        seconds -= probe.seconds_of_calibration()
-    return max(LEAST_STEPS, min(MOST_STEPS, int(seconds / probe.seconds_of_a_step())))
+    calibration = probe.seconds_of_calibration() if choose_start(run.config, student) else 0.0
+    step = probe.seconds_of_a_step()
+    least = number * (calibration + LEAST_STEPS * step)
+    if least > 60 * budget.minutes - budget.spent():
+        raise UserError(
+            f"training.max_minutes={budget.minutes:.3g}: too little: rebuilding {number} blocks takes at least "
+            f"{spoken_time(least)}; give at least {math.ceil((budget.spent() + least) / 60 / BUDGET_SHARE)} minutes "
+            f"(--budget, training.max_minutes), or leave it out: training.start=plain training.blockwise.enabled=false"
+        )
+    seconds = 60 * budget.minutes * _budget_share(run.config) / number - calibration
+    return max(LEAST_STEPS, min(MOST_STEPS, int(seconds / step)))
 
 
 def _budget_share(config: Config) -> float:
@@ -150,8 +161,9 @@ def _plan(run: Run, original: PreTrainedModel, student: PreTrainedModel, file: P
     settings = {key: value for key, value in flatten(asdict(run.config)) if _makes_blocks(key)}
     settings = json.loads(json.dumps(settings))  # as they are read back
     if not file.exists():
+        steps = choose_steps(run, original, student)
         file.parent.mkdir(exist_ok=True)
-        write_json(file, {"steps": choose_steps(run, original, student), "settings": settings})
+        write_json(file, {"steps": steps, "settings": settings})
     plan = folder.blocks_plan(file)
     for key, now in settings.items():
         before = plan["settings"].get(key)
