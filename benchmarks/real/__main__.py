@@ -1,6 +1,9 @@
 """Compare what our methods make of a real model with what one would pick instead.
 
+    python -m benchmarks.real --json
     python -m benchmarks.real --model FOLDER --text FILE [--json] [--peers rtn,hqq,...] [--runs NAME=FOLDER ...]
+
+Without --model it shows the rows in `kept/`: measured once, in hours, each with its commit and processor.
 
 The first 8,192 tokens of the text, in windows of 512, are the test. The rest is for calibration and training. KL is on
 8,192 tokens that the original wrote (--self; made if it is not given). Rows are kept under --out and measured once.
@@ -8,6 +11,7 @@ The first 8,192 tokens of the text, in windows of 512, are the test. The rest is
 --peers  those of `peers.py`, or `all`; auto_round_* and llama_* need a Python that has them
 --runs   finished runs of ours. One name given several times is a headline with several seeds: its mean counts
 --train  runs to make first, by the commands in `ours.py`; w2.2 is the second seed of w2
+--keep   also put the rows into `kept/`
 
 LOG.md has the results.
 """
@@ -29,7 +33,9 @@ from wrinklefree.models.load import load_model
 
 Figures = dict[str, Any]
 
-TEXT = Path(__file__).parents[2].parent / "shared/data/wikitext-2/valid.txt"
+HERE = Path(__file__).parent
+KEPT = HERE / "kept"
+TEXT = HERE.parents[1].parent / "shared/data/wikitext-2/valid.txt"
 RATIOS = ("w2", "ternary", "w1", "q2a4")
 
 
@@ -40,7 +46,7 @@ def main() -> None:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--model", type=Path, required=True, help="folder of the original")
+    parser.add_argument("--model", type=Path, help="folder of the original; without it, the kept rows are shown")
     parser.add_argument("--text", type=Path, default=TEXT, help="WikiText-2 valid.txt")
     parser.add_argument("--self", type=Path, dest="written", help="jsonl of texts that the original wrote")
     parser.add_argument("--peers", default="", help=f"comma-separated, of {', '.join(peers.PEERS)}; or all")
@@ -55,12 +61,26 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--step-time", type=Path, help="JSON of benchmarks/step_time.py")
     parser.add_argument("--again", default="", help="comma-separated rows to measure again, or all")
     parser.add_argument("--out", type=Path, default=Path("outputs/real"), help="folder for rows, runs and peers")
+    parser.add_argument("--keep", action="store_true", help="put the rows into benchmarks/real/kept as well")
     return parser
 
 
 def figures(args: argparse.Namespace) -> Figures:
     """Measure what is missing, print the table and return the figures. Raises UserError for wrong arguments."""
-    store = Store(args.out / "rows")
+    store = Store(KEPT if args.model is None else args.out / "rows")
+    if args.model is not None:
+        fill(store, args)
+    if args.keep:
+        kept = Store(KEPT)
+        for row in store.rows.values():
+            kept.put(row)
+    show(store.rows)
+    show_samples(store.rows)
+    return summary(store.rows, args.step_time)
+
+
+def fill(store: Store, args: argparse.Namespace) -> None:
+    """Measure the rows that are wanted and not there yet."""
     setup = open_setup(args)
     names = list(peers.PEERS) if args.peers == "all" else [name for name in args.peers.split(",") if name]
     for name in ["original", *names]:
@@ -71,9 +91,6 @@ def figures(args: argparse.Namespace) -> Figures:
         if wanted(store, name, args.again, str(folder)):
             store.put(ours.row(name, folder, setup.test))
             say(store.rows[name], store)
-    show(store.rows)
-    show_samples(store.rows)
-    return summary(store.rows, args.step_time)
 
 
 def open_setup(args: argparse.Namespace) -> peers.Setup:

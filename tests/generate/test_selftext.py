@@ -17,6 +17,7 @@ from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.open import training_rows
 from wrinklefree.data.packing import encode
+from wrinklefree.data.questions import read_questions
 from wrinklefree.data.template import as_chat
 from wrinklefree.engine.binding import Append
 from wrinklefree.engine.engine import Engine
@@ -281,3 +282,47 @@ def test_without_an_end_of_sequence_it_says_so_before_it_writes(tmp_path: Path) 
     words.eos_token = None
     with pytest.raises(UserError, match="no eos_token to end documents with"):
         self_text(llama(), words, tmp_path, WISH)
+
+
+def test_questions_are_answered_in_their_order_and_again(
+    chatty: PreTrainedModel, chatml: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    questions = ("What is a stack?", "And a queue?")
+    written = Documents(self_text(chatty, chatml, tmp_path, replace(WISH, questions=questions)).parent).done
+    assert len(written) > 4
+    for number, document in written.items():
+        row = document.row
+        if row is not None:
+            assert document.chat
+            said = row["messages"][0]["content"] if "messages" in row else row["text"]
+            assert questions[number % 2] in said
+    assert kept_in(tmp_path, "m", chatty, chatml, WISH) != kept_in(
+        tmp_path, "m", chatty, chatml, replace(WISH, questions=questions)
+    )
+
+
+def test_questions_need_a_chat_template(chatty: PreTrainedModel) -> None:
+    plain = tokenizer()
+    assert plain.chat_template is None
+    with pytest.raises(UserError, match="no chat template"):
+        Author(plain, chatty.generation_config, length=48, chat_share=0, seed=0, questions=["?"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [([], "has no row"), ([{"answer": "1"}], "no text in a column question"), ([{"question": " "}], "no text")],
+)
+def test_a_file_without_questions_is_refused(rows: list[dict[str, str]], said: str, tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=said):
+        read_questions(file)
+    with pytest.raises(UserError, match="no such file"):
+        read_questions(tmp_path / "other.jsonl")
+
+
+def test_questions_come_once_from_the_first_column_that_has_them(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    rows = [{"prompt": "b?"}, {"question": "a? ", "prompt": "x"}, {"instruction": "b?"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_questions(file) == ["b?", "a?"]

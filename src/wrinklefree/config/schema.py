@@ -86,6 +86,7 @@ class DataConfig(Node):
     self_minutes: PositiveFloat | None = None  # at most, for writing; what there is by then is used
     self_length: Positive = 512  # tokens of a document, at most
     self_chat: Fraction = 0.5  # share of documents that are conversations, if the tokenizer has a chat template
+    self_questions: str | None = None  # a file of questions, which all documents answer
     self_temperature: PositiveFloat = 1.0
     self_top_p: Share = 0.95
     self_seed: Seed = 0  # another one gives another text

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree.config.schema import Config
 from wrinklefree.data.open import is_unwritten
 from wrinklefree.data.preview import preview
+from wrinklefree.data.questions import read_questions
 from wrinklefree.distributed.world import World, gather
 from wrinklefree.generate.selftext.write import Wish, kept_in, self_text
 
@@ -26,6 +27,7 @@ def wish(config: Config, minutes: float | None = None) -> Wish:
         temperature=d.self_temperature,
         top_p=d.self_top_p,
         seed=d.self_seed,
+        questions=tuple(read_questions(Path(d.self_questions))) if d.self_questions else (),
     )
 
 
@@ -44,7 +46,8 @@ def folder(config: Config) -> Path:
 def describe(config: Config, tokenizer: PreTrainedTokenizerBase, minutes: float | None = None) -> str:
     """Say what would be written before a training of so many minutes."""
     d = config.data
-    chats = d.self_chat if tokenizer.chat_template else 0
+    share = 1 if d.self_questions else d.self_chat
+    chats = share if tokenizer.chat_template else 0
     most = limit(config, minutes)
     within = "" if most is None else f" in at most {most:g} minutes"
     return (

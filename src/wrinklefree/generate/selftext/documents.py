@@ -6,6 +6,7 @@ So whoever runs the model may run many documents at once, in any order: document
 - A text begins with the token that documents begin with in pretraining, and ends with any special token.
 - A conversation begins with the chat template, opened for a user. The model writes the question, the template opens the
   assistant's turn, and the model answers (the first turn as in Magpie, arXiv 2406.08464).
+- If there are questions, every document is a conversation that answers one of them, in their order, again and again.
 """
 
 import random
@@ -77,20 +78,31 @@ class Author:
         length: int,
         chat_share: float,
         seed: int,
+        questions: Sequence[str] = (),
     ) -> None:
-        """Raises UserError if the tokenizer has no token that a document could begin with."""
+        """Raises UserError if
+
+        - the tokenizer has no token that a document could begin with,
+        - there are questions, and no chat template to ask them in.
+        """
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
         self.start = document_start(tokenizer)
         self.special = frozenset(_special(tokenizer))
         own = generation.eos_token_id
         stops = own if isinstance(own, list) else [own]
         self.stops = frozenset(i for i in (*stops, tokenizer.eos_token_id, self.start) if i is not None)
-        self.template = _find_template(tokenizer, self.special, self.stops) if chat_share else None
+        asks = chat_share or questions
+        self.template = _find_template(tokenizer, self.special, self.stops) if asks else None
+        if questions and self.template is None:
+            raise UserError("data.self_questions: the tokenizer has no chat template to ask them in")
         self.chat_share = chat_share if self.template else 0.0
+        self.questions = questions
 
     def begin(self, number: int) -> Writing:
         """Document `number`, from its beginning."""
         template = self.template
+        if template is not None and self.questions:
+            return self._answer(number, template, self.questions[number % len(self.questions)])
         # Drawn, not every second one: every 20th document is held out.
         if template is not None and random.Random(self._seed(number, "kind")).random() < self.chat_share:
             return self._conversation(number, template)
@@ -107,14 +119,24 @@ class Author:
     def _conversation(self, number: int, template: _Template) -> Writing:
         most = max(1, self.length // QUESTION_SHARE)
         asked = yield Ask(template.opening, self._seed(number, "question"), self.special | self.stops, most)
-        prompt = [*template.opening, *asked[:-1], *template.middle]
-        room = self.length - len(prompt)
-        if asked[-1] != template.middle[0] or room < 1:
+        question = self._decoded(asked[:-1])
+        if asked[-1] != template.middle[0]:
             return Written(number, len(asked), None, "the question has no end")
-        answered = yield Ask(prompt, self._seed(number, "answer"), template.ends, room)
-        question, answer = self._decoded(asked[:-1]), self._decoded(_without_end(answered, template.ends))
         if not question.strip():
-            return Written(number, len(asked) + len(answered), None, "nothing was asked")
+            return Written(number, len(asked), None, "nothing was asked")
+        return (yield from self._answered(number, template, question, asked[:-1]))
+
+    def _answer(self, number: int, template: _Template, question: str) -> Writing:
+        asked = self.tokenizer(question, add_special_tokens=False)["input_ids"]
+        return (yield from self._answered(number, template, question, asked))
+
+    def _answered(self, number: int, template: _Template, question: str, asked: list[int]) -> Writing:
+        prompt = [*template.opening, *asked, *template.middle]
+        room = self.length - len(prompt)
+        if room < 1:
+            return Written(number, len(asked), None, "the question is too long")
+        answered = yield Ask(prompt, self._seed(number, "answer"), template.ends, room)
+        answer = self._decoded(_without_end(answered, template.ends))
         row = self._as_row(question, answer, [*prompt, *answered], answered[-1] in template.ends)
         return _judged(Written(number, len(prompt) + len(answered), row, chat=True), answered, answer)
 

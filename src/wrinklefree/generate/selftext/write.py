@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,11 +37,13 @@ class Wish:
     temperature: float = 1.0
     top_p: float = 0.95
     seed: int = 0
+    questions: tuple[str, ...] = ()  # all documents answer them, if there are any
 
 
 def kept_in(folder: Path, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wish: Wish) -> Path:
     """The folder in `folder` for what this model writes in this manner. It need not exist."""
-    manner = [VERSION, wish.length, wish.chat_share, wish.temperature, wish.top_p, wish.seed]
+    manner: list[Any] = [VERSION, wish.length, wish.chat_share, wish.temperature, wish.top_p, wish.seed]
+    manner += [list(wish.questions)] if wish.questions else []
     words = [tokenizer_fingerprint(tokenizer), tokenizer.bos_token_id, tokenizer.chat_template]
     return folder / f"{name}_{fingerprint([model_fingerprint(model.state_dict()), words, manner])}"
 
@@ -101,7 +104,14 @@ def _write(
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token to end documents with: set one in it")
     length = min(wish.length, context_of(model))
-    author = Author(tokenizer, model.generation_config, length=length, chat_share=wish.chat_share, seed=wish.seed)
+    author = Author(
+        tokenizer,
+        model.generation_config,
+        length=length,
+        chat_share=wish.chat_share,
+        seed=wish.seed,
+        questions=wish.questions,
+    )
     voice = find_voice(model, Manner(wish.temperature, wish.top_p), length, slots)
     log.info("data=self: the model writes %d tokens: %s", wish.tokens, voice.name)
     start = time.monotonic()
