@@ -47,10 +47,13 @@ def plain(
     return ce_weight * ce + kl_weight * temperature**2 * (p * difference).sum(-1).mean()
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 36, 1024])
+@pytest.mark.parametrize(("chunk", "cached"), [(1, 1), (5, 2 * V), (36, 7 * V), (1024, 1), (1024, 2**22)])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_loss_and_gradients_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch, chunk: int, weights: str) -> None:
+def test_loss_and_gradients_are_the_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, cached: int, weights: str
+) -> None:
     monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CACHED", cached)
     states, head, targets, teacher = operands()
     expected = plain(states, head, targets, teacher, **WEIGHTS[weights])
     expected_grads = torch.autograd.grad(expected, (states, head))

@@ -327,3 +327,11 @@ def test_llama_cpp_quantizes_with_an_importance_matrix(tmp_path: Path) -> None:
     matrix = importance(model, torch.stack(texts(2)))
     quantize(Path(sys.executable), tmp_path / "f16.gguf", tmp_path / "IQ2_XS.gguf", "IQ2_XS", matrix)
     assert bits_per_block_weight(tmp_path / "IQ2_XS.gguf") < 3  # refused without the matrix
+
+
+def test_kept_rows_are_shown_without_a_model_and_name_no_place() -> None:
+    found = table.figures(table.arguments().parse_args(["--json"]))
+    assert found["rows"]["original"]["ppl"] > 1
+    for name, row in Store(table.KEPT).rows.items():
+        assert not row.source.startswith("/"), name
+        assert row.commit, name

@@ -28,12 +28,18 @@ from torch import Tensor
 
 from wrinklefree.core.batch import IGNORE
 
-CHUNK = 1024  # tokens at a time; at 150k words that is 0.6 GB of fp32 logits
+CHUNK = 1024  # tokens whose logits exist at a time; at 150k words that is 0.3 GB in bf16
+
+# Logits that a CPU works on at a time, in fp32: its cache holds them and what is made of them. At 49k words a loss with
+# a teacher takes 0.43 of the time that it takes for a whole chunk (LOG.md).
+CACHED = 3 * 2**20
 
 NEVER = -1e4  # the logit of an impossible word, at any temperature. Finite, because 0 x -inf is not 0
 
-# From a chunk's logits and its rows: the sum of the losses, and sums of any named metrics.
-ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
+Head = tuple[Tensor, Tensor]  # states [N, D], and the head [V, D] whose logits they have
+
+# From logits, their rows, and the teacher's logits if it has any: the sum of the losses, and sums of any named metrics.
+ChunkLoss = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def token_losses(
     head: Tensor,
     targets: Tensor,
     *,
-    teacher: tuple[Tensor, Tensor] | None = None,
+    teacher: Head | None = None,
     ce_weight: float = 1.0,
     kl_weight: float = 0.0,
     temperature: float = 1.0,
@@ -75,19 +81,25 @@ def token_losses(
     common = None
     if teacher is not None and len(head) != len(teacher[1]):
         common = min(len(head), len(teacher[1]), len(head) if words is None else words)
+        teacher = teacher[0], teacher[1][:common]
 
-    def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        ce = F.cross_entropy(logits, targets[part], reduction="sum")
-        if teacher is None:
+    def chunk_loss(logits: Tensor, part: slice, other: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        q = F.log_softmax(logits, dim=-1)
+        ce = F.nll_loss(q, targets[part], reduction="sum")
+        if other is None:
             zero = ce.new_zeros(())
             return ce_weight * ce, {"ce": ce, "kl": zero, "same_top1": zero}
-        with torch.no_grad():
-            other = F.linear(teacher[0][part], teacher[1][:common]).float()
-        kl = kl_divergence(logits[:, :common], other, temperature) * (temperature**2 if tau_squared else 1)
+        if common is not None or temperature != 1:
+            q = F.log_softmax(logits[:, :common] / temperature, dim=-1)
+        p = F.log_softmax(other / temperature, dim=-1)
+        kl = F.kl_div(q, p, log_target=True, reduction="sum") * (temperature**2 if tau_squared else 1)
+        loss = kl_weight * kl
+        if ce_weight:  # at weight 0 it would still cost a backward pass
+            loss = loss + ce_weight * ce
         agree = (logits[:, :common].argmax(-1) == other.argmax(-1)).sum()
-        return ce_weight * ce + kl_weight * kl, {"ce": ce, "kl": kl, "same_top1": agree.to(ce.dtype)}
+        return loss, {"ce": ce, "kl": kl, "same_top1": agree.to(ce.dtype)}
 
-    loss, metrics = head_loss(states, head, chunk_loss)
+    loss, metrics = head_loss(states, head, chunk_loss, teacher)
     return TokenLosses(loss, **metrics)
 
 
@@ -151,7 +163,7 @@ def cached_losses(
 ) -> CachedLosses:
     """Compare states [N, D] under a head [V, D] with labels [N] and a cached teacher."""
 
-    def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    def chunk_loss(logits: Tensor, part: slice, _: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         known = teacher.logits[part]
         own = Support.apply(logits, teacher.ids[part])  # [n, S + 1]
         own = own.masked_fill(F.pad(known <= NEVER, (0, 1)), NEVER)
@@ -238,24 +250,38 @@ class Support(torch.autograd.Function):
         return (weights * (grad[:, -1:] / total)).scatter_add_(-1, ids, grad[:, :-1]), None
 
 
-def head_loss(states: Tensor, head: Tensor, chunk_loss: ChunkLoss) -> tuple[Tensor, dict[str, Tensor]]:
+def head_loss(
+    states: Tensor, head: Tensor, chunk_loss: ChunkLoss, teacher: Head | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Apply a loss to the logits `states @ head.T`, in chunks of rows. Returns means of the loss and its metrics.
 
     The logits for 2,048 tokens over 150,000 words take 1.2 GB in fp32, and a plain loss holds several copies. Here they
-    exist for one chunk at a time. Metrics are detached.
+    exist for one chunk at a time, in the states' own dtype, and in fp32 for as many rows as a CPU's cache holds.
+    Metrics are detached.
     """
     sums: dict[str, Tensor] = {}
-    total = HeadLoss.apply(states, head, chunk_loss, torch.is_grad_enabled(), sums)
+    total = HeadLoss.apply(states, head, chunk_loss, teacher, torch.is_grad_enabled(), sums)
     count = max(1, len(states))
     return total / count, {name: value / count for name, value in sums.items()}
 
 
+def slices(total: int, size: int) -> list[slice]:
+    """Slices of at most `size` rows that cover `total`. There is always one, since an empty one still names metrics."""
+    return [slice(start, min(start + size, total)) for start in range(0, max(1, total), size)]
+
+
 class HeadLoss(torch.autograd.Function):
-    """Sum of `chunk_loss(states @ head.T, rows)` over chunks of rows."""
+    """Sum of `chunk_loss(states @ head.T, rows, the teacher's logits)` over chunks of rows."""
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, head: Tensor, chunk_loss: ChunkLoss, trains: bool, sums: dict[str, Tensor]
+        ctx: Any,
+        states: Tensor,
+        head: Tensor,
+        chunk_loss: ChunkLoss,
+        teacher: Head | None,
+        trains: bool,
+        sums: dict[str, Tensor],
     ) -> Tensor:
         """Add each chunk's metrics to `sums`, and return the sum of the losses."""
         total = states.new_zeros((), dtype=torch.float32)
@@ -263,27 +289,32 @@ class HeadLoss(torch.autograd.Function):
         grad_states = torch.empty_like(states) if trains else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if trains and ctx.needs_input_grad[1] else None
         weight = head.detach().to(states.dtype)
-        for start in range(0, max(1, len(states)), CHUNK):  # one empty chunk if there are no rows, to name the metrics
-            part = slice(start, start + CHUNK)
-            with torch.set_grad_enabled(trains):
-                logits = F.linear(states[part].detach(), weight).float().requires_grad_(trains)
-                loss, metrics = chunk_loss(logits, part)
-            total = total + loss.detach()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0) + value.detach()
+        together = CHUNK if states.device.type != "cpu" else max(1, CACHED // len(head))
+        for chunk in slices(len(states), CHUNK):
+            logits = F.linear(states[chunk], weight)
+            other = None if teacher is None else F.linear(teacher[0][chunk], teacher[1])
+            for rows in slices(len(logits), together):
+                part = slice(chunk.start + rows.start, chunk.start + rows.stop)
+                theirs = None if other is None else other[rows].float()
+                with torch.set_grad_enabled(trains):
+                    own = logits[rows].detach().float().requires_grad_(trains)
+                    loss, metrics = chunk_loss(own, part, theirs)
+                total = total + loss.detach()
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0) + value.detach()
+                if trains:
+                    logits[rows] = torch.autograd.grad(loss, own)[0]  # in place of the logits, which are done with
             if grad_states is not None:
-                (grad_logits,) = torch.autograd.grad(loss, logits)
-                grad_logits = grad_logits.to(weight.dtype)
-                grad_states[part] = grad_logits @ weight
+                grad_states[chunk] = logits @ weight
                 if grad_head is not None:  # a frozen head needs none, which is a third of the products here
-                    grad_head += grad_logits.T @ states[part]
+                    grad_head += logits.T @ states[chunk]
         ctx.head_dtype = head.dtype
         ctx.save_for_backward(grad_states, grad_head)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         grad_states, grad_head = ctx.saved_tensors
         scaled = grad_states * grad_total.to(grad_states.dtype)
         towards_head = None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype)
-        return scaled, towards_head, None, None, None
+        return scaled, towards_head, None, None, None, None
