@@ -322,3 +322,17 @@ def test_looks_are_few(folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Pace, "settle", lambda self: settled.append(clock.now))
     run(resolved(folder, *UNSET, *QUIET, "training.max_minutes=2"), clock=clock, evaluate=evaluates(clock, 0))
     assert pacing.MARKS / 2 <= len(settled) <= pacing.MARKS
+
+
+def test_a_checkpoint_is_saved_after_so_many_minutes_without_one(
+    folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of four minutes, and `save_interval` far away: every third step saves, and a kill loses two at most."""
+    steps_take(monkeypatch, clock, lambda step: 240.0)
+    settings = resolved(
+        folder, *UNSET, *QUIET, "training.max_minutes=60", "training.save_minutes=10", "training.save_total_limit=9"
+    )
+    with pytest.raises(StoppedError):
+        run(settings, clock=clock, on_step=stop_at(8))
+    saved = [path.name for path in step_folders(Path(settings.output_dir) / "checkpoints")]
+    assert saved == ["step_3", "step_6"]

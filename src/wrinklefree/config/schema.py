@@ -174,6 +174,7 @@ class TrainingConfig(Node):
     freeze_names: list[str] = field(default_factory=list)
     log_interval: Positive = 10
     save_interval: Positive = 1000
+    save_minutes: PositiveFloat = 15.0  # after so many without one, a checkpoint is saved too: steps may be slow
     save_total_limit: Positive = 2
     pack: bool = True  # pack the trained model and prove the result equal, if a method quantizes it
     keep_best: bool = False  # final/ holds the model with the lowest held-out loss, not the last one

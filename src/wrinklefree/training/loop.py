@@ -126,7 +126,7 @@ def _run_steps(
     t, first = run.training, run.step
     batches, rate = steps(run), rates(t.scheduler)
     row: dict[str, float] = {}
-    save = False
+    save, saved = False, run.pace.clock()
     while True:
         if run.budget is not None and run.step > first and pacing.look_again(run):
             tracker.set_total(run.plan.max_steps)
@@ -143,11 +143,12 @@ def _run_steps(
         # A batch with several losses cannot be gone on with from its middle.
         between = run.step % run.objective.losses_per_batch == 0
         stop = any_of(stopped(), run.world) and between
-        save = save or (run.step > first and run.step % t.save_interval == 0)
+        overdue = any_of(run.pace.clock() - saved >= 60 * t.save_minutes, run.world)
+        save = save or overdue or (run.step > first and run.step % t.save_interval == 0)
         if run.step > first and (last or stop or (save and between)):
             with run.pace.timed(SAVE):
                 _save(run)
-            save = False
+            save, saved = False, run.pace.clock()
         if last:
             return
         if stop:
