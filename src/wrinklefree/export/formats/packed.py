@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
-from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
+from wrinklefree.core.method import QuantLinear, QuantMethod, keeps_effective, quant_layers
 from wrinklefree.export import bundle
 from wrinklefree.export.card import card
 from wrinklefree.export.proof import loader
@@ -196,6 +196,8 @@ def _write_proved(
         packed = pack_model(model, method, dense_dtype, rounding.head)
     _write(packed, tokenizer, [method, *([rounding.head.method] if rounding.head else [])], folder)
     back = _read_back(folder, model.device)
+    for layer in packed_layers(back).values():
+        layer.keeps = keeps_effective(model)
     with rounding.applied(model):
         certificate = certify(model, back, batches, getattr(torch, dense_dtype))
     with exactly(back):
