@@ -1,5 +1,6 @@
 """A run that only rebuilds blocks leaves its models in files: the same bits, and memory for one block."""
 
+import bisect
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from wrinklefree.core import stored
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.export.formats import packed
+from wrinklefree.export.proof import loader
 from wrinklefree.models.load import load_pretrained, load_stored
 from wrinklefree.reconstruction.rebuild import Rebuilding
 from wrinklefree.runs import memory, preflight
@@ -66,19 +68,25 @@ def test_a_model_that_stays_in_its_file_gives_the_same_bits(
     assert (ours["full_precision"], ours["trained"]) == (theirs["full_precision"], theirs["trained"])
 
 
-def mapped() -> list[tuple[int, int]]:
-    """The addresses of this process that are pages of files."""
+def in_files() -> Callable[[int], bool]:
+    """Tells whether an address of this process is a page of a file."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    spans = [line[0].split("-") for line in lines if line[-1].startswith("/") or line[-1] == "(deleted)"]
-    return [(int(first, 16), int(last, 16)) for first, last in spans]
+    spans = [tuple(int(place, 16) for place in line[0].split("-")) for line in lines]  # in order
+    named = [line[-1].startswith("/") or line[-1] == "(deleted)" for line in lines]
+
+    def is_file(place: int) -> bool:
+        number = bisect.bisect_right(spans, (place, sys.maxsize)) - 1
+        return number >= 0 and place < spans[number][1] and named[number]
+
+    return is_file
 
 
 def anonymous_bytes() -> int:
     """The bytes of all live tensors that are not in files."""
-    with torch.no_grad():
-        storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, Tensor) and x.device.type == "cpu"]
-    sizes, files = {s.data_ptr(): s.nbytes() for s in storages}, mapped()
-    return sum(n for place, n in sizes.items() if not any(first <= place < last for first, last in files))
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]  # isinstance would ask lazy modules
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    sizes, is_file = {s.data_ptr(): s.nbytes() for s in storages}, in_files()
+    return sum(size for place, size in sizes.items() if not is_file(place))
 
 
 def counted(inner: Callable[..., Any], seen: list[int]) -> Callable[..., Any]:
@@ -106,11 +114,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "prove", lambda *given: None)  # in a process of its own
     peaks = []
-    for number in (2, 10):
+    for number in (2, 6):
         folder = tmp_path / str(number)
         folder.mkdir()
-        model = llama(num_hidden_layers=number, hidden_size=128, intermediate_size=256)
+        model = llama(num_hidden_layers=number)
         block = 4 * sum(parameter.numel() for parameter in decoder_layers(model)[0].parameters())
         in_bf16(folder, model)
         with watched(monkeypatch) as seen:
@@ -125,7 +134,7 @@ def test_a_layer_is_narrow_again_after_a_failure(tmp_path: Path) -> None:
     model, _ = load_stored(ModelConfig(name="toy", pretrained=str(tmp_path / "toy")))
     layer = decoder_layers(model)[0]
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError, match="no attribute 'dtype'"):
         layer("no tensor")
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
 
@@ -149,13 +158,14 @@ def test_a_7b_model_needs_less_than_24_gb(method: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_7B, vocab_size=32000, tie_word_embeddings=False))
     assert sum(memory.of_blocks(model, config.method, config.training).values()) < 20e9
+    config.training.max_steps = None
     assert sum(memory.of_training(model, config.training).values()) > 120e9
 
 
 def test_a_run_for_which_there_is_no_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_files(tmp_path)
     monkeypatch.setattr(memory, "available", lambda: 1e6)
-    with pytest.raises(UserError, match=r"takes about 50\d MB of memory \(two models.*, and 1 MB are free: training=b"):
+    with pytest.raises(UserError, match=r"takes about 50\d MB of memory \(two models.*, and 1\.00 MB are free: t"):
         train_stage(load_config(overrides(tmp_path)), force=False)
     with pytest.raises(UserError, match=r"of memory \(embedding and head .*training\.batch_size or .*with more"):
         train_stage(load_config(settings(tmp_path)), force=False)

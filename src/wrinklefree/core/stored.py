@@ -10,6 +10,8 @@ put_back(layer, ...)    from another file
 """
 
 import copy
+import ctypes
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
@@ -20,6 +22,9 @@ from torch import Tensor, nn
 from wrinklefree.core.surgery import decoder_layers
 
 Model = TypeVar("Model", bound=nn.Module)
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+LARGE = 1 << 22
 
 
 class Stored(nn.Parameter):
@@ -53,6 +58,16 @@ class _Running:
 
     def after(self, layer: nn.Module, inputs: object, output: object) -> None:
         self.running.__exit__(None, None, None)
+
+
+def free_at_once() -> None:
+    """Let the C library give tensors of `LARGE` bytes back to the system when they are freed.
+
+    By default glibc keeps up to 32 MB for the next one. Then a small tensor, such as a layer's scales, comes to lie in
+    it, and the next one does not fit any more: memory grows with each layer. Other libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def keep(model: nn.Module) -> None:

@@ -84,6 +84,7 @@ def load_stored(model: ModelConfig) -> Loaded:
     if any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in loaded.buffers()):
         return load_pretrained(model)
     stored.keep(loaded)
+    stored.free_at_once()
     loaded.config.dtype = torch.float32
     return loaded, tokenizer
 

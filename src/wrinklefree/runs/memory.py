@@ -1,14 +1,14 @@
 """How much memory a run takes, from the shapes of its model alone. Scales are a few percent at most, and left out.
 
 N parameters; of these E outside of the decoder layers, and n in the largest layer, whose linear layers are [out, in].
-T tokens in a batch. Bytes:
+T tokens in a batch, V words. Bytes:
 
 | a run that only rebuilds blocks | |
 |---|---|
 | embedding, head and norms, for both models | 4 E |
 | calibrating a block: its masters, second moments of its inputs, a factorization | 4 n + 8 sum in^2 + 40 max in^2 |
 | training it: master, copy, gradient, 2 moments, effective weight, its gradient | 28 n + 8 T sum (in + out) |
-| measuring: one layer and its effective weight | 8 n + 4 T sum (in + out) |
+| measuring: one layer and its effective weight; the logits of `CHUNK` tokens | 8 n + 4 T sum (in + out) + 24 V CHUNK |
 | packing: codes as they are written and as they are read, twice; one layer | bits / 2 (N - E) + 8 n |
 
 Only one of the last four happens at a time.
@@ -31,6 +31,7 @@ from wrinklefree.config.schema import TrainingConfig
 from wrinklefree.core import surgery
 from wrinklefree.core.method import QuantMethod
 from wrinklefree.core.surgery import decoder_layers
+from wrinklefree.objectives.losses import CHUNK
 from wrinklefree.training.plan import MAX_LENGTH, choose_dtype
 
 Parts = dict[str, float]  # bytes by what they are for; together they are the peak
@@ -52,10 +53,11 @@ def of_blocks(model: PreTrainedModel, method: QuantMethod, t: TrainingConfig) ->
     widths = sum(linear.in_features + linear.out_features for linear in linears)
     squares = [linear.in_features**2 for linear in linears]
     tokens = t.blockwise.batch_size * t.blockwise.max_seq_length
+    words = model.config.get_text_config().vocab_size
     steps = {
         "a block's calibration": 4 * n + 8 * sum(squares) + 40 * max(squares, default=0),
         "a block's training": 28 * n + 8 * tokens * widths,
-        "measuring": 8 * n + 4 * t.batch_size * _length(t, model) * widths,
+        "measuring": 8 * n + 4 * t.batch_size * _length(t, model) * widths + 24 * words * CHUNK,
         "packing": (method.weight_bits or 4) / 2 * (plain - outside) + 8 * n,
     }
     peak = max(steps, key=steps.__getitem__)
