@@ -123,7 +123,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, monkeypa
         block = 4 * sum(parameter.numel() for parameter in decoder_layers(model)[0].parameters())
         in_bf16(folder, model)
         with watched(monkeypatch) as seen:
-            train_stage(load_config(settings(folder, "training.blockwise.steps=1")), force=False)
+            train_stage(load_config(settings(folder, *METHODS["BitNet"], "training.blockwise.steps=1")), force=False)
         assert len(seen) == number + 4  # measured three times, and proved once
         peaks.append(max(seen))
     assert peaks[1] - peaks[0] < block

@@ -57,7 +57,6 @@ class PackedLinear(nn.Module):
 
     weight: Tensor
     exact = False  # True: multiply with the decoded weight, never with a kernel
-    keeps = True  # False: decode the weight each time, so that memory holds that of one layer only
     choose: ClassVar[Callable[["PackedLinear"], "Product"]]  # picks a product; the package sets one that knows kernels
 
     def __init__(self, method: Method, spec: LayerSpec) -> None:
@@ -81,9 +80,7 @@ class PackedLinear(nn.Module):
         return Codes(index, self.spec.bits, tensors, (self.out_features, self.in_features))
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """The decoded weight [out, in] in `dtype`. It is decoded once and cached, if the layer `keeps` it."""
-        if not self.keeps:
-            return self.decoded().to(dtype)
+        """The decoded weight [out, in] in `dtype`. It is decoded once and cached."""
         if self.dense is None or self.dense.dtype != dtype or self.dense.device != self.weight.device:
             with torch.inference_mode(False), torch.no_grad():
                 self.dense = self.decoded().to(dtype)
