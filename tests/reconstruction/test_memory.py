@@ -183,3 +183,10 @@ def test_a_container_limits_what_is_free(tmp_path: Path, monkeypatch: pytest.Mon
     assert memory.available() == 7 * 1024
     limit.write_text("4096\n")
     assert memory.available() == 4096
+
+
+def test_a_run_for_which_the_disk_has_no_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_files(tmp_path)
+    monkeypatch.setattr(preflight, "free_bytes", lambda path: 500_000)  # final/ and blocks/ are 600 kB
+    with pytest.raises(UserError, match="need 609 kB, and the disk has 500 kB"):
+        train_stage(load_config(settings(tmp_path)), force=False)

@@ -69,7 +69,6 @@ class Rebuilding:
     seed: int
     steps: int  # for each block
     calibrate: bool = True
-
     folder: Path | None = None  # for two files with hidden states; None means where the system keeps such files
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ def check_model(config: Config, reads_text: bool) -> None:
     elif reads_text and not is_unwritten(config.data):
         preview(config.data, open_tokenizer(source, config.model.trust_remote_code))
     if config.thinking is None:  # a thinker is far smaller than its model
-        if config.training.max_steps != 0:
+        if config.training.max_steps != 0 or config.rebuilds:
             check_disk(config)
         check_memory(config)
 
@@ -77,7 +77,8 @@ def check_disk(config: Config) -> None:
     files = (file for path in outputs(out) for file in (path, *path.rglob("*")))
     there = sum(file.stat().st_size for file in files if file.is_file())
     needed, free = checkpoint_bytes(config, parameters), free_bytes(out) + there
-    first = parameters * (WEIGHT + MOMENTS)  # written while what it replaces is still there
+    # Written while what it replaces is still there.
+    first = parameters * (WEIGHT if config.training.max_steps == 0 else WEIGHT + MOMENTS)
     if needed > free or first > free_bytes(out):
         raise UserError(
             f"{out}: the checkpoints of this run need {short_size(needed)}, and the disk has {short_size(free)} for "
@@ -109,7 +110,7 @@ def check_memory(config: Config) -> None:
 def checkpoint_bytes(config: Config, parameters: int) -> int:
     """The most that a run's checkpoints and its final model take, while one more checkpoint is being written."""
     t = config.training
-    checkpoints = (t.save_total_limit + 1) * (WEIGHT + MOMENTS)
+    checkpoints = 0 if t.max_steps == 0 else (t.save_total_limit + 1) * (WEIGHT + MOMENTS)
     models = (3 if t.keep_best else 1) * WEIGHT  # final/, the best model, and the one before it
     models += WEIGHT if config.rebuilds else 0  # its blocks
     return parameters * (checkpoints + models)
