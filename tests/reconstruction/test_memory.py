@@ -82,7 +82,7 @@ def in_files() -> Callable[[int], bool]:
 
 
 def anonymous_bytes() -> int:
-    """The bytes of all live tensors that are not in files."""
+    """The bytes of all live tensors that are not in files, and that `gc` has not frozen."""
     tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]  # isinstance would ask lazy modules
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
     sizes, is_file = {s.data_ptr(): s.nbytes() for s in storages}, in_files()
@@ -107,9 +107,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         patch.setattr(Run, "quality", counted(Run.quality, seen))
         patch.setattr(packed, "certify", counted(packed.certify, seen))
         gc.collect()
-        before = anonymous_bytes()
+        gc.freeze()  # what is there already does not count
         yield seen
-        seen[:] = [size - before for size in seen]
+        gc.unfreeze()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
