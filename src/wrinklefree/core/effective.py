@@ -29,8 +29,9 @@ class EffectiveWeight:
     """A cache of one tensor. `get` computes it again only after the module's parameters have changed."""
 
     def __init__(self) -> None:
-        # A sharded layer is whole only during its own forward and backward pass, so its weight must not be kept. The
-        # code that shards a layer sets this to False: then every forward pass quantizes again, inside its own graph.
+        # A sharded layer is whole only during its own forward and backward pass, and a stored one is in memory only
+        # then, so their weights must not be kept. The code that shards or stores a layer sets this to False: then every
+        # forward pass quantizes again, inside its own graph.
         self.cached = True
         self.key: Key | None = None
         self.trains = False  # whether the value was computed for training

@@ -23,6 +23,7 @@ from wrinklefree.core.forms import Form
 from wrinklefree.core.inputs import compute_dtype
 from wrinklefree.core.norm import RMSNorm
 from wrinklefree.core.ste import straight_through
+from wrinklefree.core.stored import is_stored, widened
 
 log = logging.getLogger("wrinklefree")
 
@@ -178,7 +179,11 @@ class QuantMethod:
                 f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)"
             )
         for fqn, linear in sites:
-            model.set_submodule(fqn, self.layer(linear, self.config_for(fqn), initialize))
+            with widened(linear.weight):
+                layer = self.layer(linear, self.config_for(fqn), initialize)
+            # Of layers whose weights stay in a file, the effective weights would be the whole model in memory.
+            layer.effective.cached = not is_stored(linear)
+            model.set_submodule(fqn, layer)
         return model
 
     def on_step(self, model: nn.Module, step: int) -> None:
@@ -212,6 +217,18 @@ def masters(layers: Iterable[QuantLinear]) -> Iterator[None]:
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """All quantized layers of `model` by fqn."""
     return {fqn: module for fqn, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def keeps_effective(model: nn.Module) -> bool:
+    """Whether there is memory for the effective weights of all layers at once."""
+    return all(layer.effective.cached for layer in quant_layers(model).values())
+
+
+def keep_effective(block: nn.Module, kept: bool) -> None:
+    """Say whether the effective weights of the layers in `block` are kept between forward passes."""
+    for layer in quant_layers(block).values():
+        layer.effective.clear()
+        layer.effective.cached = kept
 
 
 def rounds_inputs(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ Plain transformers loads such a checkpoint: it reads the fp32 masters, and quant
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitNetConfig, BitNetForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from wrinklefree.core.norm import RMSNorm
@@ -28,7 +28,7 @@ def from_llama(model: LlamaForCausalLM) -> BitNetForCausalLM:
     config = BitNetConfig(**{name: own[name] for name in known & own.keys()})
     with torch.device("meta"):
         bitnet = BitNetForCausalLM(config)
-    state = {name: p.detach() for name, p in model.named_parameters()}
+    state: dict[str, Tensor] = dict(model.named_parameters())  # themselves, since some may be `Stored`
     norms = [name for name in bitnet.state_dict() if name.rpartition(".")[0].endswith(tuple(SUB_NORMS.values()))]
     state |= {name: torch.ones(bitnet.get_parameter(name).shape, device=model.device) for name in norms}
     bitnet.load_state_dict(state, strict=False, assign=True)

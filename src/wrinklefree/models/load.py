@@ -23,6 +23,7 @@ from transformers.utils import logging as hf_logging
 import wrinklefree.packed  # noqa: F401  # registers the packed format
 from wrinklefree.config.compose import read_config
 from wrinklefree.config.schema import Config, ModelConfig
+from wrinklefree.core import stored
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.numbers import first_not_numbers
 from wrinklefree.families.foreign import refused_in_one_line
@@ -31,6 +32,8 @@ from wrinklefree.models.find import model_source
 from wrinklefree.training import checkpoint
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # dtypes, as safetensors names them
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
@@ -63,6 +66,27 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, trust_remo
 def load_pretrained(model: ModelConfig) -> Loaded:
     """Load the model that a run starts from, in fp32 and eval mode, and its tokenizer. Raises UserError on failure."""
     return load_model(model.pretrained, dtype=torch.float32, trust_remote_code=model.trust_remote_code)
+
+
+def load_stored(model: ModelConfig) -> Loaded:
+    """Load the model that a run starts from, in eval mode, and its tokenizer. The decoder layers stay in the files.
+
+    It computes what `load_pretrained` would. That is also what it returns if the weights have several dtypes, or none
+    that is known, and if the model has buffers that depend on the dtype. Raises UserError on failure.
+    """
+    folder = Path(model_source(model.pretrained))
+    header = check_folder(folder).header if folder.exists() and checkpoint_config(folder) is None else {}
+    dtypes = {tensor.dtype for tensor in header.values()}
+    dtype = STORED.get(dtypes.pop()) if len(dtypes) == 1 else None
+    if dtype is None:
+        return load_pretrained(model)
+    loaded, tokenizer = load_model(folder, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    if any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in loaded.buffers()):
+        return load_pretrained(model)
+    stored.keep(loaded)
+    stored.free_at_once()
+    loaded.config.dtype = torch.float32
+    return loaded, tokenizer
 
 
 def checkpoint_config(folder: Path) -> Config | None:

@@ -47,5 +47,5 @@ class Moments:
         self.sums[name] = product if name not in self.sums else self.sums[name].add_(product)
 
     def means(self) -> dict[str, Tensor]:
-        """The moments of each layer by name: fp32 [in, in]. A layer that did not run has none."""
-        return {name: (total / self.total).float() for name, total in self.sums.items()}
+        """The moments of each layer that ran, by name: fp32 [in, in]. The sums are gone afterwards."""
+        return {name: (self.sums.pop(name) / self.total).float() for name in list(self.sums)}

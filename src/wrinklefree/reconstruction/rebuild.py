@@ -9,14 +9,17 @@ A token's error is divided by that token's own square norm. Some tokens (the fir
 activations a hundred times as large as all others; in a plain sum of squares nothing else would be learned.
 
 Each block is first calibrated (feedback.py), then trained by AdamW with a learning rate that falls to 0. Only one block
-is trained at a time, so memory holds its gradients and moments alone, and two hidden states per token.
+is trained at a time, so memory holds its gradients and moments alone. Two hidden states per token are in files.
 """
 
 import logging
+import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +28,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import BlockwiseConfig, SchedulerConfig
+from wrinklefree.core import stored
 from wrinklefree.core.batch import Batch
-from wrinklefree.core.method import QuantLinear, masters
+from wrinklefree.core.files import full_disk_said
+from wrinklefree.core.method import QuantLinear, keep_effective, masters
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.distributed.world import wait_for
 from wrinklefree.reconstruction import blocks, feedback
@@ -64,32 +69,39 @@ class Rebuilding:
     seed: int
     steps: int  # for each block
     calibrate: bool = True
+    folder: Path | None = None  # for two files with hidden states; None means where the system keeps such files
 
     def __post_init__(self) -> None:
-        self.hidden = [self._first(self.student, batch) for batch in self.batches]
-        self.target = [self._first(self.original, batch) for batch in self.batches]
+        self.hidden = self._first(self.student)
+        self.target = self._first(self.original)
 
     def _learned(self) -> range:
         """The batches to learn from."""
         return range(len(self.batches) - self.heldout)
 
-    def _first(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        return blocks.first_inputs(model, self._here(model, batch)).float().cpu()
+    def _first(self, model: PreTrainedModel) -> list[Tensor]:
+        """The inputs of the first block, in a file."""
+        return in_file((blocks.first_inputs(model, self._here(model, batch)) for batch in self.batches), self.folder)
+
+    def _go_on(self, model: PreTrainedModel, states: list[Tensor], number: int) -> None:
+        """Put what block `number` of `model` makes of the hidden states in their place."""
+        for state, output in zip(states, self.outputs(model, states, number), strict=True):
+            state.copy_(output)
 
     def _here(self, model: PreTrainedModel, batch: Batch) -> Batch:
         return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
     def pass_by(self, number: int) -> None:
         """Go on to the inputs of the next block, because block `number` is rebuilt already."""
-        self.target = list(self.outputs(self.original, self.target, number))
-        self.hidden = list(self.outputs(self.student, self.hidden, number))
+        self._go_on(self.original, self.target, number)
+        self._go_on(self.student, self.hidden, number)
 
     def rebuild(self, number: int) -> Report:
         """Calibrate and train block `number`, and go on to the inputs of the next."""
         started = time.perf_counter()
-        self.target = list(self.outputs(self.original, self.target, number))
+        self._go_on(self.original, self.target, number)
         weights = [token_weights(target) for target in self.target]
-        block = decoder_layers(self.student)[number]
+        block = self._owned(number)
         if self.calibrate:
             self._calibrate(number, block, weights)
         before = self.error(number, weights)
@@ -101,15 +113,23 @@ class Rebuilding:
             if not after < before:  # also if it is NaN
                 block.load_state_dict(kept)
                 after = before
-        self.hidden = list(self.outputs(self.student, self.hidden, number))
+        self._go_on(self.student, self.hidden, number)
         return Report(number, before, after, time.perf_counter() - started)
+
+    def _owned(self, number: int) -> nn.Module:
+        """Block `number` of the student with its parameters in memory, to be changed."""
+        block = decoder_layers(self.student)[number]
+        if stored.is_stored(block):
+            stored.own(block)
+            keep_effective(block, True)
+        return block
 
     def seconds_of_a_step(self) -> float:
         """How long a step of the first block takes, with its share of the passes that come before and after.
 
         Nothing is learned. Of three tries the last counts.
         """
-        block, weight = decoder_layers(self.student)[0], torch.ones(self.hidden[0].shape[:2])
+        block, weight = self._owned(0), torch.ones(self.hidden[0].shape[:2])
         for _ in range(3):
             began = time.perf_counter()
             output = self.output(self.student, self.hidden[0], 0, 0)
@@ -123,7 +143,7 @@ class Rebuilding:
 
     def seconds_of_calibration(self) -> float:
         """How long the codes of the first block take to choose. It is as it was afterwards."""
-        block = decoder_layers(self.student)[0]
+        block = self._owned(0)
         kept = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
         began = time.perf_counter()
         self._calibrate(0, block, [torch.ones(hidden.shape[:2]) for hidden in self.hidden])
@@ -154,7 +174,7 @@ class Rebuilding:
             found = moments.means()
         for name, layer in layers.items():
             if name in found:
-                feedback.calibrate(layer, found[name].to(layer.weight.device))
+                feedback.calibrate(layer, found.pop(name).to(layer.weight.device))
             else:  # the model multiplies with its weight by itself
                 layer.fit(torch.ones(layer.in_features, device=layer.weight.device))
 
@@ -187,6 +207,22 @@ class Rebuilding:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+
+
+def in_file(tensors: Iterable[Tensor], folder: Path | None) -> list[Tensor]:
+    """Move tensors into one file in `folder`, as fp32. It has no name, so it is gone once nothing refers to them.
+
+    Raises UserError if the disk is full.
+    """
+    shapes = []
+    with full_disk_said(folder or Path(tempfile.gettempdir())), tempfile.NamedTemporaryFile(dir=folder) as file:
+        for tensor in tensors:
+            file.write(tensor.float().cpu().contiguous().numpy().data)
+            shapes.append(tensor.shape)
+        file.flush()
+        whole = torch.from_file(file.name, shared=True, size=sum(map(math.prod, shapes)), dtype=torch.float32)
+    parts = whole.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def groups(block: nn.Module, settings: BlockwiseConfig) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@
     models      the model, the teacher and the KD cache are there
     data        the first rows can be read, for training and for evaluation
     disk        the checkpoints fit
+    memory      one block fits, or the whole model if it is trained as such
 
 Once the model is loaded, the plan says how often the text is gone through.
 """
@@ -13,7 +14,7 @@ import logging
 import math
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
@@ -21,10 +22,11 @@ from wrinklefree.core.files import free_bytes
 from wrinklefree.data.kd_cache.read import KDCache
 from wrinklefree.data.open import is_unwritten
 from wrinklefree.data.preview import Size, preview, size_of
+from wrinklefree.distributed.world import own_device
 from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import at_hand, model_folder, model_source
 from wrinklefree.models.load import meta_model, open_tokenizer
-from wrinklefree.runs import prerequisites
+from wrinklefree.runs import memory, prerequisites
 from wrinklefree.runs.folder import outputs
 from wrinklefree.tracking.run_log import check_wandb
 from wrinklefree.tracking.terminal import short_number, short_size
@@ -58,21 +60,25 @@ def check_model(config: Config, reads_text: bool) -> None:
         KDCache(Path(config.distillation.cache))
     elif reads_text and not is_unwritten(config.data):
         preview(config.data, open_tokenizer(source, config.model.trust_remote_code))
-    if config.training.max_steps != 0 and config.thinking is None:  # a thinker is far smaller than its model
-        check_disk(config)
+    if config.thinking is None:  # a thinker is far smaller than its model
+        if config.training.max_steps != 0 or config.rebuilds:
+            check_disk(config)
+        check_memory(config)
 
 
 def check_disk(config: Config) -> None:
     """Raises UserError if the disk has no room for the checkpoints of this run."""
-    parameters = count_parameters(config)
-    if parameters is None:
+    model = skeleton(config)
+    if model is None:
         return
+    parameters = int(model.num_parameters())
     out = Path(config.output_dir)
     # What an earlier run wrote will be replaced. Other files stay, and there may be very many.
     files = (file for path in outputs(out) for file in (path, *path.rglob("*")))
     there = sum(file.stat().st_size for file in files if file.is_file())
     needed, free = checkpoint_bytes(config, parameters), free_bytes(out) + there
-    first = parameters * (WEIGHT + MOMENTS)  # written while what it replaces is still there
+    # Written while what it replaces is still there.
+    first = parameters * (WEIGHT if config.training.max_steps == 0 else WEIGHT + MOMENTS)
     if needed > free or first > free_bytes(out):
         raise UserError(
             f"{out}: the checkpoints of this run need {short_size(needed)}, and the disk has {short_size(free)} for "
@@ -80,21 +86,46 @@ def check_disk(config: Config) -> None:
         )
 
 
+def check_memory(config: Config) -> None:
+    """Raises UserError if a CPU has too little memory for a run that it does alone."""
+    model, free = skeleton(config), memory.available()
+    if model is None or free is None or own_device().type != "cpu" or config.distributed.strategy != "replicate":
+        return
+    t, alone = config.training, stays_stored(config)
+    parts = memory.of_blocks(model, config.method, t) if alone else memory.of_training(model, t)
+    needed = sum(parts.values())
+    if needed <= free:
+        return
+    parted = ", ".join(f"{name} {short_size(size)}" for name, size in parts.items())
+    advice = "a smaller training.batch_size or training.max_seq_length, or a machine with more"
+    if not alone and config.method is not None:
+        other = sum(memory.of_blocks(model, config.method, t).values())
+        advice = f"training=blockwise, which takes {short_size(other)}, or a machine with more"
+    raise UserError(
+        f"{config.model.pretrained}: this run takes about {short_size(needed)} of memory ({parted}), and "
+        f"{short_size(free)} are free: {advice}"
+    )
+
+
 def checkpoint_bytes(config: Config, parameters: int) -> int:
     """The most that a run's checkpoints and its final model take, while one more checkpoint is being written."""
     t = config.training
-    checkpoints = (t.save_total_limit + 1) * (WEIGHT + MOMENTS)
+    checkpoints = 0 if t.max_steps == 0 else (t.save_total_limit + 1) * (WEIGHT + MOMENTS)
     models = (3 if t.keep_best else 1) * WEIGHT  # final/, the best model, and the one before it
     models += WEIGHT if config.rebuilds else 0  # its blocks
     return parameters * (checkpoints + models)
 
 
-def count_parameters(config: Config) -> int | None:
-    """The number of parameters of a model whose config is on this machine; None if it is not."""
+def stays_stored(config: Config) -> bool:
+    """Whether the models of a run stay in files: on a CPU, if it trains no more than one block at a time."""
+    alone = config.training.max_steps == 0 and config.distributed.strategy == "replicate"
+    return config.rebuilds and alone and own_device().type == "cpu"
+
+
+def skeleton(config: Config) -> PreTrainedModel | None:
+    """The model without weights, on the meta device, if its config is on this machine; None if it is not."""
     source = at_hand(config.model.pretrained)
-    if source is None:
-        return None
-    return int(meta_model(str(model_folder(source)), config.model.trust_remote_code).num_parameters())
+    return None if source is None else meta_model(str(model_folder(source)), config.model.trust_remote_code)
 
 
 def check_passes(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Size | None:

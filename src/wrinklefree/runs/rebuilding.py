@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from wrinklefree.config.check import flatten
 from wrinklefree.config.schema import Config
+from wrinklefree.core import stored
 from wrinklefree.core.batch import Batch, model_inputs
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside, write_json
-from wrinklefree.core.method import QuantLinear, quant_layers
+from wrinklefree.core.method import QuantLinear, keep_effective, quant_layers
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.distributed.world import ALONE, barrier
 from wrinklefree.reconstruction.rebuild import Rebuilding
@@ -135,6 +136,8 @@ def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made
         report = work.rebuild(number)
         with file_aside(_file(made, number)) as aside:
             save_file({name: tensor.contiguous() for name, tensor in block.state_dict().items()}, aside)
+        if stored.is_stored(block):
+            _take(block, made, number)
         errors = f"error {report.calibrated:.4f}" + (f" -> {report.trained:.4f}" if steps else "")
         left = spoken_time(report.seconds * (len(blocks) - number - 1))
         log.info("block %d of %d: %s, %.0f s (%s to go)", number + 1, len(blocks), errors, report.seconds, left)
@@ -150,7 +153,8 @@ def _work(
 ) -> Rebuilding:
     autocast, settings = partial(run.plan.autocast, student.device), run.config.training.blockwise
     heldout = min(len(batches) - 1, _batches(HELDOUT_TOKENS, run))
-    return Rebuilding(original, student, batches, heldout, settings, autocast, run.config.seed, steps, calibrate)
+    seed, out = run.config.seed, run.out
+    return Rebuilding(original, student, batches, heldout, settings, autocast, seed, steps, calibrate, out)
 
 
 def _plan(run: Run, original: PreTrainedModel, student: PreTrainedModel, file: Path) -> int:
@@ -184,7 +188,7 @@ def _file(made: Path, number: int) -> Path:
 
 
 def _take(block: nn.Module, made: Path, number: int) -> bool:
-    """Load a block that was rebuilt before. False if there is none.
+    """Load a block that was rebuilt before. If it is stored, it stays in the file. False if there is none.
 
     Raises UserError if the file is broken, or of another model.
     """
@@ -192,7 +196,11 @@ def _take(block: nn.Module, made: Path, number: int) -> bool:
     if not file.exists():
         return False
     try:
-        block.load_state_dict(load_file(file))
+        if stored.is_stored(block):
+            stored.put_back(block, load_file(file))
+            keep_effective(block, False)
+        else:
+            block.load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{file}: broken, or of another model: remove it, and the block is rebuilt") from error
     return True

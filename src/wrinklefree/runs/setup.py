@@ -34,7 +34,7 @@ from wrinklefree.distributed.sharding import Whole, choose_placement
 from wrinklefree.distributed.world import World, barrier, gather, join_world, leave_world
 from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
 from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
-from wrinklefree.models.load import Loaded, load_pretrained
+from wrinklefree.models.load import Loaded, load_pretrained, load_stored
 from wrinklefree.objectives.base import LOSS, Objective
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs import folder, preflight, self_text
@@ -230,7 +230,7 @@ def _checked(config: Config, force: bool, reads_text: bool, own_model: bool) -> 
 def load_original(config: Config) -> Loaded:
     """Load the pretrained model, with all parameters frozen, and its tokenizer."""
     log.info("loading %s", config.model.pretrained)
-    model, tokenizer = load_pretrained(config.model)
+    model, tokenizer = load_stored(config.model) if preflight.stays_stored(config) else load_pretrained(config.model)
     return model.requires_grad_(False), tokenizer
 
 

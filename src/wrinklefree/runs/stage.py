@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
-from wrinklefree.core import surgery
+from wrinklefree.core import stored, surgery
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.method import Batches, quant_layers
 from wrinklefree.data.tokenizer import check_same_tokenizer
@@ -176,7 +176,7 @@ def prepare_student(
     `start` has another tokenizer than `tokenizer`.
     """
     if start is None:
-        student = copy.deepcopy(original)
+        student = stored.shared(original) if stored.is_stored(original) else copy.deepcopy(original)
     else:
         student, theirs = load_model(start, trust_remote_code=config.model.trust_remote_code)
         student.to(original.device)
@@ -184,7 +184,10 @@ def prepare_student(
             check_same_tokenizer(tokenizer, theirs, f"training.start_from: the model in {start}")
     student.requires_grad_(True)
     if config.method is not None:
-        student = config.method.prepare(student, batches, initialize=not rebuilding.fits_scales(config))
+        plain = student
+        student = config.method.prepare(plain, batches, initialize=not rebuilding.fits_scales(config))
+        if student is not plain and stored.is_stored(student):
+            stored.widen_layers(student)
         log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
     surgery.freeze(student, config.training.freeze_names)
     return student
@@ -240,19 +243,16 @@ def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedMod
 
 
 def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Write the packed folder and check it. Add sizes and speeds to the results, and print a sample of its text."""
+    """Write the packed folder and check it. Add sizes and speeds to the results, and samples to the folder's card."""
     run, results, heldout = measured.run, measured.results, measured.heldout
     config, tokenizer, folder = run.config, run.tokenizer, run.out / "packed"
     some = heldout[: max(1, CERTIFY_TOKENS // heldout[0]["input_ids"].numel())]
-    samples = [f"{p}{complete(student, tokenizer, p, 96, 0.7, seed=1)}" for p in prompts(heldout, tokenizer)]
-    fenced = "\n\n".join(f"~~~text\n{sample}\n~~~" for sample in samples)
-    text = f"{card(config)}\n{results.markdown()}\n## Samples at temperature 0.7\n\n{fenced}\n"
     report = export_packed(
         student,
         tokenizer,
         config.method,
         folder,
-        card=text,
+        card=f"{card(config)}\n{results.markdown()}",
         force=True,
         batches=some,
         head_bits=config.export.head_bits,
@@ -266,8 +266,11 @@ def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel
     results.bits_per_weight = report.bits_per_weight
     for name, model in (("full_precision", original), ("packed", packed)):
         results.tokens_per_second[name] = decoding_speed(model, tokenizer)
-    prompt = prompts(heldout, tokenizer)[0]
-    print(f"sample of the packed model:\n\n{prompt}{complete(packed, tokenizer, prompt, 96, 0.7, seed=1)}\n")
+    samples = [f"{p}{complete(packed, tokenizer, p, 96, 0.7, seed=1)}" for p in prompts(heldout, tokenizer)]
+    fenced = "\n\n".join(f"~~~text\n{sample}\n~~~" for sample in samples)
+    with (folder / "README.md").open("a", encoding="utf-8") as readme:
+        readme.write(f"\n## Samples at temperature 0.7\n\n{fenced}\n")
+    print(f"sample of the packed model:\n\n{samples[0]}\n")
 
 
 def prompts(heldout: list[Batch], tokenizer: PreTrainedTokenizerBase) -> list[str]:

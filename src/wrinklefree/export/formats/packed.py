@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
-from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
+from wrinklefree.core.method import QuantLinear, QuantMethod, keeps_effective, quant_layers
 from wrinklefree.export import bundle
 from wrinklefree.export.card import card
 from wrinklefree.export.proof import loader
@@ -196,6 +196,9 @@ def _write_proved(
         packed = pack_model(model, method, dense_dtype, rounding.head)
     _write(packed, tokenizer, [method, *([rounding.head.method] if rounding.head else [])], folder)
     back = _read_back(folder, model.device)
+    if not keeps_effective(model):
+        for layer in packed_layers(back).values():
+            layer.register_forward_hook(_drop)
     with rounding.applied(model):
         certificate = certify(model, back, batches, getattr(torch, dense_dtype))
     with exactly(back):
@@ -207,6 +210,12 @@ def _write_proved(
     parts += [] if cost is None else [described(rounding.words, cost)]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
     return report
+
+
+def _drop(layer: nn.Module, inputs: object, output: object) -> None:
+    """A hook after which a packed layer does not keep its decoded weight."""
+    assert isinstance(layer, PackedLinear)
+    layer.dense = None
 
 
 def described(words: list[str], cost: Agreement) -> str:

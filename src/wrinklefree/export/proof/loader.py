@@ -27,6 +27,10 @@ model, info = AutoModelForCausalLM.from_pretrained(
 odd = sorted(info["missing_keys"] | info["unexpected_keys"] | {key[0] for key in info["mismatched_keys"]})
 if odd:
     sys.exit(f"{odd[0]}: not read from the folder ({len(odd)} such tensors)")
+def drop(module, inputs, output):
+    module.dense = None  # a decoded weight is used once, and all of them would be the whole model
+for module in model.modules():
+    module.register_forward_hook(drop)
 with torch.no_grad():
     torch.save(model.eval()(torch.load(ids, weights_only=True), use_cache=False).logits, out)
 """
