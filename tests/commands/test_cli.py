@@ -264,10 +264,20 @@ def test_thinking_refuses_what_it_would_ignore(options: tuple[str, str]) -> None
     assert "--think samples by --temperature and --seed alone" in err
 
 
-def test_a_repetition_penalty_of_zero_is_refused() -> None:
-    code, _, err = wf("generate", "nowhere", "--prompt", "a", "--repetition-penalty", "0")
+@pytest.mark.parametrize(
+    ("option", "value", "limit"),
+    [
+        ("repetition-penalty", "0", "1e-6 to 1e6"),
+        ("repetition-penalty", "1e-46", "1e-6 to 1e6"),
+        ("repetition-penalty", "1e+39", "1e-6 to 1e6"),
+        ("temperature", "1e+39", "0 to 1e6"),
+        ("top-p", "0", "above 0 and at most 1"),
+    ],
+)
+def test_sampling_out_of_range_is_refused_before_a_model_is_sought(option: str, value: str, limit: str) -> None:
+    code, _, err = wf("generate", "nowhere", "--prompt", "a", f"--{option}", value)
     assert code == 2
-    assert "--repetition-penalty 0: must be above 0" in err
+    assert f"--{option} {value}: must be {limit}" in err
 
 
 @pytest.fixture(scope="module")

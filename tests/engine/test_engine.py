@@ -30,7 +30,8 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, find, quant_layers
 from wrinklefree.engine.assemble import assemble
 from wrinklefree.engine.binding import Append, CSampling, Decoder, sample
-from wrinklefree.engine.engine import CHUNK, Engine, Sampling, supports
+from wrinklefree.engine.engine import CHUNK, Engine, supports
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.engine.source import ModelSource
 from wrinklefree.export.formats.packed import export_packed, pack_model
 from wrinklefree.generate import generate
@@ -473,3 +474,13 @@ def test_pieces_are_the_text_up_to_the_first_stop(stops: tuple[str, ...]) -> Non
             break
     shown += stream.end()
     assert (shown, stream.text, stream.stopped) == (expected, expected, expected != whole)
+
+
+def test_after_a_reset_nothing_is_open_and_nothing_remembered() -> None:
+    engine = Engine.from_model(FAMILY["llama"](), mode="exact", slots=2)
+    empty, expected = engine.bytes(), said(engine, ids(9), 5)
+    engine.open(ids(9), Sampling())
+    engine.step()
+    engine.reset()
+    assert engine.bytes() == empty
+    assert said(engine, ids(9), 5) == expected

@@ -4,6 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.engine.sampling import out_of_range
 
 if TYPE_CHECKING:
     from wrinklefree.thinking.reply import Think
@@ -30,7 +31,9 @@ def run(
     trust_remote_code: bool = False,
 ) -> None:
     """Continue one prompt, or answer line by line. Raises UserError for options that exclude one another."""
-    _check_options(prompt, interactive, chat, think, repetition_penalty)
+    _check_options(prompt, interactive, chat, think)
+    values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    _check_ranges({name: value for name, value in values.items() if value is not None})
     more: Any = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "stop": stop or ()}
     if think is not None and prompt is not None:
         if (*more.values(), engine, threads) != (None, None, 1.0, (), "auto", None):
@@ -52,12 +55,15 @@ def run(
         generate.stream(model, tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed, **more)
 
 
-def _check_options(
-    prompt: str | None, interactive: bool, chat: bool, think: "Think | None", repetition_penalty: float
-) -> None:
+def _check_ranges(values: dict[str, float]) -> None:
+    """Raise UserError if an option is out of the range of `Sampling`."""
+    wrong = out_of_range(values)
+    if wrong is not None:
+        raise UserError(f"--{wrong[0].replace('_', '-')} {values[wrong[0]]:g}: must be {wrong[1]}")
+
+
+def _check_options(prompt: str | None, interactive: bool, chat: bool, think: "Think | None") -> None:
     """Raise UserError unless exactly one of `prompt` and `interactive` is given, with options that fit it."""
-    if repetition_penalty == 0:
-        raise UserError("--repetition-penalty 0: must be above 0")
     if (prompt is None) == (not interactive):
         raise UserError("give either --prompt TEXT or --interactive")
     if chat and not interactive:

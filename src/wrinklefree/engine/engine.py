@@ -23,39 +23,11 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.engine import family
 from wrinklefree.engine.assemble import assemble
 from wrinklefree.engine.binding import MASK, Append, CSampling, Decoder, Mode, Model
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.engine.source import FolderSource, ModelSource, Source
 
 CHUNK = 256  # the most prompt tokens that one step reads, so that other sequences do not wait long for their token
 MOST_THREADS = 16  # the most threads by default; products of one token do not gain from more
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. The order is that of transformers: repetition penalty, temperature, top-k, top-p.
-
-    Temperature 0 always takes the likeliest token. top_k=0, top_p=1 and repetition_penalty=1 switch these off.
-    Raises UserError if a value is out of range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop_tokens: frozenset[int] = frozenset()  # a sequence ends after one of these, which is its last token
-
-    def __post_init__(self) -> None:
-        limits = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
-            "top_k": (0 <= self.top_k < 2**31, "0 or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
-        }
-        for name, (holds, limit) in limits.items():
-            if not holds:
-                raise UserError(f"{name}={vars(self)[name]}: must be {limit}")
 
 
 def supports(config: PreTrainedConfig) -> str | None:
@@ -265,6 +237,12 @@ class Engine:
         """Free the slot, even if its sequence has not ended. Its cache stays for prompts that begin alike."""
         self._opened(slot)
         self._slots[slot].open = None
+
+    def reset(self) -> None:
+        """Close all sequences and forget all tokens, after a step that failed: what it left is not to be trusted."""
+        for index in range(self.slots):
+            self._decoder.clear(index)
+            self._slots[index] = _Slot()
 
     def _opened(self, slot: int) -> _Sequence:
         sequence = self._slots[slot].open if 0 <= slot < self.slots else None

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.template import as_chat
-from wrinklefree.engine.engine import Engine, Sampling
+from wrinklefree.engine.engine import Engine
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.generate.text import TextStream
 
 Message = dict[str, str]
@@ -229,19 +230,23 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
 
 
 def _run_native(engine: Engine, ids: Tensor, choice: SamplingOptions, ends: Sequence[int], tell: _Teller) -> None:
-    sampling = Sampling(
+    for token in engine.generate(ids[0].tolist(), _sampling(choice, engine.generation, ends)):
+        tell.add(token)
+        if tell.text.stopped:
+            return
+
+
+def _sampling(choice: SamplingOptions, generation: GenerationConfig, ends: Sequence[int]) -> Sampling:
+    """The settings for an engine. Raises UserError if one is out of range."""
+    return Sampling(
         max_new_tokens=choice.max_new_tokens,
         temperature=choice.temperature,
-        top_k=_first(choice.top_k, engine.generation.top_k, TOP_K),
-        top_p=_first(choice.top_p, engine.generation.top_p, 1.0),
+        top_k=_first(choice.top_k, generation.top_k, TOP_K),
+        top_p=_first(choice.top_p, generation.top_p, 1.0),
         repetition_penalty=choice.repetition_penalty,
         seed=choice.seed,
         stop_tokens=frozenset(ends),
     )
-    for token in engine.generate(ids[0].tolist(), sampling):
-        tell.add(token)
-        if tell.text.stopped:
-            return
 
 
 def _first(*values: Any) -> Any:
@@ -254,23 +259,23 @@ def _run_transformers(
     model: Any, tokenizer: Any, ids: Tensor, choice: SamplingOptions, ends: Sequence[int], tell: _Teller
 ) -> None:
     """Generate with transformers. The caller's random state does not change."""
-    sampling: dict[str, Any] = {"do_sample": choice.temperature > 0}
-    if choice.temperature > 0:
-        options = {"temperature": choice.temperature, "top_k": choice.top_k, "top_p": choice.top_p}
-        sampling |= {name: value for name, value in options.items() if value is not None}
+    sampling = _sampling(choice, model.generation_config, ends)
+    options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     ids = ids.to(model.device)
     with torch.random.fork_rng():
         torch.manual_seed(choice.seed)
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=choice.max_new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
             eos_token_id=list(ends) or None,
             streamer=tell,
             stopping_criteria=[_Stop(tell.text)],
-            repetition_penalty=choice.repetition_penalty,
-            **sampling,
+            repetition_penalty=sampling.repetition_penalty,
+            **options,
         )
 
 

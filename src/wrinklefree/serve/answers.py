@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from wrinklefree.generate.text import TextStream
-from wrinklefree.serve.errors import ending
-from wrinklefree.serve.scheduler import ClosedError, Stream
+from wrinklefree.serve.errors import ending, failed
+from wrinklefree.serve.scheduler import ClosedError, FailedError, Stream
 
 Kind = Literal["completion", "chat"]
 
@@ -71,7 +71,7 @@ class Envelope:
         """Yield a streamed answer as server-sent events.
 
         They are the pieces of text, the reason why the answer ended, the usage if `with_usage`, and `[DONE]`. If the
-        server shuts down before that, the last event is an error.
+        engine fails or the server shuts down before that, the last event is an error.
         """
         more = {"usage": None} if with_usage else {}
         try:
@@ -81,6 +81,9 @@ class Envelope:
                 yield _event(self._object(CHUNK, choices=[self._choice(piece)], **more))
         except ClosedError:
             yield _event(ending().body())
+            return
+        except FailedError:
+            yield _event(failed().body())
             return
         yield _event(self._object(CHUNK, choices=[self._last(answer.finish)], **more))
         if with_usage:

@@ -19,12 +19,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.engine.engine import Sampling
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.generate.text import TextStream
 from wrinklefree.serve import prompts, schema
 from wrinklefree.serve.answers import Answer, Envelope, Kind
-from wrinklefree.serve.errors import ApiError, ending
-from wrinklefree.serve.scheduler import BusyError, ClosedError, Scheduler, Stream
+from wrinklefree.serve.errors import ApiError, ending, failed
+from wrinklefree.serve.scheduler import BusyError, ClosedError, FailedError, Scheduler, Stream
 
 log = logging.getLogger("wrinklefree")
 
@@ -130,6 +130,8 @@ class Service:
             text = await _while_connected(request, stream, _whole(answer))
         except UserError as error:
             raise ApiError(400, str(error), "prompt") from None
+        except FailedError:
+            raise failed() from None
         except ClosedError:
             raise ending() from None
         return JSONResponse(envelope.whole(answer, text))

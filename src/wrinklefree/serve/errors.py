@@ -32,6 +32,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
+def failed() -> ApiError:
+    """The error for requests on which the engine raised an error."""
+    return ApiError(500, "the engine failed on this request; the server's log has the details", code="engine_failed")
+
+
 def ending() -> ApiError:
     """The error for requests that arrive, or are still running, while the server shuts down."""
     return ApiError(503, "the server is shutting down", code="shutting_down")

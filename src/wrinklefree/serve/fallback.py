@@ -18,7 +18,8 @@ from transformers.generation.logits_process import (
 )
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.engine.engine import CHUNK, Sampling
+from wrinklefree.engine.engine import CHUNK
+from wrinklefree.engine.sampling import Sampling
 
 MASK = 2**63 - 1  # seeds of torch's generators have 63 bits
 
@@ -86,6 +87,10 @@ class TransformersEngine:
     def finished(self, slot: int) -> str | None:
         """Why a sequence has ended, "stop" or "length"; None if it has not."""
         return self._open[slot].finished
+
+    def reset(self) -> None:
+        """Close all sequences, after a step that failed."""
+        self._open.clear()
 
     def close(self, slot: int) -> None:
         """Free a slot."""

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from wrinklefree.engine.sampling import LIMITS
 from wrinklefree.serve.errors import ApiError
 
+PENALTY = LIMITS["repetition_penalty"]
 LONGEST_STOP = 256  # characters; with each token, the end of the text is compared with every beginning of a stop string
 
 # Fields that are accepted and have no effect on an answer.
@@ -54,7 +56,7 @@ class Request(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=PENALTY[0], le=PENALTY[1])] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=4)] = []
     stream: bool = False
