@@ -18,9 +18,9 @@ KL(R teacher || R student), a mean over tokens and heads. R is [L, L], so widths
 Hidden states: 2 - 2 cos(s, t).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,51 @@ NEVER = -1e4  # the logit of an impossible word, at any temperature. Finite, bec
 
 # From a chunk's logits and its rows: the sum of the losses, and sums of any named metrics.
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Head(Protocol):
+    """What turns last hidden states into logits."""
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """What the logits depend on; those that are trained get gradients."""
+        ...
+
+    def __len__(self) -> int: ...  # words
+
+    def leaves(self, dtype: torch.dtype) -> list[Tensor]:
+        """The parameters as one batch uses them, for states in `dtype`."""
+        ...
+
+    def logits(self, states: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """The logits [N, V] of states [N, D]."""
+        ...
+
+
+class Product:
+    """A head that is one product with a weight [V, D]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        return (self.weight,)
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def leaves(self, dtype: torch.dtype) -> list[Tensor]:
+        # Cast once for all chunks. As a leaf, so that its gradient is summed in fp32 and not in `dtype`.
+        return [self.weight.detach().to(dtype).requires_grad_()]
+
+    def logits(self, states: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        return F.linear(states, leaves[0])
+
+
+def as_head(head: Head | Tensor) -> Head:
+    """A head; a tensor is the weight [V, D] of a product."""
+    return Product(head) if isinstance(head, Tensor) else head
 
 
 @dataclass(frozen=True)
@@ -56,33 +101,35 @@ def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def token_losses(
     states: Tensor,
-    head: Tensor,
+    head: Head | Tensor,
     targets: Tensor,
     *,
-    teacher: tuple[Tensor, Tensor] | None = None,
+    teacher: tuple[Tensor, Head | Tensor] | None = None,
     ce_weight: float = 1.0,
     kl_weight: float = 0.0,
     temperature: float = 1.0,
     tau_squared: bool = True,
     words: int | None = None,
 ) -> TokenLosses:
-    """Return `ce_weight` CE + `kl_weight` KL for states [N, D], a head [V, D] and targets [N].
+    """Return `ce_weight` CE + `kl_weight` KL for states [N, D], a head to V words and targets [N].
 
-    `teacher` is the teacher's (states [N, D'], head [V', D']); if it is None, there is no KL. If V and V' differ, one
-    tokenizer was padded to two sizes: the KL is over its `words`, by default over the rows that both have. If N is 0,
-    all is 0.
+    `teacher` is the teacher's (states [N, D'], head to V' words); if it is None, there is no KL. If V and V' differ,
+    one tokenizer was padded to two sizes: the KL is over its `words`, by default over the words that both have. If N is
+    0, all is 0.
     """
-    common = None
-    if teacher is not None and len(head) != len(teacher[1]):
-        common = min(len(head), len(teacher[1]), len(head) if words is None else words)
+    head, common = as_head(head), None
+    other_head = None if teacher is None else as_head(teacher[1])
+    if other_head is not None and len(head) != len(other_head):
+        common = min(len(head), len(other_head), len(head) if words is None else words)
+    other_leaves = [] if other_head is None or teacher is None else other_head.leaves(teacher[0].dtype)
 
     def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         ce = F.cross_entropy(logits, targets[part], reduction="sum")
-        if teacher is None:
+        if teacher is None or other_head is None:
             zero = ce.new_zeros(())
             return ce_weight * ce, {"ce": ce, "kl": zero, "same_top1": zero}
         with torch.no_grad():
-            other = F.linear(teacher[0][part], teacher[1][:common]).float()
+            other = other_head.logits(teacher[0][part], other_leaves)[:, :common].float()
         kl = kl_divergence(logits[:, :common], other, temperature) * (temperature**2 if tau_squared else 1)
         agree = (logits[:, :common].argmax(-1) == other.argmax(-1)).sum()
         return ce_weight * ce + kl_weight * kl, {"ce": ce, "kl": kl, "same_top1": agree.to(ce.dtype)}
@@ -138,7 +185,7 @@ class CachedLosses:
 
 def cached_losses(
     states: Tensor,
-    head: Tensor,
+    head: Head | Tensor,
     targets: Tensor,
     teacher: CachedTeacher,
     *,
@@ -149,7 +196,7 @@ def cached_losses(
     hard_top1: float = 0.0,
     hard_full: float = 0.0,
 ) -> CachedLosses:
-    """Compare states [N, D] under a head [V, D] with labels [N] and a cached teacher."""
+    """Compare states [N, D] under a head to V words with labels [N] and a cached teacher."""
 
     def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         known = teacher.logits[part]
@@ -238,52 +285,65 @@ class Support(torch.autograd.Function):
         return (weights * (grad[:, -1:] / total)).scatter_add_(-1, ids, grad[:, :-1]), None
 
 
-def head_loss(states: Tensor, head: Tensor, chunk_loss: ChunkLoss) -> tuple[Tensor, dict[str, Tensor]]:
-    """Apply a loss to the logits `states @ head.T`, in chunks of rows. Returns means of the loss and its metrics.
+def head_loss(states: Tensor, head: Head | Tensor, chunk_loss: ChunkLoss) -> tuple[Tensor, dict[str, Tensor]]:
+    """Apply a loss to the logits of states [N, D], in chunks of rows. Returns means of the loss and its metrics.
 
     The logits for 2,048 tokens over 150,000 words take 1.2 GB in fp32, and a plain loss holds several copies. Here they
     exist for one chunk at a time. Metrics are detached.
     """
     sums: dict[str, Tensor] = {}
-    total = HeadLoss.apply(states, head, chunk_loss, torch.is_grad_enabled(), sums)
+    head = as_head(head)
+    total = HeadLoss.apply(states, head, chunk_loss, torch.is_grad_enabled(), sums, *head.parameters)
     count = max(1, len(states))
     return total / count, {name: value / count for name, value in sums.items()}
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of `chunk_loss(states @ head.T, rows)` over chunks of rows."""
+    """Sum of `chunk_loss(logits, rows)` over chunks of rows."""
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, head: Tensor, chunk_loss: ChunkLoss, trains: bool, sums: dict[str, Tensor]
+        ctx: Any,
+        states: Tensor,
+        head: Head,
+        chunk_loss: ChunkLoss,
+        trains: bool,
+        sums: dict[str, Tensor],
+        *parameters: Tensor,
     ) -> Tensor:
         """Add each chunk's metrics to `sums`, and return the sum of the losses."""
         total = states.new_zeros((), dtype=torch.float32)
         # Gradients are computed here, chunk by chunk: in backward() the logits are gone.
         grad_states = torch.empty_like(states) if trains else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if trains and ctx.needs_input_grad[1] else None
-        weight = head.detach().to(states.dtype)
+        leaves = head.leaves(states.dtype)
+        # A frozen parameter needs no gradient, which for a whole head is a third of the products here.
+        wanted = [trains and needed for needed in ctx.needs_input_grad[5:]]
+        grads = [
+            torch.zeros_like(p, dtype=torch.float32) if w else None for p, w in zip(parameters, wanted, strict=True)
+        ]
         for start in range(0, max(1, len(states)), CHUNK):  # one empty chunk if there are no rows, to name the metrics
             part = slice(start, start + CHUNK)
             with torch.set_grad_enabled(trains):
-                logits = F.linear(states[part].detach(), weight).float().requires_grad_(trains)
-                loss, metrics = chunk_loss(logits, part)
+                rows = states[part].detach().requires_grad_(trains)
+                loss, metrics = chunk_loss(head.logits(rows, leaves).float(), part)
             total = total + loss.detach()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             if grad_states is not None:
-                (grad_logits,) = torch.autograd.grad(loss, logits)
-                grad_logits = grad_logits.to(weight.dtype)
-                grad_states[part] = grad_logits @ weight
-                if grad_head is not None:  # a frozen head needs none, which is a third of the products here
-                    grad_head += grad_logits.T @ states[part]
-        ctx.head_dtype = head.dtype
-        ctx.save_for_backward(grad_states, grad_head)
+                trained = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
+                grad_states[part], *found = torch.autograd.grad(loss, [rows, *trained], materialize_grads=True)
+                for grad, value in zip([g for g in grads if g is not None], found, strict=True):
+                    grad += value
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        ctx.save_for_backward(grad_states, *grads)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        grad_states, grad_head = ctx.saved_tensors
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grad_states, *grads = ctx.saved_tensors
         scaled = grad_states * grad_total.to(grad_states.dtype)
-        towards_head = None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype)
-        return scaled, towards_head, None, None, None
+        towards_head = [
+            None if grad is None else (grad * grad_total).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return scaled, None, None, None, None, *towards_head
