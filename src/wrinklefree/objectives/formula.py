@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.inputs import compute_dtype
@@ -85,11 +86,12 @@ class Returned(tuple[Any, ...]):
 
 
 class Trace:
-    """One forward pass of a model on a few tokens: which modules it called, and the logits."""
+    """One forward pass of a model on a few tokens: which modules it called, what its body returned, and the logits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Raises UserError if the logits are not numbers."""
+        """Raises UserError if the logits are not numbers, or if nothing in the model returns last hidden states."""
         self.calls: list[nn.Module] = []  # by the model itself, not by other modules
+        self.outputs: list[tuple[nn.Module, Any]] = []  # those of `calls` that return last hidden states
         self.depth = 0
         handles = [
             handle
@@ -99,11 +101,6 @@ class Trace:
         ]
         ids = torch.arange(TOKENS, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
         try:
-            output = model.base_model(input_ids=ids, use_cache=False)
-            if "last_hidden_state" not in output:
-                raise UserError(f"{type(model).__name__}: its body returns no last hidden state, which losses need")
-            self.states: Tensor = output.last_hidden_state
-            self.calls.clear()
             self.logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
         finally:
             for handle in handles:
@@ -111,6 +108,10 @@ class Trace:
         if not self.logits.isfinite().all():
             name = first_not_numbers(model.state_dict().items()) or "its weights are finite, but its logits are not"
             raise UserError(f"{type(model).__name__}: {name}: the files are damaged, or the training has diverged")
+        if not self.outputs:
+            raise UserError(f"{type(model).__name__}: nothing in it returns last hidden states, which losses need")
+        self.body, output = self.outputs[0]
+        self.states: Tensor = output.last_hidden_state
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         if self.depth == 0:
@@ -119,6 +120,14 @@ class Trace:
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.depth -= 1
+        if self.depth == 0 and isinstance(output, ModelOutput) and "last_hidden_state" in output:
+            self.outputs.append((module, output))
+
+
+@torch.no_grad()
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that turns tokens into last hidden states. Raises UserError if there is none."""
+    return Trace(model).body
 
 
 @torch.no_grad()
@@ -138,12 +147,8 @@ def split(model: PreTrainedModel) -> tuple[nn.Module | None, Formula]:
 
 def _split(model: PreTrainedModel) -> tuple[nn.Module | None, Formula]:
     trace = Trace(model)
-    inside = set(model.base_model.modules())
-    body = next((module for module in trace.calls if module in inside), None)
-    if body is None:
-        raise UserError(f"{type(model).__name__}: not a causal language model: it does not call its body")
-    outside = [module for called in trace.calls if called not in inside for module in called.modules()]
-    formula = Formula(model, body, [model, *dict.fromkeys(outside)], trace.logits.shape[-1])
+    outside = [module for called in trace.calls if called is not trace.body for module in called.modules()]
+    formula = Formula(model, trace.body, [model, *dict.fromkeys(outside)], trace.logits.shape[-1])
     found = formula.logits(trace.states[0])
     if not _close(found, trace.logits[0]):
         raise UserError(

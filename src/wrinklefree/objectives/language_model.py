@@ -20,8 +20,8 @@ class SplitModel:
 
     def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
         """Raises UserError if the logits do not follow from the last hidden states, or are no numbers."""
-        self.body: Any = model.base_model
         self.product, self.formula = split(model)
+        self.body: Any = self.formula.body
         if compiled:
             self.body = torch.compile(self.body)
 

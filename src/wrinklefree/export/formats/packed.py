@@ -20,6 +20,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
 from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
+from wrinklefree.core.stack import Stack, open_stacks
 from wrinklefree.export import bundle
 from wrinklefree.export.card import card
 from wrinklefree.export.proof import loader
@@ -37,7 +38,7 @@ from wrinklefree.export.rounded.rounding import Rounding
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.pack import pack_layer, packed_layers
 from wrinklefree.packed.products.choose import exactly
-from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WrinkleFreeConfig
+from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WITH_STACKS, WrinkleFreeConfig
 from wrinklefree.tracking.terminal import markdown_table, short_size
 
 FLAG = "hf"
@@ -224,7 +225,8 @@ def _write(
     # Under the model's own names: transformers converts those of hub files for its own classes, not for the loader's.
     packed.save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
-    bundle.write_loader(folder, methods, type(packed).__name__)
+    experts = any(isinstance(module, Stack) for module in packed.modules())
+    bundle.write_loader(folder, methods, type(packed).__name__, experts)
 
 
 def _read_back(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -310,18 +312,27 @@ def _skeleton(
     config.auto_map = {"AutoModelForCausalLM": f"{bundle.ENTRY}.{type(model).__name__}"}
     with torch.device("meta"):
         packed = type(model)(config)
+    stacks = {fqn: len(module) for fqn, module in model.named_modules() if isinstance(module, Stack)}
+    open_stacks(packed, stacks)
     for fqn, layer in layers.items():
         packed.set_submodule(fqn, layer)
     if head is not None:
         head.put_into(packed)
     specs = {fqn: _spec(layer) for fqn, layer in packed_layers(packed).items()}
     version = WITH_NORMS if any("norm_eps" in spec for spec in specs.values()) else PLAIN
-    settings = WrinkleFreeConfig(dataclasses.asdict(method), specs, version if head is None else WITH_HEAD)
+    settings = WrinkleFreeConfig(_settings(method), specs, version if head is None else WITH_HEAD)
+    if stacks:
+        settings.stacks, settings.format = stacks, WITH_STACKS
     if head is not None:
         settings.tied = head.tied
     packed.config.quantization_config = settings
     packed.generation_config = copy.deepcopy(model.generation_config)
     return packed
+
+
+def _settings(method: QuantMethod) -> dict[str, Any]:
+    """Return the method's settings, without the one that matters before a training alone."""
+    return {name: value for name, value in dataclasses.asdict(method).items() if name != "allow_partial"}
 
 
 def _spec(layer: PackedLinear) -> dict[str, Any]:
