@@ -27,7 +27,7 @@ from benchmarks.families.small import WORDS, small_model
 from wrinklefree.commands import export as export_command
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
-from wrinklefree.core.batch import Batch
+from wrinklefree.core.batch import Batch, places
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
 from wrinklefree.distributed.world import World
@@ -227,13 +227,13 @@ def role(fqn: str) -> str:
 def check_documents(config: Config, model: PreTrainedModel, result: Result) -> None:
     """Change the first document of a training row, and see whether a later one changes."""
     with quiet(), open_run(settings(Path(config.output_dir).parent), force=True, world=CPU) as run:
-        row = first_row(next(run.stream()))
-    starts = (row["position_ids"][0] == 0).nonzero().flatten().tolist()
-    long = [start for start in starts[1:] if row["labels"][0, start + 1 : start + 2].ne(-100).any()]
+        row = one_row(next(run.stream()), 1)  # a document is longer than the first row, and ends in the second
+    starts = ((places(row) == 0)[0, 1:] & row["labels"][0, 1:].eq(-100)).nonzero().flatten() + 1
+    long = [start for start in starts.tolist() if row["labels"][0, start + 1 : start + 2].ne(-100).any()]
     if not long:
         return
     changed = {name: tensor.clone() for name, tensor in row.items()}
-    changed["input_ids"][0, : starts[1]] = 4 + (changed["input_ids"][0, : starts[1]] + 11) % (WORDS - 8)
+    changed["input_ids"][0, : long[0]] = 4 + (changed["input_ids"][0, : long[0]] + 11) % (WORDS - 8)
     with torch.no_grad():
         body = SplitModel(model)
         before, after = (body.states(batch)[0, long[0] :] for batch in (row, changed))
@@ -241,8 +241,8 @@ def check_documents(config: Config, model: PreTrainedModel, result: Result) -> N
         result.silent.append("documents in one row see each other")
 
 
-def first_row(batch: Batch) -> Batch:
-    return {name: tensor[:1] for name, tensor in batch.items()}
+def one_row(batch: Batch, number: int) -> Batch:
+    return {name: tensor[number : number + 1] for name, tensor in batch.items()}
 
 
 def check_loss(config: Config, result: Result) -> None:

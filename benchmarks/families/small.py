@@ -27,13 +27,14 @@ SIZES: list[tuple[str, int]] = [
     (r"(.*_)?(attention_heads|n_heads?|num_heads|mamba_heads)|linear_num_.*heads", 4),
     (r"(qk|swa)_head_dim", 32),
     (r"(.*_)?head_dim|d_head|attention_head_size|kv_channels|rotary_dim|dim_head", 16),
+    (r"time_step_rank|mamba_dt_rank", 4),
     (r"(.*_)?(rank|lowrank)", 16),
     (r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|dim_ff|dff|n_inner|ffn_hidden_size|feed_forward_size)", 128),
     (r"(.*_)?(hidden_size|n_embd|d_model|embedding_(size|dim)|emb_dim|hidden_dim|lru_width|embed_proj_dim)", 64),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k", 2),
     (r"(moe_)?num_experts|num_local_experts|n_routed_experts", 4),
     (r"n_group|num_expert_group|topk_group|(mamba_)?n_?groups", 1),
-    (r"mamba_d_state|(ssm_)?state_size", 16),
+    (r"mamba_d_state|(ssm_)?state_size", 4),
     (r"(mamba_)?chunk_size|block_size", 16),
     (r"first_k_dense_replace|num_dense_layers|num_nextn_predict_layers|num_kv_shared_layers", 0),
 ]
@@ -51,7 +52,7 @@ SPARSE_QWEN = {
     "indexer_head_dim": 16,
 }
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "bamba": MAMBA2,
+    "bamba": MAMBA2 | {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), ROPE)},
     "dbrx": {
@@ -63,6 +64,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "falcon_h1": MAMBA2 | {"mamba_d_ssm": 128},
     "gemma4_assistant": {"text_config": None},
     "granitemoehybrid": MAMBA2 | {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},

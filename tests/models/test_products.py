@@ -123,10 +123,16 @@ def test_a_layer_that_is_never_called_stays_as_it_is(caplog: pytest.LogCaptureFi
     assert "the model does not call these layers: backbone.layers.*.mixer.dt_proj" in caplog.text
 
 
-@pytest.mark.parametrize(("name", "values"), [("rwkv", {"attention_hidden_size": 64}), ("biogpt", {}), ("phi", {})])
+@pytest.mark.parametrize(("name", "values"), [("biogpt", {}), ("phi", {}), ("gpt_neox", {})])
 def test_the_output_head_stays_as_it_is_under_any_name(name: str, values: dict[str, Any]) -> None:
     prepared = toy().prepare(family(name, **values))
     assert type(output_head(prepared)) is nn.Linear
+
+
+def test_a_model_that_writes_into_its_weights_is_refused() -> None:
+    """RWKV divides the weights of its blocks in evaluation, and multiplies them again in training."""
+    with pytest.raises(UserError, match=r"RwkvForCausalLM: its forward pass writes into its weights \(rwkv.blocks"):
+        toy().prepare(family("rwkv"))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])

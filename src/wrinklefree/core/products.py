@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wrinklefree.core import stack, surgery
+from wrinklefree.core.errors import UserError
 from wrinklefree.core.turned import TurnedLinear
 
 log = logging.getLogger("wrinklefree")
@@ -43,6 +44,7 @@ def open_products(model: nn.Module, exclude: Iterable[str]) -> dict[str, nn.Line
     """Return all layers to quantize by fqn, and make plain linear layers of those that are none, in place.
 
     Layers that match a pattern in `exclude` are left as they are; `lm_head` means the output head under any name.
+    Raises UserError if the model writes into its own weights.
     """
     patterns, uncalled = list(exclude), set[str]()
     if isinstance(model, LanguageModel) and not any(p.is_meta for p in model.parameters()):
@@ -81,13 +83,19 @@ class Probe:
         self.called: list[set[str]] = []  # modules whose forward was called and gave a tensor, for each pass
         self.kinds: dict[str, str] = {}  # by fqn of a module: `linear`, `turned` or `other`
         self.uses = Uses({id(p): fqn for fqn, p in model.named_parameters() if p.ndim == 3})
-        training = model.training
+        training, before = model.training, {name: p._version for name, p in model.named_parameters()}
         for mode in (True, False):
             self.called.append(set())
             with self._watching(model.train(mode)), torch.random.fork_rng([]), torch.no_grad(), self.uses:
                 ids = torch.arange(TOKENS, device=next(model.parameters()).device).unsqueeze(0)
                 model(input_ids=ids, use_cache=False)
         model.train(training)
+        written = [name for name, p in model.named_parameters() if p._version != before[name]]
+        if written:
+            raise UserError(
+                f"{type(model).__name__}: its forward pass writes into its weights ({role(written[0])}), so quantized "
+                f"layers cannot stand in for them"
+            )
 
     @contextmanager
     def _watching(self, model: nn.Module) -> Iterator[None]:

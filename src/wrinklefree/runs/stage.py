@@ -264,6 +264,7 @@ def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel
     results.original_linear_bytes = 2 * report.num_quantized
     results.packed_bytes, results.packed_linear_bytes = report.file_bytes, report.linear_bytes
     results.bits_per_quantized_weight = report.bits_per_quantized_weight
+    results.quantized_share = report.coverage.share
     results.bits_per_weight = report.bits_per_weight
     for name, model in (("full_precision", original), ("packed", packed)):
         results.tokens_per_second[name] = decoding_speed(model, tokenizer)

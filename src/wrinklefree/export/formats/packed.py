@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
-from wrinklefree.core.method import QuantLinear, QuantMethod, quant_layers
+from wrinklefree.core.method import Coverage, QuantLinear, QuantMethod, coverage, quant_layers
 from wrinklefree.core.stack import Stack, open_stacks
 from wrinklefree.export import bundle
 from wrinklefree.export.card import card
@@ -80,6 +80,7 @@ class PackedReport:
     file_bytes: int  # all safetensors files, headers included
     linear_bytes: int  # codes, scales and tables of the quantized layers
     certificate: Certificate
+    coverage: Coverage  # of the blocks' weights: how many are quantized
     rounding: Agreement | None  # the cost of rounding scales, embedding and head, if anything was rounded
 
     @property
@@ -100,6 +101,7 @@ class PackedReport:
             ["weights file", short_size(self.file_bytes)],
             ["quantized layers", short_size(self.linear_bytes)],
             ["bits per quantized weight", f"{self.bits_per_quantized_weight:.3f}"],
+            ["of the blocks' weights, quantized", f"{self.coverage.share:.1%}"],
             ["bits per weight, whole model", f"{self.bits_per_weight:.3f}"],
             ["layers with identical codes", f"{proof.layers} of {proof.layers}"],
             ["KL(trained, packed), nats", f"{proof.kl_mean:.1e}"],
@@ -113,6 +115,7 @@ class PackedReport:
             ["weights file", f"{self.file_bytes:,} bytes"],
             ["quantized layers in it", f"{self.linear_bytes:,} bytes"],
             ["bits per quantized weight, scales counted", f"{self.bits_per_quantized_weight:.4f}"],
+            ["of the blocks' weights, quantized", f"{self.coverage.share:.2%}"],
             ["bits per weight, whole model", f"{self.bits_per_weight:.4f}"],
             ["parameters", f"{self.num_parameters:,}"],
             ["of these quantized", f"{self.num_quantized:,}"],
@@ -202,7 +205,7 @@ def _write_proved(
     with exactly(back):
         cost = compare(model, back, batches) if rounding.words else None
     _prove_loader(folder, back, batches)
-    report = _report(packed, folder, certificate, cost)
+    report = _report(packed, folder, certificate, coverage(model), cost)
     parts = [card, USAGE.format(name=name), f"## Size\n\n{report.markdown()}\n"]
     parts.append(f"## Certificate\n\n{certificate.markdown()}\n")
     parts += [] if cost is None else [described(rounding.words, cost)]
@@ -250,7 +253,9 @@ def _prove_loader(folder: Path, back: PreTrainedModel, batches: list[Mapping[str
         loader.prove(folder, ids, logits_of(back, {"input_ids": ids}))
 
 
-def _report(packed: PreTrainedModel, folder: Path, certificate: Certificate, cost: Agreement | None) -> PackedReport:
+def _report(
+    packed: PreTrainedModel, folder: Path, certificate: Certificate, covered: Coverage, cost: Agreement | None
+) -> PackedReport:
     found, layers = packed_layers(packed), trained_layers(packed).values()
     num_quantized = sum(layer.out_features * layer.in_features for layer in layers)
     num_packed = sum(layer.out_features * layer.in_features for layer in found.values())
@@ -260,6 +265,7 @@ def _report(packed: PreTrainedModel, folder: Path, certificate: Certificate, cos
         file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         linear_bytes=sum(buffer.nbytes for layer in layers for buffer in layer.buffers()),
         certificate=certificate,
+        coverage=covered,
         rounding=cost,
     )
 
