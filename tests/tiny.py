@@ -96,8 +96,9 @@ FAMILIES: dict[str, dict[str, Any]] = RENAMED | {
 def family(model_type: str, **values: Any) -> PreTrainedModel:
     """A tiny random model of another family, hidden 64, two layers."""
     torch.manual_seed(0)
-    more = {"vocab_size": VOCAB, "max_position_embeddings": 64} | FAMILIES[model_type] | values
-    config = AutoConfig.for_model(model_type, **SIZES, **more, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    more = {"vocab_size": VOCAB, "max_position_embeddings": 64} | FAMILIES.get(model_type, {}) | values
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(model_type, **SIZES | ids | more)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     return model
 

@@ -14,7 +14,7 @@ from qat_lora.files import Opened
 from wrinklefree.config.compose import load_config, read_config
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import quant_layers
+from wrinklefree.core.method import coverage, quant_layers
 from wrinklefree.generate import generate
 from wrinklefree.methods.anemll import Config, LutLinear, factored
 from wrinklefree.models.find import model_folder
@@ -124,6 +124,7 @@ def _convert(opened: Opened, config: Config, output: Path, model_id: str, cache:
     kl = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean().item()
     losses.append(_kd_loss(opened, cache))
     rows = [["bits per quantized weight", f"{size:.3f}", f"{_bits(opened):.3f}"]]
+    rows += [["of the blocks' weights, quantized", "", f"{coverage(opened.model).share:.1%}"]]
     rows += [["held-out KD loss", *losses]] if cache is not None else []
     rows += [["largest difference of a logit", "", f"{(after - before).abs().max().item():.2e}"]]
     rows += [["KL(before, after), random tokens", "", f"{kl:.2e}"]]
@@ -233,7 +234,10 @@ def inference(
     _check_sizes(opened, sizes, checkpoint)
     if version not in (None, _method(opened).view):
         raise UserError(f"--version {version}: {checkpoint} is {_method(opened).view}; leave it out")
-    print(f"{checkpoint}: {_method(opened).view}, {_bits(opened):.2f} bits per quantized weight")
+    print(
+        f"{checkpoint}: {_method(opened).view}, {_bits(opened):.2f} bits per quantized weight; "
+        f"{coverage(opened.model).words}"
+    )
     model, tokenizer = opened.model, opened.tokenizer
     more: dict[str, Any] = {"repetition_penalty": repetition_penalty, "thinking": thinking}
     if interactive:

@@ -90,7 +90,8 @@ def summary(finished: list[Config], table: list[list[str]]) -> None:
         figures = report.read_figures(Path(config.output_dir) / report.RESULTS)
         kl = [f"{figures[state]['kl']:.4f}" for state in ("one_shot", "trained")]
         bits = f"{figures['bits_per_quantized_weight']:.3f}"
-        rows.append([config.training.stage, f"{figures['trained']['ppl']:.2f}", *kl, bits])
-    print_table(["step", "held-out perplexity", "KL before", "KL after", "bits"], rows)
+        share = f"{figures['quantized_share']:.1%}" if "quantized_share" in figures else ""  # not in those of 0.1
+        rows.append([config.training.stage, f"{figures['trained']['ppl']:.2f}", *kl, bits, share])
+    print_table(["step", "held-out perplexity", "KL before", "KL after", "bits", "of the blocks"], rows)
     print()
     print_table(["", "for ANEMLL"], table)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -38,7 +37,7 @@ from wrinklefree.data.tokenizer import tokenizer_fingerprint
 from wrinklefree.distributed.world import join_world, leave_world
 from wrinklefree.models.find import resolve_pretrained
 from wrinklefree.models.load import load_pretrained, open_tokenizer
-from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.language_model import SplitModel
 from wrinklefree.objectives.losses import CHUNK, NEVER
 from wrinklefree.runs import prerequisites, self_text
 from wrinklefree.tracking.progress import Bar, Clock, Lines
@@ -197,7 +196,7 @@ class Teacher:
     """Runs the teacher on shards of sequences, and shows the progress."""
 
     def __init__(self, model: Any, manifest: Manifest, batch_size: int, dtype: torch.dtype) -> None:
-        self.decoder, self.manifest, self.batch_size, self.dtype = BodyAndHead(model), manifest, batch_size, dtype
+        self.decoder, self.manifest, self.batch_size, self.dtype = SplitModel(model), manifest, batch_size, dtype
         total, done = manifest.num_train + manifest.num_heldout, manifest.count("train") + manifest.count("heldout")
         self.progress = Bar(total, done) if sys.stdout.isatty() else Lines(total, "sequence")
         self.clock, self.device = Clock(total, done), model.device
@@ -216,9 +215,9 @@ class Teacher:
         """The predictions for sequences [n, L]: tensors [n, L - 1, ...]."""
         batch = {name: tensor.to(self.device) for name, tensor in batch_of(rows).items()}
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            states, head = self.decoder.project(self.decoder.states(batch)[:, :-1].flatten(0, 1))
-        head = head.to(states.dtype)
-        answers = [self._answer(F.linear(part, head).float(), draw) for part in states.split(CHUNK)]
+            states, head = self.decoder.output(self.decoder.states(batch)[:, :-1].flatten(0, 1))
+            leaves = head.leaves(states.dtype)
+            answers = [self._answer(head.logits(part, leaves).float(), draw) for part in states.split(CHUNK)]
         num, places = len(rows["input_ids"]), self.manifest.length - 1
         self.done += num
         self.progress.show(self.done, f"ETA {self.clock.remaining(self.done)}")

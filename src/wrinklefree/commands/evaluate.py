@@ -10,6 +10,7 @@ from wrinklefree.core.batch import IGNORE, Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.open import file_batches, heldout_batches
 from wrinklefree.evaluate.perplexity import measure
+from wrinklefree.families.architectures import positions
 from wrinklefree.generate.open import open_model
 from wrinklefree.tracking.terminal import print_table
 
@@ -82,11 +83,11 @@ def _scored_bytes(tokenizer: Any, batches: list[Batch]) -> int:
 
 def _choose_context(model: Any, context: int | None) -> int:
     """The window length. Raises UserError if `context` is longer than the model's."""
-    positions: int | None = model.config.to_dict().get("max_position_embeddings")
+    most = positions(model.config)
     if context is None:
-        return min(_DEFAULT_CONTEXT, positions or _DEFAULT_CONTEXT)
-    if positions is not None and context > positions:
-        raise UserError(f"--context {context}: the model has {positions} positions")
+        return min(_DEFAULT_CONTEXT, most or _DEFAULT_CONTEXT)
+    if most is not None and context > most:
+        raise UserError(f"--context {context}: the model has {most} positions")
     return context
 
 

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from wrinklefree.config.base import LARGEST
 from wrinklefree.config.compose import read_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
@@ -14,8 +15,10 @@ from wrinklefree.data.open import heldout_batches
 from wrinklefree.export.card import card
 from wrinklefree.export.flags import check_package, formats, module_name, options
 from wrinklefree.export.proof.certify import CERTIFY_TOKENS
+from wrinklefree.families.architectures import positions
 from wrinklefree.models.find import model_folder
 from wrinklefree.models.load import load_model
+from wrinklefree.runs.setup import resolved_length
 from wrinklefree.tracking.terminal import markdown_table, print_table
 from wrinklefree.training import checkpoint
 
@@ -38,7 +41,7 @@ def run(
     if target.exists() and not force:  # checked first, because loading a large model takes minutes
         raise UserError(f"{target}: exists already; choose another with --out or give --force to replace it")
     model, tokenizer = load_model(folder, trust_remote_code=trust_remote_code)
-    length = min(config.training.max_seq_length, model.config.max_position_embeddings)
+    length = min(resolved_length(config), positions(model.config) or LARGEST)
     batches = heldout_batches(config.data, tokenizer, batch_size=1, length=length, max_tokens=CERTIFY_TOKENS)
     module = vars(find_module(EXPORT_FORMATS, module_name(known[format])))
     if "from_run" in module:

@@ -79,6 +79,8 @@ class DataConfig(Node):
     heldout_split: str | None = None  # hub: a split; without it, the first documents are held out
     shuffle_buffer: Positive = 2048  # documents shuffled together
     document_mask: bool = True  # packed documents do not attend to each other
+    # Of documents in a row; auto: packed, if the model keeps them apart (or need not), else one_document.
+    rows: Literal["packed", "one_document"] | Auto = "auto"
     bad_rows: Literal["error", "skip"] = "error"  # a row that cannot be read ends the run, or is left out and counted
     allow_changes: bool = False  # resume although the data is not what the checkpoint was trained on
     max_passes: PositiveFloat = 4  # over the text; a number of tokens that needs more is refused

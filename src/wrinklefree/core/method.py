@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from wrinklefree.core import fused, surgery
+from wrinklefree.core import fused, products
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.effective import EffectiveWeight, MasterWeight
 from wrinklefree.core.errors import UserError
@@ -24,9 +24,12 @@ from wrinklefree.core.inputs import compute_dtype
 from wrinklefree.core.norm import RMSNorm
 from wrinklefree.core.ste import straight_through
 from wrinklefree.core.stored import is_stored, widened
+from wrinklefree.core.turned import TurnedLinear, store_turned
 
 log = logging.getLogger("wrinklefree")
 
+
+LEAST_SHARE = 0.9  # of the blocks' weights: with less, a model is hardly a quantized one
 
 Batches = Iterable[Mapping[str, Tensor]]
 Tensors = dict[str, Tensor]  # scales and tables by name, as `Codes.tensors` holds them
@@ -50,6 +53,8 @@ class QuantLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight = linear.weight
         self.weight.data = self.weight.data.float()
+        if isinstance(linear, TurnedLinear):
+            store_turned(self)
         self.bias = linear.bias
         self.config, self.fits = config, fits
         self.effective = EffectiveWeight()
@@ -143,6 +148,7 @@ class QuantMethod:
 
     name: str
     exclude_names: list[str] = field(default_factory=lambda: ["embed_tokens", "lm_head"])
+    allow_partial: bool = False  # train a model although less than 90 % of its blocks' weights can be quantized
 
     @property
     def weight_bits(self) -> float | None:
@@ -163,31 +169,74 @@ class QuantMethod:
         return False
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
-        """Swap every linear layer that `exclude_names` does not match. Warn about weights that are not converted.
+        """Swap every layer that multiplies with a weight and that `exclude_names` does not match.
+
+        Say which weights stay as they are, and how much of the blocks' weights is quantized.
 
         `batches` (input_ids [B, L], perhaps position_ids) is a small set to calibrate on. `initialize=False` means that
         trained weights are loaded next, so a method may skip slow fits that would be overwritten.
         Returns `model`, changed in place. A method may instead return a new model that took over the weights.
         Raises UserError if there is no linear layer to quantize.
         """
-        sites = list(surgery.linears(model, self.exclude_names))
-        kept = surgery.unconvertible(model, self.exclude_names)
-        if kept:
-            log.warning("kept in full precision, not linear layers: %s", ", ".join(kept))
+        sites = self.sites(model)
         if not sites and not quant_layers(model):
             raise UserError(
                 f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)"
             )
-        for fqn, linear in sites:
+        for fqn, linear in sites.items():
             with widened(linear.weight):
                 layer = self.layer(linear, self.config_for(fqn), initialize)
             # Of layers whose weights stay in a file, the effective weights would be the whole model in memory.
             layer.effective.cached = not is_stored(linear)
             model.set_submodule(fqn, layer)
+        left = products.uncovered(model, self.exclude_names, quant_layers(model).values())
+        if left and sites:
+            log.warning("%s; in full precision: %s", coverage(model).words, products.short(left))
         return model
+
+    def sites(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The layers to quantize by fqn. Layers of other classes that multiply alike become linear ones, in place."""
+        return products.open_products(model, self.exclude_names)
+
+    def check_coverage(self, model: nn.Module) -> None:
+        """Raises UserError if too little of a prepared model is quantized, unless `allow_partial` is set.
+
+        What `exclude_names` names does not count: somebody has chosen that.
+        """
+        found = coverage(model)
+        left = products.uncovered(model, self.exclude_names, quant_layers(model).values())
+        if self.allow_partial or found.quantized >= LEAST_SHARE * (found.quantized + sum(left.values())):
+            return
+        raise UserError(
+            f"{type(model).__name__}: {found.words} (in full precision: {products.short(left)}): the file would stay "
+            f"large; method.allow_partial=true trains it all the same"
+        )
 
     def on_step(self, model: nn.Module, step: int) -> None:
         """Update schedules that live inside the model. Training calls it before optimizer step `step` (from 0)."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many weights of a model's blocks are quantized, of how many."""
+
+    quantized: int
+    weights: int
+
+    @property
+    def share(self) -> float:
+        return self.quantized / max(1, self.weights)
+
+    @property
+    def words(self) -> str:
+        return f"{100 * self.share:.3g} % of the blocks' weights are quantized"
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """How much of a prepared model's blocks is quantized. Embeddings and the output head do not count."""
+    known = {id(layer.weight) for layer in quant_layers(model).values()}
+    sizes = {id(p): p.numel() for p in products.blocks(model).values()}
+    return Coverage(sum(size for key, size in sizes.items() if key in known), sum(sizes.values()))
 
 
 def num_groups(columns: int, size: int, kind: str = "columns") -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.turned import TurnedLinear
 
 
 def matches(fqn: str, patterns: Iterable[str]) -> bool:
@@ -22,34 +23,19 @@ def matches(fqn: str, patterns: Iterable[str]) -> bool:
 
 
 def linears(model: nn.Module, exclude: Iterable[str]) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield (fqn, module) for every `nn.Linear` that no pattern matches. Subclasses of `nn.Linear` are skipped."""
+    """Yield (fqn, module) for every `nn.Linear` that no pattern matches. Subclasses are skipped, but `TurnedLinear`."""
     patterns = list(exclude)
     for fqn, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not matches(fqn, patterns):
+        if type(module) in (nn.Linear, TurnedLinear) and not matches(fqn, patterns):
             yield fqn, module
 
 
-def unconvertible(model: nn.Module, exclude: Iterable[str]) -> list[str]:
-    """Names of weights with two or more dimensions that are in neither an `nn.Linear` nor an embedding.
-
-    Examples are fused 3-D experts and GPT-2's transposed `Conv1D`. No method converts them, so a method warns that
-    they stay in full precision.
-    """
-    patterns = list(exclude)
-    return [
-        f"{fqn}.{name}"
-        for fqn, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim >= 2 and not isinstance(module, (nn.Linear, nn.Embedding)) and not matches(fqn, patterns)
-    ]
-
-
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model, first to last: its longest `nn.ModuleList`.
+    """The decoder layers of a causal language model, first to last: its longest `nn.ModuleList`, but experts.
 
     Raises UserError if the model has no `nn.ModuleList`.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in model.modules() if type(module) is nn.ModuleList]
     if not lists:
         raise UserError(f"{type(model).__name__}: has no list of decoder layers")
     return max(lists, key=len)

@@ -4,12 +4,13 @@ A batch holds `input_ids`, `labels` and `position_ids`, each int64 [batch, lengt
 `attention_mask`, and with `use_cache=False`: `packing.make_batch` says why.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from wrinklefree.config.schema import DataConfig
@@ -21,7 +22,7 @@ from wrinklefree.data import chat, sources, stdlib, stdlib_kind, tasks
 from wrinklefree.data.hub import load_hub
 from wrinklefree.data.identity import Identity, files_identity, folder_identity
 from wrinklefree.data.local_files import find_files
-from wrinklefree.data.packing import BatchStream, encode, make_batch, pack, pack_whole, spread
+from wrinklefree.data.packing import BatchStream, encode, make_batch, pack, pack_alone, pack_whole, shorten, spread
 from wrinklefree.data.sources import Document, Example, GoodRows, Source, Split
 from wrinklefree.data.tokenizer import tokenizer_fingerprint
 
@@ -79,6 +80,7 @@ def training_stream(
         shuffle_buffer=config.shuffle_buffer,
         document_mask=config.document_mask,
         pad=tokenizer.eos_token_id if config.source == "downstream" else None,
+        alone=tokenizer.eos_token_id if config.rows == "one_document" else None,
     )
 
 
@@ -100,8 +102,15 @@ def heldout_batches(
     texts = list(islice(source.documents(None), first))
     if not texts:
         raise UserError(f"{source.name}: no text to evaluate on{source.hint}")
-    whole = config.source == "downstream"
-    return _batches(texts, tokenizer, batch_size, length, max_tokens, config.document_mask, whole)
+    fill = pack_whole if config.source == "downstream" else pack
+    if config.rows == "one_document":
+        fill = _each_shortened if config.source == "downstream" else pack_alone
+    alone = config.rows == "one_document"
+    return _batches(texts, tokenizer, batch_size, length, max_tokens, config.document_mask, fill, alone)
+
+
+def _each_shortened(documents: Iterable[Tensor], length: int, pad: int) -> Tensor:
+    return pack_alone((shorten(document, length) for document in documents), length, pad)
 
 
 def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -141,12 +150,12 @@ def _batches(
     length: int,
     max_tokens: int | None,
     document_mask: bool,
-    whole: bool = False,
+    fill: Callable[[Iterable[Tensor], int, int], Tensor] = pack,
+    alone: bool = False,
 ) -> list[Batch]:
-    fill = pack_whole if whole else pack
-    blocks = fill(encode(tokenizer, texts), length, pad=tokenizer.eos_token_id)
+    blocks = fill(encode(tokenizer, texts), length, tokenizer.eos_token_id)
     kept = spread(blocks, max_tokens)
-    return [make_batch(kept[i : i + batch_size], document_mask) for i in range(0, len(kept), batch_size)]
+    return [make_batch(kept[i : i + batch_size], document_mask, alone) for i in range(0, len(kept), batch_size)]
 
 
 class _Rows(NamedTuple):

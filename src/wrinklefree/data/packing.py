@@ -78,11 +78,12 @@ def padding(length: int, pad: int) -> Tensor:
     return torch.tensor([[pad], [1], [0]]).expand(3, length)
 
 
-def make_batch(blocks: Tensor, document_mask: bool = True) -> Batch:
+def make_batch(blocks: Tensor, document_mask: bool = True, alone: bool = False) -> Batch:
     """Return blocks [batch, 3, length] as a model's arguments, each int64 [batch, length].
 
     Labels are token ids, not shifted, and -100 for tokens that are not learned.
     Without `document_mask`, positions run through the block, and a document attends to the ones before it.
+    With `alone`, each block has one document. Its positions are called `places`, and no model gets them.
     """
     ids, starts, learned = blocks.unbind(dim=1)
     # Positions restart at each document, and from them transformers derives the block-diagonal mask. It does so only if
@@ -94,7 +95,7 @@ def make_batch(blocks: Tensor, document_mask: bool = True) -> Batch:
     return {
         "input_ids": ids.contiguous(),
         "labels": ids.masked_fill(learned == 0, IGNORE),
-        "position_ids": positions.contiguous(),
+        "places" if alone else "position_ids": positions.contiguous(),
     }
 
 
@@ -109,6 +110,12 @@ def pack(documents: Iterable[Tensor], length: int, pad: int) -> Tensor:
         joined = torch.cat([joined, padding(missing, pad)], dim=1)
     num_blocks = joined.shape[1] // length
     return joined[:, : num_blocks * length].reshape(3, num_blocks, length).transpose(0, 1)
+
+
+def pack_alone(documents: Iterable[Tensor], length: int, pad: int) -> Tensor:
+    """Put documents [3, n] into blocks [num_blocks, 3, length], one in each. Long ones are cut; `pad` fills blocks."""
+    pieces = [piece for document in documents for piece in document.split(length, dim=1)]
+    return torch.stack([_filled([piece], length, pad) for piece in pieces])
 
 
 def pack_whole(documents: Iterable[Tensor], length: int, pad: int) -> Tensor:
@@ -173,14 +180,16 @@ class BatchStream(Iterator[Batch]):
         shuffle_buffer: int,
         document_mask: bool,
         pad: int | None = None,
+        alone: int | None = None,
     ):
         """`identity` says what the source reads; a position under another is refused, unless `allow_changes`.
 
-        `pad` is the token that fills blocks, if documents must not be cut. With None they are cut.
+        `pad` is the token that fills blocks, if documents must not be cut. With None they are cut. `alone` is the token
+        that fills blocks of one document each; with None, a block may have several.
         """
         self._source, self._encode = source, encode
         self._batch_size, self._length, self._document_mask, self._pad = batch_size, length, document_mask, pad
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._alone = rank, world_size, alone
         self._data, self._allow_changes = {**identity, **source.facts}, allow_changes
         self._order: dict[str, Any] = {"seed": seed, "shuffle_buffer": shuffle_buffer}
         self._epoch = self._chunk = self._document = self._offset = 0
@@ -213,7 +222,8 @@ class BatchStream(Iterator[Batch]):
             self._go_to(before)
             raise
         first = self._rank * self._batch_size
-        return make_batch(torch.stack(blocks[first : first + self._batch_size]), self._document_mask)
+        rows = torch.stack(blocks[first : first + self._batch_size])
+        return make_batch(rows, self._document_mask, self._alone is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the exact position in plain values. It is the same in every process."""
@@ -268,7 +278,15 @@ class BatchStream(Iterator[Batch]):
 
     def _block(self) -> Tensor:
         """Return the next block [3, length]."""
+        if self._alone is not None:
+            return self._alone_block(self._alone)
         return self._cut_block() if self._pad is None else self._whole_block(self._pad)
+
+    def _alone_block(self, pad: int) -> Tensor:
+        document, begin = self._current(), self._offset
+        piece = document[:, begin : begin + self._length] if self._pad is None else shorten(document, self._length)
+        self._offset = begin + piece.shape[1] if self._pad is None else document.shape[1]
+        return _filled([piece], self._length, pad)
 
     def _cut_block(self) -> Tensor:
         parts: list[Tensor] = []

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.packing import encode, shorten
 from wrinklefree.data.sources import Example
-from wrinklefree.objectives.language_model import BodyAndHead
+from wrinklefree.objectives.language_model import SplitModel
 
 Z = 1.959964  # the normal distribution's 97.5 % quantile, for a 95 % interval
 
@@ -68,13 +67,13 @@ def measure_accuracy(
         raise UserError("no accuracy without held-out examples that have a fixed set of answers")
     answered = [e._replace(answer=choice) for e in examples for choice in e.choices]
     documents = [shorten(d, length)[:, :-1] for d in encode(tokenizer, answered)]  # without end-of-sequence
-    scores = log_likelihoods(BodyAndHead(model), documents, batch_size, model.device)
+    scores = log_likelihoods(SplitModel(model), documents, batch_size, model.device)
     by_example = scores.split([len(e.choices) for e in examples])
     correct = sum(e.choices[int(s.argmax())] == e.answer for e, s in zip(examples, by_example, strict=True))
     return Accuracy(correct, len(examples))
 
 
-def log_likelihoods(decoder: BodyAndHead, documents: list[Tensor], batch_size: int, device: torch.device) -> Tensor:
+def log_likelihoods(decoder: SplitModel, documents: list[Tensor], batch_size: int, device: torch.device) -> Tensor:
     """Return for each document [3, n] the log-probability of its learned tokens, given the tokens before: fp32 [N]."""
     # No token sees the last one. So documents that differ in it alone, such as choices of one word, share a row.
     rows: dict[tuple[int, ...], list[int]] = {}
@@ -91,8 +90,8 @@ def log_likelihoods(decoder: BodyAndHead, documents: list[Tensor], batch_size: i
             for column in documents[number][2].nonzero()
         ]
         number, row, column, token = torch.tensor(scored, device=device).T
-        operand, head = decoder.project(states[row, column])
-        logits = F.linear(operand, head.to(operand.dtype)).float()
+        operand, head = decoder.output(states[row, column])
+        logits = head.logits(operand, head.leaves(operand.dtype)).float()
         scores.index_add_(0, number, logits.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1))
     return scores.cpu()
 

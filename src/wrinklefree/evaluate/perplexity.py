@@ -16,7 +16,7 @@ from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core.batch import Batch, labelled
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.sharding import whole_layers
-from wrinklefree.objectives.language_model import BodyAndHead, vocabulary_losses
+from wrinklefree.objectives.language_model import SplitModel, vocabulary_losses
 
 LARGEST_EXPONENT = math.log(sys.float_info.max)
 
@@ -48,7 +48,7 @@ def measure(
     `words` of the tokenizer are what the KL is over if the two heads are padded to different sizes.
     Raises UserError if there is no token to score.
     """
-    student, teacher = BodyAndHead(model), None if reference is None else BodyAndHead(reference)
+    student, teacher = SplitModel(model), None if reference is None else SplitModel(reference)
     config = DistillationConfig(name="logits", weight=1.0)
     tokens, sums = 0, torch.zeros(3, dtype=torch.float64)
     for batch in batches:

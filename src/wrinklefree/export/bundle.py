@@ -53,7 +53,7 @@ METHODS = {{
 class Quantizer(WrinkleFreeQuantizer):
     def method_of(self, settings, fqn):
         return METHODS[settings["name"]](settings, fqn)
-
+{stacks}
 
 class {model}(transformers.{model}):
     @classmethod
@@ -63,16 +63,32 @@ class {model}(transformers.{model}):
 """
 
 
-def files(methods: Iterable[QuantMethod], model: str) -> dict[str, str]:
-    """Return the loader's files as {name: text}; `model` is a class of transformers such as `LlamaForCausalLM`."""
+STACKS = "wrinklefree.core.stack"
+OPENED = """
+    def open_stacks(self, model, stacks):
+        open_stacks(model, stacks)
+"""
+
+
+def files(methods: Iterable[QuantMethod], model: str, experts: bool = False) -> dict[str, str]:
+    """Return the loader's files as {name: text}; `model` is a class of transformers such as `LlamaForCausalLM`.
+
+    `experts` says whether it has stacks of experts.
+    """
     parts = {method.name: part_of(type(method).__module__) for method in methods}
-    modules = [module for module in _closure([QUANTIZER, *parts.values()]) if module != QUANTIZER]
+    modules = [
+        module
+        for module in _closure([QUANTIZER, *parts.values(), *([STACKS] if experts else [])])
+        if module != QUANTIZER
+    ]
     texts = {f"{_flat(m)}.py": f"# Copy of {m}\n{_relative(_source(m))}" for m in modules}
     if any(_checker_imports(_source(m)) for m in modules):
         texts[f"{_flat(CHECKER)}.py"] = CHECKER_STUB
+    imported = [f"from .{_flat(STACKS)} import open_stacks"] if experts else []
     entry = LOADER.format(
         quantizer=_relative(_source(QUANTIZER)),
-        imports="\n".join(_import(name, part) for name, part in parts.items()),
+        imports="\n".join([*(_import(name, part) for name, part in parts.items()), *imported]),
+        stacks=OPENED if experts else "",
         methods="\n".join(f'    "{name}": {_maker(name, part)},' for name, part in parts.items()),
         model=model,
     )
@@ -184,7 +200,7 @@ def _flat(module: str) -> str:
     return "wf_" + module.removeprefix(f"{PACKAGE}.").replace(".", "_")
 
 
-def write_loader(folder: Path, methods: Iterable[QuantMethod], model: str) -> None:
+def write_loader(folder: Path, methods: Iterable[QuantMethod], model: str, experts: bool = False) -> None:
     """Write the loader's files into `folder`; `model` is a class of transformers such as `LlamaForCausalLM`."""
-    for name, text in files(methods, model).items():
+    for name, text in files(methods, model, experts).items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 
 @dataclass(frozen=True)
 class Family:
@@ -50,8 +52,18 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 # A layer whose input BitNet normalizes, and the name of that norm beside it.
 SUB_NORMS = {"o_proj": "attn_sub_norm", "down_proj": "ffn_sub_norm"}
 
+POSITIONS = "max_position_embeddings"
+
 # Rotary tables that do not depend on the length of the text.
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has, by its config; None if it states none, as of Mamba, BLOOM and MPT."""
+    text = config.get_text_config()
+    # Some configs have another name for it, and say so: GPT-2's is `n_positions`.
+    number: int | None = text.to_dict().get(text.attribute_map.get(POSITIONS, POSITIONS))
+    return number or None
 
 
 def head_dim(config: Mapping[str, Any]) -> int:

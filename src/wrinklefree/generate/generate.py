@@ -17,6 +17,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.data.template import as_chat
 from wrinklefree.engine.engine import Engine
 from wrinklefree.engine.sampling import Sampling
+from wrinklefree.families.architectures import positions
 from wrinklefree.generate.text import TextStream
 
 Message = dict[str, str]
@@ -283,7 +284,7 @@ def context_of(model: Any) -> int:
     """The number of tokens in the model's context; 2^31, so no limit, if the model states none."""
     if isinstance(model, Engine):
         return model.context
-    return int(model.config.to_dict().get("max_position_embeddings") or 2**31)
+    return positions(model.config) or 2**31
 
 
 def _room(model: Any, used: int) -> int:

@@ -14,6 +14,7 @@ from wrinklefree.config.compose import load_config, options
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import join_world
 from wrinklefree.engine.engine import Engine, supports
+from wrinklefree.families.architectures import positions
 from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import model_folder, resolve_pretrained
 from wrinklefree.models.load import Loaded, checkpoint_config, load_model, open_config, open_tokenizer
@@ -73,7 +74,7 @@ def open_engine(
 
 def _within(folder: Path, context: int | None) -> int | None:
     """`context`, but no more than the model's context. None means the model's context."""
-    return context and min(context, int(open_config(str(folder)).max_position_embeddings))
+    return context and min(context, positions(open_config(str(folder))) or context)
 
 
 def _why_not_native(folder: Path, choice: EngineName, trust_remote_code: bool) -> str | None:

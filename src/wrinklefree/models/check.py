@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json
@@ -210,6 +211,8 @@ def check_shapes(contents: Contents, skeleton: PreTrainedModel) -> None:
     """
     wanted = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
     if contents.packed is not None:
+        turned = {f"{fqn}.weight" for fqn, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+        wanted = {name: shape[::-1] if name in turned else shape for name, shape in wanted.items()}  # as [out, in]
         wanted = _without_packed(contents.folder, contents.packed, wanted)
     for name in sorted(wanted.keys() & contents.header.keys()):
         stored = contents.header[name]
@@ -231,9 +234,12 @@ def _without_packed(folder: Path, section: PackedSection, wanted: dict[str, list
 
     Raises UserError if a packed layer has another shape than in the model, or is not in it.
     """
+    for fqn, number in section.stacks.items():
+        if wanted.get(fqn, [])[:1] != [number]:
+            raise UserError(f"{folder}: {fqn} has {number} experts, config.json says {wanted.get(fqn)}")
     for fqn in section.layers:
         shape = wanted.get(f"{fqn}.weight")
         if shape not in (None, list(section.spec(fqn)[0].shape)):
             raise UserError(f"{folder}: {fqn} is packed as {section.spec(fqn)[0].shape}, config.json says {shape}")
-    packed = {f"{fqn}.weight" for fqn in (*section.layers, *section.tied)}
+    packed = {f"{fqn}.weight" for fqn in (*section.layers, *section.tied)} | section.stacks.keys()
     return {name: shape for name, shape in wanted.items() if name not in packed}

@@ -3,27 +3,25 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import DistillationConfig
 from wrinklefree.core.batch import Batch, model_inputs
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import OBJECTIVES, find_named
-from wrinklefree.core.inputs import compute_dtype
-from wrinklefree.core.numbers import first_not_numbers
 from wrinklefree.objectives.base import Objective, Shares
-from wrinklefree.objectives.losses import TokenLosses, shifted, token_losses
+from wrinklefree.objectives.formula import project, split
+from wrinklefree.objectives.losses import Head, Product, TokenLosses, shifted, token_losses
 
 
-class BodyAndHead:
+class SplitModel:
     """A causal LM split into body and head, so that a loss never needs the logits of all tokens at once."""
 
     def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
-        """Raises UserError if the logits are not simply the head's product with the last hidden state."""
-        self.head: Any = model.get_output_embeddings()  # nn.Linear, QuantLinear or PackedLinear
-        self.body = model.base_model
-        _check_head(model, self)
+        """Raises UserError if the logits do not follow from the last hidden states, or are no numbers."""
+        self.product, self.formula = split(model)
+        self.body: Any = self.formula.body
         if compiled:
             self.body = torch.compile(self.body)
 
@@ -32,32 +30,34 @@ class BodyAndHead:
         hidden: Tensor = self.body(**model_inputs(batch), use_cache=False).last_hidden_state
         return hidden
 
+    def output(self, states: Tensor) -> tuple[Tensor, Head]:
+        """Return states [N, D] as the head sees them, and the head."""
+        if self.product is None:
+            return states, self.formula
+        operand, weight = project(self.product, states)
+        return operand, Product(weight)
+
+
+class BodyAndHead(SplitModel):
+    """A split model whose logits are one product. Its weight has to be known to those who work with states alone."""
+
+    def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
+        """Raises UserError if the logits are not simply the head's product with the last hidden state."""
+        super().__init__(model, compiled)
+        if self.product is None:
+            raise UserError(
+                f"{type(model).__name__}: its logits are more than a product with the last hidden state (a bias, a "
+                f"scale, a cap), and thinkers work with such products alone"
+            )
+
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the operands of the last product: states [N, D] as the head sees them, and its weight [V, D]."""
-        dtype = compute_dtype(states)
-        if type(self.head) is nn.Linear:
-            return states.to(dtype), self.head.weight
-        return self.head.inputs(states).to(dtype), self.head.effective_weight(dtype)
-
-
-@torch.no_grad()
-def _check_head(model: PreTrainedModel, decoder: BodyAndHead) -> None:
-    if decoder.head is None or decoder.head.bias is not None:
-        raise UserError(f"{type(model).__name__}: not a causal language model with a plain output head")
-    # Try it on four tokens: no setting tells for all architectures whether they scale or cap their logits.
-    ids = torch.arange(4, device=model.device).unsqueeze(0) % model.config.vocab_size
-    states, head = decoder.project(decoder.states({"input_ids": ids}))
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    if not expected.isfinite().all():
-        name = first_not_numbers(model.state_dict().items()) or "its weights are finite, but its logits are not"
-        raise UserError(f"{type(model).__name__}: {name}: the files are damaged, or the training has diverged")
-    if not torch.allclose((states @ head.to(states.dtype).T).float(), expected, atol=1e-2, rtol=1e-2):
-        raise UserError(f"{type(model).__name__}: scales or caps its logits after the head, which is not supported yet")
+        return project(self.product, states)
 
 
 def vocabulary_losses(
-    student: BodyAndHead,
-    teacher: BodyAndHead | None,
+    student: SplitModel,
+    teacher: SplitModel | None,
     batch: Batch,
     config: DistillationConfig,
     words: int | None = None,
@@ -67,10 +67,9 @@ def vocabulary_losses(
     if teacher is not None:
         with torch.no_grad():
             hidden, _ = shifted(teacher.states(batch), batch["labels"])
-            states, head = teacher.project(hidden)
-            other = states, head.to(states.dtype)
+            other = teacher.output(hidden)
     hidden, targets = shifted(student.states(batch), batch["labels"])
-    states, head = student.project(hidden)
+    states, head = student.output(hidden)
     return token_losses(
         states,
         head,
@@ -96,9 +95,9 @@ class LanguageObjective(Objective):
         teacher: PreTrainedModel | None = None,
         compiled: bool = False,
     ) -> None:
-        """Raises UserError if the logits of a model are not simply its head's product with the last hidden state."""
-        self.student = BodyAndHead(student, compiled)
-        self.teacher = None if teacher is None else BodyAndHead(teacher, compiled)
+        """Raises UserError if the logits of a model do not follow from its last hidden states."""
+        self.student = SplitModel(student, compiled)
+        self.teacher = None if teacher is None else SplitModel(teacher, compiled)
         self.config, self.shares = config, Shares()
 
 

@@ -18,9 +18,9 @@ KL(R teacher || R student), a mean over tokens and heads. R is [L, L], so widths
 Hidden states: 2 - 2 cos(s, t).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +31,58 @@ from wrinklefree.core.batch import IGNORE
 CHUNK = 1024  # tokens whose logits exist at a time; at 150k words that is 0.3 GB in bf16
 
 # Logits that a CPU works on at a time, in fp32: its cache holds them and what is made of them. At 49k words a loss with
-# a teacher takes 0.43 of the time that it takes for a whole chunk (LOG.md).
+# a teacher takes half of the time that it takes for a whole chunk (LOG.md).
 CACHED = 3 * 2**20
 
 NEVER = -1e4  # the logit of an impossible word, at any temperature. Finite, because 0 x -inf is not 0
 
-Head = tuple[Tensor, Tensor]  # states [N, D], and the head [V, D] whose logits they have
-
 # From logits, their rows, and the teacher's logits if it has any: the sum of the losses, and sums of any named metrics.
 ChunkLoss = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Head(Protocol):
+    """What turns last hidden states into logits."""
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """What the logits depend on; those that are trained get gradients."""
+        ...
+
+    def __len__(self) -> int: ...  # words
+
+    def leaves(self, dtype: torch.dtype) -> list[Tensor]:
+        """The parameters as one batch uses them, for states in `dtype`."""
+        ...
+
+    def logits(self, states: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """The logits [N, V] of states [N, D]."""
+        ...
+
+
+class Product:
+    """A head that is one product with a weight [V, D]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        return (self.weight,)
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def leaves(self, dtype: torch.dtype) -> list[Tensor]:
+        # Cast once for all chunks. As a leaf, so that its gradient is summed in fp32 and not in `dtype`.
+        return [self.weight.detach().to(dtype).requires_grad_()]
+
+    def logits(self, states: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        return F.linear(states, leaves[0])
+
+
+def as_head(head: Head | Tensor) -> Head:
+    """A head; a tensor is the weight [V, D] of a product."""
+    return Product(head) if isinstance(head, Tensor) else head
 
 
 @dataclass(frozen=True)
@@ -62,26 +105,27 @@ def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def token_losses(
     states: Tensor,
-    head: Tensor,
+    head: Head | Tensor,
     targets: Tensor,
     *,
-    teacher: Head | None = None,
+    teacher: tuple[Tensor, Head | Tensor] | None = None,
     ce_weight: float = 1.0,
     kl_weight: float = 0.0,
     temperature: float = 1.0,
     tau_squared: bool = True,
     words: int | None = None,
 ) -> TokenLosses:
-    """Return `ce_weight` CE + `kl_weight` KL for states [N, D], a head [V, D] and targets [N].
+    """Return `ce_weight` CE + `kl_weight` KL for states [N, D], a head to V words and targets [N].
 
-    `teacher` is the teacher's (states [N, D'], head [V', D']); if it is None, there is no KL. If V and V' differ, one
-    tokenizer was padded to two sizes: the KL is over its `words`, by default over the rows that both have. If N is 0,
-    all is 0.
+    `teacher` is the teacher's (states [N, D'], head to V' words); if it is None, there is no KL. If V and V' differ,
+    one tokenizer was padded to two sizes: the KL is over its `words`, by default over the words that both have. If N is
+    0, all is 0.
     """
-    common = None
-    if teacher is not None and len(head) != len(teacher[1]):
-        common = min(len(head), len(teacher[1]), len(head) if words is None else words)
-        teacher = teacher[0], teacher[1][:common]
+    head, common = as_head(head), None
+    if teacher is not None:
+        teacher = teacher[0], as_head(teacher[1])
+        if len(head) != len(teacher[1]):
+            common = min(len(head), len(teacher[1]), len(head) if words is None else words)
 
     def chunk_loss(logits: Tensor, part: slice, other: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         q = F.log_softmax(logits, dim=-1)
@@ -89,6 +133,7 @@ def token_losses(
         if other is None:
             zero = ce.new_zeros(())
             return ce_weight * ce, {"ce": ce, "kl": zero, "same_top1": zero}
+        other = other[:, :common]
         if common is not None or temperature != 1:
             q = F.log_softmax(logits[:, :common] / temperature, dim=-1)
         p = F.log_softmax(other / temperature, dim=-1)
@@ -150,7 +195,7 @@ class CachedLosses:
 
 def cached_losses(
     states: Tensor,
-    head: Tensor,
+    head: Head | Tensor,
     targets: Tensor,
     teacher: CachedTeacher,
     *,
@@ -161,7 +206,7 @@ def cached_losses(
     hard_top1: float = 0.0,
     hard_full: float = 0.0,
 ) -> CachedLosses:
-    """Compare states [N, D] under a head [V, D] with labels [N] and a cached teacher."""
+    """Compare states [N, D] under a head to V words with labels [N] and a cached teacher."""
 
     def chunk_loss(logits: Tensor, part: slice, _: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         known = teacher.logits[part]
@@ -251,18 +296,31 @@ class Support(torch.autograd.Function):
 
 
 def head_loss(
-    states: Tensor, head: Tensor, chunk_loss: ChunkLoss, teacher: Head | None = None
+    states: Tensor, head: Head | Tensor, chunk_loss: ChunkLoss, teacher: tuple[Tensor, Head | Tensor] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Apply a loss to the logits `states @ head.T`, in chunks of rows. Returns means of the loss and its metrics.
+    """Apply a loss to the logits of states [N, D], in chunks of rows. Returns means of the loss and its metrics.
 
     The logits for 2,048 tokens over 150,000 words take 1.2 GB in fp32, and a plain loss holds several copies. Here they
     exist for one chunk at a time, in the states' own dtype, and in fp32 for as many rows as a CPU's cache holds.
     Metrics are detached.
     """
     sums: dict[str, Tensor] = {}
-    total = HeadLoss.apply(states, head, chunk_loss, teacher, torch.is_grad_enabled(), sums)
+    head = as_head(head)
+    other = None if teacher is None else _frozen(teacher[0], as_head(teacher[1]))
+    total = HeadLoss.apply(states, head, chunk_loss, other, torch.is_grad_enabled(), sums, *head.parameters)
     count = max(1, len(states))
     return total / count, {name: value / count for name, value in sums.items()}
+
+
+def _frozen(states: Tensor, head: Head) -> Callable[[slice], Tensor]:
+    """The teacher's logits of some rows."""
+    leaves = head.leaves(states.dtype)
+
+    @torch.no_grad()
+    def logits(rows: slice) -> Tensor:
+        return head.logits(states[rows], leaves)
+
+    return logits
 
 
 def slices(total: int, size: int) -> list[slice]:
@@ -271,50 +329,62 @@ def slices(total: int, size: int) -> list[slice]:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of `chunk_loss(states @ head.T, rows, the teacher's logits)` over chunks of rows."""
+    """Sum of `chunk_loss(logits, rows, the teacher's logits)` over chunks of rows."""
 
     @staticmethod
     def forward(
         ctx: Any,
         states: Tensor,
-        head: Tensor,
+        head: Head,
         chunk_loss: ChunkLoss,
-        teacher: Head | None,
+        teacher: Callable[[slice], Tensor] | None,
         trains: bool,
         sums: dict[str, Tensor],
+        *parameters: Tensor,
     ) -> Tensor:
         """Add each chunk's metrics to `sums`, and return the sum of the losses."""
         total = states.new_zeros((), dtype=torch.float32)
         # Gradients are computed here, chunk by chunk: in backward() the logits are gone.
         grad_states = torch.empty_like(states) if trains else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if trains and ctx.needs_input_grad[1] else None
-        weight = head.detach().to(states.dtype)
+        leaves = head.leaves(states.dtype)
+        # A frozen parameter needs no gradient, which for a whole head is a third of the products here.
+        wanted = [trains and needed for needed in ctx.needs_input_grad[6:]]
+        grads = [
+            torch.zeros_like(p, dtype=torch.float32) if w else None for p, w in zip(parameters, wanted, strict=True)
+        ]
         together = CHUNK if states.device.type != "cpu" else max(1, CACHED // len(head))
         for chunk in slices(len(states), CHUNK):
-            logits = F.linear(states[chunk], weight)
-            other = None if teacher is None else F.linear(teacher[0][chunk], teacher[1])
-            for rows in slices(len(logits), together):
-                part = slice(chunk.start + rows.start, chunk.start + rows.stop)
-                theirs = None if other is None else other[rows].float()
+            with torch.set_grad_enabled(trains):
+                rows = states[chunk].detach().requires_grad_(trains)
+                logits = head.logits(rows, leaves)
+            other = None if teacher is None else teacher(chunk)
+            towards = torch.empty_like(logits) if trains else None
+            for some in slices(len(logits), together):
+                part = slice(chunk.start + some.start, chunk.start + some.stop)
                 with torch.set_grad_enabled(trains):
-                    own = logits[rows].detach().float().requires_grad_(trains)
-                    loss, metrics = chunk_loss(own, part, theirs)
+                    own = logits.detach()[some].float().requires_grad_(trains)
+                    loss, metrics = chunk_loss(own, part, None if other is None else other[some].float())
                 total = total + loss.detach()
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0) + value.detach()
-                if trains:
-                    logits[rows] = torch.autograd.grad(loss, own)[0]  # in place of the logits, which are done with
+                if towards is not None:
+                    towards[some] = torch.autograd.grad(loss, own)[0]
             if grad_states is not None:
-                grad_states[chunk] = logits @ weight
-                if grad_head is not None:  # a frozen head needs none, which is a third of the products here
-                    grad_head += logits.T @ states[chunk]
-        ctx.head_dtype = head.dtype
-        ctx.save_for_backward(grad_states, grad_head)
+                trained = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
+                ways = torch.autograd.grad(logits, [rows, *trained], towards, materialize_grads=True)
+                grad_states[chunk], *found = ways
+                for grad, value in zip([g for g in grads if g is not None], found, strict=True):
+                    grad += value
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        ctx.save_for_backward(grad_states, *grads)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        grad_states, grad_head = ctx.saved_tensors
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grad_states, *grads = ctx.saved_tensors
         scaled = grad_states * grad_total.to(grad_states.dtype)
-        towards_head = None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype)
-        return scaled, towards_head, None, None, None, None
+        towards_head = [
+            None if grad is None else (grad * grad_total).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return scaled, None, None, None, None, None, *towards_head

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import AttentionConfig, HiddenConfig
 from wrinklefree.core import surgery
-from wrinklefree.core.batch import Batch
+from wrinklefree.core.batch import Batch, places
 from wrinklefree.core.errors import UserError
 from wrinklefree.objectives import losses
 
@@ -77,7 +77,7 @@ class AttentionRelations(Pair):
                 )
 
     def __call__(self, batch: Batch) -> Tensor:
-        mask = losses.same_document(batch["position_ids"])
+        mask = losses.same_document(places(batch))
         c = self.config
         terms = [losses.attention_relation(s, t, mask, c.split_heads, c.temperature) for s, t in self.outputs()]
         return torch.stack(terms).sum()
@@ -107,7 +107,7 @@ class HiddenStates(Pair):
         self.weights = layer_weights(config.layer_weights, len(mine))
 
     def __call__(self, batch: Batch) -> Tensor:
-        kept = losses.related(batch["position_ids"])
+        kept = losses.related(places(batch))
         terms = [losses.hidden_alignment(s, t, kept) for s, t in self.outputs()]
         return torch.stack([w * term for w, term in zip(self.weights, terms, strict=True)]).sum()
 

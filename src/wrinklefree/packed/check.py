@@ -32,6 +32,7 @@ class Quantization:
     method: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     tied: dict[str, str] | None = None
+    stacks: dict[str, int] | None = None
 
 
 class PackedSection:
@@ -45,6 +46,7 @@ class PackedSection:
         if quantization.format > FORMAT:
             raise UserError(f"{folder}: packed format {quantization.format}, this version reads to {FORMAT}: upgrade")
         self.layers, self.tied = quantization.layers, quantization.tied or {}
+        self.stacks = quantization.stacks or {}
         self._method_values = quantization.method
 
     def spec(self, fqn: str) -> tuple[LayerSpec, QuantMethod]:

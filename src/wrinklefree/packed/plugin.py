@@ -6,6 +6,7 @@ from typing import Any
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from wrinklefree.core.method import QuantMethod, find
+from wrinklefree.core.stack import open_stacks
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products.choose import choose
 from wrinklefree.packed.products.fused import fuse
@@ -20,6 +21,9 @@ class PackageQuantizer(WrinkleFreeQuantizer):
         if key not in self.methods:
             self.methods[key] = find(settings["name"])(**settings)
         return self.methods[key].config_for(fqn)
+
+    def open_stacks(self, model: Any, stacks: dict[str, int]) -> None:
+        open_stacks(model, stacks)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.methods: dict[str, QuantMethod] = {}  # made once for all layers with the same settings

@@ -18,9 +18,9 @@ from wrinklefree.packed.layer import LayerSpec, Method, PackedEmbedding, PackedL
 
 QUANT_METHOD = "wrinklefree"
 # A folder is written in the oldest format that can hold it, so older versions can read it: 2 if layers have norms of
-# their own, 3 if embedding or head are packed (they may have another method).
-PLAIN, WITH_NORMS, WITH_HEAD = 1, 2, 3
-FORMAT = WITH_HEAD  # the newest that is read; a reader refuses newer ones
+# their own, 3 if embedding or head are packed (they may have another method), 4 if experts of a stack are.
+PLAIN, WITH_NORMS, WITH_HEAD, WITH_STACKS = 1, 2, 3, 4
+FORMAT = WITH_STACKS  # the newest that is read; a reader refuses newer ones
 
 
 class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -33,6 +33,7 @@ class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # trans
         format: int = PLAIN,
         quant_method: str = QUANT_METHOD,
         tied: dict[str, str] | None = None,
+        stacks: dict[str, int] | None = None,
     ) -> None:
         """Raises ValueError if a newer version wrote the folder."""
         if format > FORMAT:
@@ -42,6 +43,7 @@ class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # trans
         self.method = method
         self.layers = layers
         self.tied = tied or {}  # fqn of an embedding without tensors of its own -> fqn of the head that has them
+        self.stacks = stacks or {}  # fqn of a tensor of experts -> how many there are
 
 
 class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -54,7 +56,11 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
         """The method of the layer `fqn` with these settings. The package finds any method, a folder has its own."""
         raise NotImplementedError
 
+    def open_stacks(self, model: Any, stacks: dict[str, int]) -> None:
+        """Make room for the layers of experts. A folder without experts has none, and no code for them."""
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.open_stacks(model, self.quantization_config.stacks)
         for fqn, values in self.quantization_config.layers.items():
             spec, replaced = LayerSpec(**values), model.get_submodule(fqn)
             method = self.method_of(spec.method or self.quantization_config.method, fqn)

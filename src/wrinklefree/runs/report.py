@@ -30,6 +30,7 @@ class Results:
     packed_bytes: int = 0
     packed_linear_bytes: int = 0
     bits_per_quantized_weight: float = 0.0
+    quantized_share: float = 0.0  # of the blocks' weights
     bits_per_weight: float = 0.0
     rebuilt: bool = False  # whether `one_shot` is the model after its blocks were rebuilt, not a plain quantization
     minutes: float = 0.0  # of the process that wrote this, all included
@@ -58,6 +59,7 @@ class Results:
                 ["whole file", short_size(self.original_bytes), "", short_size(self.packed_bytes)],
                 ["quantized layers", short_size(self.original_linear_bytes), "", short_size(self.packed_linear_bytes)],
                 ["bits per quantized weight", "16", "", f"{self.bits_per_quantized_weight:.3f}"],
+                ["of the blocks' weights, quantized", "", "", f"{self.quantized_share:.1%}"],
                 ["bits per weight, whole file", "16", "", f"{self.bits_per_weight:.3f}"],
                 ["tokens/s, greedy", self._speed("full_precision"), "", self._speed("packed")],
             ]

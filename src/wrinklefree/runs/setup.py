@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ from wrinklefree.evaluate.accuracy import Accuracy, choose, measure_accuracy
 from wrinklefree.evaluate.perplexity import Quality, measure, quantization_error
 from wrinklefree.models.load import Loaded, load_pretrained, load_stored
 from wrinklefree.objectives.base import LOSS, Objective
+from wrinklefree.objectives.documents import check_causal, keeps_apart, takes_positions
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs import folder, preflight, self_text
 from wrinklefree.training.budget import Budget, Clock
@@ -180,8 +182,8 @@ def open_run(
 ) -> Run:
     """Join the other processes, load the model, and make the plan that every `auto` comes to.
 
-    Only `max_seq_length` is written into `config`, and with `data=self` the path of the text. On the disk nothing is
-    written or removed but that text, which belongs to no run.
+    Only `max_seq_length` and `data.rows` are written into `config`, and with `data=self` the path of the text. On the
+    disk nothing is written or removed but that text, which belongs to no run.
 
     `reads_text` says whether the run trains on `config.data`; if not, that is not looked at.
 
@@ -206,6 +208,8 @@ def open_run(
     t.max_seq_length = length = choose_length(t.max_seq_length, model, config.distillation.cache, minutes)
     placement = choose_placement(config.distributed, t.compile, world)
     model.to(placement.build_device)
+    if reads_text:
+        config.data.rows = choose_rows(config, model)
     plan = make_plan(t, config.model, model, length, world)
     if reads_text and load is None and is_unwritten(config.data):
         preflight.check_unwritten(config, tokenizer, plan)  # before the model writes for minutes
@@ -214,6 +218,29 @@ def open_run(
     text = preflight.check_passes(config, tokenizer, plan) if reads_text else None
     budget = None if plan.minutes is None else Budget(plan.minutes, clock, started, t.budget_minutes)
     return Run(config, world, resume, model, tokenizer, placement, plan, text, budget, force, joined, clock, started)
+
+
+def choose_rows(config: Config, model: PreTrainedModel) -> Literal["packed", "one_document"]:
+    """Return how documents are put into rows: `data.rows`, or if that is auto, what the model needs.
+
+    Raises UserError if the model is not causal, or if it cannot keep the documents of a KD cache apart.
+    """
+    check_causal(model)
+    name, rows = type(model).__name__, config.data.rows
+    packs = rows == "packed" or (rows == "auto" and not config.data.document_mask)
+    if packs and not takes_positions(model):
+        raise UserError(f"data.rows=packed, data.document_mask=false: {name} takes no positions: leave both out")
+    if rows != "auto":
+        return rows
+    if packs or keeps_apart(model):
+        return "packed"
+    if config.distillation.cache is not None:
+        raise UserError(
+            f"distillation.cache: its rows hold several documents, and {name} cannot keep these apart: distil from a "
+            f"running teacher (distillation=logits), or allow it (data.document_mask=false)"
+        )
+    log.info("%s does not keep documents in one row apart: each row holds one (data.rows=packed packs them)", name)
+    return "one_document"
 
 
 def _checked(config: Config, force: bool, reads_text: bool, own_model: bool) -> Path | None:

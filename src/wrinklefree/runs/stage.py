@@ -189,6 +189,7 @@ def prepare_student(
         if student is not plain and stored.is_stored(student):
             stored.widen_layers(student)
         log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
+        config.method.check_coverage(student)
     surgery.freeze(student, config.training.freeze_names)
     return student
 
@@ -263,6 +264,7 @@ def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel
     results.original_linear_bytes = 2 * report.num_quantized
     results.packed_bytes, results.packed_linear_bytes = report.file_bytes, report.linear_bytes
     results.bits_per_quantized_weight = report.bits_per_quantized_weight
+    results.quantized_share = report.coverage.share
     results.bits_per_weight = report.bits_per_weight
     for name, model in (("full_precision", original), ("packed", packed)):
         results.tokens_per_second[name] = decoding_speed(model, tokenizer)

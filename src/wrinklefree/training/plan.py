@@ -15,6 +15,7 @@ from wrinklefree.config.schema import ModelConfig, TrainingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.kd_cache.manifest import read_manifest
 from wrinklefree.distributed.world import World, has_bf16
+from wrinklefree.families.architectures import positions
 from wrinklefree.tracking.terminal import spoken_time
 
 log = logging.getLogger("wrinklefree")
@@ -173,10 +174,11 @@ def choose_length(
 ) -> int:
     """Return the sequence length: the KD cache's if there is one, else `setting`.
 
-    `auto` is the model's number of positions, at most `MAX_LENGTH`, or less if the training has `minutes`.
+    `auto` is the model's number of positions, at most `MAX_LENGTH`, or less if the training has `minutes`. A model that
+    states no such number has no limit.
     Raises UserError if the length is above the model's positions, or if it is set and the cache has another one.
     """
-    longest: int = model.config.max_position_embeddings
+    longest = positions(model.config) or LARGEST
     if cache is not None:
         setting = _length_of_cache(setting, cache)
     most = MAX_LENGTH if minutes is None else MAX_LENGTH_IN_MINUTES

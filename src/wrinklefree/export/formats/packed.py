@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
-from wrinklefree.core.method import QuantLinear, QuantMethod, keeps_effective, quant_layers
+from wrinklefree.core.method import Coverage, QuantLinear, QuantMethod, coverage, keeps_effective, quant_layers
+from wrinklefree.core.stack import Stack, open_stacks
 from wrinklefree.export import bundle
 from wrinklefree.export.card import card
 from wrinklefree.export.proof import loader
@@ -37,7 +38,7 @@ from wrinklefree.export.rounded.rounding import Rounding
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.pack import pack_layer, packed_layers
 from wrinklefree.packed.products.choose import exactly
-from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WrinkleFreeConfig
+from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WITH_STACKS, WrinkleFreeConfig
 from wrinklefree.tracking.terminal import markdown_table, short_size
 
 FLAG = "hf"
@@ -79,6 +80,7 @@ class PackedReport:
     file_bytes: int  # all safetensors files, headers included
     linear_bytes: int  # codes, scales and tables of the quantized layers
     certificate: Certificate
+    coverage: Coverage  # of the blocks' weights: how many are quantized
     rounding: Agreement | None  # the cost of rounding scales, embedding and head, if anything was rounded
 
     @property
@@ -99,6 +101,7 @@ class PackedReport:
             ["weights file", short_size(self.file_bytes)],
             ["quantized layers", short_size(self.linear_bytes)],
             ["bits per quantized weight", f"{self.bits_per_quantized_weight:.3f}"],
+            ["of the blocks' weights, quantized", f"{self.coverage.share:.1%}"],
             ["bits per weight, whole model", f"{self.bits_per_weight:.3f}"],
             ["layers with identical codes", f"{proof.layers} of {proof.layers}"],
             ["KL(trained, packed), nats", f"{proof.kl_mean:.1e}"],
@@ -112,6 +115,7 @@ class PackedReport:
             ["weights file", f"{self.file_bytes:,} bytes"],
             ["quantized layers in it", f"{self.linear_bytes:,} bytes"],
             ["bits per quantized weight, scales counted", f"{self.bits_per_quantized_weight:.4f}"],
+            ["of the blocks' weights, quantized", f"{self.coverage.share:.2%}"],
             ["bits per weight, whole model", f"{self.bits_per_weight:.4f}"],
             ["parameters", f"{self.num_parameters:,}"],
             ["of these quantized", f"{self.num_quantized:,}"],
@@ -204,7 +208,7 @@ def _write_proved(
     with exactly(back):
         cost = compare(model, back, batches) if rounding.words else None
     _prove_loader(folder, back, batches)
-    report = _report(packed, folder, certificate, cost)
+    report = _report(packed, folder, certificate, coverage(model), cost)
     parts = [card, USAGE.format(name=name), f"## Size\n\n{report.markdown()}\n"]
     parts.append(f"## Certificate\n\n{certificate.markdown()}\n")
     parts += [] if cost is None else [described(rounding.words, cost)]
@@ -233,7 +237,8 @@ def _write(
     # Under the model's own names: transformers converts those of hub files for its own classes, not for the loader's.
     packed.save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
-    bundle.write_loader(folder, methods, type(packed).__name__)
+    experts = any(isinstance(module, Stack) for module in packed.modules())
+    bundle.write_loader(folder, methods, type(packed).__name__, experts)
 
 
 def _read_back(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -257,7 +262,9 @@ def _prove_loader(folder: Path, back: PreTrainedModel, batches: list[Mapping[str
         loader.prove(folder, ids, logits_of(back, {"input_ids": ids}))
 
 
-def _report(packed: PreTrainedModel, folder: Path, certificate: Certificate, cost: Agreement | None) -> PackedReport:
+def _report(
+    packed: PreTrainedModel, folder: Path, certificate: Certificate, covered: Coverage, cost: Agreement | None
+) -> PackedReport:
     found, layers = packed_layers(packed), trained_layers(packed).values()
     num_quantized = sum(layer.out_features * layer.in_features for layer in layers)
     num_packed = sum(layer.out_features * layer.in_features for layer in found.values())
@@ -267,6 +274,7 @@ def _report(packed: PreTrainedModel, folder: Path, certificate: Certificate, cos
         file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         linear_bytes=sum(buffer.nbytes for layer in layers for buffer in layer.buffers()),
         certificate=certificate,
+        coverage=covered,
         rounding=cost,
     )
 
@@ -319,18 +327,27 @@ def _skeleton(
     config.auto_map = {"AutoModelForCausalLM": f"{bundle.ENTRY}.{type(model).__name__}"}
     with torch.device("meta"):
         packed = type(model)(config)
+    stacks = {fqn: len(module) for fqn, module in model.named_modules() if isinstance(module, Stack)}
+    open_stacks(packed, stacks)
     for fqn, layer in layers.items():
         packed.set_submodule(fqn, layer)
     if head is not None:
         head.put_into(packed)
     specs = {fqn: _spec(layer) for fqn, layer in packed_layers(packed).items()}
     version = WITH_NORMS if any("norm_eps" in spec for spec in specs.values()) else PLAIN
-    settings = WrinkleFreeConfig(dataclasses.asdict(method), specs, version if head is None else WITH_HEAD)
+    settings = WrinkleFreeConfig(_settings(method), specs, version if head is None else WITH_HEAD)
+    if stacks:
+        settings.stacks, settings.format = stacks, WITH_STACKS
     if head is not None:
         settings.tied = head.tied
     packed.config.quantization_config = settings
     packed.generation_config = copy.deepcopy(model.generation_config)
     return packed
+
+
+def _settings(method: QuantMethod) -> dict[str, Any]:
+    """Return the method's settings, without the one that matters before a training alone."""
+    return {name: value for name, value in dataclasses.asdict(method).items() if name != "allow_partial"}
 
 
 def _spec(layer: PackedLinear) -> dict[str, Any]:

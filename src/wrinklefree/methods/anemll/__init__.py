@@ -290,7 +290,7 @@ class Config(QuantMethod):
         known = quant_layers(model)
         squares = {}
         if initialize and not known and self.importance and self.init == "als":
-            squares = lowrank.input_squares(model, dict(surgery.linears(model, self.exclude_names)), batches)
+            squares = lowrank.input_squares(model, self.sites(model), batches)
         if known:
             for fqn, layer in known.items():
                 assert isinstance(layer, LutLinear)

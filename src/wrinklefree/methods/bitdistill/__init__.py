@@ -243,7 +243,7 @@ class Config(QuantMethod):
 
     def _sites(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The layers whose inputs get a new norm, by fqn."""
-        linears = dict(surgery.linears(model, self.exclude_names))
+        linears = self.sites(model)
         if isinstance(model, BitNetForCausalLM):  # it has its norms already
             if self.norm_mode != "subln":
                 raise UserError(f"method.norm_mode={self.norm_mode}: a BitNet has its norms already: use subln")

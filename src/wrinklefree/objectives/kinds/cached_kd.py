@@ -45,7 +45,7 @@ class Objective(LanguageObjective):
         """Return the losses of one batch from `KDCache`."""
         c, kept = self.config, labelled(batch)
         hidden, targets = shifted(self.student.states(batch), batch["labels"])
-        states, head = self.student.project(hidden)
+        states, head = self.student.output(hidden)
         rest = batch["kd_rest"][kept] if "kd_rest" in batch else None
         # Counted from the right, the last label of a row is its first.
         last = kept & (kept.flip(1).cumsum(1).flip(1) == 1)

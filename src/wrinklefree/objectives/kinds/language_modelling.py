@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.config.schema import DistillationConfig
-from wrinklefree.core.batch import Batch
+from wrinklefree.core.batch import Batch, places
 from wrinklefree.core.errors import UserError
 from wrinklefree.objectives.base import LOSS, Loss, Metrics
 from wrinklefree.objectives.language_model import LanguageObjective, vocabulary_losses
@@ -50,7 +50,7 @@ class Objective(LanguageObjective):
         counts = super().counts(batch)
         if self.attention is None and self.hidden is None:
             return counts
-        return counts | dict.fromkeys(("attention", "hidden", "cosine"), related(batch["position_ids"]).sum())
+        return counts | dict.fromkeys(("attention", "hidden", "cosine"), related(places(batch)).sum())
 
     def __call__(self, batch: Batch) -> Iterator[tuple[Loss, Metrics]]:
         parts = [part for part in (self.attention, self.hidden) if part is not None]

@@ -1,0 +1,42 @@
+"""Experts whose weights are one tensor [E, out, in] or [E, in, out]: each becomes a layer of its own."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LINEAR, MATMUL = (F.linear,), (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+
+class Stack(nn.ModuleList):
+    """Stands in for the tensor. `F.linear(x, stack[e])` or `x @ stack[e]` calls layer number e."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return Expert(self._modules[str(int(index))])
+
+
+class Expert:
+    """Stands for one matrix of a stack."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in LINEAR + MATMUL or kwargs:
+            raise TypeError(f"an expert's weight is multiplied with, nothing else: {func}")
+        x, expert, *bias = args
+        out = expert.layer(x)
+        return out + bias[0] if bias and bias[0] is not None else out
+
+
+def open_stacks(model: Any, stacks: dict[str, int]) -> None:
+    """Replace each parameter by a stack of so many layers, which are put in later. Experts then run one by one."""
+    for fqn, number in stacks.items():
+        parent, _, name = fqn.rpartition(".")
+        module = model.get_submodule(parent)
+        del module._parameters[name]
+        setattr(module, name, Stack(nn.Identity() for _ in range(number)))
+    if stacks:
+        model.set_experts_implementation("eager")

@@ -1,0 +1,54 @@
+"""Whether a model keeps the documents of one row apart, and whether it is causal, seen on a few tokens."""
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.objectives.formula import body_of
+
+HALF = 4  # tokens in each of two documents
+CLOSE = 1e-4  # relative to the largest number in a state
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the model can be told the positions of its tokens."""
+    parameters = inspect.signature(body_of(model).forward).parameters.values()
+    return any(p.name == "position_ids" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+@torch.no_grad()
+def keeps_apart(model: PreTrainedModel) -> bool:
+    """Whether a document's states do not depend on what is before it in a row, if positions restart with it."""
+    if not takes_positions(model):
+        return False
+    ids, positions = _ids(model), torch.arange(HALF, device=model.device).repeat(2).unsqueeze(0)
+    alone = _states(model, input_ids=ids[:, HALF:], position_ids=positions[:, HALF:])
+    packed = _states(model, input_ids=ids, position_ids=positions)[:, HALF:]
+    return _close(packed, alone)
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Raises UserError if a token's state depends on the tokens after it."""
+    ids = _ids(model)
+    if not _close(_states(model, input_ids=ids)[:, :HALF], _states(model, input_ids=ids[:, :HALF])):
+        raise UserError(
+            f"{type(model).__name__}: its tokens see those after them, so it is no causal language model (an encoder "
+            f"becomes one by is_decoder=true in its config.json)"
+        )
+
+
+def _ids(model: PreTrainedModel) -> Tensor:
+    return torch.arange(5, 5 + 2 * HALF, device=model.device).unsqueeze(0)
+
+
+def _states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    states: Tensor = body_of(model)(**inputs, use_cache=False).last_hidden_state
+    return states.float()
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= CLOSE * expected.abs().max())

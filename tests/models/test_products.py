@@ -1,0 +1,168 @@
+"""What a model multiplies with is found by what it does: in other classes, with turned weights, in experts."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import batches, family, ids, tokenizer, toy, with_toy_method
+from torch import nn
+from transformers import PreTrainedModel
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.method import QuantMethod, coverage, masters, quant_layers
+from wrinklefree.core.products import output_head
+from wrinklefree.export.formats.packed import export_packed
+from wrinklefree.export.proof.loader import prove
+from wrinklefree.models.load import load_model
+from wrinklefree.packed.products.choose import exactly
+from wrinklefree.training import checkpoint
+
+GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+FALCON: dict[str, Any] = {"ffn_hidden_size": 128}
+MAMBA: dict[str, Any] = {"state_size": 16, "expand": 2, "time_step_rank": 8}
+GPT_OSS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2,
+    "falcon": FALCON,
+    "mixtral": {},
+    "qwen3_moe": {},
+    "gpt_oss": GPT_OSS,
+}
+
+
+@pytest.fixture(autouse=True)
+def _toy() -> Any:
+    with with_toy_method():
+        yield
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids(), use_cache=False).logits
+    return found
+
+
+def export(trained: PreTrainedModel, method: QuantMethod, folder: Path) -> None:
+    text = batches()
+    export_packed(trained, tokenizer(), method, folder, card="", force=False, batches=text, dense_dtype="float32")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nearly_all_weights_of_the_blocks_are_quantized(name: str) -> None:
+    prepared = toy().prepare(family(name, **FAMILIES[name]))
+    assert coverage(prepared).share > 0.9
+    toy().check_coverage(prepared)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prepared_model_multiplies_as_before(name: str) -> None:
+    """With masters in the place of quantized weights, its logits are the original's."""
+    original = family(name, **FAMILIES[name])
+    expected = logits(original)
+    prepared = toy().prepare(copy.deepcopy(original))
+    with masters(quant_layers(prepared).values()):
+        torch.testing.assert_close(logits(prepared), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(prepared), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_master_is_trained(name: str) -> None:
+    prepared = toy().prepare(family(name, **FAMILIES[name])).train()
+    prepared(
+        input_ids=torch.arange(90).view(2, 45), labels=torch.arange(90).view(2, 45), use_cache=False
+    ).loss.backward()
+    assert not [fqn for fqn, layer in quant_layers(prepared).items() if layer.weight.grad is None]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_trained_is_packed_and_read(name: str, tmp_path: Path) -> None:
+    method = toy()
+    trained = method.prepare(family(name, **FAMILIES[name])).eval()
+    export_packed(
+        trained, tokenizer(), method, tmp_path / "p", card="", force=False, batches=batches(), dense_dtype="float32"
+    )
+    packed, _ = load_model(tmp_path / "p")
+    with exactly(packed):
+        torch.testing.assert_close(logits(packed), logits(trained), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(packed).argmax(-1), logits(trained).argmax(-1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gpt_oss"])
+def test_a_folder_is_read_without_the_package(name: str, tmp_path: Path) -> None:
+    method = toy()
+    trained = method.prepare(family(name, **FAMILIES[name])).eval()
+    export_packed(
+        trained, tokenizer(), method, tmp_path / "p", card="", force=False, batches=batches(), dense_dtype="float32"
+    )
+    prove(tmp_path / "p", ids()[:1], logits(trained)[:1])
+
+
+def test_checkpoints_of_gpt2_have_its_own_names_and_shapes(tmp_path: Path) -> None:
+    """A weight [in, out] is quantized as [out, in] and saved as [in, out], so plain transformers reads the masters."""
+    original = family("gpt2", **GPT2)
+    prepared = toy().prepare(copy.deepcopy(original))
+    own, saved = original.state_dict(), prepared.state_dict()
+    assert {name: tensor.shape for name, tensor in own.items()} == {name: saved[name].shape for name in own}
+    assert all(torch.equal(saved[name], own[name]) for name in own)
+    again = toy().prepare(family("gpt2", **GPT2, initializer_range=0.3))
+    checkpoint.save(tmp_path / "final", prepared, tokenizer(), "", None)
+    checkpoint.load_weights(tmp_path / "final", again)
+    torch.testing.assert_close(logits(again), logits(prepared))
+    plain = type(original).from_pretrained(tmp_path / "final").eval()
+    torch.testing.assert_close(logits(plain), logits(original))
+
+
+def test_a_layer_that_is_never_called_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """Mamba multiplies with the weight of `dt_proj` itself: a quantized layer there would change nothing."""
+    prepared = toy().prepare(family("mamba", **MAMBA))
+    assert not [fqn for fqn in quant_layers(prepared) if fqn.endswith("dt_proj")]
+    assert [fqn for fqn in quant_layers(prepared) if fqn.endswith("in_proj")]
+    assert "the model does not call these layers: backbone.layers.*.mixer.dt_proj" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "values"), [("biogpt", {}), ("phi", {}), ("gpt_neox", {})])
+def test_the_output_head_stays_as_it_is_under_any_name(name: str, values: dict[str, Any]) -> None:
+    prepared = toy().prepare(family(name, **values))
+    assert type(output_head(prepared)) is nn.Linear
+
+
+def test_a_model_that_writes_into_its_weights_is_refused() -> None:
+    """RWKV divides the weights of its blocks in evaluation, and multiplies them again in training."""
+    with pytest.raises(UserError, match=r"RwkvForCausalLM: its forward pass writes into its weights \(rwkv.blocks"):
+        toy().prepare(family("rwkv"))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_routers_and_gates_of_one_output_stay_as_they_are(name: str) -> None:
+    prepared = toy().prepare(family(name))
+    assert min(layer.out_features for layer in quant_layers(prepared).values()) > 4
+
+
+def test_experts_that_few_tokens_do_not_see_are_quantized() -> None:
+    prepared = toy().prepare(family("mixtral", num_local_experts=32))
+    experts = [fqn for fqn in quant_layers(prepared) if ".experts." in fqn]
+    assert len(experts) == 2 * 2 * 32
+
+
+def test_too_little_is_refused_unless_it_is_asked_for() -> None:
+    prepared = toy().prepare(family("dbrx", **DBRX))
+    with pytest.raises(
+        UserError, match=r"DbrxForCausalLM: .* % of the blocks' weights are quantized \(in full precision: "
+    ):
+        toy().check_coverage(prepared)
+    toy(allow_partial=True).check_coverage(prepared)
+
+
+DBRX: dict[str, Any] = {
+    **{"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
+    "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+}
+
+
+def test_what_the_user_excludes_does_not_count_as_missing() -> None:
+    method = toy(exclude_names=["embed_tokens", "lm_head", "layers.0"])
+    method.check_coverage(method.prepare(family("llama")))
