@@ -151,8 +151,10 @@ def quantized_share(model: PreTrainedModel) -> float:
     head = model.get_output_embeddings()
     outside = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     outside |= set() if head is None else {id(head.weight)}
+    layers = quant_layers(model).values()
+    quantized = {id(layer.weight) for layer in layers}
+    outside |= {id(p) for layer in layers for p in layer.parameters()} - quantized  # scales
     blocks = {id(p): p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside}
-    quantized = {id(layer.weight) for layer in quant_layers(model).values()}
     return sum(n for key, n in blocks.items() if key in quantized) / max(1, sum(blocks.values()))
 
 

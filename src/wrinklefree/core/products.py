@@ -215,13 +215,14 @@ def uncovered(model: nn.Module, exclude: Iterable[str], quantized: Iterable[nn.M
     """The weights of blocks in full precision that no pattern in `exclude` matches: their numbers of entries by role.
 
     Weights of blocks are parameters of two or more dimensions, but those of embeddings and of the output head.
+    The largest come first.
     """
-    patterns, inside = list(exclude), {id(m.get_parameter("weight")) for m in quantized}
+    patterns, inside = list(exclude), {id(p) for m in quantized for p in m.parameters()}
     found: dict[str, int] = {}
     for name, parameter in blocks(model).items():
         if id(parameter) not in inside and not surgery.matches(name.rpartition(".")[0], patterns):
             found[role(name)] = found.get(role(name), 0) + parameter.numel()
-    return found
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Parameter]:
