@@ -163,6 +163,13 @@ DBRX: dict[str, Any] = {
 }
 
 
+def test_filters_of_a_convolution_are_no_experts() -> None:
+    """Jamba's filters are as many as its MLP is wide; the MLP does not choose among them."""
+    jamba = {"attn_layer_period": 2, "attn_layer_offset": 1, "intermediate_size": 128, "num_key_value_heads": 2}
+    prepared = toy().prepare(family("jamba", **jamba, mamba_d_state=4, mamba_dt_rank=4, num_experts=4))
+    assert [fqn for fqn in quant_layers(prepared) if fqn.endswith("feed_forward.gate_proj")]
+
+
 def test_trained_scales_are_no_weights_of_blocks() -> None:
     method = find("fairy2")(name="fairy2", scale_granularity="row")
     assert coverage(method.prepare(family("llama"))).share == 1.0

@@ -72,8 +72,9 @@ def _chooses_experts(model: nn.Module, fqn: str, linear: nn.Linear) -> bool:
 
 
 def _has_experts(module: nn.Module, number: int) -> bool:
-    lists = any(isinstance(inner, nn.ModuleList) and len(inner) == number for inner in module.modules())
-    return lists or any(p.ndim == 3 and len(p) == number for p in module.parameters())
+    inner = [each for each in module.modules() if not isinstance(each, nn.Conv1d)]  # its filters are 3-D, too
+    lists = any(isinstance(each, nn.ModuleList) and len(each) == number for each in inner)
+    return lists or any(p.ndim == 3 and len(p) == number for each in inner for p in each.parameters(recurse=False))
 
 
 class Probe:
