@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -94,20 +94,23 @@ def run_family(family: str, folder: Path, result: Result) -> None:
 
 
 def write_toy(folder: Path, model: PreTrainedModel) -> None:
-    """Write the model with a tokenizer of one token a word, and text of these words."""
+    """Write the model with a tokenizer of one token a character, and text longer than a row."""
     model.save_pretrained(folder / "toy")
     tokenizer().save_pretrained(folder / "toy")
     (folder / "text").mkdir()
     for number in range(40):
-        words = (7 * number + place + place // 5 for place in range(40))
-        (folder / "text" / f"{number:02}.txt").write_text(" ".join(f"w{word % (WORDS - 6)}" for word in words))
+        words = (f"w{(7 * number + place) % 90 + 10}" for place in range(11))
+        (folder / "text" / f"{number:02}.txt").write_text(" ".join(words))
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
-    """One token a word; ids 0 to 3 are special."""
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {f"w{i}": i + 4 for i in range(WORDS - 6)}
-    inner = Tokenizer(models.WordLevel(words, "<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    """One token a character of ASCII; ids 0 to 3 are special."""
+    # Byte-level BPE, since transformers gives the models of some families their own class, and that is one.
+    letters = [chr(code) for code in range(33, 127)] + ["\u0120"]  # a space
+    words = {name: number for number, name in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *letters])}
+    inner = Tokenizer(models.BPE(words, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     names = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"}
     return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
@@ -148,8 +151,10 @@ def quantized_share(model: PreTrainedModel) -> float:
     head = model.get_output_embeddings()
     outside = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     outside |= set() if head is None else {id(head.weight)}
+    layers = quant_layers(model).values()
+    quantized = {id(layer.weight) for layer in layers}
+    outside |= {id(p) for layer in layers for p in layer.parameters()} - quantized  # scales
     blocks = {id(p): p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside}
-    quantized = {id(layer.weight) for layer in quant_layers(model).values()}
     return sum(n for key, n in blocks.items() if key in quantized) / max(1, sum(blocks.values()))
 
 

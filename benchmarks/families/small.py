@@ -68,6 +68,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mpt": {"max_seq_len": 256},  # its biases end there, and samples are longer than 64
     "phi4_multimodal": {
         "audio_config": {"hidden_size": 64, "intermediate_size": 128, "num_blocks": 1, "nemo_conv_channels": 64}
     },

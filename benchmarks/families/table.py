@@ -44,4 +44,4 @@ def share(row: Mapping[str, Any]) -> str:
 def remark(row: Mapping[str, Any]) -> str:
     """Why a family is not whole, in one line of a table."""
     parts = [*row["silent"], *([row["reason"]] if row["reason"] else [])]
-    return "; ".join(parts).replace("|", "\\\\|").strip("/ ")
+    return "; ".join(parts).replace("|", "\\|").strip("/ ")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import QuantMethod, coverage, masters, quant_layers
+from wrinklefree.core.method import QuantMethod, coverage, find, masters, quant_layers
 from wrinklefree.core.products import output_head
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.export.proof.loader import prove
@@ -161,6 +161,18 @@ DBRX: dict[str, Any] = {
     "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
     "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
 }
+
+
+def test_filters_of_a_convolution_are_no_experts() -> None:
+    """Jamba's filters are as many as its MLP is wide; the MLP does not choose among them."""
+    jamba = {"attn_layer_period": 2, "attn_layer_offset": 1, "intermediate_size": 128, "num_key_value_heads": 2}
+    prepared = toy().prepare(family("jamba", **jamba, mamba_d_state=4, mamba_dt_rank=4, num_experts=4))
+    assert [fqn for fqn in quant_layers(prepared) if fqn.endswith("feed_forward.gate_proj")]
+
+
+def test_trained_scales_are_no_weights_of_blocks() -> None:
+    method = find("fairy2")(name="fairy2", scale_granularity="row")
+    assert coverage(method.prepare(family("llama"))).share == 1.0
 
 
 def test_what_the_user_excludes_does_not_count_as_missing() -> None:

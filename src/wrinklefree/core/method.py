@@ -234,9 +234,10 @@ class Coverage:
 
 def coverage(model: nn.Module) -> Coverage:
     """How much of a prepared model's blocks is quantized. Embeddings and the output head do not count."""
-    known = {id(layer.weight) for layer in quant_layers(model).values()}
-    sizes = {id(p): p.numel() for p in products.blocks(model).values()}
-    return Coverage(sum(size for key, size in sizes.items() if key in known), sum(sizes.values()))
+    layers = quant_layers(model).values()
+    quantized = {id(layer.weight): layer.weight.numel() for layer in layers}
+    left = products.uncovered(model, (), layers)
+    return Coverage(sum(quantized.values()), sum(quantized.values()) + sum(left.values()))
 
 
 def num_groups(columns: int, size: int, kind: str = "columns") -> int:

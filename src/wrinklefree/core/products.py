@@ -72,8 +72,9 @@ def _chooses_experts(model: nn.Module, fqn: str, linear: nn.Linear) -> bool:
 
 
 def _has_experts(module: nn.Module, number: int) -> bool:
-    lists = any(isinstance(inner, nn.ModuleList) and len(inner) == number for inner in module.modules())
-    return lists or any(p.ndim == 3 and len(p) == number for p in module.parameters())
+    inner = [each for each in module.modules() if not isinstance(each, nn.Conv1d)]  # its filters are 3-D, too
+    lists = any(isinstance(each, nn.ModuleList) and len(each) == number for each in inner)
+    return lists or any(p.ndim == 3 and len(p) == number for each in inner for p in each.parameters(recurse=False))
 
 
 class Probe:
@@ -215,13 +216,14 @@ def uncovered(model: nn.Module, exclude: Iterable[str], quantized: Iterable[nn.M
     """The weights of blocks in full precision that no pattern in `exclude` matches: their numbers of entries by role.
 
     Weights of blocks are parameters of two or more dimensions, but those of embeddings and of the output head.
+    The largest come first.
     """
-    patterns, inside = list(exclude), {id(m.get_parameter("weight")) for m in quantized}
+    patterns, inside = list(exclude), {id(p) for m in quantized for p in m.parameters()}
     found: dict[str, int] = {}
     for name, parameter in blocks(model).items():
         if id(parameter) not in inside and not surgery.matches(name.rpartition(".")[0], patterns):
             found[role(name)] = found.get(role(name), 0) + parameter.numel()
-    return found
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Parameter]:

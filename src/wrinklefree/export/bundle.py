@@ -65,8 +65,9 @@ class {model}(transformers.{model}):
 
 STACKS = "wrinklefree.core.stack"
 OPENED = """
-    def open_stacks(self, model, stacks):
-        open_stacks(model, stacks)
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        open_stacks(model, self.quantization_config.stacks)
+        super()._process_model_before_weight_loading(model, **kwargs)
 """
 
 

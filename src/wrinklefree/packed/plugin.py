@@ -22,11 +22,9 @@ class PackageQuantizer(WrinkleFreeQuantizer):
             self.methods[key] = find(settings["name"])(**settings)
         return self.methods[key].config_for(fqn)
 
-    def open_stacks(self, model: Any, stacks: dict[str, int]) -> None:
-        open_stacks(model, stacks)
-
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.methods: dict[str, QuantMethod] = {}  # made once for all layers with the same settings
+        open_stacks(model, self.quantization_config.stacks)
         super()._process_model_before_weight_loading(model, **kwargs)
         fuse(model)
 

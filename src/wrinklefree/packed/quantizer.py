@@ -56,11 +56,7 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
         """The method of the layer `fqn` with these settings. The package finds any method, a folder has its own."""
         raise NotImplementedError
 
-    def open_stacks(self, model: Any, stacks: dict[str, int]) -> None:
-        """Make room for the layers of experts. A folder without experts has none, and no code for them."""
-
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self.open_stacks(model, self.quantization_config.stacks)
         for fqn, values in self.quantization_config.layers.items():
             spec, replaced = LayerSpec(**values), model.get_submodule(fqn)
             method = self.method_of(spec.method or self.quantization_config.method, fqn)
