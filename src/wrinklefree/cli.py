@@ -434,6 +434,9 @@ def serve(
         bool, typer.Option("--half-cache", help="Keep keys and values in bf16: half the memory, nearly the same text.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_special: Annotated[
+        bool, typer.Option("--allow-special", help="Read special tokens in the texts of requests as such.")
+    ] = False,
 ) -> None:
     """Serve a model to OpenAI clients, with streaming.
 
@@ -445,7 +448,7 @@ def serve(
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
     limits |= {"max_concurrent": max_concurrent, "max_waiting": max_waiting}
     more = {"api_key": api_key, "name": name, "engine": engine, "threads": threads}
-    more |= {"half_cache": half_cache, "trust_remote_code": trust_remote_code}
+    more |= {"half_cache": half_cache, "trust_remote_code": trust_remote_code, "allow_special": allow_special}
     call("serve", path, host=host, port=port, **limits, **more)
 
 

@@ -54,6 +54,7 @@ class Model:
     name: str
     tokenizer: Any
     ends: frozenset[int]  # tokens that end an answer
+    allow_special: bool = False  # whether special tokens in a text of a request are read as such
     created: int = field(default_factory=lambda: int(time.time()))
 
     def about(self) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class Service:
         asked = schema.parse(form, await _read(request, self.limits.body))
         self._check_model(asked.model)
         length = self._length(asked)
-        encode = partial(prompts.encode, self.model.tokenizer, asked)
+        encode = partial(prompts.encode, self.model.tokenizer, asked, self.model.allow_special)
         prompt = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
         self._check_prompt(prompt, "prompt" if kind == "completion" else "messages")
         stream = self._submit(prompt, self._sampling(asked, length))
@@ -163,14 +164,11 @@ class Service:
             raise ApiError(400, text, param, "context_length_exceeded")
 
     def _length(self, asked: schema.Request) -> int:
-        """The longest answer to this request, in tokens. Raises ApiError 400 if it asks for more than the limit."""
-        param, length = asked.length()
+        """The longest answer to this request, in tokens: what it asks for, but no more than the server gives."""
+        length = asked.length()
         if length is None:
-            return min(SHORT, self.limits.answer) if isinstance(asked, schema.Completion) else self.limits.answer
-        if length > self.limits.answer:
-            text = f"{param}={length}: this server generates at most {self.limits.answer} tokens"
-            raise ApiError(400, text, param, "invalid_value")
-        return length
+            length = SHORT if isinstance(asked, schema.Completion) else self.limits.answer
+        return min(length, self.limits.answer)
 
     def _sampling(self, asked: schema.Request, length: int) -> Sampling:
         return Sampling(

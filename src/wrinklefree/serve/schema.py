@@ -1,22 +1,31 @@
 """Parse and check the body of a request. A field that is not supported is refused by its name.
 
-The fields are those of the OpenAI interface, plus two that vLLM added: `top_k` and `repetition_penalty`.
+The fields are those of the OpenAI interface, plus three that vLLM added: `top_k`, `repetition_penalty` and
+`chat_template_kwargs`.
 """
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from wrinklefree.engine.sampling import LIMITS
 from wrinklefree.serve.errors import ApiError
 
+log = logging.getLogger("wrinklefree")
+
 PENALTY = LIMITS["repetition_penalty"]
+MOST_STOPS = 16
 LONGEST_STOP = 256  # characters; with each token, the end of the text is compared with every beginning of a stop string
 
-# Fields that are accepted and have no effect on an answer.
-IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"}
+# Fields that are accepted and have no effect on an answer. The log names each of them once.
+IGNORED = {
+    *("metadata", "parallel_tool_calls", "prompt_cache_key", "reasoning_effort", "safety_identifier", "service_tier"),
+    *("store", "user"),
+}
 
 # Fields that are not supported, with the values at which they have no effect: only these values are accepted.
 NEUTRAL: dict[str, Sequence[Any]] = {
@@ -32,10 +41,25 @@ NEUTRAL: dict[str, Sequence[Any]] = {
     "modalities": (["text"],),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "store": (False,),
 }
 
-Text = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+
+def _branch(value: Any) -> str | None:
+    """Which member of a union of texts and lists the sender meant. Errors are those of this member alone."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else 0
+    return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "list"
+
+
+def _either(words: str) -> Discriminator:
+    return Discriminator(_branch, custom_error_type="union", custom_error_message=f"must be {words}")
+
+
+Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
+Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -45,7 +69,7 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: bool = False  # ignored: it would make all events of a stream equally long
 
 
 class Request(_Strict):
@@ -58,25 +82,33 @@ class Request(_Strict):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     repetition_penalty: Annotated[float, Field(ge=PENALTY[0], le=PENALTY[1])] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] = []
+    stop: Annotated[
+        Annotated[Stop, Tag("text")] | Annotated[Stops, Tag("texts")] | Annotated[Stops, Tag("list")],
+        _either("a text or a list of texts"),
+    ] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     def stops(self) -> list[str]:
-        """The stop strings as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop
+        """The stop strings as a list, without empty ones."""
+        return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop) if stop]
 
     def usage_wanted(self) -> bool:
         """Whether a streamed answer should end with its token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def length(self) -> tuple[str, int | None]:
-        """The name and the value of the field that limits the length of the answer."""
-        return "max_tokens", self.max_tokens
+    def length(self) -> int | None:
+        """The longest answer that is wanted, in tokens."""
+        return self.max_tokens
 
 
 class Completion(Request):
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[int], Field(min_length=1)]
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Field(max_length=1), Tag("texts")]
+        | Annotated[list[int], Field(min_length=1), Tag("list")],
+        _either("a text or a list of token ids"),
+    ]
 
 
 class Part(_Strict):
@@ -86,7 +118,9 @@ class Part(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[Part], Tag("list")], _either("a text or a list of parts")
+    ]
     name: str | None = None  # accepted and ignored: chat templates do not use it
 
     def plain(self) -> dict[str, str]:
@@ -98,11 +132,10 @@ class Message(_Strict):
 class Chat(Request):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
+    chat_template_kwargs: dict[str, Any] = {}
 
-    def length(self) -> tuple[str, int | None]:
-        if self.max_completion_tokens is not None:
-            return "max_completion_tokens", self.max_completion_tokens
-        return super().length()
+    def length(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 Kind = TypeVar("Kind", bound=Request)
@@ -139,11 +172,18 @@ def _without_neutral(values: dict[str, Any]) -> dict[str, Any]:
         value = values[name]
         if value is not None and not any(value == v and type(value) is type(v) for v in NEUTRAL[name]):
             raise ApiError(400, f"{name}={_short(value)}: not supported by this server", name, "unsupported_parameter")
+    for name in IGNORED & values.keys():
+        _tell_ignored(name)
     left_out = IGNORED | NEUTRAL.keys()
     kept = {name: value for name, value in values.items() if name not in left_out and value is not None}
     if isinstance(kept.get("messages"), list):
         kept["messages"] = [_without_empty(message) for message in kept["messages"]]
     return kept
+
+
+@cache  # so that a client that sends it each time does not fill the log
+def _tell_ignored(name: str) -> None:
+    log.info("%s in a request: ignored here and from now on, because it changes no answer", name)
 
 
 def _without_empty(message: Any) -> Any:
@@ -155,16 +195,12 @@ def _without_empty(message: Any) -> Any:
 
 
 def _refusal(values: Any, error: ValidationError) -> ApiError:
-    """The validation error that helps most, as an ApiError."""
-    # For a union, pydantic reports the errors of every member. The one deepest inside the body belongs to the member
-    # that was meant.
-    errors = error.errors(include_url=False)
-    paths = [_path(values, each["loc"], each["type"] == "missing") for each in errors]
-    best = max(range(len(errors)), key=lambda i: len(paths[i]))
-    field, deepest = ".".join(paths[best]), errors[best]
-    if deepest["type"] == "extra_forbidden":
+    """The first validation error as an ApiError."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(_path(values, first["loc"], first["type"] == "missing"))
+    if first["type"] == "extra_forbidden":
         return ApiError(400, f"{field}: not supported by this server", field, "unsupported_parameter")
-    return ApiError(400, f"{field}: {deepest['msg']}", field, "invalid_value")
+    return ApiError(400, f"{field}: {first['msg']}", field, "invalid_value")
 
 
 def _path(inside: Any, place: Sequence[int | str], is_missing: bool) -> list[str]:
