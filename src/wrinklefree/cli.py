@@ -398,6 +398,7 @@ def generate(
     engine: EngineChoice = "auto",
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Generate text from a model.
 
@@ -411,7 +412,7 @@ def generate(
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     sampling |= {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "stop": stop}
     running: dict[str, Any] = {"think": think, "engine": engine, "threads": threads}
-    running |= {"trust_remote_code": trust_remote_code}
+    running |= {"trust_remote_code": trust_remote_code, "as_json": as_json}
     call("generate", path, prompt=prompt, interactive=interactive, chat=chat, **sampling, **running)
 
 

@@ -11,7 +11,7 @@ thread-safe: one call must end before the next begins.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -250,7 +250,7 @@ class Engine:
             raise UserError(f"slot {slot}: nothing is open there")
         return sequence
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int, None, None]:
         """Yield the tokens that follow `prompt`, a stop token included.
 
         Tokens of other open sequences are dropped, so nothing else should be open.
