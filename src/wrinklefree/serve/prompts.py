@@ -15,23 +15,28 @@ from wrinklefree.serve.errors import ApiError
 from wrinklefree.serve.schema import Chat, Completion
 
 
-def encode(tokenizer: Any, request: Completion | Chat, allow_special: bool = False) -> list[int]:
-    """Token ids of the request's prompt.
+def encode(tokenizer: Any, request: Completion | Chat, allow_special: bool = False) -> list[list[int]]:
+    """Token ids of each of the request's prompts; a conversation is one.
 
     Raises ApiError 400 for a conversation if the tokenizer has no chat template, or the template refuses it.
     """
     if isinstance(request, Completion):
-        return _completion(tokenizer, request, allow_special)
-    return _chat(tokenizer, request, allow_special)
+        return [_completion(tokenizer, prompt, allow_special) for prompt in request.prompts()]
+    return [_chat(tokenizer, request, allow_special)]
 
 
-def _completion(tokenizer: Any, request: Completion, allow_special: bool) -> list[int]:
-    prompt = request.prompt
+def _completion(tokenizer: Any, prompt: str | list[int], allow_special: bool) -> list[int]:
     if not isinstance(prompt, str):
-        if not isinstance(prompt[0], str):
-            return [int(token) for token in prompt]
-        prompt = prompt[0]
+        return prompt
     return list(tokenizer(prompt, split_special_tokens=not allow_special).input_ids)
+
+
+def texts(tokenizer: Any, request: Completion | Chat, ids: list[list[int]]) -> list[str]:
+    """The texts that an answer begins with if the prompt is to be echoed."""
+    if not isinstance(request, Completion) or not request.echo:
+        return [""] * len(ids)
+    pairs = zip(request.prompts(), ids, strict=True)
+    return [prompt if isinstance(prompt, str) else tokenizer.decode(tokens) for prompt, tokens in pairs]
 
 
 def _chat(tokenizer: Any, request: Chat, allow_special: bool) -> list[int]:
