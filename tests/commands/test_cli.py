@@ -359,6 +359,29 @@ def test_generate_prints_prompt_and_text(random_model: Path) -> None:
     assert result.stdout.startswith("some")
 
 
+def test_generate_prints_one_object_for_json(random_model: Path) -> None:
+    options = ["--prompt", "some", "--max-new-tokens", "4", "--temperature", "0", "--json"]
+    code, out, _ = wf("generate", str(random_model / "final"), *options)
+    assert code == 0
+    said = json.loads(out)
+    assert (said["prompt"], said["tokens"], said["finish"]) == ("some", 1, "stop")  # all logits are alike: token 0
+    assert isinstance(said["text"], str)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "a\udcff"], "--prompt: not UTF-8 text"),
+        (["--prompt", "a", "--stop", ""], "--stop '': an empty text"),
+        (["--interactive", "--json"], "--json: works only with --prompt"),
+    ],
+)
+def test_texts_are_checked_before_a_model_is_sought(options: list[str], message: str) -> None:
+    code, _, err = wf("generate", "nowhere", *options)
+    assert code == 2
+    assert message in err
+
+
 def test_a_half_cache_is_the_native_engines(random_model: Path) -> None:
     pytest.importorskip("uvicorn")
     code, _, err = wf("serve", str(random_model / "final"), "--port", "0", "--half-cache")

@@ -19,7 +19,7 @@ def test_the_limits_are_numbers_in_fp32_and_what_lies_beyond_is_refused(name: st
     lowest, highest, words = LIMITS[name]
     for edge in (lowest, highest):
         assert np.isfinite(np.float32(getattr(Sampling(**{name: edge}), name)))
-    for beyond in (np.nextafter(lowest, -1), np.nextafter(highest, np.inf), float("nan"), float("inf"), 1e39):
+    for beyond in (np.nextafter(lowest, -np.inf), np.nextafter(highest, np.inf), float("nan"), float("inf"), 1e39):
         assert out_of_range({name: beyond}) == (name, words)
         with pytest.raises(UserError, match=f"{name}="):
             Sampling(**{name: float(beyond)})

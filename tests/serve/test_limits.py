@@ -110,7 +110,7 @@ class Numbers:
 
     chat_template = None
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str, **options: Any) -> Any:
         return type("Encoded", (), {"input_ids": [int(word) for word in text.split()]})
 
     def decode(self, tokens: list[int], **options: Any) -> str:

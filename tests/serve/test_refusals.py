@@ -13,16 +13,25 @@ from serving import LONGEST, Process, said, until
 from wrinklefree.serve.app import Limits
 
 ODD: list[tuple[str, Any]] = [
-    ("n", 2),
     ("n", True),
-    ("best_of", 3),
-    ("echo", True),
-    ("logprobs", 0),
-    ("logprobs", 5),
+    ("n", 0),
+    ("n", 129),
+    ("best_of", 0),
+    ("echo", 1),
+    ("logprobs", -1),
+    ("logprobs", 21),
+    ("logprobs", True),
+    ("logit_bias", {"a": 5}),
+    ("logit_bias", {"1": 101}),
+    ("logit_bias", {"100000000": 1}),
+    ("presence_penalty", 2.5),
+    ("frequency_penalty", -3),
+    ("min_p", 1.5),
+    ("repetition_penalty", 1e39),
+    ("prompt", ["a", ""]),
+    ("prompt", [[1], []]),
+    ("prompt", ["a"] * 129),
     ("suffix", "end"),
-    ("logit_bias", {"1": 5}),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
     ("tools", [{"type": "function"}]),
     ("response_format", {"type": "json_object"}),
     ("nonsense", 1),
@@ -34,18 +43,15 @@ ODD: list[tuple[str, Any]] = [
     ("top_k", -1),
     ("max_tokens", 0),
     ("max_tokens", 1.5),
-    ("max_tokens", LONGEST + 1),
     ("max_tokens", True),
     ("seed", 2**65),
-    ("stop", ""),
-    ("stop", ["a"] * 5),
+    ("stop", ["a"] * 17),
     ("stop", "a" * 1000),
     ("stop", [1]),
     ("stream", "yes"),
     ("stream_options", {"include_usage": True}),
     ("prompt", ""),
     ("prompt", []),
-    ("prompt", ["a", "b"]),
     ("prompt", [-1]),
     ("prompt", [10**9]),
     ("prompt", [1.5]),
@@ -87,8 +93,20 @@ def test_messages_that_cannot_be_read_are_refused_by_their_place(process: Proces
 
 
 def test_fields_that_ask_for_nothing_are_taken(client: OpenAI) -> None:
-    neutral = {"n": 1, "echo": False, "presence_penalty": 0, "logit_bias": {}, "user": "me", "best_of": 1}
+    neutral = {
+        "n": 1,
+        "stop": "",
+        "echo": False,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "user": "me",
+        "best_of": 1,
+    }
     assert said(client, **neutral) == said(client, extra_body={"logprobs": None, "metadata": {"a": "b"}})
+
+
+def test_answers_past_the_limit_and_the_context_are_clipped(client: OpenAI) -> None:
+    assert said(client, max_tokens=10**6) == said(client, max_tokens=LONGEST)
 
 
 def test_too_long_a_prompt_says_both_lengths(client: OpenAI) -> None:

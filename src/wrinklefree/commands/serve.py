@@ -29,6 +29,7 @@ def run(
     threads: int | None = None,
     half_cache: bool = False,
     trust_remote_code: bool = False,
+    allow_special: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM.
 
@@ -49,7 +50,7 @@ def run(
             path, engine, threads, max_concurrent, context, half_cache, trust_remote_code
         )
         limits = Limits(min(max_prompt_tokens, running.context - 1), min(max_tokens, running.context - 1))
-        model = Model(name or model_name(path), tokenizer, ends)
+        model = Model(name or model_name(path), tokenizer, ends, allow_special)
         service = Service(model, Scheduler(running, max_waiting), limits, api_key)
         sizes = f"prompts up to {limits.prompt} tokens, answers up to {limits.answer}"
         text = (

@@ -11,10 +11,12 @@ thread-safe: one call must end before the next begins.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
@@ -22,11 +24,13 @@ from wrinklefree.core import library
 from wrinklefree.core.errors import UserError
 from wrinklefree.engine import family
 from wrinklefree.engine.assemble import assemble
-from wrinklefree.engine.binding import MASK, Append, CSampling, Decoder, Mode, Model
+from wrinklefree.engine.binding import Append, CSampling, Decoder, Mode, Model, c_sampling
 from wrinklefree.engine.sampling import Sampling
+from wrinklefree.engine.scores import Score, score
 from wrinklefree.engine.source import FolderSource, ModelSource, Source
 
 CHUNK = 256  # the most prompt tokens that one step reads, so that other sequences do not wait long for their token
+SCORED = 64  # the most prompt tokens with logits that one step reads: logits [SCORED, vocab] are kept twice
 MOST_THREADS = 16  # the most threads by default; products of one token do not gain from more
 
 
@@ -44,6 +48,13 @@ class _Sequence:
     native: CSampling
     left: int  # how many tokens it may still get
     finished: str | None = None  # "stop", "length", or None while it goes on
+    scores: list[Score] = field(default_factory=list)  # that nobody has taken yet
+
+    def num_logits(self, size: int) -> int:
+        """How many logits are needed when its next `size` tokens are read."""
+        if self.sampling.logprobs is None:
+            return 0
+        return size if self.sampling.score_prompt else int(size == len(self.pending))
 
 
 @dataclass
@@ -70,7 +81,7 @@ class Engine:
         sizes = {"context": context, "slots": slots, "max_rows": CHUNK + slots}
         self._decoder = Decoder(pool, model, **sizes, mode=mode, half_cache=half_cache)
         self._slots = [_Slot() for _ in range(slots)]
-        self._vocab = model.sizes["vocab"]
+        self.vocab = model.sizes["vocab"]
         self.context, self.slots, self.mode, self.threads = context, slots, mode, pool.threads
         self.generation = GenerationConfig()  # the model's own defaults for sampling, and its stop tokens
 
@@ -143,21 +154,24 @@ class Engine:
     def open(self, prompt: Sequence[int], sampling: Sampling) -> int:
         """Put `prompt` into a free slot and return the slot's number. `step` then reads and continues it.
 
-        A free slot keeps the keys and values of its last sequence. A prompt that begins alike, such as the next turn of
-        a conversation, goes into that slot, and only the rest is read.
+        Slots keep the keys and values of their last sequence. If a prompt begins like one of them, open or not, it
+        takes over what they share, and only the rest is read.
         Raises UserError if the prompt is empty, has ids outside the vocabulary, or fills the context, and if no slot is
         free.
         """
         tokens = self._checked(prompt)
-        slot, common = self._best_slot(tokens)
-        self._decoder.truncate(slot, common)
+        self._check_bias(sampling)
+        # A prompt whose tokens are scored is read as a whole.
+        slot = self._free_slot([] if sampling.score_prompt else tokens[:-1])
+        common = len(self._slots[slot].tokens)
         room = min(sampling.max_new_tokens, self.context - len(tokens))
-        chosen = CSampling(
-            sampling.temperature, sampling.top_p, sampling.repetition_penalty, sampling.top_k, sampling.seed & MASK, 0
-        )
-        self._slots[slot].tokens = tokens[:common]
-        self._slots[slot].open = _Sequence(tokens[common:], sampling, chosen, room)
+        self._slots[slot].open = _Sequence(tokens[common:], sampling, c_sampling(sampling, len(tokens)), room)
         return slot
+
+    def _check_bias(self, sampling: Sampling) -> None:
+        odd = next((token for token in sampling.logit_bias if not 0 <= token < self.vocab), None)
+        if odd is not None:
+            raise UserError(f"logit_bias: token id {odd}: the vocabulary has {self.vocab}")
 
     def _checked(self, prompt: Sequence[int]) -> list[int]:
         tokens = [int(token) for token in prompt]
@@ -167,47 +181,64 @@ class Engine:
             raise UserError(
                 f"the prompt has {len(tokens)} tokens, and the model's context is {self.context}: shorten the prompt"
             )
-        odd = next((token for token in tokens if not 0 <= token < self._vocab), None)
+        odd = next((token for token in tokens if not 0 <= token < self.vocab), None)
         if odd is not None:
-            raise UserError(f"token id {odd}: the vocabulary has {self._vocab}; is this the model's own tokenizer?")
+            raise UserError(f"token id {odd}: the vocabulary has {self.vocab}; is this the model's own tokenizer?")
         return tokens
 
-    def _best_slot(self, tokens: list[int]) -> tuple[int, int]:
-        """The free slot that shares the longest beginning with `tokens`, and its length in tokens.
+    def _free_slot(self, tokens: list[int]) -> int:
+        """A free slot that holds the longest known beginning of `tokens`, and nothing more.
 
-        The last token never counts: it must be read to get the logits that follow it.
+        It is the slot with the fewest tokens to lose. If another slot knows more of the beginning, it is copied.
         """
         free = [i for i, slot in enumerate(self._slots) if slot.open is None]
         if not free:
             raise UserError(f"all {self.slots} slots are taken: close one, or open the engine with more")
-        shared = {i: _common(self._slots[i].tokens, tokens[:-1]) for i in free}
-        # If several slots share as much, take the one with the fewest tokens to lose.
-        best = max(free, key=lambda i: (shared[i], -len(self._slots[i].tokens)))
-        return best, shared[best]
+        shared = [_common(slot.tokens, tokens) for slot in self._slots]
+        target = min(free, key=lambda i: (len(self._slots[i].tokens) - shared[i], -shared[i]))
+        source = max(range(self.slots), key=lambda i: shared[i])
+        if shared[source] > shared[target]:
+            self._decoder.copy(source, target, shared[source])
+        else:
+            self._decoder.truncate(target, shared[target])
+        self._slots[target].tokens = tokens[: max(shared[source], shared[target])]
+        return target
 
     def step(self) -> dict[int, int]:
         """Give one token to each open sequence whose prompt has been read: {slot: token}.
 
         The other sequences read up to `CHUNK` tokens of their prompts, in the order of their slots.
         """
-        appends, budget = [], CHUNK
-        for index, slot in enumerate(self._slots):
-            if slot.open is None or slot.open.finished:
-                continue
-            size = min(len(slot.open.pending), max(budget, 0))
-            if len(slot.open.pending) == 1:
-                size = 1
-            else:
-                budget -= size
-            if size:
-                last = size == len(slot.open.pending)
-                appends.append(Append(index, slot.open.pending[:size], slot.open.native if last else None))
+        appends = self._plan()
         if not appends:
             return {}
         chosen = self._decoder.step(appends)
         for append, token in zip(appends, chosen, strict=True):
             self._note(append, token)
         return {a.slot: token for a, token in zip(appends, chosen, strict=True) if token is not None}
+
+    def _plan(self) -> list[Append]:
+        """What each open sequence appends in the next step."""
+        appends, budget, scored = [], CHUNK, SCORED
+        for index, slot in enumerate(self._slots):
+            sequence = slot.open
+            if sequence is None or sequence.finished:
+                continue
+            size = len(sequence.pending)
+            if size > 1:
+                size = min(size, max(budget, 0))
+                if sequence.sampling.score_prompt:
+                    size = min(size, scored)
+                    scored -= size
+                budget -= size
+            if size:
+                appends.append(self._append(index, sequence, size))
+        return appends
+
+    def _append(self, index: int, sequence: _Sequence, size: int) -> Append:
+        last, rows = size == len(sequence.pending), sequence.num_logits(size)
+        logits = np.empty((rows, self.vocab), np.float32) if rows else None
+        return Append(index, sequence.pending[:size], sequence.native if last else None, logits)
 
     def _note(self, append: Append, token: int | None) -> None:
         """Update one sequence after a step. `token` is None if its prompt has not been read to the end."""
@@ -216,6 +247,10 @@ class Engine:
         assert sequence is not None
         slot.tokens += append.tokens
         del sequence.pending[: len(append.tokens)]
+        if append.logits is not None:
+            after = [*append.tokens[1:], sequence.pending[0] if token is None else token]
+            logits = torch.from_numpy(append.logits)
+            sequence.scores += score(logits, after[-len(logits) :], sequence.sampling.logprobs or 0)
         if token is None:
             return
         sequence.pending.append(token)
@@ -232,6 +267,15 @@ class Engine:
         "stop" means a stop token, "length" that it has all its tokens or fills the context, None that it goes on.
         """
         return self._opened(slot).finished
+
+    def scores(self, slot: int) -> list[Score]:
+        """The scores of the tokens that came since the last call, if the sequence's sampling asks for them.
+
+        With `score_prompt` the first are those of the prompt's tokens but the first, which nothing stands before.
+        """
+        sequence = self._opened(slot)
+        taken, sequence.scores = sequence.scores, []
+        return taken
 
     def close(self, slot: int) -> None:
         """Free the slot, even if its sequence has not ended. Its cache stays for prompts that begin alike."""
@@ -250,7 +294,7 @@ class Engine:
             raise UserError(f"slot {slot}: nothing is open there")
         return sequence
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int, None, None]:
         """Yield the tokens that follow `prompt`, a stop token included.
 
         Tokens of other open sequences are dropped, so nothing else should be open.

@@ -4,7 +4,7 @@ The engines calculate in fp32. A number of Python may be 0 or infinity there, so
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from wrinklefree.core.errors import UserError
@@ -18,7 +18,10 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "temperature": (0, 1e6, "0 to 1e6"),
     "top_k": (0, 2**31 - 1, "0 or more"),
     "top_p": (5e-324, 1, "above 0 and at most 1"),
+    "min_p": (0, 1, "0 to 1"),
     "repetition_penalty": (1e-6, 1e6, "1e-6 to 1e6"),
+    "presence_penalty": (-2, 2, "-2 to 2"),
+    "frequency_penalty": (-2, 2, "-2 to 2"),
 }
 
 
@@ -32,9 +35,10 @@ def out_of_range(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The order is that of transformers: repetition penalty, temperature, top-k, top-p.
+    """How tokens are chosen.
 
-    Temperature 0 always takes the likeliest token. top_k=0, top_p=1 and repetition_penalty=1 switch these off.
+    The order is: biases, repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p.
+    Temperature 0 always takes the likeliest token. top_p and repetition_penalty are off at 1, all others at 0.
     Raises UserError if a value is out of range.
     """
 
@@ -45,6 +49,12 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
     stop_tokens: frozenset[int] = frozenset()  # a sequence ends after one of these, which is its last token
+    min_p: float = 0.0  # tokens with less than this share of the largest probability are left out
+    presence_penalty: float = 0.0  # taken off the logits of tokens that the answer has
+    frequency_penalty: float = 0.0  # the same, as often as the answer has them
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # what is added to a token's logit
+    logprobs: int | None = None  # tell each token's log-probability, with those of so many likeliest tokens
+    score_prompt: bool = False  # with `logprobs`: tell the prompt's tokens, too
 
     def __post_init__(self) -> None:
         wrong = out_of_range(vars(self))

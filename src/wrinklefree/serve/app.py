@@ -5,9 +5,9 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -54,6 +54,7 @@ class Model:
     name: str
     tokenizer: Any
     ends: frozenset[int]  # tokens that end an answer
+    allow_special: bool = False  # whether special tokens in a text of a request are read as such
     created: int = field(default_factory=lambda: int(time.time()))
 
     def about(self) -> dict[str, Any]:
@@ -117,28 +118,41 @@ class Service:
         asked = schema.parse(form, await _read(request, self.limits.body))
         self._check_model(asked.model)
         length = self._length(asked)
-        encode = partial(prompts.encode, self.model.tokenizer, asked)
-        prompt = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
-        self._check_prompt(prompt, "prompt" if kind == "completion" else "messages")
-        stream = self._submit(prompt, self._sampling(asked, length))
-        answer = Answer(stream, TextStream(self.model.tokenizer, asked.stops()))
-        envelope = Envelope.new(kind, self.model.name)
+        encode = partial(prompts.encode, self.model.tokenizer, asked, self.model.allow_special)
+        ids = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+        for prompt in ids:
+            self._check_prompt(prompt, "prompt" if kind == "completion" else "messages")
+        answers = self._answers(asked, ids, length)
+        envelope = Envelope.new(kind, self.model.name, self.model.tokenizer)
         try:
             if asked.stream:
-                await _while_connected(request, stream, stream.opened())
-                return _Events(answer, envelope, asked.usage_wanted())
-            text = await _while_connected(request, stream, _whole(answer))
+                await _while_connected(request, answers, _opened(answers))
+                return _Events(answers, envelope, asked.usage_wanted())
+            await _while_connected(request, answers, _read_all(answers))
         except UserError as error:
             raise ApiError(400, str(error), "prompt") from None
         except FailedError:
             raise failed() from None
         except ClosedError:
             raise ending() from None
-        return JSONResponse(envelope.whole(answer, text))
+        return JSONResponse(envelope.whole(answers, asked.n))
 
-    def _submit(self, prompt: list[int], sampling: Sampling) -> Stream:
+    def _answers(self, asked: schema.Completion | schema.Chat, ids: list[list[int]], length: int) -> list[Answer]:
+        """Submit all prompts as often as the request wants. Answers to one prompt follow one another."""
+        count, first = asked.candidates(), self._sampling(asked, max(length, 1))
+        pairs = [(prompt, replace(first, seed=first.seed + i)) for prompt in ids for i in range(count)]
+        echoes = [text for text in prompts.texts(self.model.tokenizer, asked, ids) for _ in range(count)]
+        stops = asked.stops()
+        return [
+            Answer(
+                stream, TextStream(self.model.tokenizer, stops), echo, asked.scored() is not None, hidden=length == 0
+            )
+            for stream, echo in zip(self._submit(pairs), echoes, strict=True)
+        ]
+
+    def _submit(self, pairs: list[tuple[list[int], Sampling]]) -> list[Stream]:
         try:
-            return self.scheduler.submit(prompt, sampling)
+            return self.scheduler.submit(pairs)
         except BusyError:
             wait = {"Retry-After": "1"}
             raise ApiError(429, "too many requests are waiting: try again later", code="busy", headers=wait) from None
@@ -163,16 +177,13 @@ class Service:
             raise ApiError(400, text, param, "context_length_exceeded")
 
     def _length(self, asked: schema.Request) -> int:
-        """The longest answer to this request, in tokens. Raises ApiError 400 if it asks for more than the limit."""
-        param, length = asked.length()
+        """The longest answer to this request, in tokens: what it asks for, but no more than the server gives."""
+        length = asked.length()
         if length is None:
-            return min(SHORT, self.limits.answer) if isinstance(asked, schema.Completion) else self.limits.answer
-        if length > self.limits.answer:
-            text = f"{param}={length}: this server generates at most {self.limits.answer} tokens"
-            raise ApiError(400, text, param, "invalid_value")
-        return length
+            length = SHORT if isinstance(asked, schema.Completion) else self.limits.answer
+        return min(length, self.limits.answer)
 
-    def _sampling(self, asked: schema.Request, length: int) -> Sampling:
+    def _sampling(self, asked: schema.Completion | schema.Chat, length: int) -> Sampling:
         return Sampling(
             max_new_tokens=length,
             temperature=asked.temperature,
@@ -181,7 +192,21 @@ class Service:
             repetition_penalty=asked.repetition_penalty,
             seed=secrets.randbits(64) if asked.seed is None else asked.seed,
             stop_tokens=self.model.ends,
+            min_p=asked.min_p,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            logit_bias=self._bias(asked),
+            logprobs=asked.scored() if asked.candidates() == asked.n else asked.scored() or 0,
+            score_prompt=isinstance(asked, schema.Completion) and asked.echo and asked.logprobs is not None,
         )
+
+    def _bias(self, asked: schema.Completion | schema.Chat) -> dict[int, float]:
+        """Biases by token id. Raises ApiError 400 for a token that the vocabulary has not."""
+        bias, vocab = {int(token): value for token, value in asked.logit_bias.items()}, self.scheduler.engine.vocab
+        if odd := [token for token in bias if token >= vocab]:
+            text = f"logit_bias: token id {odd[0]}: the vocabulary has {vocab}"
+            raise ApiError(400, text, "logit_bias", "invalid_value")
+        return bias
 
     def close(self) -> None:
         """Stop the thread that tokenizes prompts."""
@@ -191,28 +216,40 @@ class Service:
 class _Events(StreamingResponse):
     """A streamed response. Its slot is freed no matter how the response ends."""
 
-    def __init__(self, answer: Answer, envelope: Envelope, with_usage: bool) -> None:
+    def __init__(self, answers: list[Answer], envelope: Envelope, with_usage: bool) -> None:
         headers = {"Cache-Control": "no-cache"}
-        super().__init__(envelope.events(answer, with_usage), headers=headers, media_type="text/event-stream")
-        self._stream = answer.stream
+        super().__init__(envelope.events(answers, with_usage), headers=headers, media_type="text/event-stream")
+        self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._stream.cancel()
+            _cancel(self._answers)
 
 
-async def _whole(answer: Answer) -> str:
-    await answer.stream.opened()
-    return "".join([piece async for piece in answer.pieces()])
+def _cancel(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        answer.stream.cancel()
 
 
-async def _while_connected(request: Request, stream: Stream, work: Awaitable[T]) -> T:
+async def _opened(answers: Sequence[Answer]) -> None:
+    """Wait until the first answer has a slot; the others come when there is room."""
+    await answers[0].stream.opened()
+
+
+async def _read_all(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        await answer.stream.opened()
+        async for _ in answer.pieces():
+            pass
+
+
+async def _while_connected(request: Request, answers: Sequence[Answer], work: Awaitable[T]) -> T:
     """Await `work` and return its result.
 
-    If the client disconnects first, the work is cancelled and ClientDisconnect is raised. The stream is cancelled
-    whenever there is no result, so that its slot is freed.
+    If the client disconnects first, the work is cancelled and ClientDisconnect is raised. The streams are cancelled
+    whenever there is no result, so that their slots are freed.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
@@ -224,7 +261,7 @@ async def _while_connected(request: Request, stream: Stream, work: Awaitable[T])
         gone.cancel()
         if not task.done() or task.cancelled() or task.exception() is not None:
             task.cancel()
-            stream.cancel()
+            _cancel(answers)
 
 
 async def _disconnected(request: Request) -> None:

@@ -13,11 +13,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.engine.sampling import Sampling
+from wrinklefree.engine.scores import Score
 
 log = logging.getLogger("wrinklefree")
 
@@ -27,10 +28,12 @@ class Engine(Protocol):
 
     context: int
     slots: int
+    vocab: int
 
     def open(self, prompt: Sequence[int], sampling: Sampling) -> int: ...
     def step(self) -> dict[int, int]: ...
     def finished(self, slot: int) -> str | None: ...
+    def scores(self, slot: int) -> list[Score]: ...
     def close(self, slot: int) -> None: ...
     def reset(self) -> None: ...
 
@@ -58,6 +61,7 @@ class Event:
     token: int = 0
     finish: str | None = None  # set with the last token: "stop" or "length"
     message: str = ""  # why it was refused
+    scores: list[Score] = field(default_factory=list)  # of the token, after those of the prompt if they are wanted
 
 
 class Stream:
@@ -81,15 +85,15 @@ class Stream:
         """
         await self._next()
 
-    async def tokens(self) -> AsyncIterator[int]:
-        """Yield tokens as they are generated. Afterwards, `finish` says why there are no more.
+    async def tokens(self) -> AsyncIterator[Event]:
+        """Yield an event for each token as it is generated. Afterwards, `finish` says why there are no more.
 
         Raises FailedError if the engine raises an error, and ClosedError if the server shuts down.
         """
         while self.finish is None:
             event = await self._next()
             self.finish = event.finish
-            yield event.token
+            yield event
 
     async def _next(self) -> Event:
         event = await self.events.get()
@@ -114,18 +118,21 @@ class Scheduler:
         self._failures = 0  # errors that the engine raised
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def submit(self, prompt: list[int], sampling: Sampling) -> Stream:
-        """Queue a request. Raises BusyError if too many are waiting, and ClosedError while the server shuts down."""
-        stream = Stream(prompt, sampling)
+    def submit(self, asked: Sequence[tuple[list[int], Sampling]]) -> list[Stream]:
+        """Queue the prompts of one request, all or none.
+
+        Raises BusyError if too many are waiting, and ClosedError while the server shuts down.
+        """
+        streams = [Stream(prompt, sampling) for prompt, sampling in asked]
         with self._changed:
             if self._closed:
                 raise ClosedError
             if len(self._waiting) + len(self._open) >= self.engine.slots + self.max_waiting:
                 raise BusyError
             self._loop = asyncio.get_running_loop()
-            self._waiting.append(stream)
+            self._waiting.extend(streams)
             self._changed.notify()
-        return stream
+        return streams
 
     def load(self) -> dict[str, int]:
         """How many requests are open (have a slot) and waiting for one, and how often the engine has failed."""
@@ -191,8 +198,9 @@ class Scheduler:
             return self._fail()
         events = []
         for slot, token in tokens.items():
-            finish = self.engine.finished(slot)
-            events.append((self._open[slot], Event("token", token, finish)))
+            finish, stream = self.engine.finished(slot), self._open[slot]
+            scores = [] if stream.sampling.logprobs is None else self.engine.scores(slot)
+            events.append((stream, Event("token", token, finish, scores=scores)))
             if finish is not None:
                 self.engine.close(slot)
                 with self._changed:
