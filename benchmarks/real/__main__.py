@@ -26,9 +26,10 @@ import torch
 
 from benchmarks.quality import print_figures
 from benchmarks.real import measure, ours, peers
-from benchmarks.real.rows import Row, Store, processor, show, show_samples
+from benchmarks.real.rows import Row, Store, show, show_samples
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json
+from wrinklefree.core.processor import processor
 from wrinklefree.models.load import load_model
 
 Figures = dict[str, Any]

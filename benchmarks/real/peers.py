@@ -3,7 +3,7 @@
 | peer | stored bits per block weight | what it needs |
 |---|---|---|
 | rtn, rtn_uniform | 2 and an integer zero, or our `uniform`: 3 levels around 0; groups of 64 | nothing |
-| hqq | 2, an fp16 scale and a real zero for 64 | nothing: the published formula (`formulas.py`) |
+| hqq | 2, an fp16 scale and a real zero for 64 | nothing: the published formula (`compare/formulas.py`) |
 | auto_round_asym, _sym | 2, an fp16 scale for 64, and an integer zero if asymmetric | a venv with `auto-round` |
 | llama_* | what llama.cpp makes of the type; rows that are no multiple of 256 get 4 bits or more | `llama-cpp-python` |
 
@@ -28,9 +28,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.real import formulas, llama
+from benchmarks.real import llama
 from benchmarks.real.measure import Test, block_linears, measure, of_model, whole_bytes
 from benchmarks.real.rows import Row
+from wrinklefree.compare import formulas
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import find
 from wrinklefree.export.rounded import head
@@ -93,7 +94,7 @@ def original_int8_embedding(setup: Setup, name: str) -> Row:
 
 
 def formula(setup: Setup, name: str, quantizer: formulas.Quantizer, bits: float) -> Row:
-    """A one-shot quantizer of `formulas.py`."""
+    """A one-shot quantizer of `compare/formulas.py`."""
     return dense_row(setup, name, lambda _, weight: quantizer(weight, GROUP), bits, f"groups of {GROUP}")
 
 

@@ -1,7 +1,6 @@
 """The rows of the table, kept as a file each: figures, where they came from, commit and processor."""
 
 import dataclasses
-import os
 import subprocess
 import time
 from collections.abc import Mapping
@@ -13,10 +12,8 @@ import torch
 
 from benchmarks.real.measure import Quality
 from wrinklefree.core.files import read_json, write_json
+from wrinklefree.core.processor import processor
 from wrinklefree.tracking.terminal import print_table
-
-# Flags of a processor that decide how fast these trainings and kernels run.
-FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm")
 
 
 @dataclass(frozen=True)
@@ -66,15 +63,6 @@ def commit() -> str:
     here = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
     return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def processor() -> str:
-    """The processor's name, the cores this process may use, and the flags that matter."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = facts.get("model name", os.uname().machine)
-    flags = (facts.get("flags", "") + facts.get("Features", "")).split()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {' '.join(flag for flag in FLAGS if flag in flags)}"
 
 
 def show(rows: Mapping[str, Row]) -> None:

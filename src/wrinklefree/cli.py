@@ -505,6 +505,36 @@ app.command()(with_format_options(export))
 
 
 @app.command()
+def compare(
+    model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods or trainings; default: fairy2_w2,fairy2_w1,bitdistill,anemll_q2a4."),
+    ] = None,
+    references: Annotated[
+        str | None, typer.Option(help="Models without training; default: int8,int4,rtn_2bit,hqq_2bit; or none.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=0, help="Steps of each run.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Time of each run, such as 2h or 90m.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: outputs/compare_MODEL.")] = None,
+    force: Force = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train several methods on one model on equal terms, and show them side by side.
+
+    Finished runs are kept, and an interrupted comparison goes on.
+
+    \b
+    Example:
+      wf compare -m tiny --budget 4m
+      wf compare -m FOLDER --methods fairy2_w2,bitdistill --budget 2h --seeds 3
+    """
+    chosen: dict[str, Any] = {"methods": methods, "references_named": references, "seeds": seeds, "steps": steps}
+    call("compare", model, **chosen, budget=budget, out=out, force=force, overrides=overrides or [])
+
+
+@app.command()
 def config(overrides: Overrides = None) -> None:
     """Print all settings, as YAML.
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from toyrun import overrides, toy_files
 
 from benchmarks.real import __main__ as table
-from benchmarks.real import formulas, measure, ours, peers
+from benchmarks.real import measure, ours, peers
 from benchmarks.real.llama import Runner, bits_per_block_weight, importance, quantize, write
 from benchmarks.real.rows import Row, Store
+from wrinklefree.compare import formulas
 from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, find

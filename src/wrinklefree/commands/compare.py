@@ -1,0 +1,135 @@
+"""`wf compare`: methods side by side on one model, on equal terms, with a page to show for it.
+
+Every method is trained by an ordinary run with the same text, tokens, seeds and objective, and measured as packed on
+the same held-out text. The same command goes on where it was interrupted.
+"""
+
+import logging
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import transformers
+
+from wrinklefree.compare import page, references
+from wrinklefree.compare.entries import METHODS, Entry, entries
+from wrinklefree.compare.quality import Test
+from wrinklefree.compare.rows import Row, Store, grouped
+from wrinklefree.compare.trained import source, trained
+from wrinklefree.core.errors import UserError
+from wrinklefree.core.files import file_aside, write_json
+from wrinklefree.core.processor import processor
+from wrinklefree.runs import launch
+from wrinklefree.runs.setup import Run, open_run
+from wrinklefree.tracking.terminal import print_table
+
+log = logging.getLogger("wrinklefree")
+
+PAGE, TABLE, FIGURES = "index.html", "comparison.md", "comparison.json"
+
+
+def run(
+    model: str,
+    *,
+    methods: str | None = None,
+    references_named: str | None = None,
+    seeds: int = 1,
+    steps: int | None = None,
+    budget: str | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    overrides: list[str],
+) -> None:
+    """Compare `methods`, names separated by commas, on `model`, and write the results into `out`.
+
+    Each run has the time `budget`, such as `2h`, or `steps` steps. Raises UserError for anything that the user can fix.
+    """
+    if steps is not None and budget is not None:
+        raise UserError("--steps and --budget: give one of them; each says how long a run is")
+    names = list(METHODS) if methods is None else methods.split(",")
+    others = _references(references_named)
+    first = entries(model, names[:1], 1, steps, overrides, Path("outputs"))[0].config()
+    out = out or Path(first.output_root) / f"compare_{first.model.name}"
+    chosen = entries(model, names, seeds, steps, overrides, out)
+    if force and out.exists():
+        shutil.rmtree(out)
+    store = Store(out / "rows")
+    rows = _measure_others(chosen[0], others, store, out)
+    for number, entry in enumerate(chosen):
+        log.info("== %d of %d: %s, seed %d", number + 1, len(chosen), entry.method, entry.seed)
+        launch.run_chain([list(entry.overrides)], False, None, budget)
+    with _opened(chosen[0], out) as opened:
+        test = Test(opened)
+        for entry in chosen:
+            rows.append(_kept(store, entry.name, test, source(entry)) or _measured(store, entry, test))
+        facts = _facts(opened, chosen, budget)
+    _write(out, f"{first.model.name}: {len(names)} ways to fewer bits", facts, rows)
+
+
+def _references(names: str | None) -> list[str]:
+    if names == "none":
+        return []
+    found = list(references.REFERENCES) if names is None else names.split(",")
+    references.check(found)
+    return found
+
+
+def _opened(entry: Entry, out: Path) -> Run:
+    """The set-up of a run that only measures: it leaves no folder. With data=self, the text is written now."""
+    config = entry.config()
+    config.output_dir = str(out / "measuring")
+    return open_run(config)
+
+
+def _measure_others(entry: Entry, names: list[str], store: Store, out: Path) -> list[Row]:
+    """The rows of the original and of the references."""
+    with _opened(entry, out) as opened:
+        test = Test(opened)
+        rows = [_kept(store, references.ORIGINAL, test) or _put(store, references.original(test), test)]
+        for name in names:
+            row = _kept(store, name, test)
+            if row is None:
+                log.info("measuring %s", name)
+                row = _put(store, references.reference(name, test), test)
+            rows.append(row)
+    return rows
+
+
+def _kept(store: Store, name: str, test: Test, made_by: str = "") -> Row | None:
+    return store.get(name, test.key, made_by)
+
+
+def _measured(store: Store, entry: Entry, test: Test) -> Row:
+    log.info("measuring %s", entry.name)
+    return _put(store, trained(entry, test), test, source(entry))
+
+
+def _put(store: Store, row: Row, test: Test, made_by: str = "") -> Row:
+    version = transformers.__version__
+    return store.put(replace(row, measured_on=test.key, source=made_by, processor=processor(), version=version))
+
+
+def _facts(opened: Run, chosen: list[Entry], budget: str | None) -> list[str]:
+    """What all rows have in common, in sentences."""
+    config, seeds = opened.config, sorted({entry.seed for entry in chosen})
+    t = config.training
+    length = f"{t.max_steps} steps" if t.max_steps else budget or "the default time"
+    text = config.data.path or config.data.source
+    return [
+        f"Each run had {length}, the text {Path(text).name}, the objective {t.objective} (KL to the original), and the "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}.",
+        f"Measured on held-out text in windows of {t.max_seq_length} tokens. The embedding has 8 bits in all but the "
+        f"original.",
+        f"Processor: {processor()}.",
+    ]
+
+
+def _write(out: Path, title: str, facts: list[str], rows: list[Row]) -> None:
+    groups = grouped(rows)
+    write_json(out / FIGURES, {"title": title, "facts": facts, "rows": [asdict(row) for row in rows]})
+    for name, text in ((TABLE, page.markdown(title, facts, groups)), (PAGE, page.html(title, facts, groups))):
+        with file_aside(out / name) as aside:
+            aside.write_text(text, encoding="utf-8")
+    print_table(*page.short_table(groups))
+    print(f"\nwrote {out}/: {PAGE}, {TABLE}, {FIGURES}, runs/")
+    print(f"next: open {out / PAGE} in a browser")

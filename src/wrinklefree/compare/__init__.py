@@ -1,0 +1,1 @@
+"""Rank 8: methods side by side on one model."""
