@@ -14,7 +14,8 @@ from wrinklefree.compare.rows import Row
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.core.surgery import decoder_layers
-from wrinklefree.engine.engine import Engine, Sampling
+from wrinklefree.engine.engine import Engine
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.evaluate.speed import SPEED_TOKENS, decoding_speed
 from wrinklefree.generate.open import open_engine
 from wrinklefree.models.load import load_model
