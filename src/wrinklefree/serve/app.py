@@ -1,7 +1,6 @@
 """The HTTP routes: check a request, hand it to the scheduler, and send back the answer."""
 
 import asyncio
-import hmac
 import logging
 import secrets
 import time
@@ -9,12 +8,13 @@ from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -22,6 +22,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.engine.sampling import Sampling
 from wrinklefree.generate.text import TextStream
 from wrinklefree.serve import prompts, schema
+from wrinklefree.serve.access import ANYONE, Access, check_type
 from wrinklefree.serve.answers import Answer, Envelope, Kind
 from wrinklefree.serve.errors import ApiError, ending, failed
 from wrinklefree.serve.scheduler import BusyError, ClosedError, FailedError, Scheduler, Stream
@@ -29,6 +30,8 @@ from wrinklefree.serve.scheduler import BusyError, ClosedError, FailedError, Sch
 log = logging.getLogger("wrinklefree")
 
 SHORT = 16  # tokens of a completion without `max_tokens`; the OpenAI interface's default
+PAGE = Path(__file__).with_name("page.html")
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 BODY_SECONDS = 30.0  # a request whose body takes longer is refused
 
 T = TypeVar("T")
@@ -54,6 +57,7 @@ class Model:
     name: str
     tokenizer: Any
     ends: frozenset[int]  # tokens that end an answer
+    engine: str = ""  # what runs the model, in a few words
     allow_special: bool = False  # whether special tokens in a text of a request are read as such
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -65,15 +69,21 @@ class Model:
 class Service:
     """The routes of a server for one model."""
 
-    def __init__(self, model: Model, scheduler: Scheduler, limits: Limits, api_key: str | None = None) -> None:
-        self.model, self.scheduler, self.limits = model, scheduler, limits
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+    def __init__(
+        self,
+        model: Model,
+        scheduler: Scheduler,
+        limits: Limits,
+        access: Access = ANYONE,
+    ) -> None:
+        self.model, self.scheduler, self.limits, self.access = model, scheduler, limits, access
         # Prompts are tokenized in one thread of their own, so that a long one does not hold up the running streams.
         self._encoder = ThreadPoolExecutor(1, "encode")
 
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [
+            *([Route("/", self.page)] if self.access.page else []),
             Route("/health", self.health),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.one_model),
@@ -86,20 +96,25 @@ class Service:
             ClientDisconnect: _nobody,
             500: _defect,
         }
-        return Starlette(routes=routes, exception_handlers=handlers)
+        return Starlette(routes=routes, exception_handlers=handlers, middleware=self.access.middleware())
+
+    async def page(self, request: Request) -> Response:
+        """`GET /`: a page to chat on. It asks this server alone."""
+        return HTMLResponse(PAGE.read_bytes(), headers={"Content-Security-Policy": POLICY})
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`: how many slots there are and how many requests are open and waiting. Needs no key."""
-        return JSONResponse({"status": "ok", "slots": self.scheduler.engine.slots} | self.scheduler.load())
+        """`GET /health`: what runs the model, how many slots there are, and how many requests. Needs no key."""
+        about = {"status": "ok", "engine": self.model.engine, "slots": self.scheduler.engine.slots}
+        return JSONResponse(about | self.scheduler.load())
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: a list of the one model."""
-        self._check_key(request)
+        self.access.check_key(request)
         return JSONResponse({"object": "list", "data": [self.model.about()]})
 
     async def one_model(self, request: Request) -> Response:
         """`GET /v1/models/NAME`."""
-        self._check_key(request)
+        self.access.check_key(request)
         self._check_model(request.path_params["name"])
         return JSONResponse(self.model.about())
 
@@ -114,7 +129,8 @@ class Service:
     async def _answer(
         self, kind: Kind, form: type[schema.Completion] | type[schema.Chat], request: Request
     ) -> Response:
-        self._check_key(request)
+        self.access.check_key(request)
+        check_type(request)
         asked = schema.parse(form, await _read(request, self.limits.body))
         self._check_model(asked.model)
         length = self._length(asked)
@@ -158,11 +174,6 @@ class Service:
             raise ApiError(429, "too many requests are waiting: try again later", code="busy", headers=wait) from None
         except ClosedError:
             raise ending() from None
-
-    def _check_key(self, request: Request) -> None:
-        header = request.headers.get("authorization", "").encode()
-        if self._key is not None and not hmac.compare_digest(header, self._key):
-            raise ApiError(401, "no valid API key: send it as `Authorization: Bearer KEY`", code="invalid_api_key")
 
     def _check_model(self, name: str) -> None:
         if name != self.model.name:
