@@ -19,13 +19,14 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.engine.sampling import Sampling
+from wrinklefree.engine.sampling import Constraint, Sampling
 from wrinklefree.generate.text import TextStream
 from wrinklefree.serve import prompts, schema
 from wrinklefree.serve.access import ANYONE, Access, check_type
 from wrinklefree.serve.answers import Answer, Envelope, Kind
 from wrinklefree.serve.errors import ApiError, ending, failed
 from wrinklefree.serve.scheduler import BusyError, ClosedError, FailedError, Scheduler, Stream
+from wrinklefree.serve.structured import Grammars
 
 log = logging.getLogger("wrinklefree")
 
@@ -77,6 +78,7 @@ class Service:
         access: Access = ANYONE,
     ) -> None:
         self.model, self.scheduler, self.limits, self.access = model, scheduler, limits, access
+        self.grammars = Grammars(model.tokenizer, scheduler.engine.vocab, model.ends)
         # Prompts are tokenized in one thread of their own, so that a long one does not hold up the running streams.
         self._encoder = ThreadPoolExecutor(1, "encode")
 
@@ -134,11 +136,10 @@ class Service:
         asked = schema.parse(form, await _read(request, self.limits.body))
         self._check_model(asked.model)
         length = self._length(asked)
-        encode = partial(prompts.encode, self.model.tokenizer, asked, self.model.allow_special)
-        ids = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+        ids, constraint = await asyncio.get_running_loop().run_in_executor(self._encoder, partial(self._prepare, asked))
         for prompt in ids:
             self._check_prompt(prompt, "prompt" if kind == "completion" else "messages")
-        answers = self._answers(asked, ids, length)
+        answers = self._answers(asked, ids, length, constraint)
         envelope = Envelope.new(kind, self.model.name, self.model.tokenizer)
         try:
             if asked.stream:
@@ -153,10 +154,26 @@ class Service:
             raise ending() from None
         return JSONResponse(envelope.whole(answers, asked.n))
 
-    def _answers(self, asked: schema.Completion | schema.Chat, ids: list[list[int]], length: int) -> list[Answer]:
+    def _prepare(self, asked: schema.Completion | schema.Chat) -> tuple[list[list[int]], Constraint | None]:
+        """The tokens of each prompt, and what the answers are constrained to. Both may take long."""
+        wanted = None if asked.response_format is None else asked.response_format.wanted()
+        constraint = None if wanted is None else self.grammars.schema(wanted)
+        return prompts.encode(self.model.tokenizer, asked, self.model.allow_special), constraint
+
+    def _answers(
+        self,
+        asked: schema.Completion | schema.Chat,
+        ids: list[list[int]],
+        length: int,
+        constraint: Constraint | None,
+    ) -> list[Answer]:
         """Submit all prompts as often as the request wants. Answers to one prompt follow one another."""
         count, first = asked.candidates(), self._sampling(asked, max(length, 1))
-        pairs = [(prompt, replace(first, seed=first.seed + i)) for prompt in ids for i in range(count)]
+        pairs = [
+            (prompt, replace(first, seed=first.seed + i, constraint=constraint and constraint.copy()))
+            for prompt in ids
+            for i in range(count)
+        ]
         echoes = [text for text in prompts.texts(self.model.tokenizer, asked, ids) for _ in range(count)]
         stops = asked.stops()
         return [

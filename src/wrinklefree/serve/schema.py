@@ -32,7 +32,6 @@ IGNORED = {
 # Fields that are not supported, with the values at which they have no effect: only these values are accepted.
 NEUTRAL: dict[str, Sequence[Any]] = {
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -70,6 +69,24 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class JsonSchema(_Strict):
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None  # an answer always follows the schema
+    body: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def wanted(self) -> dict[str, Any] | None:
+        """The JSON schema that an answer has to follow, or None."""
+        if self.json_schema is not None:
+            return self.json_schema.body
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool = False  # ignored: it would make all events of a stream equally long
@@ -89,6 +106,7 @@ class Request(_Strict):
     frequency_penalty: Annotated[float, _number("frequency_penalty")] = 0.0
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MOST_BIASES)] = {}
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    response_format: ResponseFormat | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[
         Annotated[Stop, Tag("text")] | Annotated[Stops, Tag("texts")] | Annotated[Stops, Tag("list")],
@@ -121,6 +139,9 @@ class Request(_Strict):
         """A field that does not go with another, and why."""
         if self.stream_options is not None and not self.stream:
             return "stream_options", "only with stream=true"
+        form = self.response_format
+        if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+            return "response_format.json_schema", "belongs to type json_schema, which needs it"
         return None
 
 
