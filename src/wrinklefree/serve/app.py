@@ -27,6 +27,7 @@ from wrinklefree.serve.answers import Answer, Envelope, Kind
 from wrinklefree.serve.errors import ApiError, ending, failed
 from wrinklefree.serve.scheduler import BusyError, ClosedError, FailedError, Scheduler, Stream
 from wrinklefree.serve.structured import Grammars
+from wrinklefree.serve.tools import tools_of
 
 log = logging.getLogger("wrinklefree")
 
@@ -140,7 +141,7 @@ class Service:
         for prompt in ids:
             self._check_prompt(prompt, "prompt" if kind == "completion" else "messages")
         answers = self._answers(asked, ids, length, constraint)
-        envelope = Envelope.new(kind, self.model.name, self.model.tokenizer)
+        envelope = Envelope.new(kind, self.model.name, self.model.tokenizer, tools_of(asked))
         try:
             if asked.stream:
                 await _while_connected(request, answers, _opened(answers))
@@ -156,9 +157,14 @@ class Service:
 
     def _prepare(self, asked: schema.Completion | schema.Chat) -> tuple[list[list[int]], Constraint | None]:
         """The tokens of each prompt, and what the answers are constrained to. Both may take long."""
+        return prompts.encode(self.model.tokenizer, asked, self.model.allow_special), self._constraint(asked)
+
+    def _constraint(self, asked: schema.Completion | schema.Chat) -> Constraint | None:
+        tools = tools_of(asked)
+        if tools is not None and (call := tools.schema()) is not None:
+            return self.grammars.schema(call, "tools")
         wanted = None if asked.response_format is None else asked.response_format.wanted()
-        constraint = None if wanted is None else self.grammars.schema(wanted)
-        return prompts.encode(self.model.tokenizer, asked, self.model.allow_special), constraint
+        return None if wanted is None else self.grammars.schema(wanted)
 
     def _answers(
         self,

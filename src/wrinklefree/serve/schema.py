@@ -4,6 +4,7 @@ The fields are those of the OpenAI interface, plus four that vLLM added: `top_k`
 `chat_template_kwargs`.
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from functools import cache
@@ -33,8 +34,8 @@ IGNORED = {
 NEUTRAL: dict[str, Sequence[Any]] = {
     "suffix": ("",),
     "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none",),
 }
 
 
@@ -188,16 +189,64 @@ class Part(_Strict):
     text: str
 
 
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class Function(_Strict):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None  # a call that has to be made always follows the schema
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Strict):
+    name: Name
+
+
+class NamedTool(_Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class CalledFunction(_Strict):
+    name: Name
+    arguments: str
+
+    def values(self) -> Any:
+        """The arguments as an object; as they are if they are no JSON."""
+        try:
+            return json.loads(self.arguments)
+        except ValueError:
+            return self.arguments
+
+
+class ToolCall(_Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[Part], Tag("list")], _either("a text or a list of parts")
-    ]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        Annotated[
+            Annotated[str, Tag("text")] | Annotated[list[Part], Tag("list")], _either("a text or a list of parts")
+        ]
+        | None
+    )
+    tool_calls: list[ToolCall] = []  # of an assistant
+    tool_call_id: str | None = None  # of a tool; accepted and ignored: results stand in the order of calls
     name: str | None = None  # accepted and ignored: chat templates do not use it
 
     def plain(self) -> dict[str, str]:
         """The message as a chat template expects it: role and one text."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -205,6 +254,11 @@ class Chat(Request):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] = {}
+    tools: list[Tool] = []
+    tool_choice: Annotated[
+        Annotated[Literal["none", "auto", "required"], Tag("text")] | Annotated[NamedTool, Tag("object")],
+        Discriminator(lambda value: "text" if isinstance(value, str) else "object"),
+    ] = "auto"
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
@@ -214,7 +268,28 @@ class Chat(Request):
     def problem(self) -> tuple[str, str] | None:
         if self.top_logprobs is not None and not self.logprobs:
             return "top_logprobs", "only with logprobs=true"
-        return super().problem()
+        return self._message_problem() or self._tool_problem() or super().problem()
+
+    def named_tool(self) -> str | None:
+        """The function that has to be called, if the request names one."""
+        return None if isinstance(self.tool_choice, str) else self.tool_choice.function.name
+
+    def _message_problem(self) -> tuple[str, str] | None:
+        for i, message in enumerate(self.messages):
+            if message.content is None and not message.tool_calls:
+                return f"messages.{i}.content", "must be a text or a list of parts"
+            if message.tool_calls and message.role != "assistant":
+                return f"messages.{i}.tool_calls", "only an assistant calls tools"
+        return None
+
+    def _tool_problem(self) -> tuple[str, str] | None:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            return "tools", "two have the same name"
+        if self.tool_choice == "required" and not names:
+            return "tool_choice", "there are no tools"
+        named = self.named_tool()
+        return None if named is None or named in names else ("tool_choice", f"there is no tool {named!r}")
 
     def length(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -275,7 +350,8 @@ def _without_empty(message: Any) -> Any:
     # Clients send back the message objects of earlier answers, which have such fields.
     if not isinstance(message, dict):
         return message
-    return {name: value for name, value in message.items() if name == "content" or value not in (None, [])}
+    kept = {name: value for name, value in message.items() if name == "content" or value not in (None, [])}
+    return kept | {"content": None} if "tool_calls" in kept and "content" not in kept else kept
 
 
 def _refusal(values: Any, error: ValidationError) -> ApiError:

@@ -27,8 +27,8 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocab: int, ends: frozenset[int]) -> None:
         self._tokenizer, self._vocab, self._ends = tokenizer, vocab, ends
 
-    def schema(self, schema: dict[str, Any]) -> "SchemaConstraint":
-        """A constraint to texts that follow a JSON schema.
+    def schema(self, schema: dict[str, Any], param: str = "response_format") -> "SchemaConstraint":
+        """A constraint to texts that follow the JSON schema of the field `param`.
 
         Raises ApiError 400 if llguidance is missing, cannot use the tokenizer, or does not know the schema.
         """
@@ -36,9 +36,9 @@ class Grammars:
         try:
             grammar = matcher.grammar_from_json_schema(json.dumps(schema), defaults=STYLE)
         except ValueError as error:
-            raise _refusal(str(error)) from None
+            raise _refusal(str(error), param) from None
         if fault := matcher.validate_grammar(grammar, self._words):
-            raise _refusal(fault)
+            raise _refusal(fault, param)
         return SchemaConstraint(matcher(self._words, grammar, log_level=0), self._vocab)
 
     @cached_property
@@ -82,5 +82,5 @@ class SchemaConstraint:
         return type(self)(self._matcher.deep_copy(), self._vocab)
 
 
-def _refusal(why: str) -> ApiError:
-    return ApiError(400, f"response_format: {' '.join(why.split())[:300]}", "response_format", "invalid_value")
+def _refusal(why: str, param: str = "response_format") -> ApiError:
+    return ApiError(400, f"{param}: {' '.join(why.split())[:300]}", param, "invalid_value")
