@@ -70,6 +70,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class Body(_Strict):
+    """The body of a request."""
+
+    def problem(self) -> tuple[str, str] | None:
+        """A field that does not go with another, and why."""
+        return None
+
+
 class JsonSchema(_Strict):
     name: str = ""
     description: str | None = None
@@ -93,7 +101,7 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False  # ignored: it would make all events of a stream equally long
 
 
-class Request(_Strict):
+class Request(Body):
     """The fields that completions and chats share. If `max_tokens` is None, the server chooses the length."""
 
     model: str
@@ -137,7 +145,6 @@ class Request(_Strict):
         return self.n
 
     def problem(self) -> tuple[str, str] | None:
-        """A field that does not go with another, and why."""
         if self.stream_options is not None and not self.stream:
             return "stream_options", "only with stream=true"
         form = self.response_format
@@ -295,7 +302,7 @@ class Chat(Request):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-Kind = TypeVar("Kind", bound=Request)
+Kind = TypeVar("Kind", bound=Body)
 
 
 def parse(kind: type[Kind], body: bytes) -> Kind:
@@ -308,6 +315,17 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     if (wrong := request.problem()) is not None:
         raise ApiError(400, f"{wrong[0]}: {wrong[1]}", wrong[0], "invalid_value")
     return request
+
+
+def parse_prompt(body: bytes) -> "Completion | Chat":
+    """Parse a body that has only a prompt or messages. Raises ApiError 400 naming the first field that is wrong."""
+    values = _load(body)
+    kind: type[Completion | Chat] = Chat if "messages" in values else Completion
+    odd = values.keys() - {"model", "prompt", "messages", "tools", "chat_template_kwargs"}
+    if odd:
+        name = min(odd)
+        raise ApiError(400, f"{name}: not a field of this request", name, "unsupported_parameter")
+    return parse(kind, pydantic_core.to_json({"model": ""} | values))
 
 
 def _load(body: bytes) -> dict[str, Any]:
