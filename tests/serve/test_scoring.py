@@ -100,7 +100,10 @@ def test_an_echo_of_no_tokens_scores_the_prompt_alone(served: Served) -> None:
     (choice,) = served.choices(prompt=PROMPT, echo=True, max_tokens=0, logprobs=0)
     tokens = served.tokenizer(PROMPT).input_ids
     assert choice["text"] == PROMPT
-    assert len(choice["logprobs"]["token_logprobs"]) == len(tokens)
+    told = choice["logprobs"]
+    assert len(told["token_logprobs"]) == len(tokens)
+    pairs = zip(told["text_offset"], told["tokens"], strict=True)
+    assert all(PROMPT[at:].startswith(text) for at, text in pairs)
     usage = served.ask(prompt=PROMPT, echo=True, max_tokens=0).json()["usage"]
     assert usage == {"prompt_tokens": len(tokens), "completion_tokens": 0, "total_tokens": len(tokens)}
 
