@@ -29,7 +29,8 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import llama_cpp_peer as peer
 from benchmarks import quality, shapes
-from wrinklefree.engine.engine import Engine, Sampling
+from wrinklefree.engine.engine import Engine
+from wrinklefree.engine.sampling import Sampling
 
 Figures = dict[str, Any]
 Burst = Callable[[], float]  # tokens a second, once

@@ -20,7 +20,8 @@ from wrinklefree.core import library
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import find
 from wrinklefree.engine.binding import Layer, Linear, Model
-from wrinklefree.engine.engine import Engine, Sampling
+from wrinklefree.engine.engine import Engine
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.packed.layer import PackedLinear, TiedEmbedding
 from wrinklefree.packed.pack import pack_layer
 from wrinklefree.packed.products import native

@@ -2,6 +2,7 @@
 // of the keys it has keys [PAGE / 16][head_dim][16], then values [PAGE][padded_dim], in fp32 or bf16.
 #pragma once
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "vector.h"
@@ -38,6 +39,12 @@ class Cache {
             pages_.push_back(page);
         }
         return true;
+    }
+
+    // Copies the pages of the first `length` positions of `other` to places that `grow` has made.
+    void copy(const Cache& other, int length) {
+        for (int page = 0; page * PAGE < length; page++)
+            std::memcpy(pages_[page], other.pages_[page], shape_.page_bytes());
     }
 
     void clear() {

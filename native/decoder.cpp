@@ -92,6 +92,7 @@ struct wf_decoder {
     void mlp_block(const Layer& layer);
     void keep_wanted();
     void finish(const wf_append* appends, int count);
+    static int wanted_of(const wf_append& a) { return a.logits ? std::max(a.num_logits, 1) : a.next ? 1 : 0; }
     void apply(std::initializer_list<const Linear*> group, const float* x, int rows,
                std::initializer_list<float*> outs);
     void apply_alone(const Linear& linear, const float* x, int rows, float* y);
@@ -247,9 +248,10 @@ const char* wf_decoder::fault(const wf_append* appends, int count) const {
             return "step: the context is full";
         for (int t = 0; t < a.length; t++)
             if (a.tokens[t] < 0 || a.tokens[t] >= m.vocab) return "step: a token id is not in the vocabulary";
+        if (a.num_logits < 0 || a.num_logits > a.length) return "step: more logits than tokens";
         if (a.next && !a.sampling) return "step: the next token is asked for without saying how to choose it";
         if (a.next)
-            if (const char* wrong = sampling_fault(*a.sampling)) return wrong;
+            if (const char* wrong = sampling_fault(*a.sampling, m.vocab)) return wrong;
         rows += a.length;
     }
     return rows > m.max_rows ? "step: more tokens than max_rows" : nullptr;
@@ -266,9 +268,10 @@ void wf_decoder::lay_out(const wf_append* appends, int count) {
         check(s.cache.grow(length + a.length), "step: no memory for more keys and values");
         s.tokens.reserve(length + a.length);
         for (int t = 0; t < a.length; t++) rows_.push_back({a.slot, length + t});
-        if (a.next || a.logits) wanted_.push_back(static_cast<int>(rows_.size()) - 1);
+        for (int t = wanted_of(a); t > 0; t--) wanted_.push_back(static_cast<int>(rows_.size()) - t);
     }
     num_rows_ = static_cast<int>(rows_.size());
+    logits_.grow(wanted_.size() * m.vocab);
     int half = m.head_dim / 2;
     each(num_rows_, static_cast<int64_t>(num_rows_) * half * 64, [&](int row) {
         for (int j = 0; j < half; j++) {
@@ -459,10 +462,12 @@ void wf_decoder::finish(const wf_append* appends, int count) {
         const wf_append& a = appends[i];
         std::vector<int32_t>& tokens = sequences[a.slot].tokens;
         tokens.insert(tokens.end(), a.tokens, a.tokens + a.length);
-        if (!a.next && !a.logits) continue;
-        if (a.logits) std::copy_n(logits, m.vocab, a.logits);
-        if (a.next) *a.next = sampler_.choose(logits, tokens.data(), static_cast<int>(tokens.size()), *a.sampling);
-        logits += m.vocab;
+        const size_t wanted = wanted_of(a);
+        if (!wanted) continue;
+        if (a.logits) std::copy_n(logits, wanted * m.vocab, a.logits);
+        logits += wanted * m.vocab;
+        if (a.next)
+            *a.next = sampler_.choose(logits - m.vocab, tokens.data(), static_cast<int>(tokens.size()), *a.sampling);
     }
 }
 
@@ -520,6 +525,19 @@ int wf_decoder_clear(wf_decoder* d, int slot) {
     });
 }
 
+int wf_decoder_copy(wf_decoder* d, int from, int to, int length) {
+    return guarded(1, [&] {
+        std::lock_guard<std::mutex> lock(known(d, from).mutex);
+        Sequence &source = d->sequences[from], &target = known(d, to).sequences[to];
+        check(from != to && length >= 0 && length <= static_cast<int>(source.tokens.size()),
+              "copy: a length that the slot has not");
+        check(target.cache.grow(length), "copy: no memory for more keys and values");
+        target.cache.copy(source.cache, length);
+        target.tokens.assign(source.tokens.begin(), source.tokens.begin() + length);
+        return 0;
+    });
+}
+
 size_t wf_decoder_bytes(wf_decoder* d) {
     if (!d) return 0;
     std::lock_guard<std::mutex> lock(d->mutex);
@@ -530,7 +548,7 @@ int32_t wf_sample(const float* logits, int vocab, const int32_t* history, int le
     return guarded(-1, [&] {
         check(logits && vocab >= 1 && length >= 0 && (history || !length) && sampling,
               "sample: an argument is missing");
-        if (const char* wrong = sampling_fault(*sampling)) fail(wrong);
+        if (const char* wrong = sampling_fault(*sampling, vocab)) fail(wrong);
         for (int i = 0; i < length; i++)
             check(history[i] >= 0 && history[i] < vocab, "sample: a token id is not in the vocabulary");
         std::vector<float> own(logits, logits + vocab);

@@ -54,22 +54,35 @@ typedef struct wf_model {
 } wf_model;
 
 // How the next token is chosen. The order is that of transformers' `generate`: repetition penalty over all tokens of
-// the sequence, temperature, top-k, top-p. With temperature 0 the largest logit wins, and the lowest id if there are
-// several. The random number is a function of seed and counter alone.
+// the sequence, temperature, top-k, top-p, min-p. Biases come before it; presence and frequency penalty, and what is
+// allowed, right after the repetition penalty. With temperature 0 the largest logit wins, and the lowest id if there
+// are several. The random number is a function of seed and counter alone.
 typedef struct wf_sampling {
     float temperature, top_p, repetition_penalty;  // 1 switches top_p and the penalty off
     int top_k;                                     // 0 switches it off
     uint64_t seed, counter;
+    // 0 and NULL switch each of the following off.
+    float min_p;  // tokens with less than this share of the largest probability are left out
+    // Of each token after the first `prompt` of the sequence: `presence_penalty` is taken off its logit once, and
+    // `frequency_penalty` as often as it stands there.
+    float presence_penalty, frequency_penalty;
+    int prompt;
+    int num_biases;  // biases[i] is added to the logit of biased[i]
+    const int32_t* biased;
+    const float* biases;
+    const uint32_t* allowed;  // a bit for each token, the lowest first; others are not chosen
 } wf_sampling;
 
 // `length` tokens to append to the sequence in `slot`. If `next` is not NULL, it gets the token that is chosen to
-// follow them. If `logits` [vocab] is not NULL, it gets the logits of the last token, before any penalty.
+// follow them. If `logits` [num_logits, vocab] is not NULL, it gets the logits of the last tokens, before any penalty;
+// `num_logits` of 0 means 1.
 typedef struct wf_append {
     int slot, length;
     const int32_t* tokens;
     const wf_sampling* sampling;  // may be NULL if `next` is
     int32_t* next;
     float* logits;
+    int num_logits;
 } wf_append;
 
 WF_API wf_decoder* wf_decoder_new(wf_pool*, const wf_model*);
@@ -81,7 +94,9 @@ WF_API int wf_decoder_step(wf_decoder*, const wf_append* appends, int count);
 WF_API int wf_decoder_length(wf_decoder*, int slot);                // how many tokens it has, or -1 on an error
 WF_API int wf_decoder_truncate(wf_decoder*, int slot, int length);  // keeps the first `length` tokens, and all pages
 WF_API int wf_decoder_clear(wf_decoder*, int slot);                 // gives its pages back
-WF_API size_t wf_decoder_bytes(wf_decoder*);                        // of caches and buffers
+// Replaces the sequence in `to` by the first `length` tokens of another, as if they had been appended there.
+WF_API int wf_decoder_copy(wf_decoder*, int from, int to, int length);
+WF_API size_t wf_decoder_bytes(wf_decoder*);  // of caches and buffers
 
 // Chooses a token from logits [vocab] without a decoder. `history` are the tokens that the penalty applies to. Returns
 // -1 on an error.

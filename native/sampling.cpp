@@ -41,12 +41,18 @@ int bucket(float weight) {
 
 }  // namespace
 
-const char* sampling_fault(const wf_sampling& s) {
+const char* sampling_fault(const wf_sampling& s, int vocab) {
     if (!(s.temperature >= 0) || !std::isfinite(s.temperature)) return "temperature must be 0 or more";
     if (!(s.top_p > 0 && s.top_p <= 1)) return "top_p must be above 0 and at most 1";
     if (s.top_k < 0) return "top_k must be 0 or more";
     if (!(s.repetition_penalty > 0) || !std::isfinite(s.repetition_penalty))
         return "repetition_penalty must be above 0";
+    if (!(s.min_p >= 0 && s.min_p <= 1)) return "min_p must be between 0 and 1";
+    if (!std::isfinite(s.presence_penalty) || !std::isfinite(s.frequency_penalty) || s.prompt < 0)
+        return "presence_penalty and frequency_penalty must be numbers, and prompt 0 or more";
+    if (s.num_biases < 0 || (s.num_biases && !(s.biased && s.biases))) return "biases are missing";
+    for (int i = 0; i < s.num_biases; i++)
+        if (s.biased[i] < 0 || s.biased[i] >= vocab || std::isnan(s.biases[i])) return "a bias is not of a token";
     return nullptr;
 }
 
@@ -56,18 +62,41 @@ Sampler::Sampler(int vocab) : weights_(vocab), sums_(vocab / STRETCH + 1), bucke
 
 int32_t Sampler::choose(float* logits, const int32_t* history, int length, const wf_sampling& s) {
     const int vocab = static_cast<int>(weights_.size());
-    if (s.repetition_penalty != 1) penalize(logits, history, length, s.repetition_penalty);
+    adjust(logits, history, length, s);
     const int32_t best = vectors().argmax(logits, vocab);
     if (s.temperature == 0) return best;
     double mass = vectors().exp_sum(logits, logits[best], 1 / s.temperature, vocab, weights_.data(), sums_.data());
     if (!std::isfinite(mass)) return best;
     const double share = uniform(s.seed, s.counter);
     const bool some = s.top_k > 0 && s.top_k < vocab;
-    if (!some && s.top_p == 1) return draw_any(mass * share, best);
+    if (!some && s.top_p == 1 && s.min_p == 0) return draw_any(mass * share, best);
     candidates_.clear();
     if (some) mass = keep_top_k(s.top_k);
     if (s.top_p < 1) mass = keep_top_p(s.top_p * mass);
+    if (s.min_p > 0) mass = keep_min_p(s.min_p);
     return draw(mass * share);
+}
+
+void Sampler::adjust(float* logits, const int32_t* history, int length, const wf_sampling& s) {
+    for (int i = 0; i < s.num_biases; i++) logits[s.biased[i]] += s.biases[i];
+    if (s.repetition_penalty != 1) penalize(logits, history, length, s.repetition_penalty);
+    if (s.presence_penalty != 0 || s.frequency_penalty != 0) {
+        const int prompt = std::min(s.prompt, length);
+        penalize_answer(logits, history + prompt, length - prompt, s);
+    }
+    if (!s.allowed) return;
+    for (int i = 0; i < static_cast<int>(weights_.size()); i++)
+        if (!(s.allowed[i / 32] >> (i % 32) & 1)) logits[i] = -INFINITY;
+}
+
+void Sampler::penalize_answer(float* logits, const int32_t* answer, int length, const wf_sampling& s) {
+    std::fill(seen_.begin(), seen_.end(), uint8_t{0});
+    for (int i = 0; i < length; i++) {
+        const int32_t token = answer[i];
+        if (!seen_[token]) logits[token] -= s.presence_penalty;
+        seen_[token] = 1;
+        logits[token] -= s.frequency_penalty;
+    }
 }
 
 void Sampler::penalize(float* logits, const int32_t* history, int length, float penalty) {
@@ -147,6 +176,18 @@ double Sampler::keep_top_p(double mass) {
     while (kept < candidates_.size() && (kept == 0 || before < mass)) before += candidates_[kept++].weight;
     candidates_.resize(kept);
     return before;
+}
+
+// Keeps the candidates whose weights are at least `least`, and returns their sum; the largest weight is 1. If there are
+// no candidates yet, all weights are.
+double Sampler::keep_min_p(float least) {
+    if (candidates_.empty()) return gather(least);
+    auto end = std::remove_if(candidates_.begin(), candidates_.end(),
+                              [least](const Candidate& c) { return c.weight < least; });
+    candidates_.erase(end, candidates_.end());
+    double mass = 0;
+    for (const Candidate& c : candidates_) mass += c.weight;
+    return mass;
 }
 
 // The candidate at which the sum of their weights passes `left`.

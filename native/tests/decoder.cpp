@@ -151,7 +151,7 @@ wf_decoder* opened(wf_pool* pool, const wf_model& model) {
 
 Logits logits_of(wf_decoder* decoder, int vocab, int slot, const int32_t* tokens, int length) {
     Logits logits(vocab);
-    const wf_append append{slot, length, tokens, nullptr, nullptr, logits.data()};
+    const wf_append append{slot, length, tokens, nullptr, nullptr, logits.data(), 1};
     require(!wf_decoder_step(decoder, &append, 1), "step");
     return logits;
 }
@@ -172,12 +172,19 @@ std::vector<Story> tell_stories(wf_pool* pool, const Net& net) {
     return all;
 }
 
+wf_sampling sampling_of(float temperature, float top_p, float penalty, int top_k, uint64_t seed, uint64_t counter) {
+    wf_sampling s{};
+    s.temperature = temperature, s.top_p = top_p, s.repetition_penalty = penalty;
+    s.top_k = top_k, s.seed = seed, s.counter = counter;
+    return s;
+}
+
 wf_sampling settings() {
     const float penalties[] = {1, 1, 0.8f, 1.3f}, temperatures[] = {0, 0.2f, 1, 3}, masses[] = {1, 1, 0.05f, 0.9f};
     const float temperature = temperatures[below(4)], mass = masses[below(4)], penalty = penalties[below(4)];
     const int top_k = pick({0, 0, 1, 3, 5000});
     const uint64_t seed = generator();
-    return {temperature, mass, penalty, top_k, seed, generator()};
+    return sampling_of(temperature, mass, penalty, top_k, seed, generator());
 }
 
 // Runs all sequences in one decoder, in steps of any kind, and compares their logits with those of their stories.
@@ -245,7 +252,7 @@ void Play::step(const std::function<int(int)>& length_of) {
         const int32_t* tokens = slot == broken_ ? a.broken.data() : stories_[slot].tokens.data() + at_[slot];
         appends.insert(appends.begin() + below(static_cast<int>(appends.size()) + 1),
                        {slot, length, tokens, &a.sampling, wanted & 1 ? &a.next : nullptr,
-                        wanted & 2 ? a.logits.data() : nullptr});
+                        wanted & 2 ? a.logits.data() : nullptr, 0});
     }
     if (appends.empty()) return;
     require(!wf_decoder_step(decoder_, appends.data(), static_cast<int>(appends.size())), "step");
@@ -312,7 +319,7 @@ void run_out_of_memory(wf_pool* pool, const Net& net, const std::vector<Story>& 
     starve([&] { return (decoder = wf_decoder_new(pool, &net.model)) != nullptr; });
     Logits logits(net.model.vocab);
     int32_t next[2];
-    const wf_sampling sampling{1, 0.9f, 1.1f, 3, 1, 0};
+    const wf_sampling sampling = sampling_of(1, 0.9f, 1.1f, 3, 1, 0);
     const wf_append appends[] = {{0, 1, stories[0].tokens.data(), &sampling, next, logits.data()},
                                  {1, 1, stories[1].tokens.data(), &sampling, next + 1, nullptr}};
     starve([&] {
@@ -375,7 +382,7 @@ void refuse_steps(wf_pool* pool, const Net& net) {
     const std::vector<int32_t> tokens(m.context + 1, 1);
     const int32_t wrong[] = {1, m.vocab}, negative[] = {-1};
     int32_t next;
-    const wf_append good{0, 3, tokens.data(), nullptr, nullptr, nullptr};
+    const wf_append good{0, 3, tokens.data(), nullptr, nullptr, nullptr, 0};
     require(!wf_decoder_step(decoder, &good, 1), "step");
     const auto refused = [&](const std::vector<wf_append>& appends) {
         require(wf_decoder_step(decoder, appends.data(), static_cast<int>(appends.size())) != 0, "refusal of a step");
@@ -386,19 +393,20 @@ void refuse_steps(wf_pool* pool, const Net& net) {
     refused(std::vector<wf_append>(m.slots + 1, good));
     refused({good, good});
     for (const int slot : {-1, m.slots, INT32_MAX, INT32_MIN})
-        refused({{slot, 1, tokens.data(), nullptr, nullptr, nullptr}});
+        refused({{slot, 1, tokens.data(), nullptr, nullptr, nullptr, 0}});
     for (const int length : {0, -1, INT32_MIN, m.context - 2, INT32_MAX})
-        refused({{0, length, tokens.data(), nullptr, nullptr, nullptr}});
-    refused({{1, 1, nullptr, nullptr, nullptr, nullptr}});
+        refused({{0, length, tokens.data(), nullptr, nullptr, nullptr, 0}});
+    refused({{1, 1, nullptr, nullptr, nullptr, nullptr, 0}});
     refused({good, {1, 2, wrong, nullptr, nullptr, nullptr}});
     refused({good, {1, 1, negative, nullptr, nullptr, nullptr}});
-    refused({{1, 1, tokens.data(), nullptr, &next, nullptr}});
-    const wf_sampling odd[] = {{-1, 1, 1, 0, 0, 0},  {NAN, 1, 1, 0, 0, 0}, {INFINITY, 1, 1, 0, 0, 0},
-                               {1, 0, 1, 0, 0, 0},   {1, 2, 1, 0, 0, 0},   {1, NAN, 1, 0, 0, 0},
-                               {1, 1, 0, 0, 0, 0},   {1, 1, -1, 0, 0, 0},  {1, 1, INFINITY, 0, 0, 0},
-                               {1, 1, NAN, 0, 0, 0}, {1, 1, 1, -1, 0, 0}};
+    refused({{1, 1, tokens.data(), nullptr, &next, nullptr, 0}});
+    const wf_sampling odd[] = {
+        sampling_of(-1, 1, 1, 0, 0, 0),  sampling_of(NAN, 1, 1, 0, 0, 0), sampling_of(INFINITY, 1, 1, 0, 0, 0),
+        sampling_of(1, 0, 1, 0, 0, 0),   sampling_of(1, 2, 1, 0, 0, 0),   sampling_of(1, NAN, 1, 0, 0, 0),
+        sampling_of(1, 1, 0, 0, 0, 0),   sampling_of(1, 1, -1, 0, 0, 0),  sampling_of(1, 1, INFINITY, 0, 0, 0),
+        sampling_of(1, 1, NAN, 0, 0, 0), sampling_of(1, 1, 1, -1, 0, 0)};
     for (const wf_sampling& s : odd) {
-        refused({{1, 1, tokens.data(), &s, &next, nullptr}});
+        refused({{1, 1, tokens.data(), &s, &next, nullptr, 0}});
         require(wf_sample(&m.norm[0], 1, nullptr, 0, &s) == -1, "refusal of a choice");
     }
     require(wf_decoder_truncate(decoder, 0, 4) && wf_decoder_truncate(decoder, 0, -1), "refusal of a length");
@@ -423,6 +431,27 @@ void refuse_an_instruction_set() {
     setenv("WF_ISA", kept.c_str(), 1);
 }
 
+// All logits of one step are those of single tokens, and a copy of a sequence goes on as the sequence itself.
+void copy(wf_pool* pool, const Net& net, const Story& story) {
+    const int vocab = net.model.vocab, length = static_cast<int>(story.tokens.size()), kept = below(length);
+    wf_decoder* decoder = opened(pool, net.model);
+    Logits all(static_cast<size_t>(length) * vocab);
+    const wf_append append{0, length, story.tokens.data(), nullptr, nullptr, all.data(), length};
+    require(!wf_decoder_step(decoder, &append, 1), "a step with all logits");
+    for (int i = 0; i < length; ++i)
+        require(same(&all[static_cast<size_t>(i) * vocab], story.logits[i].data(), vocab), "the bits of the story");
+    for (const int target : {-1, 0, net.model.slots})
+        require(wf_decoder_copy(decoder, 0, target, kept), "refusal of a slot to copy to");
+    if (net.model.slots > 1) {
+        require(wf_decoder_copy(decoder, 0, 1, length + 1) && wf_decoder_copy(decoder, 0, 1, -1),
+                "refusal of a length");
+        require(!wf_decoder_copy(decoder, 0, 1, kept) && wf_decoder_length(decoder, 1) == kept, "a copy");
+        const Logits last = logits_of(decoder, vocab, 1, story.tokens.data() + kept, length - kept);
+        require(same(last.data(), story.logits.back().data(), vocab), "the bits of the story in a copy");
+    }
+    wf_decoder_free(decoder);
+}
+
 // Caches grow by pages and give them back. A step may fill the context, and takes `max_rows` tokens at most.
 void fill(wf_pool* pool, const Net& net) {
     const wf_model& m = net.model;
@@ -431,7 +460,7 @@ void fill(wf_pool* pool, const Net& net) {
     const std::vector<int32_t> tokens(m.context, 1);
     std::vector<wf_append> all;
     for (int slot = 0; slot < m.slots; ++slot)
-        all.push_back({slot, m.context, tokens.data(), nullptr, nullptr, nullptr});
+        all.push_back({slot, m.context, tokens.data(), nullptr, nullptr, nullptr, 0});
     require(wf_decoder_step(decoder, all.data(), m.slots) != 0, "refusal of more than max_rows");
     require(wf_decoder_bytes(decoder) == empty, "no memory for what was refused");
     --all.back().length;
@@ -568,6 +597,7 @@ int main(int count, char** arguments) {
         run_out_of_memory(one, net, stories);
         refuse_models(one, net);
         refuse_steps(one, net);
+        copy(many, net, stories[0]);
         fill(many, net);
     }
     wf_pool_free(one);

@@ -398,6 +398,7 @@ def generate(
     engine: EngineChoice = "auto",
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Generate text from a model.
 
@@ -411,7 +412,7 @@ def generate(
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     sampling |= {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "stop": stop}
     running: dict[str, Any] = {"think": think, "engine": engine, "threads": threads}
-    running |= {"trust_remote_code": trust_remote_code}
+    running |= {"trust_remote_code": trust_remote_code, "as_json": as_json}
     call("generate", path, prompt=prompt, interactive=interactive, chat=chat, **sampling, **running)
 
 
@@ -434,6 +435,14 @@ def serve(
         bool, typer.Option("--half-cache", help="Keep keys and values in bf16: half the memory, nearly the same text.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_special: Annotated[
+        bool, typer.Option("--allow-special", help="Read special tokens in the texts of requests as such.")
+    ] = False,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Let pages of this origin ask; may be repeated; * is all."),
+    ] = None,
+    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="A page to chat on at /.")] = True,
 ) -> None:
     """Serve a model to OpenAI clients, with streaming.
 
@@ -444,8 +453,9 @@ def serve(
     """
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
     limits |= {"max_concurrent": max_concurrent, "max_waiting": max_waiting}
-    more = {"api_key": api_key, "name": name, "engine": engine, "threads": threads}
-    more |= {"half_cache": half_cache, "trust_remote_code": trust_remote_code}
+    more: dict[str, Any] = {"api_key": api_key, "name": name, "engine": engine, "threads": threads}
+    more |= {"half_cache": half_cache, "trust_remote_code": trust_remote_code, "allow_special": allow_special}
+    more |= {"cors": cors, "page": ui}
     call("serve", path, host=host, port=port, **limits, **more)
 
 

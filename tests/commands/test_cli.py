@@ -264,10 +264,20 @@ def test_thinking_refuses_what_it_would_ignore(options: tuple[str, str]) -> None
     assert "--think samples by --temperature and --seed alone" in err
 
 
-def test_a_repetition_penalty_of_zero_is_refused() -> None:
-    code, _, err = wf("generate", "nowhere", "--prompt", "a", "--repetition-penalty", "0")
+@pytest.mark.parametrize(
+    ("option", "value", "limit"),
+    [
+        ("repetition-penalty", "0", "1e-6 to 1e6"),
+        ("repetition-penalty", "1e-46", "1e-6 to 1e6"),
+        ("repetition-penalty", "1e+39", "1e-6 to 1e6"),
+        ("temperature", "1e+39", "0 to 1e6"),
+        ("top-p", "0", "above 0 and at most 1"),
+    ],
+)
+def test_sampling_out_of_range_is_refused_before_a_model_is_sought(option: str, value: str, limit: str) -> None:
+    code, _, err = wf("generate", "nowhere", "--prompt", "a", f"--{option}", value)
     assert code == 2
-    assert "--repetition-penalty 0: must be above 0" in err
+    assert f"--{option} {value}: must be {limit}" in err
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +357,29 @@ def test_generate_prints_prompt_and_text(random_model: Path) -> None:
     assert result.returncode == 0
     assert result.stderr == "engine: transformers (not a packed folder)\n"
     assert result.stdout.startswith("some")
+
+
+def test_generate_prints_one_object_for_json(random_model: Path) -> None:
+    options = ["--prompt", "some", "--max-new-tokens", "4", "--temperature", "0", "--json"]
+    code, out, _ = wf("generate", str(random_model / "final"), *options)
+    assert code == 0
+    said = json.loads(out)
+    assert (said["prompt"], said["tokens"], said["finish"]) == ("some", 1, "stop")  # all logits are alike: token 0
+    assert isinstance(said["text"], str)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "a\udcff"], "--prompt: not UTF-8 text"),
+        (["--prompt", "a", "--stop", ""], "--stop '': an empty text"),
+        (["--interactive", "--json"], "--json: works only with --prompt"),
+    ],
+)
+def test_texts_are_checked_before_a_model_is_sought(options: list[str], message: str) -> None:
+    code, _, err = wf("generate", "nowhere", *options)
+    assert code == 2
+    assert message in err
 
 
 def test_a_half_cache_is_the_native_engines(random_model: Path) -> None:

@@ -1,6 +1,7 @@
 """The native loop: transformers' logits and tokens, the same bits however work is cut, mistakes that are refused."""
 
 from collections.abc import Sequence
+from ctypes import POINTER, c_uint32
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from wrinklefree.core import library
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, find, quant_layers
 from wrinklefree.engine.assemble import assemble
-from wrinklefree.engine.binding import Append, CSampling, Decoder, sample
-from wrinklefree.engine.engine import CHUNK, Engine, Sampling, supports
+from wrinklefree.engine.binding import Append, CSampling, Decoder, c_sampling, sample
+from wrinklefree.engine.engine import CHUNK, SCORED, Engine, supports
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.engine.source import ModelSource
 from wrinklefree.export.formats.packed import export_packed, pack_model
 from wrinklefree.generate import generate
@@ -473,3 +475,88 @@ def test_pieces_are_the_text_up_to_the_first_stop(stops: tuple[str, ...]) -> Non
             break
     shown += stream.end()
     assert (shown, stream.text, stream.stopped) == (expected, expected, expected != whole)
+
+
+def test_after_a_reset_nothing_is_open_and_nothing_remembered() -> None:
+    engine = Engine.from_model(FAMILY["llama"](), mode="exact", slots=2)
+    empty, expected = engine.bytes(), said(engine, ids(9), 5)
+    engine.open(ids(9), Sampling())
+    engine.step()
+    engine.reset()
+    assert engine.bytes() == empty
+    assert said(engine, ids(9), 5) == expected
+
+
+@pytest.mark.parametrize("values", [{"min_p": 0.2}, {"min_p": 0.1, "top_k": 5}, {"min_p": 0.3, "top_p": 0.8}])
+def test_min_p_leaves_what_transformers_leaves(values: dict[str, Any]) -> None:
+    logits = 2 * torch.randn(200, generator=torch.Generator().manual_seed(0))
+    scores = TopKLogitsWarper(values["top_k"])(None, logits[None]) if "top_k" in values else logits[None]
+    scores = TopPLogitsWarper(values["top_p"])(None, scores) if "top_p" in values else scores
+    expected = MinPLogitsWarper(values["min_p"])(None, scores)[0].softmax(0)
+    found = draws(logits, 3000, **values)
+    assert not found[expected == 0].any()
+    assert ((found / 3000 - expected).abs() < 0.05).all()
+
+
+def test_biases_and_penalties_change_the_logits_before_the_choice() -> None:
+    logits = np.zeros(100, np.float32)
+    logits[[3, 4, 5]] = [3.0, 2.0, 1.9]
+    answer = [4, 4, 3]  # after a prompt of one token, 3
+    cold = {"temperature": 0.0}
+    for sampling, expected in (
+        (Sampling(**cold), 3),
+        (Sampling(**cold, logit_bias={3: -5, 5: 0.5}), 5),
+        (Sampling(**cold, presence_penalty=1.5), 5),
+        (Sampling(**cold, presence_penalty=1.05), 3),
+        (Sampling(**cold, frequency_penalty=1.0), 3),
+        (Sampling(**cold, frequency_penalty=1.2), 5),
+    ):
+        assert sample(logits, [3, *answer], c_sampling(sampling, 1)) == expected
+    assert sample(logits, [3], c_sampling(Sampling(**cold, presence_penalty=2.0), 1)) == 3  # the prompt does not count
+    allowed = np.zeros(4, np.uint32)
+    allowed[2] = 1 << 9
+    masked = settings(temperature=0.0, allowed=allowed.ctypes.data_as(POINTER(c_uint32)))
+    assert sample(logits, [], masked) == 2 * 32 + 9
+
+
+@pytest.mark.parametrize("values", [{"min_p": 1.5}, {"presence_penalty": float("inf")}, {"num_biases": 1}])
+def test_the_other_side_refuses_odd_settings(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"min_p|penalty|biases"):
+        sample(np.zeros(9, np.float32), [], settings(**values))
+
+
+def test_scores_are_the_log_softmax_of_the_model_however_a_prompt_is_cut() -> None:
+    model, prompt = FAMILY["llama"](), ids(SCORED + 20)
+    engine = Engine.from_model(model, mode="exact", slots=2)
+    said(engine, prompt, 3)  # the prompt's keys are known, and yet its tokens are scored
+    slots = [engine.open(prompt, Sampling(4, logprobs=2, score_prompt=whole)) for whole in (True, False)]
+    while any(engine.finished(slot) is None for slot in slots):
+        engine.step()
+    tokens = [*engine._slots[slots[0]].tokens, *engine._slots[slots[0]].open.pending]
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    whole, answer = (engine.scores(slot) for slot in slots)
+    assert (len(whole), len(answer), engine.scores(slots[0])) == (len(tokens) - 1, 4, [])
+    assert whole[-4:] == answer
+    for i, one in enumerate(whole):
+        torch.testing.assert_close(one.logprob, float(expected[i, tokens[i + 1]]), atol=1e-3, rtol=0)
+        assert one.likeliest[0][0] == int(expected[i].argmax())
+        assert len(one.likeliest) == 2
+    assert [one.likeliest[0][1] for one in answer] == [one.logprob for one in answer]  # greedy
+
+
+def test_what_a_slot_knows_serves_another_even_while_it_is_open() -> None:
+    engine, fresh = (Engine.from_model(FAMILY["llama"](), mode="exact", slots=2) for _ in range(2))
+    first = engine.open(ids(100), Sampling(50))
+    engine.step()
+    second = engine.open([*ids(90), 3, 4, 5], Sampling(6))
+    assert engine._slots[second].open.pending == [3, 4, 5]
+    found = []
+    while engine.finished(second) is None:
+        found.append(engine.step()[second])
+    assert found == said(fresh, [*ids(90), 3, 4, 5], 6)
+    engine.close(second)
+    while engine.finished(first) is None:
+        engine.step()
+    engine.close(first)
+    assert engine._slots[engine.open(ids(70), Sampling(1))].open.pending == [ids(70)[-1]]

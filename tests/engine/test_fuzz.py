@@ -14,7 +14,8 @@ from tiny import batches, llama, tokenizer
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.engine import source
-from wrinklefree.engine.engine import Engine, Sampling, supports
+from wrinklefree.engine.engine import Engine, supports
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.methods.fairy2 import Config
 

@@ -1,14 +1,18 @@
-"""Text generation: repeatable, within the context, and a conversation that ends when told."""
+"""Text generation: repeatable, within the context, and a conversation that ends when told, and only then."""
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from wrinklefree.commands.generate import _allow_any_terminal
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.tokenizer import train_tokenizer
-from wrinklefree.generate.generate import complete, interactive, stream
+from wrinklefree.generate import generate
+from wrinklefree.generate.generate import SamplingOptions, answer, complete, interactive, stream
 
 pytestmark = pytest.mark.numeric
 
@@ -94,3 +98,68 @@ def test_chat_needs_a_template(model, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(UserError, match="no chat template"):
         interactive(model, tokenizer, chat=True, read=lines())
+
+
+@pytest.mark.parametrize(("prompt", "options"), [("z" * CONTEXT, {}), ("", {}), ("def", {"top_p": 0.0})])
+def test_nothing_is_printed_before_the_request_is_checked(model, tokenizer, capsys, prompt: str, options: dict) -> None:
+    with pytest.raises(UserError):
+        stream(model, tokenizer, prompt, 5, **options)
+    with pytest.raises(UserError):
+        interactive(model, tokenizer, read=lines("def"), repetition_penalty=0.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_answer_says_why_it_ended(model, tokenizer) -> None:
+    free = answer(model, tokenizer, "def", SamplingOptions(9))
+    assert (free.tokens, free.finish, free.prompt_tokens) == (9, "length", len(tokenizer("def").input_ids))
+    text = free.text
+    said = answer(model, tokenizer, "def", SamplingOptions(9, stop=[text[-2:]]))
+    assert (said.finish, said.text) == ("stop", text[: text.index(text[-2:])])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("odd", ["z" * CONTEXT, "a\udcff"])
+def test_a_line_that_cannot_be_answered_does_not_end_the_session(
+    model, tokenizer, capsys, chat: bool, odd: str
+) -> None:
+    sampling = {"max_new_tokens": 5, "temperature": 0.0, "chat": chat}
+    interactive(model, tokenizer, read=lines("def"), **sampling)
+    expected = capsys.readouterr().out
+    interactive(model, tokenizer, read=lines(odd, "def"), **sampling)
+    captured = capsys.readouterr()
+    assert captured.out == expected
+    assert captured.err.startswith("error: ")
+
+
+def test_ctrl_c_ends_an_answer_and_another_signal_the_session(model, tokenizer, monkeypatch, capsys) -> None:
+    sampling = {"max_new_tokens": 5, "temperature": 0.0}
+    shown = generate._show
+
+    def interrupting(*signals: int) -> Callable[[str], None]:
+        pieces = 0
+
+        def show(piece: str) -> None:
+            nonlocal pieces
+            pieces += 1
+            if pieces == 3:
+                raise KeyboardInterrupt(*signals)
+            shown(piece)
+
+        return show
+
+    monkeypatch.setattr(generate, "_show", interrupting())
+    interactive(model, tokenizer, read=lines("def", "def"), **sampling)
+    assert capsys.readouterr().out.endswith(complete(model, tokenizer, "def", 5) + "\n\n")
+    monkeypatch.setattr(generate, "_show", interrupting(15))
+    with pytest.raises(KeyboardInterrupt):
+        interactive(model, tokenizer, read=lines("def", "def"), **sampling)
+
+
+def test_a_terminal_of_ascii_shows_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, source = io.BytesIO(), io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    monkeypatch.setattr(sys, "stdin", source)
+    _allow_any_terminal()
+    print("caf\u00e9", flush=True)
+    assert out.getvalue() == b"caf\\xe9\n"
+    assert source.readline() == "\udcff\n"

@@ -16,7 +16,7 @@ import pytest
 from openai import OpenAI
 from serving import LONGEST, PROMPT, Process, said, until
 
-from wrinklefree.engine.engine import Sampling
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.serve import server
 from wrinklefree.serve.app import Limits, Model, Service
 from wrinklefree.serve.scheduler import Scheduler
@@ -37,7 +37,8 @@ async def break_off(url: str, number: int) -> None:
     reader, writer = await asyncio.open_connection(host, int(port))
     stream = number % 3 < 2
     body = json.dumps({"model": "toy", "prompt": PROMPT, "max_tokens": LONGEST, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    kind = "Content-Type: application/json"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\n{kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     writer.write(head + body[: len(body) - 5 * (number % 7 == 0)])
     if stream and number % 7:
         await reader.readuntil(b"data: ")
@@ -101,13 +102,16 @@ class Counting:
     def close(self, slot: int) -> None:
         del self.tokens[slot]
 
+    def reset(self) -> None:
+        self.tokens.clear()
+
 
 class Numbers:
     """A tokenizer whose tokens are numbers."""
 
     chat_template = None
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str, **options: Any) -> Any:
         return type("Encoded", (), {"input_ids": [int(word) for word in text.split()]})
 
     def decode(self, tokens: list[int], **options: Any) -> str:
@@ -244,14 +248,42 @@ def test_endless_streams_are_cut_off_and_told(monkeypatch: pytest.MonkeyPatch) -
     within(1, 1, work)
 
 
-def test_an_engine_that_breaks_ends_the_server_and_its_streams() -> None:
+def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     async def work(local: Local) -> None:
-        local.engine.steps.release(9)
+        local.engine.steps.release(100)
+        body = {"model": "numbers", "prompt": "5", "max_tokens": 10, "stream": True}
+        async with local.client.stream("POST", "/v1/completions", json=body) as response:
+            events = [event async for event in lines(response)]
+        assert [event["choices"][0]["text"] for event in events[:5]] == [" 0", " 1", " 2", " 3", " 4"]
+        assert events[5]["error"]["code"] == "engine_failed"
         answer = await local.ask(max_tokens=10)
-        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert (await local.ask(max_tokens=3)).json()["choices"][0]["text"] == " 0 1 2"
+        health = (await local.client.get("/health")).json()
+        assert (health["open"], health["failures"]) == (0, 2)
 
-    with pytest.raises(RuntimeError, match="the engine is broken"):
-        within(1, 1, work, breaks_at=5)
+    within(2, 1, work, breaks_at=5)
+    assert "RuntimeError: the engine is broken" in caplog.text
+
+
+def test_a_request_that_the_engine_cannot_open_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_or_break(engine: Counting, prompt: Sequence[int], sampling: Sampling) -> int:
+        if prompt == [6]:
+            raise ValueError("no memory")
+        return opened(engine, prompt, sampling)
+
+    opened = Counting.open
+    monkeypatch.setattr(Counting, "open", open_or_break)
+
+    async def work(local: Local) -> None:
+        first = local.ask()
+        await local.load(1, 0)
+        second = local.ask(prompt="6")
+        local.engine.steps.release(9)
+        assert (await second).status_code == 500
+        assert (await first).json()["choices"][0]["text"] == " 0 1 2"
+
+    within(2, 1, work)
 
 
 def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +292,8 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     async def work(local: Local) -> None:
         host, port = local.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        writer.write(head + b"Content-Length: 50\r\n\r\n{")
         assert b" 408 " in await reader.readline()
         assert (await reader.read()).count(b"did not come")  # and it is closed
         writer.close()

@@ -12,19 +12,32 @@ from serving import LONGEST, Process, said, until
 
 from wrinklefree.serve.app import Limits
 
+JSON = {"Content-Type": "application/json"}
+
 ODD: list[tuple[str, Any]] = [
-    ("n", 2),
     ("n", True),
-    ("best_of", 3),
-    ("echo", True),
-    ("logprobs", 0),
-    ("logprobs", 5),
+    ("n", 0),
+    ("n", 129),
+    ("best_of", 0),
+    ("echo", 1),
+    ("logprobs", -1),
+    ("logprobs", 21),
+    ("logprobs", True),
+    ("logit_bias", {"a": 5}),
+    ("logit_bias", {"1": 101}),
+    ("logit_bias", {"100000000": 1}),
+    ("presence_penalty", 2.5),
+    ("frequency_penalty", -3),
+    ("min_p", 1.5),
+    ("repetition_penalty", 1e39),
+    ("prompt", ["a", ""]),
+    ("prompt", [[1], []]),
+    ("prompt", ["a"] * 129),
     ("suffix", "end"),
-    ("logit_bias", {"1": 5}),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
-    ("tools", [{"type": "function"}]),
-    ("response_format", {"type": "json_object"}),
+    ("functions", [{"name": "f"}]),
+    ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}),
     ("nonsense", 1),
     ("temperature", -0.1),
     ("temperature", 2.5),
@@ -34,18 +47,15 @@ ODD: list[tuple[str, Any]] = [
     ("top_k", -1),
     ("max_tokens", 0),
     ("max_tokens", 1.5),
-    ("max_tokens", LONGEST + 1),
     ("max_tokens", True),
     ("seed", 2**65),
-    ("stop", ""),
-    ("stop", ["a"] * 5),
+    ("stop", ["a"] * 17),
     ("stop", "a" * 1000),
     ("stop", [1]),
     ("stream", "yes"),
     ("stream_options", {"include_usage": True}),
     ("prompt", ""),
     ("prompt", []),
-    ("prompt", ["a", "b"]),
     ("prompt", [-1]),
     ("prompt", [10**9]),
     ("prompt", [1.5]),
@@ -76,8 +86,8 @@ def test_what_cannot_be_done_is_refused_by_its_name(process: Process, field: str
         ([{"role": "user"}], "messages.0.content"),
         ([{"role": "user", "content": 5}], "messages.0.content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages.0.content.0.type"),
-        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "messages.1.role"),
-        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages.0.tool_calls"),
+        ([{"role": "user", "content": None}], "messages.0.content"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{"id": "a"}]}], "messages.0.tool_calls.0.function"),
         ([{"role": "user", "content": "many words " * LONGEST}], "messages"),
     ],
 )
@@ -87,8 +97,20 @@ def test_messages_that_cannot_be_read_are_refused_by_their_place(process: Proces
 
 
 def test_fields_that_ask_for_nothing_are_taken(client: OpenAI) -> None:
-    neutral = {"n": 1, "echo": False, "presence_penalty": 0, "logit_bias": {}, "user": "me", "best_of": 1}
+    neutral = {
+        "n": 1,
+        "stop": "",
+        "echo": False,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "user": "me",
+        "best_of": 1,
+    }
     assert said(client, **neutral) == said(client, extra_body={"logprobs": None, "metadata": {"a": "b"}})
+
+
+def test_answers_past_the_limit_and_the_context_are_clipped(client: OpenAI) -> None:
+    assert said(client, max_tokens=10**6) == said(client, max_tokens=LONGEST)
 
 
 def test_too_long_a_prompt_says_both_lengths(client: OpenAI) -> None:
@@ -110,7 +132,7 @@ def test_unknown_models_paths_and_verbs(process: Process, client: OpenAI) -> Non
     "body", [b"", b"{", b"[]", b"5", b"\xff\xfe", b"[" * 60_000, b'{"a": NaN}', b'{"model": "\\ud800"}', b"{}\0"]
 )
 def test_bodies_that_are_no_request(process: Process, body: bytes) -> None:
-    answer = httpx.post(f"{process.url}/v1/completions", content=body)
+    answer = httpx.post(f"{process.url}/v1/completions", content=body, headers=JSON)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
@@ -125,7 +147,7 @@ def test_damaged_bodies_never_break_it(process: Process) -> None:
                 at, kind = random.randrange(len(body)), random.randrange(3)
                 body[at : at + (kind < 2)] = bytes(random.randrange(256) for _ in range(kind > 0))
             path = random.choice(["/v1/completions", "/v1/chat/completions"])
-            codes.append(client.post(path, content=bytes(body)).status_code)
+            codes.append(client.post(path, content=bytes(body), headers=JSON).status_code)
     assert set(codes) <= {200, 400, 404}
     assert codes.count(400) > 50
     until(process.is_idle)
@@ -134,5 +156,5 @@ def test_damaged_bodies_never_break_it(process: Process) -> None:
 def test_a_body_that_is_too_long_is_refused_unread(process: Process) -> None:
     most = Limits(LONGEST, LONGEST).body
     for content in (b"x" * (most + 1), (b"x" * 1000 for _ in range(most // 1000 + 1))):
-        answer = httpx.post(f"{process.url}/v1/completions", content=content)
+        answer = httpx.post(f"{process.url}/v1/completions", content=content, headers=JSON)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")

@@ -18,7 +18,8 @@ from serving import LONGEST, PROMPT, Process, said, served, streamed
 
 from wrinklefree.commands.serve import model_name
 from wrinklefree.core.errors import UserError
-from wrinklefree.engine.engine import Engine, Sampling
+from wrinklefree.engine.engine import Engine
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.generate import generate
 from wrinklefree.generate.open import open_engine
 from wrinklefree.models.load import load_model

@@ -5,7 +5,7 @@ The library checks lengths and token ids. If it refuses a call, its reason is ra
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -13,9 +13,11 @@ from typing import Any, Literal
 import numpy as np
 
 from wrinklefree.core import library
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.packed.products import native
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+Mask = np.ndarray[Any, np.dtype[np.uint32]]
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
@@ -68,6 +70,14 @@ class CSampling(Structure):
         ("top_k", c_int),
         ("seed", c_uint64),
         ("counter", c_uint64),
+        ("min_p", c_float),
+        ("presence_penalty", c_float),
+        ("frequency_penalty", c_float),
+        ("prompt", c_int),
+        ("num_biases", c_int),
+        ("biased", POINTER(c_int32)),
+        ("biases", POINTER(c_float)),
+        ("allowed", POINTER(c_uint32)),
     )
 
 
@@ -79,6 +89,7 @@ class _Append(Structure):
         ("sampling", POINTER(CSampling)),
         ("next", POINTER(c_int32)),
         ("logits", POINTER(c_float)),
+        ("num_logits", c_int),
     )
 
 
@@ -124,7 +135,7 @@ class Append:
     slot: int
     tokens: Sequence[int]
     sampling: CSampling | None = None
-    logits: Floats | None = None  # [vocab]; the decoder writes the logits of the last token into it
+    logits: Floats | None = None  # [n, vocab]; the decoder writes the logits of the last n tokens into it
 
 
 class Decoder:
@@ -171,6 +182,7 @@ class Decoder:
             to.sampling = None if append.sampling is None else ctypes.pointer(append.sampling)
             to.next = None if append.sampling is None else self._to_chosen[i]
             to.logits = None if append.logits is None else append.logits.ctypes.data_as(POINTER(c_float))
+            to.num_logits = 0 if append.logits is None else append.logits.size // self._model.sizes["vocab"]
         self._check(self._lib.wf_decoder_step(self._handle, self._appends, len(appends)))
         return [None if append.sampling is None else self._chosen[i].value for i, append in enumerate(appends)]
 
@@ -185,6 +197,10 @@ class Decoder:
     def truncate(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of `slot`."""
         self._check(self._lib.wf_decoder_truncate(self._handle, slot, length))
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Replace the sequence in slot `target` by the first `length` tokens of another."""
+        self._check(self._lib.wf_decoder_copy(self._handle, source, target, length))
 
     def clear(self, slot: int) -> None:
         """Forget all tokens of `slot` and free their memory."""
@@ -211,6 +227,30 @@ class Decoder:
             self.close()
 
 
+def c_sampling(sampling: Sampling, prompt: int) -> CSampling:
+    """The C struct of `sampling`, for a sequence that begins with `prompt` tokens of others."""
+    count = len(sampling.logit_bias)
+    return CSampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        repetition_penalty=sampling.repetition_penalty,
+        top_k=sampling.top_k,
+        seed=sampling.seed & MASK,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        prompt=prompt,
+        num_biases=count,
+        biased=(c_int32 * count)(*sampling.logit_bias),  # the struct keeps both arrays alive
+        biases=(c_float * count)(*sampling.logit_bias.values()),
+    )
+
+
+def allow(sampling: CSampling, mask: Mask) -> None:
+    """Let `sampling` choose among the tokens in `mask` [at least vocab / 32], which has to stay alive."""
+    sampling.allowed = mask.ctypes.data_as(POINTER(c_uint32))
+
+
 def sample(logits: Floats, history: Sequence[int], sampling: CSampling) -> int:
     """Choose a token from logits [vocab] as a decoder does. `history` is what the repetition penalty looks at."""
     values = np.ascontiguousarray(logits, dtype=np.float32)
@@ -234,6 +274,7 @@ def _library() -> ctypes.CDLL:
         "wf_decoder_length": (c_int, [handle, c_int]),
         "wf_decoder_truncate": (c_int, [handle, c_int, c_int]),
         "wf_decoder_clear": (c_int, [handle, c_int]),
+        "wf_decoder_copy": (c_int, [handle, c_int, c_int, c_int]),
         "wf_decoder_bytes": (c_size_t, [handle]),
         "wf_sample": (c_int32, [c_void_p, c_int, POINTER(c_int32), c_int, POINTER(CSampling)]),
     }

@@ -11,10 +11,12 @@ thread-safe: one call must end before the next begins.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
@@ -22,40 +24,14 @@ from wrinklefree.core import library
 from wrinklefree.core.errors import UserError
 from wrinklefree.engine import family
 from wrinklefree.engine.assemble import assemble
-from wrinklefree.engine.binding import MASK, Append, CSampling, Decoder, Mode, Model
+from wrinklefree.engine.binding import Append, CSampling, Decoder, Mask, Mode, Model, allow, c_sampling
+from wrinklefree.engine.sampling import Sampling
+from wrinklefree.engine.scores import Score, score
 from wrinklefree.engine.source import FolderSource, ModelSource, Source
 
 CHUNK = 256  # the most prompt tokens that one step reads, so that other sequences do not wait long for their token
+SCORED = 64  # the most prompt tokens with logits that one step reads: logits [SCORED, vocab] are kept twice
 MOST_THREADS = 16  # the most threads by default; products of one token do not gain from more
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. The order is that of transformers: repetition penalty, temperature, top-k, top-p.
-
-    Temperature 0 always takes the likeliest token. top_k=0, top_p=1 and repetition_penalty=1 switch these off.
-    Raises UserError if a value is out of range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop_tokens: frozenset[int] = frozenset()  # a sequence ends after one of these, which is its last token
-
-    def __post_init__(self) -> None:
-        limits = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
-            "top_k": (0 <= self.top_k < 2**31, "0 or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
-        }
-        for name, (holds, limit) in limits.items():
-            if not holds:
-                raise UserError(f"{name}={vars(self)[name]}: must be {limit}")
 
 
 def supports(config: PreTrainedConfig) -> str | None:
@@ -72,6 +48,14 @@ class _Sequence:
     native: CSampling
     left: int  # how many tokens it may still get
     finished: str | None = None  # "stop", "length", or None while it goes on
+    scores: list[Score] = field(default_factory=list)  # that nobody has taken yet
+    allowed: Mask | None = None  # what its constraint allows; `native` points to it
+
+    def num_logits(self, size: int) -> int:
+        """How many logits are needed when its next `size` tokens are read."""
+        if self.sampling.logprobs is None:
+            return 0
+        return size if self.sampling.score_prompt else int(size == len(self.pending))
 
 
 @dataclass
@@ -98,7 +82,7 @@ class Engine:
         sizes = {"context": context, "slots": slots, "max_rows": CHUNK + slots}
         self._decoder = Decoder(pool, model, **sizes, mode=mode, half_cache=half_cache)
         self._slots = [_Slot() for _ in range(slots)]
-        self._vocab = model.sizes["vocab"]
+        self.vocab = model.sizes["vocab"]
         self.context, self.slots, self.mode, self.threads = context, slots, mode, pool.threads
         self.generation = GenerationConfig()  # the model's own defaults for sampling, and its stop tokens
 
@@ -171,21 +155,24 @@ class Engine:
     def open(self, prompt: Sequence[int], sampling: Sampling) -> int:
         """Put `prompt` into a free slot and return the slot's number. `step` then reads and continues it.
 
-        A free slot keeps the keys and values of its last sequence. A prompt that begins alike, such as the next turn of
-        a conversation, goes into that slot, and only the rest is read.
+        Slots keep the keys and values of their last sequence. If a prompt begins like one of them, open or not, it
+        takes over what they share, and only the rest is read.
         Raises UserError if the prompt is empty, has ids outside the vocabulary, or fills the context, and if no slot is
         free.
         """
         tokens = self._checked(prompt)
-        slot, common = self._best_slot(tokens)
-        self._decoder.truncate(slot, common)
+        self._check_bias(sampling)
+        # A prompt whose tokens are scored is read as a whole.
+        slot = self._free_slot([] if sampling.score_prompt else tokens[:-1])
+        common = len(self._slots[slot].tokens)
         room = min(sampling.max_new_tokens, self.context - len(tokens))
-        chosen = CSampling(
-            sampling.temperature, sampling.top_p, sampling.repetition_penalty, sampling.top_k, sampling.seed & MASK, 0
-        )
-        self._slots[slot].tokens = tokens[:common]
-        self._slots[slot].open = _Sequence(tokens[common:], sampling, chosen, room)
+        self._slots[slot].open = _Sequence(tokens[common:], sampling, c_sampling(sampling, len(tokens)), room)
         return slot
+
+    def _check_bias(self, sampling: Sampling) -> None:
+        odd = next((token for token in sampling.logit_bias if not 0 <= token < self.vocab), None)
+        if odd is not None:
+            raise UserError(f"logit_bias: token id {odd}: the vocabulary has {self.vocab}")
 
     def _checked(self, prompt: Sequence[int]) -> list[int]:
         tokens = [int(token) for token in prompt]
@@ -195,47 +182,67 @@ class Engine:
             raise UserError(
                 f"the prompt has {len(tokens)} tokens, and the model's context is {self.context}: shorten the prompt"
             )
-        odd = next((token for token in tokens if not 0 <= token < self._vocab), None)
+        odd = next((token for token in tokens if not 0 <= token < self.vocab), None)
         if odd is not None:
-            raise UserError(f"token id {odd}: the vocabulary has {self._vocab}; is this the model's own tokenizer?")
+            raise UserError(f"token id {odd}: the vocabulary has {self.vocab}; is this the model's own tokenizer?")
         return tokens
 
-    def _best_slot(self, tokens: list[int]) -> tuple[int, int]:
-        """The free slot that shares the longest beginning with `tokens`, and its length in tokens.
+    def _free_slot(self, tokens: list[int]) -> int:
+        """A free slot that holds the longest known beginning of `tokens`, and nothing more.
 
-        The last token never counts: it must be read to get the logits that follow it.
+        It is the slot with the fewest tokens to lose. If another slot knows more of the beginning, it is copied.
         """
         free = [i for i, slot in enumerate(self._slots) if slot.open is None]
         if not free:
             raise UserError(f"all {self.slots} slots are taken: close one, or open the engine with more")
-        shared = {i: _common(self._slots[i].tokens, tokens[:-1]) for i in free}
-        # If several slots share as much, take the one with the fewest tokens to lose.
-        best = max(free, key=lambda i: (shared[i], -len(self._slots[i].tokens)))
-        return best, shared[best]
+        shared = [_common(slot.tokens, tokens) for slot in self._slots]
+        target = min(free, key=lambda i: (len(self._slots[i].tokens) - shared[i], -shared[i]))
+        source = max(range(self.slots), key=lambda i: shared[i])
+        if shared[source] > shared[target]:
+            self._decoder.copy(source, target, shared[source])
+        else:
+            self._decoder.truncate(target, shared[target])
+        self._slots[target].tokens = tokens[: max(shared[source], shared[target])]
+        return target
 
     def step(self) -> dict[int, int]:
         """Give one token to each open sequence whose prompt has been read: {slot: token}.
 
         The other sequences read up to `CHUNK` tokens of their prompts, in the order of their slots.
         """
-        appends, budget = [], CHUNK
-        for index, slot in enumerate(self._slots):
-            if slot.open is None or slot.open.finished:
-                continue
-            size = min(len(slot.open.pending), max(budget, 0))
-            if len(slot.open.pending) == 1:
-                size = 1
-            else:
-                budget -= size
-            if size:
-                last = size == len(slot.open.pending)
-                appends.append(Append(index, slot.open.pending[:size], slot.open.native if last else None))
+        appends = self._plan()
         if not appends:
             return {}
         chosen = self._decoder.step(appends)
         for append, token in zip(appends, chosen, strict=True):
             self._note(append, token)
         return {a.slot: token for a, token in zip(appends, chosen, strict=True) if token is not None}
+
+    def _plan(self) -> list[Append]:
+        """What each open sequence appends in the next step."""
+        appends, budget, scored = [], CHUNK, SCORED
+        for index, slot in enumerate(self._slots):
+            sequence = slot.open
+            if sequence is None or sequence.finished:
+                continue
+            size = len(sequence.pending)
+            if size > 1:
+                size = min(size, max(budget, 0))
+                if sequence.sampling.score_prompt:
+                    size = min(size, scored)
+                    scored -= size
+                budget -= size
+            if size:
+                appends.append(self._append(index, sequence, size))
+        return appends
+
+    def _append(self, index: int, sequence: _Sequence, size: int) -> Append:
+        last, rows = size == len(sequence.pending), sequence.num_logits(size)
+        if last and sequence.sampling.constraint is not None:
+            sequence.allowed = sequence.sampling.constraint.allowed()
+            allow(sequence.native, sequence.allowed)
+        logits = np.empty((rows, self.vocab), np.float32) if rows else None
+        return Append(index, sequence.pending[:size], sequence.native if last else None, logits)
 
     def _note(self, append: Append, token: int | None) -> None:
         """Update one sequence after a step. `token` is None if its prompt has not been read to the end."""
@@ -244,12 +251,17 @@ class Engine:
         assert sequence is not None
         slot.tokens += append.tokens
         del sequence.pending[: len(append.tokens)]
+        if append.logits is not None:
+            after = [*append.tokens[1:], sequence.pending[0] if token is None else token]
+            logits = torch.from_numpy(append.logits)
+            sequence.scores += score(logits, after[-len(logits) :], sequence.sampling.logprobs or 0)
         if token is None:
             return
         sequence.pending.append(token)
         sequence.native.counter += 1
         sequence.left -= 1
-        if token in sequence.sampling.stop_tokens:
+        constraint = sequence.sampling.constraint
+        if token in sequence.sampling.stop_tokens or (constraint is not None and constraint.accept(token)):
             sequence.finished = "stop"
         elif sequence.left == 0:
             sequence.finished = "length"
@@ -261,10 +273,25 @@ class Engine:
         """
         return self._opened(slot).finished
 
+    def scores(self, slot: int) -> list[Score]:
+        """The scores of the tokens that came since the last call, if the sequence's sampling asks for them.
+
+        With `score_prompt` the first are those of the prompt's tokens but the first, which nothing stands before.
+        """
+        sequence = self._opened(slot)
+        taken, sequence.scores = sequence.scores, []
+        return taken
+
     def close(self, slot: int) -> None:
         """Free the slot, even if its sequence has not ended. Its cache stays for prompts that begin alike."""
         self._opened(slot)
         self._slots[slot].open = None
+
+    def reset(self) -> None:
+        """Close all sequences and forget all tokens, after a step that failed: what it left is not to be trusted."""
+        for index in range(self.slots):
+            self._decoder.clear(index)
+            self._slots[index] = _Slot()
 
     def _opened(self, slot: int) -> _Sequence:
         sequence = self._slots[slot].open if 0 <= slot < self.slots else None
@@ -272,7 +299,7 @@ class Engine:
             raise UserError(f"slot {slot}: nothing is open there")
         return sequence
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int, None, None]:
         """Yield the tokens that follow `prompt`, a stop token included.
 
         Tokens of other open sequences are dropped, so nothing else should be open.

@@ -4,18 +4,22 @@ A model is either a transformers model or the native `Engine`. Both take the sam
 they give the same text; above it they differ, because each draws its own random numbers.
 """
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import has_surrogates
 from wrinklefree.data.template import as_chat
-from wrinklefree.engine.engine import Engine, Sampling
+from wrinklefree.engine.engine import Engine
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.generate.text import TextStream
 
 Message = dict[str, str]
@@ -36,6 +40,16 @@ class SamplingOptions:
     stop: Sequence[str] = ()  # the text ends before the first of these
 
 
+@dataclass(frozen=True)
+class Said:
+    """Text that a model said, how many tokens it read and generated, and why it ended."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finish: Literal["stop", "length"]
+
+
 def complete(
     model: Any,
     tokenizer: Any,
@@ -52,7 +66,28 @@ def complete(
     Raises UserError if the prompt is empty, or leaves no room in the model's context.
     """
     choice = SamplingOptions(max_new_tokens, temperature, seed, **more)
-    return _say(model, tokenizer, _encode(tokenizer, prompt), choice, show=show or _hide)
+    return answer(model, tokenizer, prompt, choice, show or _hide).text
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    choice: SamplingOptions,
+    show: Callable[[str], None] | None = None,
+    begin: Callable[[], None] | None = None,
+) -> Said:
+    """Continue `prompt`, and return the new text with its counts.
+
+    `begin` is called when the request has been checked and before the model runs, `show` with each piece of text.
+    Raises UserError if a setting is out of range, or if the prompt is empty or leaves no room in the context.
+    """
+    ids = _encode(tokenizer, prompt)
+    _room(model, ids.shape[1])
+    _sampling(choice, _generation_of(model), ())
+    if begin is not None:
+        begin()
+    return _say(model, tokenizer, ids, choice, show=show or _hide)
 
 
 def reply(
@@ -73,7 +108,8 @@ def reply(
     chat = bool(tokenizer.chat_template)
     ids = _encode_chat(model, tokenizer, [_from_user(prompt)], thinking) if chat else _encode(tokenizer, prompt)
     stop = turn_end(tokenizer) if chat else None
-    return _say(model, tokenizer, ids, SamplingOptions(max_new_tokens, temperature, seed, repetition_penalty), end=stop)
+    choice = SamplingOptions(max_new_tokens, temperature, seed, repetition_penalty)
+    return _say(model, tokenizer, ids, choice, stop).text
 
 
 def _from_user(text: str) -> Message:
@@ -83,10 +119,11 @@ def _from_user(text: str) -> Message:
 def stream(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, **more: Any) -> str:
     """Continue `prompt`, print prompt and text as they are generated, and return the new text.
 
-    `more` are further arguments of `complete`.
+    `more` are further fields of `SamplingOptions`. Nothing is printed before all of them have been checked.
+    Raises UserError as `answer` does.
     """
-    print(prompt, end="", flush=True)
-    return complete(model, tokenizer, prompt, max_new_tokens, show=_show, **more)
+    choice = SamplingOptions(max_new_tokens, **more)
+    return answer(model, tokenizer, prompt, choice, _show, begin=lambda: _show(prompt)).text
 
 
 def interactive(
@@ -104,12 +141,15 @@ def interactive(
     """Read lines and answer each, until `/exit` or Ctrl-D.
 
     With `chat`, lines go through the tokenizer's chat template and the model sees the earlier turns. `read` returns the
-    next line. `more` are further fields of `SamplingOptions`.
-    Raises UserError if `chat` is set and the tokenizer has no template.
+    next line. `more` are further fields of `SamplingOptions`. Ctrl-C ends an answer, not the session, and a line that
+    cannot be answered is an error of its own.
+    Raises UserError if `chat` is set and the tokenizer has no template, or if a setting is out of range.
     """
     if chat and not tokenizer.chat_template:
         raise UserError("--chat: this model's tokenizer has no chat template; leave --chat out to complete text")
-    print("/exit or Ctrl-D ends" + ("; /new forgets the conversation" if chat else ""))
+    choice = SamplingOptions(max_new_tokens, temperature, seed, repetition_penalty, **more)
+    _sampling(choice, _generation_of(model), ())
+    print("/exit or Ctrl-D ends; Ctrl-C ends an answer" + ("; /new forgets the conversation" if chat else ""))
     history: list[Message] = []
     stop = turn_end(tokenizer) if chat else None
     while (line := _read_line(read)) is not None:
@@ -118,9 +158,38 @@ def interactive(
         if not line.strip() or line == "/new":
             continue
         history.append(_from_user(line))
-        ids = _encode_chat(model, tokenizer, history, thinking) if chat else _encode(tokenizer, line)
-        choice = SamplingOptions(max_new_tokens, temperature, seed + len(history), repetition_penalty, **more)
-        history.append({"role": "assistant", "content": _say(model, tokenizer, ids, choice, stop, _show)})
+        try:
+            _check_text(line)
+            ids = _encode_chat(model, tokenizer, history, thinking) if chat else _encode(tokenizer, line)
+            text = _until_interrupted(model, tokenizer, ids, replace(choice, seed=seed + len(history)), stop)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            history.pop()
+        else:
+            history.append({"role": "assistant", "content": text})
+
+
+def _check_text(line: str) -> None:
+    """Raise UserError for a line with bytes that are no text in the terminal's encoding."""
+    if has_surrogates(line):
+        raise UserError("this line is not UTF-8 text")
+
+
+def _until_interrupted(model: Any, tokenizer: Any, ids: Tensor, choice: SamplingOptions, end: int | None) -> str:
+    """Show an answer and return it; Ctrl-C ends it early."""
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        _show(piece)
+
+    try:
+        return _say(model, tokenizer, ids, choice, end, show).text
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:  # another signal, such as SIGTERM: see cli.py
+            raise
+    print(flush=True)
+    return "".join(pieces)
 
 
 def _read_line(read: Callable[[str], str]) -> str | None:
@@ -178,7 +247,7 @@ def _say(
     choice: SamplingOptions,
     end: int | None = None,
     show: Callable[[str], None] = _hide,
-) -> str:
+) -> Said:
     """Generate the text after `ids` [1, length], and show it piece by piece.
 
     Generation ends at the tokenizer's end-of-sequence token, and at the token `end` if one is given.
@@ -193,7 +262,8 @@ def _say(
     else:
         _run_transformers(model, tokenizer, ids, choice, ends, tell)
     tell.end()
-    return text.text
+    finish: Literal["stop", "length"] = "stop" if text.stopped or tell.last in ends else "length"
+    return Said(text.text, ids.shape[1], tell.tokens, finish)
 
 
 class _Teller(BaseStreamer):  # type: ignore[misc]  # transformers is untyped here
@@ -202,6 +272,7 @@ class _Teller(BaseStreamer):  # type: ignore[misc]  # transformers is untyped he
     def __init__(self, text: TextStream, show: Callable[[str], None]) -> None:
         self.text, self.show = text, show
         self.prompt_is_next, self.ended = True, False
+        self.tokens, self.last = 0, -1  # how many came, and the last of them
 
     def put(self, value: Tensor) -> None:
         """Called by transformers: first with the whole prompt, then with each new token."""
@@ -210,6 +281,8 @@ class _Teller(BaseStreamer):  # type: ignore[misc]  # transformers is untyped he
         self.prompt_is_next = False
 
     def add(self, token: int) -> None:
+        """Take one more token."""
+        self.tokens, self.last = self.tokens + 1, token
         self.show(self.text.add(token))
 
     def end(self) -> None:
@@ -229,19 +302,25 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
 
 
 def _run_native(engine: Engine, ids: Tensor, choice: SamplingOptions, ends: Sequence[int], tell: _Teller) -> None:
-    sampling = Sampling(
+    # Closed at once also if Ctrl-C comes: else its slot would stay taken.
+    with closing(engine.generate(ids[0].tolist(), _sampling(choice, engine.generation, ends))) as tokens:
+        for token in tokens:
+            tell.add(token)
+            if tell.text.stopped:
+                return
+
+
+def _sampling(choice: SamplingOptions, generation: GenerationConfig, ends: Sequence[int]) -> Sampling:
+    """The settings for an engine. Raises UserError if one is out of range."""
+    return Sampling(
         max_new_tokens=choice.max_new_tokens,
         temperature=choice.temperature,
-        top_k=_first(choice.top_k, engine.generation.top_k, TOP_K),
-        top_p=_first(choice.top_p, engine.generation.top_p, 1.0),
+        top_k=_first(choice.top_k, generation.top_k, TOP_K),
+        top_p=_first(choice.top_p, generation.top_p, 1.0),
         repetition_penalty=choice.repetition_penalty,
         seed=choice.seed,
         stop_tokens=frozenset(ends),
     )
-    for token in engine.generate(ids[0].tolist(), sampling):
-        tell.add(token)
-        if tell.text.stopped:
-            return
 
 
 def _first(*values: Any) -> Any:
@@ -254,24 +333,28 @@ def _run_transformers(
     model: Any, tokenizer: Any, ids: Tensor, choice: SamplingOptions, ends: Sequence[int], tell: _Teller
 ) -> None:
     """Generate with transformers. The caller's random state does not change."""
-    sampling: dict[str, Any] = {"do_sample": choice.temperature > 0}
-    if choice.temperature > 0:
-        options = {"temperature": choice.temperature, "top_k": choice.top_k, "top_p": choice.top_p}
-        sampling |= {name: value for name, value in options.items() if value is not None}
+    sampling = _sampling(choice, model.generation_config, ends)
+    options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     ids = ids.to(model.device)
     with torch.random.fork_rng():
         torch.manual_seed(choice.seed)
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=choice.max_new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
             eos_token_id=list(ends) or None,
             streamer=tell,
             stopping_criteria=[_Stop(tell.text)],
-            repetition_penalty=choice.repetition_penalty,
-            **sampling,
+            repetition_penalty=sampling.repetition_penalty,
+            **options,
         )
+
+
+def _generation_of(model: Any) -> GenerationConfig:
+    return model.generation if isinstance(model, Engine) else model.generation_config
 
 
 def context_of(model: Any) -> int:

@@ -5,7 +5,13 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    501: "server_error",
+    503: "server_error",
+}
 
 
 class ApiError(Exception):
@@ -30,6 +36,11 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The error as an HTTP response."""
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def failed() -> ApiError:
+    """The error for requests on which the engine raised an error."""
+    return ApiError(500, "the engine failed on this request; the server's log has the details", code="engine_failed")
 
 
 def ending() -> ApiError:

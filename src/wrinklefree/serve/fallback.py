@@ -4,13 +4,15 @@ It is slow: a step runs the model once for each sequence, because each has its o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -18,7 +20,9 @@ from transformers.generation.logits_process import (
 )
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.engine.engine import CHUNK, Sampling
+from wrinklefree.engine.engine import CHUNK
+from wrinklefree.engine.sampling import Sampling
+from wrinklefree.engine.scores import Score, score
 
 MASK = 2**63 - 1  # seeds of torch's generators have 63 bits
 
@@ -26,11 +30,13 @@ MASK = 2**63 - 1  # seeds of torch's generators have 63 bits
 @dataclass
 class _Sequence:
     tokens: list[int]  # prompt and answer
+    prompt: int  # how many of them are the prompt
     cache: DynamicCache  # keys and values of the tokens that have been read
     sampling: Sampling
     generator: torch.Generator
     left: int  # how many more tokens may be generated
     finished: str | None = None
+    scores: list[Score] = field(default_factory=list)  # that nobody has taken yet
 
 
 class TransformersEngine:
@@ -38,6 +44,7 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, context: int, slots: int) -> None:
         self.model, self.context, self.slots = model, context, slots
+        self.vocab = int(model.config.get_text_config().vocab_size)
         self._open: dict[int, _Sequence] = {}
 
     def open(self, prompt: Sequence[int], sampling: Sampling) -> int:
@@ -48,19 +55,19 @@ class TransformersEngine:
         - a token id is outside of the vocabulary,
         - no slot is free.
         """
-        vocab = self.model.config.get_text_config().vocab_size
         if not 0 < len(prompt) < self.context:
             raise UserError(f"the prompt has {len(prompt)} tokens: 1 to {self.context - 1} fit")
-        odd = next((token for token in prompt if not 0 <= token < vocab), None)
+        odd = next((token for token in (*prompt, *sampling.logit_bias) if not 0 <= token < self.vocab), None)
         if odd is not None:
-            raise UserError(f"token id {odd}: the vocabulary has {vocab}")
+            raise UserError(f"token id {odd}: the vocabulary has {self.vocab}")
         free = set(range(self.slots)) - self._open.keys()
         if not free:
             raise UserError(f"all {self.slots} slots are taken")
         slot = min(free)
         generator = torch.Generator(self.model.device).manual_seed(sampling.seed & MASK)
         left = min(sampling.max_new_tokens, self.context - len(prompt))
-        self._open[slot] = _Sequence(list(prompt), DynamicCache(config=self.model.config), sampling, generator, left)
+        cache = DynamicCache(config=self.model.config)
+        self._open[slot] = _Sequence(list(prompt), len(prompt), cache, sampling, generator, left)
         return slot
 
     @torch.inference_mode()
@@ -73,6 +80,8 @@ class TransformersEngine:
         for slot, sequence in self._open.items():
             if sequence.finished is None and (logits := self._read(sequence)) is not None:
                 new[slot] = _choose(sequence, logits)
+                if sequence.sampling.logprobs is not None:
+                    sequence.scores += score(logits, [new[slot]], sequence.sampling.logprobs)
                 _append(sequence, new[slot])
         return new
 
@@ -80,12 +89,27 @@ class TransformersEngine:
         """Read the next `CHUNK` tokens. Returns logits [1, vocab] after the last token, None while some are unread."""
         start = sequence.cache.get_seq_length()
         piece = torch.tensor([sequence.tokens[start : start + CHUNK]], device=self.model.device)
-        out = self.model(piece, past_key_values=sequence.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].float() if start + piece.shape[1] == len(sequence.tokens) else None
+        scored = sequence.sampling.logprobs is not None and sequence.sampling.score_prompt
+        out = self.model(piece, past_key_values=sequence.cache, use_cache=True, logits_to_keep=0 if scored else 1)
+        end = start + piece.shape[1]
+        if scored:
+            after = sequence.tokens[start + 1 : end + 1]
+            sequence.scores += score(out.logits[0, : len(after)], after, sequence.sampling.logprobs or 0)
+        return out.logits[:, -1].float() if end == len(sequence.tokens) else None
+
+    def scores(self, slot: int) -> list[Score]:
+        """The scores of the tokens that came since the last call, as `Engine.scores` gives them."""
+        sequence = self._open[slot]
+        taken, sequence.scores = sequence.scores, []
+        return taken
 
     def finished(self, slot: int) -> str | None:
         """Why a sequence has ended, "stop" or "length"; None if it has not."""
         return self._open[slot].finished
+
+    def reset(self) -> None:
+        """Close all sequences, after a step that failed."""
+        self._open.clear()
 
     def close(self, slot: int) -> None:
         """Free a slot."""
@@ -96,24 +120,42 @@ def _choose(sequence: _Sequence, logits: Tensor) -> int:
     """Sample the next token from logits [1, vocab]."""
     sampling = sequence.sampling
     ids = torch.tensor([sequence.tokens], device=logits.device)
-    steps = LogitsProcessorList()  # the order is that of `generate` in transformers
-    if sampling.repetition_penalty != 1:
-        steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    logits = _adjusted(logits, ids, sequence)
     if sampling.temperature == 0:
-        return int(steps(ids, logits).argmax())
+        return int(logits.argmax())
+    steps = LogitsProcessorList()  # the order is that of `generate` in transformers
     steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k:
         steps.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        steps.append(MinPLogitsWarper(sampling.min_p))
     return int(torch.multinomial(steps(ids, logits).softmax(-1), 1, generator=sequence.generator))
+
+
+def _adjusted(logits: Tensor, ids: Tensor, sequence: _Sequence) -> Tensor:
+    """Logits [1, vocab] after biases and penalties. `ids` [1, length] are all tokens of the sequence."""
+    sampling, logits = sequence.sampling, logits.clone()
+    for token, bias in sampling.logit_bias.items():
+        logits[0, token] += bias
+    if sampling.repetition_penalty != 1:
+        logits = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, logits)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        counts = torch.bincount(ids[0, sequence.prompt :], minlength=logits.shape[1])
+        logits = logits - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
+    if sampling.constraint is not None:
+        allowed = np.unpackbits(sampling.constraint.allowed().view(np.uint8), bitorder="little")[: logits.shape[1]]
+        logits = logits.masked_fill(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
+    return logits
 
 
 def _append(sequence: _Sequence, token: int) -> None:
     """Add a token to its sequence, and note whether the sequence ends with it."""
     sequence.tokens.append(token)
     sequence.left -= 1
-    if token in sequence.sampling.stop_tokens:
+    constraint = sequence.sampling.constraint
+    if token in sequence.sampling.stop_tokens or (constraint is not None and constraint.accept(token)):
         sequence.finished = "stop"
     elif sequence.left == 0:
         sequence.finished = "length"

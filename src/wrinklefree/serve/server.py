@@ -1,7 +1,7 @@
 """The server process: one thread runs the engine, and one asyncio loop handles the connections.
 
 On SIGINT or SIGTERM no new requests are accepted. Open streams have `GRACE` seconds to finish; after that they get an
-error event and are cut off. An error in the engine's thread also ends the server, and is raised again.
+error event and are cut off. If the engine fails, its requests fail and the server goes on.
 """
 
 import asyncio

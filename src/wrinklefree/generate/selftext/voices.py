@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.distributed.world import has_bf16
-from wrinklefree.engine.engine import Engine, Sampling, supports
+from wrinklefree.engine.engine import Engine, supports
+from wrinklefree.engine.sampling import Sampling
 from wrinklefree.engine.source import RoundedSource
 from wrinklefree.generate.selftext.documents import Ask, Writing, Written
 
