@@ -77,7 +77,10 @@ async def one(host: str, port: int, length: int, prompt: str) -> int:
     values: dict[str, Any] = {"model": "bench", "prompt": prompt, "max_tokens": length, "temperature": 0}
     body = json.dumps(values | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     reader, writer = await asyncio.open_connection(host, port)
-    head_lines = (b"POST /v1/completions HTTP/1.1", b"Host: a", b"Connection: close", b"Content-Length: %d" % len(body))
+    head_lines = (
+        *(b"POST /v1/completions HTTP/1.1", b"Host: localhost", b"Connection: close"),
+        *(b"Content-Type: application/json", b"Content-Length: %d" % len(body)),
+    )
     writer.write(b"\r\n".join([*head_lines, b"", body]))
     answer = (await reader.read(-1)).decode()
     writer.close()

@@ -438,6 +438,11 @@ def serve(
     allow_special: Annotated[
         bool, typer.Option("--allow-special", help="Read special tokens in the texts of requests as such.")
     ] = False,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Let pages of this origin ask; may be repeated; * is all."),
+    ] = None,
+    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="A page to chat on at /.")] = True,
 ) -> None:
     """Serve a model to OpenAI clients, with streaming.
 
@@ -448,8 +453,9 @@ def serve(
     """
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
     limits |= {"max_concurrent": max_concurrent, "max_waiting": max_waiting}
-    more = {"api_key": api_key, "name": name, "engine": engine, "threads": threads}
+    more: dict[str, Any] = {"api_key": api_key, "name": name, "engine": engine, "threads": threads}
     more |= {"half_cache": half_cache, "trust_remote_code": trust_remote_code, "allow_special": allow_special}
+    more |= {"cors": cors, "page": ui}
     call("serve", path, host=host, port=port, **limits, **more)
 
 

@@ -37,7 +37,9 @@ def process(folder: Path) -> Iterator[Process]:
         folder, "--threads", "1", *(word for k, v in limits.items() for word in (f"--max-{k}", str(v)))
     ) as made:
         yield made
-        assert made.end(signal.SIGINT) == (0, "")
+        code, log = made.end(signal.SIGINT)
+        assert code == 0
+        assert all("in a request: ignored here and from now on" in line for line in log.splitlines()), log
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,8 @@ async def break_off(url: str, number: int) -> None:
     reader, writer = await asyncio.open_connection(host, int(port))
     stream = number % 3 < 2
     body = json.dumps({"model": "toy", "prompt": PROMPT, "max_tokens": LONGEST, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    kind = "Content-Type: application/json"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\n{kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     writer.write(head + body[: len(body) - 5 * (number % 7 == 0)])
     if stream and number % 7:
         await reader.readuntil(b"data: ")
@@ -291,7 +292,8 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     async def work(local: Local) -> None:
         host, port = local.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        writer.write(head + b"Content-Length: 50\r\n\r\n{")
         assert b" 408 " in await reader.readline()
         assert (await reader.read()).count(b"did not come")  # and it is closed
         writer.close()

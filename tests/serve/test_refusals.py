@@ -12,6 +12,8 @@ from serving import LONGEST, Process, said, until
 
 from wrinklefree.serve.app import Limits
 
+JSON = {"Content-Type": "application/json"}
+
 ODD: list[tuple[str, Any]] = [
     ("n", True),
     ("n", 0),
@@ -32,8 +34,10 @@ ODD: list[tuple[str, Any]] = [
     ("prompt", [[1], []]),
     ("prompt", ["a"] * 129),
     ("suffix", "end"),
-    ("tools", [{"type": "function"}]),
-    ("response_format", {"type": "json_object"}),
+    ("functions", [{"name": "f"}]),
+    ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}),
     ("nonsense", 1),
     ("temperature", -0.1),
     ("temperature", 2.5),
@@ -82,8 +86,8 @@ def test_what_cannot_be_done_is_refused_by_its_name(process: Process, field: str
         ([{"role": "user"}], "messages.0.content"),
         ([{"role": "user", "content": 5}], "messages.0.content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages.0.content.0.type"),
-        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "messages.1.role"),
-        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages.0.tool_calls"),
+        ([{"role": "user", "content": None}], "messages.0.content"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{"id": "a"}]}], "messages.0.tool_calls.0.function"),
         ([{"role": "user", "content": "many words " * LONGEST}], "messages"),
     ],
 )
@@ -128,7 +132,7 @@ def test_unknown_models_paths_and_verbs(process: Process, client: OpenAI) -> Non
     "body", [b"", b"{", b"[]", b"5", b"\xff\xfe", b"[" * 60_000, b'{"a": NaN}', b'{"model": "\\ud800"}', b"{}\0"]
 )
 def test_bodies_that_are_no_request(process: Process, body: bytes) -> None:
-    answer = httpx.post(f"{process.url}/v1/completions", content=body)
+    answer = httpx.post(f"{process.url}/v1/completions", content=body, headers=JSON)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
@@ -143,7 +147,7 @@ def test_damaged_bodies_never_break_it(process: Process) -> None:
                 at, kind = random.randrange(len(body)), random.randrange(3)
                 body[at : at + (kind < 2)] = bytes(random.randrange(256) for _ in range(kind > 0))
             path = random.choice(["/v1/completions", "/v1/chat/completions"])
-            codes.append(client.post(path, content=bytes(body)).status_code)
+            codes.append(client.post(path, content=bytes(body), headers=JSON).status_code)
     assert set(codes) <= {200, 400, 404}
     assert codes.count(400) > 50
     until(process.is_idle)
@@ -152,5 +156,5 @@ def test_damaged_bodies_never_break_it(process: Process) -> None:
 def test_a_body_that_is_too_long_is_refused_unread(process: Process) -> None:
     most = Limits(LONGEST, LONGEST).body
     for content in (b"x" * (most + 1), (b"x" * 1000 for _ in range(most // 1000 + 1))):
-        answer = httpx.post(f"{process.url}/v1/completions", content=content)
+        answer = httpx.post(f"{process.url}/v1/completions", content=content, headers=JSON)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")

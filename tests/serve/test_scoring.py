@@ -100,7 +100,10 @@ def test_an_echo_of_no_tokens_scores_the_prompt_alone(served: Served) -> None:
     (choice,) = served.choices(prompt=PROMPT, echo=True, max_tokens=0, logprobs=0)
     tokens = served.tokenizer(PROMPT).input_ids
     assert choice["text"] == PROMPT
-    assert len(choice["logprobs"]["token_logprobs"]) == len(tokens)
+    told = choice["logprobs"]
+    assert len(told["token_logprobs"]) == len(tokens)
+    pairs = zip(told["text_offset"], told["tokens"], strict=True)
+    assert all(PROMPT[at:].startswith(text) for at, text in pairs)
     usage = served.ask(prompt=PROMPT, echo=True, max_tokens=0).json()["usage"]
     assert usage == {"prompt_tokens": len(tokens), "completion_tokens": 0, "total_tokens": len(tokens)}
 
@@ -156,3 +159,49 @@ def test_biases_and_penalties_reach_the_sampler(served: Served) -> None:
     assert set(choice["logprobs"]["tokens"]) != {served.tokenizer.decode([token])}
     plain, narrow = (served.choices(prompt=PROMPT, temperature=t, min_p=1)[0]["text"] for t in (0, 2))
     assert plain == narrow
+
+
+def test_tokenize_gives_what_an_answer_reads(served: Served) -> None:
+    def ask(**body: Any) -> httpx.Response:
+        async def post() -> httpx.Response:
+            transport = httpx.ASGITransport(served.service.app())
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                return await client.post("/tokenize", json=body)
+
+        return asyncio.run(post())
+
+    found = ask(prompt=PROMPT).json()
+    assert found == {
+        "tokens": served.tokenizer(PROMPT).input_ids,
+        "count": len(found["tokens"]),
+        "max_model_len": CONTEXT,
+    }
+    messages = [{"role": "user", "content": "hey"}]
+    usage = served.ask("chat/completions", messages=messages).json()["usage"]
+    assert ask(messages=messages).json()["count"] == usage["prompt_tokens"]
+    assert ask(prompt="a", nonsense=1).json()["error"]["param"] == "nonsense"
+
+
+def test_metrics_count_requests_and_tokens(served: Served) -> None:
+    def values() -> dict[str, int]:
+        async def get() -> str:
+            transport = httpx.ASGITransport(served.service.app())
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                return (await client.get("/metrics")).text
+
+        lines = [line.split() for line in asyncio.run(get()).splitlines() if not line.startswith("#")]
+        return {name: int(value) for name, value in lines}
+
+    before = values()
+    served.choices(prompt=PROMPT, n=2, max_tokens=5)
+    after = values()
+    assert after["wf_requests_total"] == before["wf_requests_total"] + 2
+    assert after["wf_generated_tokens_total"] == before["wf_generated_tokens_total"] + 10
+    assert after["wf_slots"] == 3
+    assert after["wf_engine_failures_total"] == after["wf_requests_open"] == 0
+
+
+def test_embeddings_are_refused_by_name(served: Served) -> None:
+    answer = served.ask("embeddings", input="a")
+    assert answer.status_code == 501
+    assert "makes no embeddings" in answer.json()["error"]["message"]

@@ -11,7 +11,6 @@ from wrinklefree.core.errors import UserError
 log = logging.getLogger("wrinklefree")
 
 EXTRA = ("starlette", "uvicorn")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def run(
@@ -30,6 +29,8 @@ def run(
     half_cache: bool = False,
     trust_remote_code: bool = False,
     allow_special: bool = False,
+    cors: list[str] | None = None,
+    page: bool = True,
 ) -> None:
     """Serve until SIGINT or SIGTERM.
 
@@ -37,6 +38,7 @@ def run(
     """
     _check_extra()
     from wrinklefree.serve import server
+    from wrinklefree.serve.access import LOOPBACK, Access
     from wrinklefree.serve.app import Limits, Model, Service
     from wrinklefree.serve.scheduler import Scheduler
     from wrinklefree.tracking.terminal import show_log_lines
@@ -50,8 +52,9 @@ def run(
             path, engine, threads, max_concurrent, context, half_cache, trust_remote_code
         )
         limits = Limits(min(max_prompt_tokens, running.context - 1), min(max_tokens, running.context - 1))
-        model = Model(name or model_name(path), tokenizer, ends, allow_special)
-        service = Service(model, Scheduler(running, max_waiting), limits, api_key)
+        model = Model(name or model_name(path), tokenizer, ends, description, allow_special)
+        access = Access(api_key, tuple(cors or ()), LOOPBACK if host in LOOPBACK else None, page)
+        service = Service(model, Scheduler(running, max_waiting), limits, access)
         sizes = f"prompts up to {limits.prompt} tokens, answers up to {limits.answer}"
         text = (
             f"serving {model.name} at {server.url(bound)}/v1 ({description}; {max_concurrent} at once, "
@@ -108,4 +111,4 @@ def _example(bound: Any, service: Any) -> str:
     from wrinklefree.serve.server import url
 
     body = f'{{"model": "{service.model.name}", "prompt": "def ", "max_tokens": 32}}'
-    return f"curl {url(bound)}/v1/completions -d {shlex.quote(body)}"
+    return f"curl {url(bound)}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"

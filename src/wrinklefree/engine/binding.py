@@ -17,6 +17,7 @@ from wrinklefree.engine.sampling import Sampling
 from wrinklefree.packed.products import native
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+Mask = np.ndarray[Any, np.dtype[np.uint32]]
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
@@ -243,6 +244,11 @@ def c_sampling(sampling: Sampling, prompt: int) -> CSampling:
         biased=(c_int32 * count)(*sampling.logit_bias),  # the struct keeps both arrays alive
         biases=(c_float * count)(*sampling.logit_bias.values()),
     )
+
+
+def allow(sampling: CSampling, mask: Mask) -> None:
+    """Let `sampling` choose among the tokens in `mask` [at least vocab / 32], which has to stay alive."""
+    sampling.allowed = mask.ctypes.data_as(POINTER(c_uint32))
 
 
 def sample(logits: Floats, history: Sequence[int], sampling: CSampling) -> int:

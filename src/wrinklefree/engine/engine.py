@@ -24,7 +24,7 @@ from wrinklefree.core import library
 from wrinklefree.core.errors import UserError
 from wrinklefree.engine import family
 from wrinklefree.engine.assemble import assemble
-from wrinklefree.engine.binding import Append, CSampling, Decoder, Mode, Model, c_sampling
+from wrinklefree.engine.binding import Append, CSampling, Decoder, Mask, Mode, Model, allow, c_sampling
 from wrinklefree.engine.sampling import Sampling
 from wrinklefree.engine.scores import Score, score
 from wrinklefree.engine.source import FolderSource, ModelSource, Source
@@ -49,6 +49,7 @@ class _Sequence:
     left: int  # how many tokens it may still get
     finished: str | None = None  # "stop", "length", or None while it goes on
     scores: list[Score] = field(default_factory=list)  # that nobody has taken yet
+    allowed: Mask | None = None  # what its constraint allows; `native` points to it
 
     def num_logits(self, size: int) -> int:
         """How many logits are needed when its next `size` tokens are read."""
@@ -237,6 +238,9 @@ class Engine:
 
     def _append(self, index: int, sequence: _Sequence, size: int) -> Append:
         last, rows = size == len(sequence.pending), sequence.num_logits(size)
+        if last and sequence.sampling.constraint is not None:
+            sequence.allowed = sequence.sampling.constraint.allowed()
+            allow(sequence.native, sequence.allowed)
         logits = np.empty((rows, self.vocab), np.float32) if rows else None
         return Append(index, sequence.pending[:size], sequence.native if last else None, logits)
 
@@ -256,7 +260,8 @@ class Engine:
         sequence.pending.append(token)
         sequence.native.counter += 1
         sequence.left -= 1
-        if token in sequence.sampling.stop_tokens:
+        constraint = sequence.sampling.constraint
+        if token in sequence.sampling.stop_tokens or (constraint is not None and constraint.accept(token)):
             sequence.finished = "stop"
         elif sequence.left == 0:
             sequence.finished = "length"

@@ -5,7 +5,11 @@ The engines calculate in fp32. A number of Python may be 0 or infinity there, so
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
 
 from wrinklefree.core.errors import UserError
 
@@ -23,6 +27,19 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "presence_penalty": (-2, 2, "-2 to 2"),
     "frequency_penalty": (-2, 2, "-2 to 2"),
 }
+
+
+class Constraint(Protocol):
+    """Decides which tokens a text may go on with. It belongs to one sequence."""
+
+    def allowed(self) -> NDArray[np.uint32]:
+        """A bit for each token that may come next, the lowest first [at least vocab / 32]."""
+
+    def accept(self, token: int) -> bool:
+        """Take the next token. Returns whether the text is complete, so that nothing may follow."""
+
+    def copy(self) -> Self:
+        """Another constraint in the same state."""
 
 
 def out_of_range(values: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -54,6 +71,7 @@ class Sampling:
     frequency_penalty: float = 0.0  # the same, as often as the answer has them
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # what is added to a token's logit
     logprobs: int | None = None  # tell each token's log-probability, with those of so many likeliest tokens
+    constraint: Constraint | None = None  # which tokens are allowed at all
     score_prompt: bool = False  # with `logprobs`: tell the prompt's tokens, too
 
     def __post_init__(self) -> None:

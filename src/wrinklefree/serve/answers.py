@@ -12,6 +12,7 @@ from wrinklefree.generate.text import TextStream
 from wrinklefree.serve.errors import ending, failed
 from wrinklefree.serve.logprobs import Scored, for_chat, for_completion
 from wrinklefree.serve.scheduler import ClosedError, Event, FailedError, Stream
+from wrinklefree.serve.tools import Tools
 
 Kind = Literal["completion", "chat"]
 
@@ -96,11 +97,12 @@ class Envelope:
     tokenizer: Any
     id: str
     created: int  # seconds since 1970
+    tools: Tools | None  # which the answers may call
 
     @classmethod
-    def new(cls, kind: Kind, model: str, tokenizer: Any) -> "Envelope":
+    def new(cls, kind: Kind, model: str, tokenizer: Any, tools: Tools | None) -> "Envelope":
         """An envelope with a random id and the current time."""
-        return cls(kind, model, tokenizer, f"{PREFIX[kind]}-{secrets.token_hex(12)}", int(time.time()))
+        return cls(kind, model, tokenizer, f"{PREFIX[kind]}-{secrets.token_hex(12)}", int(time.time()), tools)
 
     def whole(self, answers: Sequence[Answer], n: int) -> dict[str, Any]:
         """The object of answers that are not streamed: `n` choices for each prompt, which are the best."""
@@ -108,12 +110,21 @@ class Envelope:
         for answer in answers:
             groups.setdefault(id(answer.stream.prompt), []).append(answer)
         chosen = [answer for group in groups.values() for answer in (best(group, n) if len(group) > n else group)]
-        choices = [self._choice(index, answer, answer.said, answer.finish) for index, answer in enumerate(chosen)]
+        choices = [self._choice(index, answer) for index, answer in enumerate(chosen)]
         return self._object(WHOLE, choices=choices, usage=usage(answers))
 
-    def _choice(self, index: int, answer: Answer, text: str, finish: str) -> dict[str, Any]:
-        content = {"text": text} if self.kind == "completion" else {"message": {"role": "assistant", "content": text}}
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        said, finish = self._message(answer)
+        content = {"text": answer.said} if self.kind == "completion" else {"message": {"role": "assistant", **said}}
         return {"index": index, **content, "finish_reason": finish, "logprobs": self._logprobs(answer)}
+
+    def _message(self, answer: Answer) -> tuple[dict[str, Any], str]:
+        """The text and the calls of an answer that has ended, and why it ended."""
+        if self.tools is not None:
+            content, calls = self.tools.read(answer.said)
+            if calls:
+                return {"content": content, "tool_calls": calls}, "tool_calls"
+        return {"content": answer.said}, answer.finish
 
     def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
         if not (scored := answer.take_scores()):
@@ -146,11 +157,24 @@ class Envelope:
             await answer.stream.opened()
         if self.kind == "chat":
             yield _delta(index, {"role": "assistant", "content": ""})
+        if self.tools is not None:
+            async for delta in self._deltas_with_tools(index, answer):
+                yield delta
+            return
         async for piece in answer.pieces():
             content = _delta(index, {"content": piece}) if self.kind == "chat" else _text(index, piece)
             yield content | {"logprobs": self._logprobs(answer)}
         last = _delta(index, {}) if self.kind == "chat" else _text(index, "")
         yield last | {"finish_reason": answer.finish, "logprobs": self._logprobs(answer)}
+
+    async def _deltas_with_tools(self, index: int, answer: Answer) -> AsyncIterator[dict[str, Any]]:
+        """The whole answer in one chunk: whether it is a call is known at its end."""
+        async for _ in answer.pieces():
+            pass
+        said, finish = self._message(answer)
+        calls = [{"index": i, **call} for i, call in enumerate(said.get("tool_calls", []))]
+        yield _delta(index, said | ({"tool_calls": calls} if calls else {})) | {"logprobs": self._logprobs(answer)}
+        yield _delta(index, {}) | {"finish_reason": finish}
 
     def _object(self, names: dict[str, str], **more: Any) -> dict[str, Any]:
         return {"id": self.id, "object": names[self.kind], "created": self.created, "model": self.model} | more
@@ -181,7 +205,7 @@ async def _next(stream: AsyncIterator[dict[str, Any]]) -> dict[str, Any] | None:
     return await anext(stream, None)
 
 
-def _delta(index: int, content: dict[str, str]) -> dict[str, Any]:
+def _delta(index: int, content: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": content, "finish_reason": None, "logprobs": None}
 
 

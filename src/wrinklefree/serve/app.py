@@ -1,34 +1,39 @@
 """The HTTP routes: check a request, hand it to the scheduler, and send back the answer."""
 
 import asyncio
-import hmac
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.engine.sampling import Sampling
+from wrinklefree.engine.sampling import Constraint, Sampling
 from wrinklefree.generate.text import TextStream
-from wrinklefree.serve import prompts, schema
+from wrinklefree.serve import prompts, responses, schema
+from wrinklefree.serve.access import ANYONE, Access, check_type
 from wrinklefree.serve.answers import Answer, Envelope, Kind
 from wrinklefree.serve.errors import ApiError, ending, failed
 from wrinklefree.serve.scheduler import BusyError, ClosedError, FailedError, Scheduler, Stream
+from wrinklefree.serve.structured import Grammars
+from wrinklefree.serve.tools import tools_of
 
 log = logging.getLogger("wrinklefree")
 
 SHORT = 16  # tokens of a completion without `max_tokens`; the OpenAI interface's default
+PAGE = Path(__file__).with_name("page.html")
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 BODY_SECONDS = 30.0  # a request whose body takes longer is refused
 
 T = TypeVar("T")
@@ -54,6 +59,7 @@ class Model:
     name: str
     tokenizer: Any
     ends: frozenset[int]  # tokens that end an answer
+    engine: str = ""  # what runs the model, in a few words
     allow_special: bool = False  # whether special tokens in a text of a request are read as such
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -65,20 +71,31 @@ class Model:
 class Service:
     """The routes of a server for one model."""
 
-    def __init__(self, model: Model, scheduler: Scheduler, limits: Limits, api_key: str | None = None) -> None:
-        self.model, self.scheduler, self.limits = model, scheduler, limits
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+    def __init__(
+        self,
+        model: Model,
+        scheduler: Scheduler,
+        limits: Limits,
+        access: Access = ANYONE,
+    ) -> None:
+        self.model, self.scheduler, self.limits, self.access = model, scheduler, limits, access
+        self.grammars = Grammars(model.tokenizer, scheduler.engine.vocab, model.ends)
         # Prompts are tokenized in one thread of their own, so that a long one does not hold up the running streams.
         self._encoder = ThreadPoolExecutor(1, "encode")
 
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [
+            *([Route("/", self.page)] if self.access.page else []),
             Route("/health", self.health),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.one_model),
+            Route("/metrics", self.metrics),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/responses", self.responses, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {
             ApiError: _refuse,
@@ -86,20 +103,55 @@ class Service:
             ClientDisconnect: _nobody,
             500: _defect,
         }
-        return Starlette(routes=routes, exception_handlers=handlers)
+        return Starlette(routes=routes, exception_handlers=handlers, middleware=self.access.middleware())
+
+    async def page(self, request: Request) -> Response:
+        """`GET /`: a page to chat on. It asks this server alone."""
+        return HTMLResponse(PAGE.read_bytes(), headers={"Content-Security-Policy": POLICY})
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`: how many slots there are and how many requests are open and waiting. Needs no key."""
-        return JSONResponse({"status": "ok", "slots": self.scheduler.engine.slots} | self.scheduler.load())
+        """`GET /health`: what runs the model, how many slots there are, and how many requests. Needs no key."""
+        about = {"status": "ok", "engine": self.model.engine, "slots": self.scheduler.engine.slots}
+        return JSONResponse(about | self.scheduler.load())
+
+    async def metrics(self, request: Request) -> Response:
+        """`GET /metrics`: counters and gauges in Prometheus' text format."""
+        self.access.check_key(request)
+        load = self.scheduler.load()
+        counters = self.scheduler.totals() | {"engine_failures": load["failures"]}
+        gauges = {
+            "slots": self.scheduler.engine.slots,
+            "requests_open": load["open"],
+            "requests_waiting": load["waiting"],
+        }
+        values = [(f"{name}_total", "counter", value) for name, value in counters.items()]
+        values += [(name, "gauge", value) for name, value in gauges.items()]
+        text = "".join(f"# TYPE wf_{name} {kind}\nwf_{name} {value}\n" for name, kind, value in values)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`: the token ids of a `prompt` or of `messages`, as an answer to them would read them."""
+        self.access.check_key(request)
+        check_type(request)
+        asked = schema.parse_prompt(await _read(request, self.limits.body))
+        encode = partial(prompts.encode, self.model.tokenizer, asked, self.model.allow_special)
+        ids = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+        tokens = ids[0] if len(ids) == 1 else ids
+        count = sum(map(len, ids))
+        return JSONResponse({"tokens": tokens, "count": count, "max_model_len": self.scheduler.engine.context})
+
+    async def embeddings(self, request: Request) -> Response:
+        """`POST /v1/embeddings`: refused, because the served models generate text."""
+        raise ApiError(501, "embeddings: this server generates text and makes no embeddings", code="not_supported")
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: a list of the one model."""
-        self._check_key(request)
+        self.access.check_key(request)
         return JSONResponse({"object": "list", "data": [self.model.about()]})
 
     async def one_model(self, request: Request) -> Response:
         """`GET /v1/models/NAME`."""
-        self._check_key(request)
+        self.access.check_key(request)
         self._check_model(request.path_params["name"])
         return JSONResponse(self.model.about())
 
@@ -114,33 +166,75 @@ class Service:
     async def _answer(
         self, kind: Kind, form: type[schema.Completion] | type[schema.Chat], request: Request
     ) -> Response:
-        self._check_key(request)
+        self.access.check_key(request)
+        check_type(request)
         asked = schema.parse(form, await _read(request, self.limits.body))
+        answers = await self._begin(asked, "prompt" if kind == "completion" else "messages")
+        envelope = Envelope.new(kind, self.model.name, self.model.tokenizer, tools_of(asked))
+        if await self._finish(request, answers, asked.stream):
+            return _Events(answers, envelope.events(answers, asked.usage_wanted()))
+        return JSONResponse(envelope.whole(answers, asked.n))
+
+    async def responses(self, request: Request) -> Response:
+        """`POST /v1/responses`."""
+        self.access.check_key(request)
+        check_type(request)
+        asked = schema.parse(responses.Asked, await _read(request, self.limits.body))
+        answers = await self._begin(asked.chat(), "input")
+        envelope = responses.ResponseEnvelope(asked)
+        if await self._finish(request, answers, asked.stream):
+            return _Events(answers, envelope.events(answers[0]))
+        return JSONResponse(envelope.whole(answers[0]))
+
+    async def _begin(self, asked: schema.Completion | schema.Chat, param: str) -> list[Answer]:
+        """Check a request, and hand it to the scheduler. `param` is the field with its prompt."""
         self._check_model(asked.model)
         length = self._length(asked)
-        encode = partial(prompts.encode, self.model.tokenizer, asked, self.model.allow_special)
-        ids = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+        ids, constraint = await asyncio.get_running_loop().run_in_executor(self._encoder, partial(self._prepare, asked))
         for prompt in ids:
-            self._check_prompt(prompt, "prompt" if kind == "completion" else "messages")
-        answers = self._answers(asked, ids, length)
-        envelope = Envelope.new(kind, self.model.name, self.model.tokenizer)
+            self._check_prompt(prompt, param)
+        return self._answers(asked, ids, length, constraint)
+
+    async def _finish(self, request: Request, answers: list[Answer], stream: bool) -> bool:
+        """Wait until the answers can be sent: until the first has a slot if they are streamed, else until all ended.
+
+        Returns whether they are to be streamed.
+        """
         try:
-            if asked.stream:
-                await _while_connected(request, answers, _opened(answers))
-                return _Events(answers, envelope, asked.usage_wanted())
-            await _while_connected(request, answers, _read_all(answers))
+            await _while_connected(request, answers, _opened(answers) if stream else _read_all(answers))
         except UserError as error:
             raise ApiError(400, str(error), "prompt") from None
         except FailedError:
             raise failed() from None
         except ClosedError:
             raise ending() from None
-        return JSONResponse(envelope.whole(answers, asked.n))
+        return stream
 
-    def _answers(self, asked: schema.Completion | schema.Chat, ids: list[list[int]], length: int) -> list[Answer]:
+    def _prepare(self, asked: schema.Completion | schema.Chat) -> tuple[list[list[int]], Constraint | None]:
+        """The tokens of each prompt, and what the answers are constrained to. Both may take long."""
+        return prompts.encode(self.model.tokenizer, asked, self.model.allow_special), self._constraint(asked)
+
+    def _constraint(self, asked: schema.Completion | schema.Chat) -> Constraint | None:
+        tools = tools_of(asked)
+        if tools is not None and (call := tools.schema()) is not None:
+            return self.grammars.schema(call, "tools")
+        wanted = None if asked.response_format is None else asked.response_format.wanted()
+        return None if wanted is None else self.grammars.schema(wanted)
+
+    def _answers(
+        self,
+        asked: schema.Completion | schema.Chat,
+        ids: list[list[int]],
+        length: int,
+        constraint: Constraint | None,
+    ) -> list[Answer]:
         """Submit all prompts as often as the request wants. Answers to one prompt follow one another."""
         count, first = asked.candidates(), self._sampling(asked, max(length, 1))
-        pairs = [(prompt, replace(first, seed=first.seed + i)) for prompt in ids for i in range(count)]
+        pairs = [
+            (prompt, replace(first, seed=first.seed + i, constraint=constraint and constraint.copy()))
+            for prompt in ids
+            for i in range(count)
+        ]
         echoes = [text for text in prompts.texts(self.model.tokenizer, asked, ids) for _ in range(count)]
         stops = asked.stops()
         return [
@@ -158,11 +252,6 @@ class Service:
             raise ApiError(429, "too many requests are waiting: try again later", code="busy", headers=wait) from None
         except ClosedError:
             raise ending() from None
-
-    def _check_key(self, request: Request) -> None:
-        header = request.headers.get("authorization", "").encode()
-        if self._key is not None and not hmac.compare_digest(header, self._key):
-            raise ApiError(401, "no valid API key: send it as `Authorization: Bearer KEY`", code="invalid_api_key")
 
     def _check_model(self, name: str) -> None:
         if name != self.model.name:
@@ -216,9 +305,8 @@ class Service:
 class _Events(StreamingResponse):
     """A streamed response. Its slot is freed no matter how the response ends."""
 
-    def __init__(self, answers: list[Answer], envelope: Envelope, with_usage: bool) -> None:
-        headers = {"Cache-Control": "no-cache"}
-        super().__init__(envelope.events(answers, with_usage), headers=headers, media_type="text/event-stream")
+    def __init__(self, answers: list[Answer], events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
         self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,6 +6,7 @@ It is slow: a step runs the model once for each sequence, because each has its o
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -143,6 +144,9 @@ def _adjusted(logits: Tensor, ids: Tensor, sequence: _Sequence) -> Tensor:
     if sampling.presence_penalty or sampling.frequency_penalty:
         counts = torch.bincount(ids[0, sequence.prompt :], minlength=logits.shape[1])
         logits = logits - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
+    if sampling.constraint is not None:
+        allowed = np.unpackbits(sampling.constraint.allowed().view(np.uint8), bitorder="little")[: logits.shape[1]]
+        logits = logits.masked_fill(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
     return logits
 
 
@@ -150,7 +154,8 @@ def _append(sequence: _Sequence, token: int) -> None:
     """Add a token to its sequence, and note whether the sequence ends with it."""
     sequence.tokens.append(token)
     sequence.left -= 1
-    if token in sequence.sampling.stop_tokens:
+    constraint = sequence.sampling.constraint
+    if token in sequence.sampling.stop_tokens or (constraint is not None and constraint.accept(token)):
         sequence.finished = "stop"
     elif sequence.left == 0:
         sequence.finished = "length"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from wrinklefree.engine.scores import Score
@@ -13,16 +14,17 @@ class Scored:
 
     token: int
     score: Score | None
-    offset: int  # where its text begins in the answer
+    offset: int  # where the text of the first token of a chunk begins in the answer; 0 for all tokens of a prompt
 
 
 def for_completion(tokenizer: Any, scored: Sequence[Scored]) -> dict[str, Any]:
-    """The `logprobs` object of a completion."""
+    """The `logprobs` object of a completion. `scored` is not empty."""
+    texts = [_text(tokenizer, each.token) for each in scored]
     return {
-        "tokens": [_text(tokenizer, each.token) for each in scored],
+        "tokens": texts,
         "token_logprobs": [each.score and each.score.logprob for each in scored],
         "top_logprobs": [each.score and _by_text(tokenizer, each.token, each.score) for each in scored],
-        "text_offset": [each.offset for each in scored],
+        "text_offset": list(accumulate(map(len, texts[:-1]), initial=scored[0].offset)),
     }
 
 

@@ -13,6 +13,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.data.template import as_chat
 from wrinklefree.serve.errors import ApiError
 from wrinklefree.serve.schema import Chat, Completion
+from wrinklefree.serve.tools import conversation, tools_of
 
 
 def encode(tokenizer: Any, request: Completion | Chat, allow_special: bool = False) -> list[list[int]]:
@@ -44,10 +45,10 @@ def _chat(tokenizer: Any, request: Chat, allow_special: bool) -> list[int]:
         raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
     _check_options(tokenizer, request.chat_template_kwargs)
     covers = _Covers([] if allow_special else _special_tokens(tokenizer))
-    messages = [message.plain() for message in request.messages]
-    covered = [message | {"content": covers.cover(message["content"])} for message in messages]
+    messages, more = conversation(str(tokenizer.chat_template), request, tools_of(request))
+    more |= request.chat_template_kwargs
     try:
-        text = as_chat(tokenizer, covered, add_generation_prompt=True, **request.chat_template_kwargs)
+        text = as_chat(tokenizer, covers.cover_all(messages), add_generation_prompt=True, **covers.cover_all(more))
     except UserError as error:
         raise ApiError(400, f"messages: {error}", "messages") from None
     return covers.ids(tokenizer, text)
@@ -81,9 +82,13 @@ class _Covers:
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")  # (?!) finds nothing
         self._hidden: list[str] = []
 
-    def cover(self, text: str) -> str:
-        """`text` with a word for each special token in it."""
-        return self._special.sub(self._word, text)
+    def cover_all(self, value: Any) -> Any:
+        """A JSON value with a word for each special token in its texts."""
+        if isinstance(value, str):
+            return self._special.sub(self._word, value)
+        if isinstance(value, list):
+            return [self.cover_all(each) for each in value]
+        return {name: self.cover_all(each) for name, each in value.items()} if isinstance(value, dict) else value
 
     def _word(self, found: re.Match[str]) -> str:
         self._hidden.append(found[0])

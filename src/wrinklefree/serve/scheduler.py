@@ -116,6 +116,7 @@ class Scheduler:
         self._open: dict[int, Stream] = {}  # by slot; only `run` changes it
         self._closed = False
         self._failures = 0  # errors that the engine raised
+        self._opened = self._read = self._generated = 0  # requests that got a slot, their tokens, and those of answers
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, asked: Sequence[tuple[list[int], Sampling]]) -> list[Stream]:
@@ -138,6 +139,11 @@ class Scheduler:
         """How many requests are open (have a slot) and waiting for one, and how often the engine has failed."""
         with self._changed:
             return {"open": len(self._open), "waiting": len(self._waiting), "failures": self._failures}
+
+    def totals(self) -> dict[str, int]:
+        """How many requests got a slot since the start, and how many tokens they had and got."""
+        with self._changed:
+            return {"requests": self._opened, "prompt_tokens": self._read, "generated_tokens": self._generated}
 
     def close(self) -> None:
         """End all requests and make `run` return. It is safe to call this twice."""
@@ -187,6 +193,7 @@ class Scheduler:
                     events.append((stream, Event("failed")))
                 else:
                     events.append((stream, Event("opened")))
+                    self._opened, self._read = self._opened + 1, self._read + len(stream.prompt)
         return events
 
     def _step(self) -> list[tuple[Stream, Event]]:
@@ -196,6 +203,7 @@ class Scheduler:
             tokens = self.engine.step()
         except Exception:  # see _admit
             return self._fail()
+        self._generated += len(tokens)
         events = []
         for slot, token in tokens.items():
             finish, stream = self.engine.finished(slot), self._open[slot]

@@ -4,6 +4,7 @@ The fields are those of the OpenAI interface, plus four that vLLM added: `top_k`
 `chat_template_kwargs`.
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from functools import cache
@@ -32,10 +33,9 @@ IGNORED = {
 # Fields that are not supported, with the values at which they have no effect: only these values are accepted.
 NEUTRAL: dict[str, Sequence[Any]] = {
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none",),
 }
 
 
@@ -70,12 +70,38 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class Body(_Strict):
+    """The body of a request."""
+
+    def problem(self) -> tuple[str, str] | None:
+        """A field that does not go with another, and why."""
+        return None
+
+
+class JsonSchema(_Strict):
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None  # an answer always follows the schema
+    body: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def wanted(self) -> dict[str, Any] | None:
+        """The JSON schema that an answer has to follow, or None."""
+        if self.json_schema is not None:
+            return self.json_schema.body
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool = False  # ignored: it would make all events of a stream equally long
 
 
-class Request(_Strict):
+class Request(Body):
     """The fields that completions and chats share. If `max_tokens` is None, the server chooses the length."""
 
     model: str
@@ -89,6 +115,7 @@ class Request(_Strict):
     frequency_penalty: Annotated[float, _number("frequency_penalty")] = 0.0
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MOST_BIASES)] = {}
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    response_format: ResponseFormat | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[
         Annotated[Stop, Tag("text")] | Annotated[Stops, Tag("texts")] | Annotated[Stops, Tag("list")],
@@ -118,9 +145,11 @@ class Request(_Strict):
         return self.n
 
     def problem(self) -> tuple[str, str] | None:
-        """A field that does not go with another, and why."""
         if self.stream_options is not None and not self.stream:
             return "stream_options", "only with stream=true"
+        form = self.response_format
+        if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+            return "response_format.json_schema", "belongs to type json_schema, which needs it"
         return None
 
 
@@ -167,16 +196,64 @@ class Part(_Strict):
     text: str
 
 
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class Function(_Strict):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None  # a call that has to be made always follows the schema
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Strict):
+    name: Name
+
+
+class NamedTool(_Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class CalledFunction(_Strict):
+    name: Name
+    arguments: str
+
+    def values(self) -> Any:
+        """The arguments as an object; as they are if they are no JSON."""
+        try:
+            return json.loads(self.arguments)
+        except ValueError:
+            return self.arguments
+
+
+class ToolCall(_Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[Part], Tag("list")], _either("a text or a list of parts")
-    ]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        Annotated[
+            Annotated[str, Tag("text")] | Annotated[list[Part], Tag("list")], _either("a text or a list of parts")
+        ]
+        | None
+    )
+    tool_calls: list[ToolCall] = []  # of an assistant
+    tool_call_id: str | None = None  # of a tool; accepted and ignored: results stand in the order of calls
     name: str | None = None  # accepted and ignored: chat templates do not use it
 
     def plain(self) -> dict[str, str]:
         """The message as a chat template expects it: role and one text."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -184,6 +261,11 @@ class Chat(Request):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] = {}
+    tools: list[Tool] = []
+    tool_choice: Annotated[
+        Annotated[Literal["none", "auto", "required"], Tag("text")] | Annotated[NamedTool, Tag("object")],
+        Discriminator(lambda value: "text" if isinstance(value, str) else "object"),
+    ] = "auto"
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
@@ -193,13 +275,34 @@ class Chat(Request):
     def problem(self) -> tuple[str, str] | None:
         if self.top_logprobs is not None and not self.logprobs:
             return "top_logprobs", "only with logprobs=true"
-        return super().problem()
+        return self._message_problem() or self._tool_problem() or super().problem()
+
+    def named_tool(self) -> str | None:
+        """The function that has to be called, if the request names one."""
+        return None if isinstance(self.tool_choice, str) else self.tool_choice.function.name
+
+    def _message_problem(self) -> tuple[str, str] | None:
+        for i, message in enumerate(self.messages):
+            if message.content is None and not message.tool_calls:
+                return f"messages.{i}.content", "must be a text or a list of parts"
+            if message.tool_calls and message.role != "assistant":
+                return f"messages.{i}.tool_calls", "only an assistant calls tools"
+        return None
+
+    def _tool_problem(self) -> tuple[str, str] | None:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            return "tools", "two have the same name"
+        if self.tool_choice == "required" and not names:
+            return "tool_choice", "there are no tools"
+        named = self.named_tool()
+        return None if named is None or named in names else ("tool_choice", f"there is no tool {named!r}")
 
     def length(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-Kind = TypeVar("Kind", bound=Request)
+Kind = TypeVar("Kind", bound=Body)
 
 
 def parse(kind: type[Kind], body: bytes) -> Kind:
@@ -212,6 +315,17 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     if (wrong := request.problem()) is not None:
         raise ApiError(400, f"{wrong[0]}: {wrong[1]}", wrong[0], "invalid_value")
     return request
+
+
+def parse_prompt(body: bytes) -> "Completion | Chat":
+    """Parse a body that has only a prompt or messages. Raises ApiError 400 naming the first field that is wrong."""
+    values = _load(body)
+    kind: type[Completion | Chat] = Chat if "messages" in values else Completion
+    odd = values.keys() - {"model", "prompt", "messages", "tools", "chat_template_kwargs"}
+    if odd:
+        name = min(odd)
+        raise ApiError(400, f"{name}: not a field of this request", name, "unsupported_parameter")
+    return parse(kind, pydantic_core.to_json({"model": ""} | values))
 
 
 def _load(body: bytes) -> dict[str, Any]:
@@ -254,7 +368,8 @@ def _without_empty(message: Any) -> Any:
     # Clients send back the message objects of earlier answers, which have such fields.
     if not isinstance(message, dict):
         return message
-    return {name: value for name, value in message.items() if name == "content" or value not in (None, [])}
+    kept = {name: value for name, value in message.items() if name == "content" or value not in (None, [])}
+    return kept | {"content": None} if "tool_calls" in kept and "content" not in kept else kept
 
 
 def _refusal(values: Any, error: ValidationError) -> ApiError:

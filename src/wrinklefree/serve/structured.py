@@ -1,0 +1,86 @@
+"""Answers that follow a JSON schema: llguidance says before each token which tokens may come next.
+
+The masks are applied where tokens are chosen, so an answer that ends by itself always follows the schema. One that
+reaches `max_tokens` first is cut off.
+"""
+
+import json
+import logging
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from wrinklefree.serve.errors import ApiError
+
+log = logging.getLogger("wrinklefree")
+
+# As `json.dumps` writes it. Free white space would let a small model write spaces for ever.
+STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammars:
+    """Makes constraints for one model. What llguidance knows of the tokenizer is made at the first use."""
+
+    def __init__(self, tokenizer: Any, vocab: int, ends: frozenset[int]) -> None:
+        self._tokenizer, self._vocab, self._ends = tokenizer, vocab, ends
+
+    def schema(self, schema: dict[str, Any], param: str = "response_format") -> "SchemaConstraint":
+        """A constraint to texts that follow the JSON schema of the field `param`.
+
+        Raises ApiError 400 if llguidance is missing, cannot use the tokenizer, or does not know the schema.
+        """
+        matcher = self._library.LLMatcher
+        try:
+            grammar = matcher.grammar_from_json_schema(json.dumps(schema), defaults=STYLE)
+        except ValueError as error:
+            raise _refusal(str(error), param) from None
+        if fault := matcher.validate_grammar(grammar, self._words):
+            raise _refusal(fault, param)
+        return SchemaConstraint(matcher(self._words, grammar, log_level=0), self._vocab)
+
+    @cached_property
+    def _library(self) -> Any:
+        try:
+            import llguidance
+        except ModuleNotFoundError:
+            raise _refusal("this server lacks llguidance: pip install 'wrinklefree[structured]'") from None
+        return llguidance
+
+    @cached_property
+    def _words(self) -> Any:
+        """The tokenizer as llguidance sees it."""
+        from llguidance.hf import from_tokenizer
+
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=self._vocab, eos_token=sorted(self._ends) or None)
+        except ValueError as error:
+            raise _refusal(f"llguidance cannot use this model's tokenizer ({error})") from None
+
+
+class SchemaConstraint:
+    """A `Constraint` by llguidance."""
+
+    def __init__(self, matcher: Any, vocab: int) -> None:
+        self._matcher, self._vocab = matcher, vocab
+
+    def allowed(self) -> NDArray[np.uint32]:
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        words = np.zeros((self._vocab + 31) // 32, np.uint32)
+        words.view(np.uint8)[: len(mask)] = mask[: words.nbytes]
+        return words
+
+    def accept(self, token: int) -> bool:
+        self._matcher.consume_token(token)
+        if self._matcher.is_error():  # such as a limit on a grammar's size
+            log.warning("a structured answer ends early: %s", self._matcher.get_error().splitlines()[0])
+        return bool(self._matcher.is_stopped())
+
+    def copy(self) -> Self:
+        return type(self)(self._matcher.deep_copy(), self._vocab)
+
+
+def _refusal(why: str, param: str = "response_format") -> ApiError:
+    return ApiError(400, f"{param}: {' '.join(why.split())[:300]}", param, "invalid_value")
