@@ -527,7 +527,7 @@ def compare(
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
-    """Train several methods on one model on equal terms, and show them side by side.
+    """Compare methods on one model, on equal terms.
 
     Finished runs are kept, and an interrupted comparison goes on.
 

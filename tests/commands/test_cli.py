@@ -32,6 +32,7 @@ VERBS = [
     "train",
     "pretrain",
     "cache",
+    "compare",
     "selftext",
     "eval",
     "plot",

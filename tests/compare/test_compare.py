@@ -1,4 +1,4 @@
-"""`wf compare`: equal terms, kept rows, and a page that needs nothing else."""
+"""Methods are compared on equal terms, rows are kept, and the page needs nothing else."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`/v1/responses` with OpenAI's own client, whole and streamed."""
+"""OpenAI's own client talks to `/v1/responses`, whole and streamed."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

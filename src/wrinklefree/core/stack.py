@@ -1,10 +1,11 @@
 """Experts whose weights are one tensor [E, out, in] or [E, in, out]: each becomes a layer of its own."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 LINEAR, MATMUL = (F.linear,), (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
@@ -40,3 +41,21 @@ def open_stacks(model: Any, stacks: dict[str, int]) -> None:
         setattr(module, name, Stack(nn.Identity() for _ in range(number)))
     if stacks:
         model.set_experts_implementation("eager")
+
+
+def masters(model: nn.Module) -> dict[str, list[str]]:
+    """The tensors that the model had before its stacks were opened: each with the names of the experts' masters."""
+    return {
+        fqn: [f"{fqn}.{number}.weight" for number in range(len(module))]
+        for fqn, module in model.named_modules()
+        if isinstance(module, Stack)
+    }
+
+
+def as_one(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict in which the masters of experts are one tensor again, as plain transformers reads it."""
+    state = dict(state)
+    for fqn, names in masters(model).items():
+        if names[0] in state:
+            state[fqn] = torch.stack([state.pop(name) for name in names])
+    return state

@@ -13,7 +13,7 @@ import copy
 import ctypes
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
@@ -52,12 +52,19 @@ def widened(*parameters: Tensor) -> Iterator[None]:
 class _Running:
     """The hooks of a layer: its parameters are fp32 while it runs."""
 
+    def __init__(self) -> None:
+        self.running: AbstractContextManager[None] | None = (
+            None  # None between two passes, so that models can be copied
+        )
+
     def before(self, layer: nn.Module, inputs: object) -> None:
         self.running = widened(*layer.parameters())
         self.running.__enter__()
 
     def after(self, layer: nn.Module, inputs: object, output: object) -> None:
+        assert self.running is not None
         self.running.__exit__(None, None, None)
+        self.running = None
 
 
 def free_at_once() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import BitNetConfig, BitNetForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from wrinklefree.core.norm import RMSNorm
+from wrinklefree.core.stored import is_stored, widen_layers
 from wrinklefree.families.architectures import SUB_NORMS
 
 
@@ -35,6 +36,8 @@ def from_llama(model: LlamaForCausalLM) -> BitNetForCausalLM:
     bitnet.tie_weights()
     bitnet.model.rotary_emb = type(bitnet.model.rotary_emb)(config).to(model.device)
     bitnet.generation_config = model.generation_config
+    if is_stored(model):
+        widen_layers(bitnet)
     return bitnet.train(model.training)
 
 

@@ -37,7 +37,7 @@ CACHED = 3 * 2**20
 NEVER = -1e4  # the logit of an impossible word, at any temperature. Finite, because 0 x -inf is not 0
 
 # From logits, their rows, and the teacher's logits if it has any: the sum of the losses, and sums of any named metrics.
-ChunkLoss = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+ChunkLoss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 class Head(Protocol):
@@ -127,7 +127,7 @@ def token_losses(
         if len(head) != len(teacher[1]):
             common = min(len(head), len(teacher[1]), len(head) if words is None else words)
 
-    def chunk_loss(logits: Tensor, part: slice, other: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def chunk_loss(logits: Tensor, part: slice, other: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         q = F.log_softmax(logits, dim=-1)
         ce = F.nll_loss(q, targets[part], reduction="sum")
         if other is None:
@@ -208,7 +208,7 @@ def cached_losses(
 ) -> CachedLosses:
     """Compare states [N, D] under a head to V words with labels [N] and a cached teacher."""
 
-    def chunk_loss(logits: Tensor, part: slice, _: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         known = teacher.logits[part]
         own = Support.apply(logits, teacher.ids[part])  # [n, S + 1]
         own = own.masked_fill(F.pad(known <= NEVER, (0, 1)), NEVER)
@@ -363,7 +363,8 @@ class HeadLoss(torch.autograd.Function):
                 part = slice(chunk.start + some.start, chunk.start + some.stop)
                 with torch.set_grad_enabled(trains):
                     own = logits.detach()[some].float().requires_grad_(trains)
-                    loss, metrics = chunk_loss(own, part, None if other is None else other[some].float())
+                    theirs = () if other is None else (other[some].float(),)
+                    loss, metrics = chunk_loss(own, part, *theirs)
                 total = total + loss.detach()
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0) + value.detach()

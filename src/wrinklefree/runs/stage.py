@@ -184,10 +184,7 @@ def prepare_student(
             check_same_tokenizer(tokenizer, theirs, f"training.start_from: the model in {start}")
     student.requires_grad_(True)
     if config.method is not None:
-        plain = student
-        student = config.method.prepare(plain, batches, initialize=not rebuilding.fits_scales(config))
-        if student is not plain and stored.is_stored(student):
-            stored.widen_layers(student)
+        student = config.method.prepare(student, batches, initialize=not rebuilding.fits_scales(config))
         log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
         config.method.check_coverage(student)
     surgery.freeze(student, config.training.freeze_names)

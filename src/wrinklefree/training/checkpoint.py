@@ -10,7 +10,7 @@ A run may resume with another number of processes: weights are stored whole, and
 
 import copy
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import aside_of, full_disk_said, write_json, written_aside
 from wrinklefree.core.numbers import not_numbers
+from wrinklefree.core.stack import as_one, masters
 from wrinklefree.distributed import sharding
 from wrinklefree.distributed.world import ALONE, World, barrier
 from wrinklefree.training import storage
@@ -70,7 +71,7 @@ def save(
     Without `state` the folder can be loaded and exported, but not resumed from. `progress` goes to `progress.json`.
     The file's names and shapes are read back. Raises UserError if they are not the model's, and leaves no folder then.
     """
-    weights = sharding.whole_state(model, world)
+    weights = as_one(sharding.whole_state(model, world), model)
     with _written_together(path, world) as aside:
         if world.is_main:
             # Without this, transformers 5 renames the weights of experts and of GPT-NeoX to what their hub files have.
@@ -141,7 +142,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     own = model.state_dict()
     try:
         with safe_open(file, framework="pt") as tensors:
-            shapes, read = _shapes(tensors), tensors.get_tensor
+            shapes, read = _contents(tensors, model)
             if _misfits(shapes, own, model) and isinstance(model, PreTrainedModel):
                 converted = _converted({name: read(name) for name in shapes}, model)
                 shapes, read = {n: tuple(t.shape) for n, t in converted.items()}, converted.__getitem__
@@ -155,9 +156,25 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise UserError(f"{file}: truncated or not safetensors ({error})") from error
 
 
-def _shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes from the header of an open file."""
-    return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+def _contents(tensors: Any, model: nn.Module) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """Return names and shapes from the header of an open file, and a function that reads a tensor by its name.
+
+    Experts that are one tensor in the file have the names of the model's layers.
+    """
+    shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    parts: dict[str, tuple[str, int]] = {}
+    for fqn, names in masters(model).items():
+        if shapes.get(fqn, ())[:1] == (len(names),):
+            shapes |= dict.fromkeys(names, shapes.pop(fqn)[1:])
+            parts |= {name: (fqn, number) for number, name in enumerate(names)}
+
+    def read(name: str) -> Tensor:
+        if name not in parts:
+            return tensors.get_tensor(name)
+        fqn, number = parts[name]
+        return tensors.get_slice(fqn)[number]
+
+    return shapes, read
 
 
 def _converted(state: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -181,7 +198,7 @@ def _converted(state: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Te
 def _check_written(path: Path, file: Path, model: nn.Module) -> None:
     """Raises UserError if `file`, which was just written for the checkpoint `path`, does not fit the model."""
     with safe_open(file, framework="pt") as tensors:
-        wrong = _misfits(_shapes(tensors), model.state_dict(), model)
+        wrong = _misfits(_contents(tensors, model)[0], model.state_dict(), model)
     if wrong:
         raise UserError(
             f"{path}: nobody could load this checkpoint, because transformers {transformers.__version__} wrote other "
