@@ -170,20 +170,3 @@ def measure(logits: Logits, test: Test) -> Quality:
 def block_linears(model: Any) -> dict[str, Any]:
     """The linear layers of the blocks by fqn: all but embedding and head."""
     return dict(surgery.linears(model, ["embed_tokens", "lm_head"]))
-
-
-def whole_bytes(model: Any, bits: float) -> int:
-    """The bytes of a file with `bits` per block weight and the embedding at 8 bits. Headers are not counted.
-
-    Embedding and an untied head have an fp16 scale per row; norms and biases are bf16.
-    """
-    blocks = {id(linear.weight) for linear in block_linears(model).values()}
-    total = 0.0
-    for parameter in model.parameters():  # a tied head comes once
-        if id(parameter) in blocks:
-            total += parameter.numel() * bits / 8
-        elif parameter.ndim == 2:
-            total += parameter.numel() + 2 * parameter.shape[0]
-        else:
-            total += 2 * parameter.numel()
-    return math.ceil(total)

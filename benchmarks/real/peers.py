@@ -29,9 +29,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.real import llama
-from benchmarks.real.measure import Test, block_linears, measure, of_model, whole_bytes
+from benchmarks.real.measure import Test, block_linears, measure, of_model
 from benchmarks.real.rows import Row
 from wrinklefree.compare import formulas
+from wrinklefree.compare.references import file_bytes
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import find
 from wrinklefree.export.rounded import head
@@ -73,12 +74,14 @@ def dense_row(setup: Setup, name: str, rounded: Rounded, bits: float, source: st
     """Measure the original with its block weights replaced, and the embedding at 8 bits."""
     before = cpu_minutes()
     model = copy.deepcopy(setup.model)
-    for fqn, linear in block_linears(model).items():
+    linears = block_linears(model)
+    for fqn, linear in linears.items():
         linear.weight.data = rounded(fqn, linear.weight.data)
     minutes += cpu_minutes() - before
     with head.rounded(model, head.quantize(model, 8)):
         quality = measure(of_model(model), setup.test)
-    return Row.of(name, quality, bits=bits, bytes=whole_bytes(model, bits), minutes=minutes, source=source)
+    size = file_bytes(model, linears, bits * sum(linear.weight.numel() for linear in linears.values()))
+    return Row.of(name, quality, bits=bits, bytes=size, minutes=minutes, source=source)
 
 
 def original(setup: Setup, name: str) -> Row:

@@ -7,16 +7,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from toyrun import overrides, toy_files
+from tiny import family
+from toyrun import overrides, resolved, toy_files
 
 from wrinklefree.commands import compare
-from wrinklefree.compare import page, references
+from wrinklefree.compare import page, quality, references
 from wrinklefree.compare.charts import Axis, Point, scatter
 from wrinklefree.compare.entries import entries
 from wrinklefree.compare.quality import common
 from wrinklefree.compare.rows import Group, Row, Store, dominated, grouped
 from wrinklefree.core.errors import UserError
 from wrinklefree.runs import launch
+from wrinklefree.runs.setup import open_run
 
 
 def row(method: str = "a", **values: object) -> Row:
@@ -166,3 +168,32 @@ def test_an_axis_has_a_few_round_ticks(low: float, high: float, is_log: bool) ->
 
 def test_a_group_without_speed_has_an_empty_cell() -> None:
     assert page.cells(Group("a", [row()]))[10:12] == ["", ""]
+
+
+def test_a_folder_with_other_files_is_not_touched(settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "index.html").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(UserError, match="holds other files"):
+            compare.run("toy", steps=1, out=out, force=force, overrides=settings)
+    assert [path.name for path in out.iterdir()] == ["index.html"]
+    assert (out / "index.html").read_text() == "mine"
+
+
+def test_forced_rows_are_measured_again(tmp_path: Path) -> None:
+    kept = Store(tmp_path).put(row())
+    assert Store(tmp_path).get("a", "") == kept
+    assert Store(tmp_path, keeps=False).get("a", "") is None
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
+def test_references_round_what_our_methods_round(model_type: str, tmp_path: Path) -> None:
+    toy_files(tmp_path, family(model_type))
+    config = resolved(tmp_path)
+    with open_run(config) as opened:
+        found = references.reference("int8", quality.Test(opened))
+    assert found.coverage > 0.9
+    assert 8 < found.bits < 9
+    assert 0 < found.kl < 0.01
+    assert found.bytes < opened.model.num_parameters() * 1.5

@@ -11,12 +11,14 @@ import torch
 from tiny import VOCAB, llama, tokenizer
 from torch import Tensor, nn
 from toyrun import overrides, toy_files
+from transformers import PreTrainedModel
 
 from benchmarks.real import __main__ as table
 from benchmarks.real import measure, ours, peers
 from benchmarks.real.llama import Runner, bits_per_block_weight, importance, quantize, write
 from benchmarks.real.rows import Row, Store
 from wrinklefree.compare import formulas
+from wrinklefree.compare.references import file_bytes
 from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, find
@@ -116,16 +118,21 @@ def test_greedy_text_is_that_of_generate() -> None:
 # Bytes
 
 
+def whole_bytes(model: PreTrainedModel, bits: float) -> int:
+    linears = measure.block_linears(model)
+    return file_bytes(model, linears, bits * sum(linear.weight.numel() for linear in linears.values()))
+
+
 def test_whole_bytes_are_those_of_the_parts() -> None:
     model = llama()
     blocks = sum(linear.weight.numel() for linear in measure.block_linears(model).values())
     norms = 5 * 64
-    assert measure.whole_bytes(model, 2.25) == blocks * 2.25 / 8 + VOCAB * (64 + 2) + 2 * norms
+    assert whole_bytes(model, 2.25) == blocks * 2.25 / 8 + VOCAB * (64 + 2) + 2 * norms
 
 
 def test_an_untied_head_is_counted_too() -> None:
     tied, untied = llama(), llama(tie_word_embeddings=False)
-    assert measure.whole_bytes(untied, 2) - measure.whole_bytes(tied, 2) == VOCAB * (64 + 2)
+    assert whole_bytes(untied, 2) - whole_bytes(tied, 2) == VOCAB * (64 + 2)
 
 
 # The formulas
@@ -244,7 +251,7 @@ def test_a_dense_peer_replaces_block_weights_and_rounds_the_embedding(tmp_path: 
     with head.rounded(model, head.quantize(model, 8)):
         assert same.ppl == measure.perplexity(measure.of_model(model), setup.test.windows)
     assert zero.kl > same.kl
-    assert zero.bytes == measure.whole_bytes(model, 2.0)
+    assert zero.bytes == whole_bytes(model, 2.0)
     assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
 
 

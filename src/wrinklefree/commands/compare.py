@@ -5,7 +5,6 @@ the same held-out text. The same command goes on where it was interrupted.
 """
 
 import logging
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -51,19 +50,25 @@ def run(
     first = entries(model, names[:1], 1, steps, overrides, Path("outputs"))[0].config()
     out = out or Path(first.output_root) / f"compare_{first.model.name}"
     chosen = entries(model, names, seeds, steps, overrides, out)
-    if force and out.exists():
-        shutil.rmtree(out)
-    store = Store(out / "rows")
+    store = _open_store(out, force)
     rows = _measure_others(chosen[0], others, store, out)
     for number, entry in enumerate(chosen):
         log.info("== %d of %d: %s, seed %d", number + 1, len(chosen), entry.method, entry.seed)
-        launch.run_chain([list(entry.overrides)], False, None, budget)
+        launch.run_chain([list(entry.overrides)], force, None, budget)
     with _opened(chosen[0], out) as opened:
         test = Test(opened)
         for entry in chosen:
             rows.append(_kept(store, entry.name, test, source(entry)) or _measured(store, entry, test))
         facts = _facts(opened, chosen, budget)
     _write(out, f"{first.model.name}: {len(names)} ways to fewer bits", facts, rows)
+
+
+def _open_store(out: Path, force: bool) -> Store:
+    """The rows in `out`; with `force` none is kept. Raises UserError if the folder holds something else."""
+    store = Store(out / "rows", keeps=not force)
+    if out.exists() and not store.folder.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out}: holds other files: choose another folder, or an empty one")
+    return store
 
 
 def _references(names: str | None) -> list[str]:

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 from wrinklefree.compare import formulas
 from wrinklefree.compare.quality import Test
 from wrinklefree.compare.rows import Row
-from wrinklefree.core import surgery
+from wrinklefree.core import products
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import find
 from wrinklefree.export.rounded import head
 
 ORIGINAL = "original"
 GROUP = 64
-EXCLUDED = ("embed_tokens", "lm_head")
+EXCLUDED = ("embed_tokens", "lm_head")  # as our methods leave them
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def reference(name: str, test: Test) -> Row:
     """The row of one of `REFERENCES`."""
     began = time.perf_counter()
     model = copy.deepcopy(test.original)
-    linears = dict(surgery.linears(model, EXCLUDED))
+    linears = products.open_products(model, EXCLUDED)
     bits = 0.0
     for linear in linears.values():
         rounded = REFERENCES[name](linear.weight.data.float())
@@ -102,7 +102,7 @@ def reference(name: str, test: Test) -> Row:
         method=name,
         bits=bits / weights,
         bits_per_parameter=8 * size / model.num_parameters(),
-        coverage=coverage(model, weights),
+        coverage=weights / sum(p.numel() for p in products.blocks(model).values()),
         bytes=size,
         minutes=minutes,
         **asdict(figures),
@@ -110,20 +110,16 @@ def reference(name: str, test: Test) -> Row:
 
 
 def file_bytes(model: PreTrainedModel, linears: Mapping[str, nn.Linear], bits: float) -> int:
-    """The bytes of a file with `bits` for its linear layers, and 8 for each number of the embedding and the head.
+    """The bytes of a file with `bits` in all for its `linears`, and 8 for each number of the embedding and the head.
 
-    Embedding and an untied head have an fp16 scale per row; norms and biases are bf16. The header is not counted.
+    Embedding and an untied head have an fp16 scale per row; everything else is bf16. The header is not counted.
     """
     inside = {id(linear.weight) for linear in linears.values()}
+    tables = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     total = bits / 8
     for parameter in model.parameters():  # a tied head comes once
-        if id(parameter) in inside:
-            continue
-        total += parameter.numel() + 2 * parameter.shape[0] if parameter.ndim == 2 else 2 * parameter.numel()
+        if id(parameter) in tables:
+            total += parameter.numel() + 2 * parameter.shape[0]
+        elif id(parameter) not in inside:
+            total += 2 * parameter.numel()
     return math.ceil(total)
-
-
-def coverage(model: PreTrainedModel, quantized: int) -> float:
-    """The share of the weights in matrices of the decoder layers that `quantized` of them are."""
-    layers = surgery.decoder_layers(model)
-    return quantized / sum(p.numel() for p in layers.parameters() if p.ndim > 1)

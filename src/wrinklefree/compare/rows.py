@@ -47,14 +47,15 @@ ROW = TypeAdapter(Row)
 
 @dataclass
 class Store:
-    """A folder with a JSON file for each row."""
+    """A folder with a JSON file for each row. Without `keeps`, rows of earlier comparisons do not count."""
 
     folder: Path
+    keeps: bool = True
 
     def get(self, name: str, measured_on: str, source: str = "") -> Row | None:
         """The row of a model, if it was measured on the same test and comes from the same run; else None."""
         file = self.folder / f"{name}.json"
-        if not file.is_file():
+        if not self.keeps or not file.is_file():
             return None
         try:
             row = ROW.validate_python(read_json(file))

@@ -5,21 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from wrinklefree.compare.entries import Entry
 from wrinklefree.compare.quality import Test
-from wrinklefree.compare.references import coverage
 from wrinklefree.compare.rows import Row
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint
-from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.engine.engine import Engine
 from wrinklefree.engine.sampling import Sampling
 from wrinklefree.evaluate.speed import SPEED_TOKENS, decoding_speed
 from wrinklefree.generate.open import open_engine
 from wrinklefree.models.load import load_model
-from wrinklefree.packed.pack import packed_layers
 from wrinklefree.runs.report import RESULTS, read_figures
 from wrinklefree.tracking.run_log import CSV_NAME, read_rows
 
@@ -36,7 +32,6 @@ def trained(entry: Entry, test: Test) -> Row:
         raise UserError(f"{entry.folder}: has no packed model to compare: leave out training.pack=false")
     model, _ = load_model(packed, dtype=torch.float32)
     figures = test.measure(model)
-    share = coverage(test.original, _quantized(model, test.original))
     del model
     speed, engine, memory = running(packed)
     return Row(
@@ -44,7 +39,7 @@ def trained(entry: Entry, test: Test) -> Row:
         seed=entry.seed,
         bits=results["bits_per_quantized_weight"],
         bits_per_parameter=results["bits_per_weight"],
-        coverage=share,
+        coverage=results["quantized_share"],
         bytes=sum(file.stat().st_size for file in packed.glob("*.safetensors")),
         minutes=results["minutes"],
         tokens_per_second=speed,
@@ -53,13 +48,6 @@ def trained(entry: Entry, test: Test) -> Row:
         curve=curve(entry.folder / CSV_NAME),
         **asdict(figures),
     )
-
-
-def _quantized(packed: PreTrainedModel, original: PreTrainedModel) -> int:
-    """How many weights of the decoder layers are quantized."""
-    layers = packed_layers(decoder_layers(packed))
-    whole = decoder_layers(original)
-    return sum(whole.get_submodule(fqn).get_parameter("weight").numel() for fqn in layers)
 
 
 def running(folder: Path) -> tuple[float, str, int]:

@@ -53,9 +53,8 @@ class _Running:
     """The hooks of a layer: its parameters are fp32 while it runs."""
 
     def __init__(self) -> None:
-        self.running: AbstractContextManager[None] | None = (
-            None  # None between two passes, so that models can be copied
-        )
+        # None between two passes: models are copied then, and a running block cannot be.
+        self.running: AbstractContextManager[None] | None = None
 
     def before(self, layer: nn.Module, inputs: object) -> None:
         self.running = widened(*layer.parameters())
