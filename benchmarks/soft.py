@@ -35,7 +35,7 @@ from wrinklefree.models.load import load_model
 from wrinklefree.reconstruction.rebuild import Rebuilding
 from wrinklefree.tracking.terminal import print_table
 
-LENGTH, BATCH, PASSES = 256, 2, 2
+LENGTH, BATCH, PASSES, HELDOUT = 256, 2, 2, 8  # HELDOUT: batches that errors are measured on
 SOFT_SHARE, COLDEST = 0.5, 0.02  # of the steps; of the first temperature
 
 START, KINDS = 8192, {"hard": 0.0, "soft 0.1": 0.1, "soft 0.3": 0.3, "soft 1": 1.0, "blend": 1.0}
@@ -99,7 +99,7 @@ def errors(
     assert isinstance(student, PreTrainedModel)
     settings = BlockwiseConfig(lr=rate, batch_size=BATCH, passes=PASSES)
     batches = [{"input_ids": rows} for rows in ids.split(BATCH)]
-    work = Rebuilding(original, student, batches, settings, partial(bf16), seed=0, steps=steps)
+    work = Rebuilding(original, student, batches, HELDOUT, settings, partial(bf16), seed=0, steps=steps)
     reports = [work.rebuild(number) for number in range(blocks)]
     return [report.trained for report in reports], sum(report.seconds for report in reports)
 
@@ -116,7 +116,7 @@ def main() -> None:
     original, _ = load_model(arguments.model, dtype=torch.float32)
     original.requires_grad_(False)
     ids = AutoTokenizer.from_pretrained(arguments.model)(arguments.text.read_text(), return_tensors="pt").input_ids[0]
-    count = arguments.steps * BATCH // PASSES
+    count = arguments.steps * BATCH // PASSES + HELDOUT * BATCH
     rows = ids[START : START + count * LENGTH].view(count, LENGTH)
     found = {}
     for rate, kind in itertools.product(map(float, arguments.rates.split(",")), KINDS):

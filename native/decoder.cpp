@@ -31,6 +31,7 @@ constexpr int64_t WORTH_THREADS = 1 << 16;
 struct Linear {
     const wf_matrix* matrix;
     std::vector<float> gain;
+    std::vector<float> signs;  // of a rotation, times what makes it orthogonal; empty if there is none
     float eps;
     bool rounded;
     int out, in;
@@ -95,7 +96,8 @@ struct wf_decoder {
     static int wanted_of(const wf_append& a) { return a.logits ? std::max(a.num_logits, 1) : a.next ? 1 : 0; }
     void apply(std::initializer_list<const Linear*> group, const float* x, int rows,
                std::initializer_list<float*> outs);
-    void apply_alone(const Linear& linear, const float* x, int rows, float* y);
+    void apply_alike(const Linear* const* group, int count, const float* x, int rows, float* const* outs);
+    const float* prepared(const Linear& linear, const float* x, int rows);
     void rotate_and_store(const Layer& layer, int index, int row);
     void attend(const Layer& layer, int index, const Task& task);
     void list_tasks(bool last);
@@ -117,15 +119,31 @@ struct wf_decoder {
     std::vector<Task> tasks_;
     int64_t attention_work_ = 0;
     int num_rows_ = 0;
-    // private_inputs_: inputs of a layer that norms or rounds them for itself.
+    // private_inputs_: inputs of layers that norm, rotate or round them.
     Buffer<float> x_, n_, private_inputs_, q_, k_, v_, a_, gate_, up_, cosine_, sine_, logits_;
 };
 
 namespace {
 
+// The largest power of 4 up to 256 that divides `width`, as in core/inputs.py.
+int rotation_block(int width) {
+    int block = 256;
+    while (width % block) block /= 4;
+    return block;
+}
+
+// The signs of a rotation of `width` columns, as in core/inputs.py, times 1 / sqrt(block).
+std::vector<float> signs_of(int width) {
+    std::vector<float> signs(width);
+    const float size = 1 / std::sqrt(static_cast<float>(rotation_block(width)));
+    for (uint64_t i = 0; i < signs.size(); i++) signs[i] = i * 2654435761u >> 13 & 1 ? -size : size;
+    return signs;
+}
+
 Linear linear_of(const wf_linear& l) {
     int in = l.matrix->k, out = l.matrix->n;
-    return {l.matrix, copied(l.gain, in), l.eps, l.rounded != 0, out, in};
+    std::vector<float> signs = l.rotated ? signs_of(in) : std::vector<float>();
+    return {l.matrix, copied(l.gain, in), std::move(signs), l.eps, l.rounded != 0, out, in};
 }
 
 Layer layer_of(const wf_layer& l, const wf_model& m) {
@@ -365,35 +383,43 @@ void wf_decoder::keep_wanted() {
     num_rows_ = static_cast<int>(wanted_.size());
 }
 
-// Applies several layers to one input. Layers that take it as it is share a call.
-void wf_decoder::apply(std::initializer_list<const Linear*> group, const float* x, int rows,
-                       std::initializer_list<float*> outs) {
-    const wf_matrix* matrices[3];
-    float* y[3];
-    int count = 0;
-    float* const* out = outs.begin();
-    for (const Linear* linear : group) {
-        float* to = *out++;
-        bool own = !linear->gain.empty() || (linear->rounded && m.mode == WF_EXACT);
-        if (own) {
-            apply_alone(*linear, x, rows, to);
-            continue;
-        }
-        matrices[count] = linear->matrix;
-        y[count++] = to;
-    }
-    if (count) check_call(wf_matmul(pool_, matrices, count, x, rows, y, m.mode));
+// Whether both layers take the same inputs: those that the group is given, or the same made of them.
+bool alike(const Linear& a, const Linear& b) {
+    return a.gain.empty() && b.gain.empty() && a.signs.empty() == b.signs.empty() && a.rounded == b.rounded;
 }
 
-void wf_decoder::apply_alone(const Linear& linear, const float* x, int rows, float* y) {
-    each(rows, static_cast<int64_t>(rows) * linear.in * 2, [&](int row) {
+// Applies several layers to one input. Layers that do the same to it share a call.
+void wf_decoder::apply(std::initializer_list<const Linear*> group, const float* x, int rows,
+                       std::initializer_list<float*> outs) {
+    const Linear& first = **group.begin();
+    bool together = true;
+    for (const Linear* linear : group) together = together && alike(first, *linear);
+    if (group.size() == 1 || together)
+        return apply_alike(group.begin(), static_cast<int>(group.size()), x, rows, outs.begin());
+    float* const* out = outs.begin();
+    for (const Linear* linear : group) apply_alike(&linear, 1, x, rows, out++);
+}
+
+void wf_decoder::apply_alike(const Linear* const* group, int count, const float* x, int rows, float* const* outs) {
+    const wf_matrix* matrices[3];
+    for (int i = 0; i < count; i++) matrices[i] = group[i]->matrix;
+    check_call(wf_matmul(pool_, matrices, count, prepared(**group, x, rows), rows, outs, m.mode));
+}
+
+// What a layer makes of its inputs [rows, in] before the product.
+const float* wf_decoder::prepared(const Linear& linear, const float* x, int rows) {
+    const bool rounds = linear.rounded && m.mode == WF_EXACT;
+    if (linear.gain.empty() && linear.signs.empty() && !rounds) return x;
+    const int block = rotation_block(linear.in);
+    each(rows, static_cast<int64_t>(rows) * linear.in * (linear.signs.empty() ? 2 : 8), [&](int row) {
         size_t at = static_cast<size_t>(row) * linear.in;
         const float* from = x + at;
         float* to = private_inputs_.data() + at;
         if (!linear.gain.empty()) loops_.norm(from, linear.gain.data(), linear.eps, linear.in, to), from = to;
-        if (linear.rounded && m.mode == WF_EXACT) loops_.round8(from, linear.in, to);
+        if (!linear.signs.empty()) loops_.hadamard(from, linear.signs.data(), linear.in, block, to), from = to;
+        if (rounds) loops_.round8(from, linear.in, to);
     });
-    check_call(wf_matmul(pool_, &linear.matrix, 1, private_inputs_.data(), rows, &y, m.mode));
+    return private_inputs_.data();
 }
 
 // Norms the heads of q and k, rotates them by the row's position, and stores k and v in the cache.

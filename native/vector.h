@@ -34,7 +34,9 @@ struct Vectors {
     void (*silu_times)(const float* gate, const float* up, int n, float* y);      // silu(gate) * up
     void (*relu2_times)(const float* gate, const float* up, int n, float* y);     // relu(gate)^2 * up
     void (*round8)(const float* x, int n, float* y);                              // to 8 bits and back, as in training
-    void (*rotate)(const float* cosine, const float* sine, int half, float* x);   // x [2 half]: pairs (j, j + half)
+    // y = H (signs * x) with the Hadamard matrix of +1 and -1 for each `block` numbers, a power of 2; y may be x.
+    void (*hadamard)(const float* x, const float* signs, int n, int block, float* y);
+    void (*rotate)(const float* cosine, const float* sine, int half, float* x);  // x [2 half]: pairs (j, j + half)
     void (*store_key)(const float* x, int head_dim, int bf16, int place, void* tiles);
     void (*store_value)(const float* x, int head_dim, int padded_dim, int bf16, int place, void* rows);
     void (*attend_float)(const Attend&);

@@ -143,6 +143,43 @@ void round8(const float* x, int n, float* y) {
     }
 }
 
+// -1 in the lanes that are the later ones of a pair at this distance, 1 in the others.
+inline vf later(int distance) {
+    vf signs = all(1.0f);
+    for (int lane = 0; lane < W; lane++)
+        if (lane & distance) signs[lane] = -1.0f;
+    return signs;
+}
+
+// Sums and differences of pairs at a distance, which is a power of 2, for all n numbers.
+void butterflies(int n, int distance, float* y) {
+    if (distance >= W) {
+        for (int start = 0; start < n; start += 2 * distance)
+            for (int i = start; i < start + distance; i += W) {
+                vf a = load(y + i), b = load(y + i + distance);
+                store(y + i, a + b);
+                store(y + i + distance, a - b);
+            }
+        return;
+    }
+    int i = 0;
+    for (const vf signs = later(distance); i + W <= n; i += W) {
+        vf v = load(y + i);
+        store(y + i, across(v, distance) + signs * v);
+    }
+    for (; i < n; i += 2 * distance)
+        for (int j = i; j < i + distance; j++) {
+            float a = y[j], b = y[j + distance];
+            y[j] = a + b;
+            y[j + distance] = a - b;
+        }
+}
+
+void hadamard(const float* x, const float* signs, int n, int block, float* y) {
+    for (int i = 0; i < n; i += W) store_some(y + i, load_some(x + i, n - i) * load_some(signs + i, n - i), n - i);
+    for (int distance = 1; distance < block; distance *= 2) butterflies(n, distance, y);
+}
+
 void rotate(const float* cosine, const float* sine, int half, float* x) {
     for (int i = 0; i < half; i += W) {
         int n = half - i;
@@ -371,8 +408,8 @@ double exp_sum(const float* x, float peak, float scale, int n, float* y, float* 
 }  // namespace
 
 const Vectors& WF_VECTORS() {
-    static const Vectors table = {WF_NAME,   norm,        add,          silu_times,  relu2_times, round8, rotate,
-                                  store_key, store_value, attend_float, attend_bf16, argmax,      exp_sum};
+    static const Vectors table = {WF_NAME, norm,      add,         silu_times,   relu2_times, round8, hadamard,
+                                  rotate,  store_key, store_value, attend_float, attend_bf16, argmax, exp_sum};
     return table;
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from ctypes import POINTER, c_uint32
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,8 @@ def read_exactly(folder: Path) -> PreTrainedModel:
 
 METHODS = {method.name: method for method in shipped_methods()}
 PACKED = {f"{name} on {base.__name__}": (m, base) for name, m in METHODS.items() for base in (llama, qwen)}
+PACKED |= {f"{name}, rotated, on llama": (replace(m, rotate_inputs=True), llama) for name, m in METHODS.items()}
+PACKED["anemll, rotated, on qwen"] = (replace(METHODS["anemll"], rotate_inputs=True), qwen)
 PACKED["norms in layers on qwen"] = (find("bitdistill")(name="bitdistill", norm_mode="per_linear"), qwen)
 
 

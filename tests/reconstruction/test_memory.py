@@ -49,6 +49,7 @@ METHODS = {
     "norms inside": ["method=bitdistill", "method.norm_mode=per_linear"],
     "anemll": ["method=anemll", "method.rank=2", "method.attn_rank=2"],
     "head": ["method=uniform", "method.exclude_names=[]"],
+    "rotated": ["method=fairy2", "method.rotate_inputs=true"],
     "bf16": ["method=fairy2", "training.precision=bf16"],
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI = 5
+ABI = 6
 NAMES = {"win32": "wf.dll", "darwin": "libwf.dylib"}
 FOLDER = Path(__file__).parents[1] / "packed" / "lib"
 

@@ -20,7 +20,7 @@ from wrinklefree.core.effective import EffectiveWeight, MasterWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import METHODS, find_named, names
 from wrinklefree.core.forms import Form
-from wrinklefree.core.inputs import compute_dtype
+from wrinklefree.core.inputs import compute_dtype, rotated, rotated_back
 from wrinklefree.core.norm import RMSNorm
 from wrinklefree.core.ste import straight_through
 from wrinklefree.core.stored import is_stored, widened
@@ -40,7 +40,7 @@ class QuantLinear(nn.Linear):
 
     The full-precision master stays in `weight` (fp32, [out, in]), so checkpoints keep its name. A method overrides
     `encode` and `decode`. If it trains parameters of its own, it also overrides `setup`. If it normalizes the layer's
-    inputs, it assigns `rms_norm`.
+    inputs, it assigns `rms_norm`. With `rotate_inputs`, inputs and weight are those behind the rotation of `inputs.py`.
     """
 
     rms_norm: RMSNorm | None
@@ -57,10 +57,19 @@ class QuantLinear(nn.Linear):
             store_turned(self)
         self.bias = linear.bias
         self.config, self.fits = config, fits
+        if not is_stored(self) and not isinstance(
+            linear, QuantLinear
+        ):  # what lies in a file turns once it is in memory
+            self.turn()
         self.effective = EffectiveWeight()
         self.register_module("rms_norm", None)
         self.train(linear.training)
         self.setup()
+
+    def turn(self) -> None:
+        """Turn the weight as the inputs are, if they are."""
+        if self.config.rotate_inputs:
+            self.weight.data = rotated(self.weight.data)
 
     def setup(self) -> None:
         """Create the parameters that the method trains besides `weight`. The base class has none."""
@@ -125,9 +134,18 @@ class QuantLinear(nn.Linear):
             self.effective.clear()
         return super().train(mode)
 
+    def dense_weight(self) -> Tensor:
+        """The weight that a plain linear layer would need to do the same, without gradient: fp32 [out, in]."""
+        weight = self.effective_weight(torch.float32).detach()
+        return rotated_back(weight) if self.config.rotate_inputs else weight
+
     def inputs(self, x: Tensor) -> Tensor:
-        """Normalize `x` if the layer has a norm, then round it with `rounded`. The weight multiplies the result."""
-        return self.rounded(x if self.rms_norm is None else self.rms_norm(x))
+        """Normalize `x` if the layer has a norm, rotate it if the method says so, then round it with `rounded`.
+
+        The weight multiplies the result.
+        """
+        x = x if self.rms_norm is None else self.rms_norm(x)
+        return self.rounded(rotated(x) if self.config.rotate_inputs else x)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Round `x` to int8 per token if the method asks for it, else return `x`."""
@@ -148,6 +166,7 @@ class QuantMethod:
 
     name: str
     exclude_names: list[str] = field(default_factory=lambda: ["embed_tokens", "lm_head"])
+    rotate_inputs: bool = False  # turn inputs and weights by signs and a Hadamard transform, against outliers
     allow_partial: bool = False  # train a model although less than 90 % of its blocks' weights can be quantized
 
     @property
@@ -176,13 +195,15 @@ class QuantMethod:
         `batches` (input_ids [B, L], perhaps position_ids) is a small set to calibrate on. `initialize=False` means that
         trained weights are loaded next, so a method may skip slow fits that would be overwritten.
         Returns `model`, changed in place. A method may instead return a new model that took over the weights.
-        Raises UserError if there is no linear layer to quantize.
+        Raises UserError if there is no linear layer to quantize, or if one would be rotated with an embedding.
         """
         sites = self.sites(model)
         if not sites and not quant_layers(model):
             raise UserError(
                 f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)"
             )
+        if self.rotate_inputs:
+            _check_untied(model, sites)
         for fqn, linear in sites.items():
             with widened(linear.weight):
                 layer = self.layer(linear, self.config_for(fqn), initialize)
@@ -214,6 +235,14 @@ class QuantMethod:
 
     def on_step(self, model: nn.Module, step: int) -> None:
         """Update schedules that live inside the model. Training calls it before optimizer step `step` (from 0)."""
+
+
+def _check_untied(model: nn.Module, sites: Mapping[str, nn.Linear]) -> None:
+    """Raises UserError if one of the layers shares its weight: that would turn for all that have it."""
+    for fqn, linear in sites.items():
+        owners = [name for name, p in model.named_parameters(remove_duplicate=False) if p is linear.weight]
+        if len(owners) > 1:
+            raise UserError(f"method.rotate_inputs: {fqn} shares its weight ({', '.join(owners)}): exclude_names")
 
 
 @dataclass(frozen=True)

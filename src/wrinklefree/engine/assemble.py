@@ -94,7 +94,7 @@ def _linear(
         assert gain is None, "one norm for the inputs of a layer"
         gain, eps = _floats(layer.rms_norm.weight), layer.rms_norm.variance_epsilon
     try:
-        return Linear(_matrix(layer, exact), gain, eps, layer.method.int8_inputs)
+        return Linear(_matrix(layer, exact), gain, eps, layer.method.int8_inputs, bool(layer.spec.rotated))
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         # The file has codes and scales whose shapes do not belong together. torch or the library names the mismatch.
         reason = " ".join(str(error).split())[:200]

@@ -28,7 +28,7 @@ MASK = 2**64 - 1  # keeps the bits of a seed that C has room for
 
 
 class _Linear(Structure):
-    _fields_ = (("matrix", c_void_p), ("gain", c_void_p), ("eps", c_float), ("rounded", c_int))
+    _fields_ = (("matrix", c_void_p), ("gain", c_void_p), ("eps", c_float), ("rounded", c_int), ("rotated", c_int))
 
 
 class _Layer(Structure):
@@ -101,6 +101,7 @@ class Linear:
     gain: Floats | None = None  # [in], of the norm; None if there is no norm
     eps: float = 0.0  # of the norm
     rounded: bool = False  # whether it was trained with int8 inputs, which exact mode then rounds too
+    rotated: bool = False  # whether its inputs are rotated
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def _model_struct(model: Model, mode: int) -> tuple[_Model, Any]:
         return int(kept[-1].ctypes.data)
 
     def linear(one: Linear) -> _Linear:
-        return _Linear(one.matrix.handle, address(one.gain), one.eps, one.rounded)
+        return _Linear(one.matrix.handle, address(one.gain), one.eps, one.rounded, one.rotated)
 
     layers = (_Layer * len(model.layers))()
     for to, layer in zip(layers, model.layers, strict=True):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from wrinklefree.core.codes import Codes, packed_length, unpack
-from wrinklefree.core.inputs import PlainRMSNorm, compute_dtype, int8_per_token
+from wrinklefree.core.inputs import PlainRMSNorm, compute_dtype, int8_per_token, rotated
 
 
 class Method(Protocol):
@@ -46,6 +46,7 @@ class LayerSpec:
     bias: bool
     norm_eps: float | None = None  # eps of the layer's norm; None if it has no norm
     method: dict[str, Any] | None = None  # settings of the layer's method; None means the model's method
+    rotated: bool | None = None  # whether inputs are rotated before the product; None means no
 
     @property
     def packed_shape(self) -> list[int]:
@@ -92,9 +93,14 @@ class PackedLinear(nn.Module):
             return self.method.decode(self.codes())
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Normalize and round `x` as in training. The weight multiplies the result."""
-        x = x if self.rms_norm is None else self.rms_norm(x)
+        """Normalize, rotate and round `x` as in training. The weight multiplies the result."""
+        x = self.unrounded(x)
         return int8_per_token(x) if self.method.int8_inputs else x
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """Normalize and rotate `x` as in training."""
+        x = x if self.rms_norm is None else self.rms_norm(x)
+        return rotated(x) if self.spec.rotated else x
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:  # kernels have no backward pass

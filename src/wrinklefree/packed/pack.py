@@ -13,15 +13,21 @@ Kind = TypeVar("Kind", PackedLinear, PackedEmbedding)
 
 
 def pack_layer(
-    kind: type[Kind], method: QuantMethod, codes: Codes, bias: Tensor | None = None, norm_eps: float | None = None
+    kind: type[Kind],
+    method: QuantMethod,
+    codes: Codes,
+    bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    rotated: bool = False,
 ) -> Kind:
-    """Make a packed layer of the class `kind` that holds `codes`.
+    """Make a packed layer of the class `kind` that holds `codes`. `rotated` says whether it rotates its inputs.
 
     With `norm_eps` it has a norm, whose gain stays on the meta device until the caller replaces it.
     Raises ValueError if a scale is not exactly an fp16 number, because the file would change it.
     """
     tensors = {name: list(tensor.shape) for name, tensor in codes.tensors.items()}
-    spec = LayerSpec(list(codes.shape), codes.bits, list(codes.index.shape), tensors, bias is not None, norm_eps)
+    shape, index_shape = list(codes.shape), list(codes.index.shape)
+    spec = LayerSpec(shape, codes.bits, index_shape, tensors, bias is not None, norm_eps, rotated=rotated or None)
     with torch.device("meta"):
         layer = kind(method, spec)
     layer.weight = pack(codes.index, codes.bits)

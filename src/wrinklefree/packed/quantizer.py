@@ -18,9 +18,10 @@ from wrinklefree.packed.layer import LayerSpec, Method, PackedEmbedding, PackedL
 
 QUANT_METHOD = "wrinklefree"
 # A folder is written in the oldest format that can hold it, so older versions can read it: 2 if layers have norms of
-# their own, 3 if embedding or head are packed (they may have another method), 4 if experts of a stack are.
-PLAIN, WITH_NORMS, WITH_HEAD, WITH_STACKS = 1, 2, 3, 4
-FORMAT = WITH_STACKS  # the newest that is read; a reader refuses newer ones
+# their own, 3 if embedding or head are packed (they may have another method), 4 if experts of a stack are, 5 if layers
+# rotate their inputs.
+PLAIN, WITH_NORMS, WITH_HEAD, WITH_STACKS, WITH_ROTATION = 1, 2, 3, 4, 5
+FORMAT = WITH_ROTATION  # the newest that is read; a reader refuses newer ones
 
 
 class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here

@@ -31,7 +31,7 @@ from wrinklefree.config.schema import BlockwiseConfig, SchedulerConfig
 from wrinklefree.core import stored
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.files import full_disk_said
-from wrinklefree.core.method import QuantLinear, keep_effective, masters
+from wrinklefree.core.method import QuantLinear, keep_effective, masters, quant_layers
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.distributed.world import wait_for
 from wrinklefree.reconstruction import blocks, feedback
@@ -121,6 +121,8 @@ class Rebuilding:
         block = decoder_layers(self.student)[number]
         if stored.is_stored(block):
             stored.own(block)
+            for layer in quant_layers(block).values():
+                layer.turn()
             keep_effective(block, True)
         return block
 

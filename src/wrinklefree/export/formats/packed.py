@@ -38,7 +38,7 @@ from wrinklefree.export.rounded.rounding import Rounding
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.pack import pack_layer, packed_layers
 from wrinklefree.packed.products.choose import exactly
-from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WITH_STACKS, WrinkleFreeConfig
+from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WITH_ROTATION, WITH_STACKS, WrinkleFreeConfig
 from wrinklefree.tracking.terminal import markdown_table, short_size
 
 FLAG = "hf"
@@ -313,7 +313,8 @@ def _pack_layer(fqn: str, layer: QuantLinear, method: QuantMethod, dtype: torch.
     bias = None if layer.bias is None else layer.bias.to(dtype)
     try:
         eps = None if layer.rms_norm is None else layer.rms_norm.variance_epsilon
-        return pack_layer(PackedLinear, method.config_for(fqn), layer.encode(), bias, eps)
+        config = method.config_for(fqn)
+        return pack_layer(PackedLinear, config, layer.encode(), bias, eps, config.rotate_inputs)
     except ValueError as error:
         raise UserError(f"{fqn}.{error}") from error
 
@@ -338,6 +339,8 @@ def _skeleton(
     settings = WrinkleFreeConfig(_settings(method), specs, version if head is None else WITH_HEAD)
     if stacks:
         settings.stacks, settings.format = stacks, WITH_STACKS
+    if method.rotate_inputs:
+        settings.format = WITH_ROTATION
     if head is not None:
         settings.tied = head.tied
     packed.config.quantization_config = settings

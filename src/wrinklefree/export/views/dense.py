@@ -1,14 +1,14 @@
 """Quantized models as plain ones, whose linear layers hold the effective weights."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import quant_layers
+from wrinklefree.core.method import QuantLinear, quant_layers
 
 
 def refuse_norms(model: PreTrainedModel, target: str) -> None:
@@ -18,6 +18,15 @@ def refuse_norms(model: PreTrainedModel, target: str) -> None:
         raise UserError(
             f"--format {target}: {normed[0]} has a norm inside ({len(normed)} such layers), which a plain "
             f"{type(model).__name__} has no place for: use --format hf"
+        )
+
+
+def refuse_rotation(layers: Mapping[str, QuantLinear], target: str) -> None:
+    """Raises UserError if layers rotate their inputs, which the format `target` has no place for."""
+    if any(layer.config.rotate_inputs for layer in layers.values()):
+        raise UserError(
+            f"--format {target}: the layers rotate their inputs (method.rotate_inputs), which it has no place for: "
+            f"use --format hf, or dense"
         )
 
 
@@ -42,7 +51,7 @@ def dense_model(model: PreTrainedModel) -> PreTrainedModel:
         plain = type(model)(config)
     wanted = plain.state_dict().keys()
     state = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
-    state |= {f"{fqn}.weight": layer.effective_weight(torch.float32) for fqn, layer in layers.items()}
+    state |= {f"{fqn}.weight": layer.dense_weight() for fqn, layer in layers.items()}
     plain.load_state_dict({name: t.detach().float() for name, t in state.items()}, assign=True)
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(model.generation_config)

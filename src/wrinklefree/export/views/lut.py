@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from wrinklefree.core.codes import Codes, packed_length
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, quant_layers
+from wrinklefree.export.views.dense import refuse_rotation
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def palettes(model: PreTrainedModel, target: str) -> dict[str, Palette]:
     layers = quant_layers(model)
     if not layers:
         raise UserError(f"--format {target}: nothing in this model is quantized; save it as it is with --format dense")
+    refuse_rotation(layers, target)
     return {fqn: _palette(fqn, layer, target) for fqn, layer in layers.items()}
 
 

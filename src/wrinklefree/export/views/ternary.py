@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, quant_layers
+from wrinklefree.export.views.dense import refuse_rotation
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ def ternary_layers(model: PreTrainedModel, target: str) -> dict[str, Ternary]:
     layers = quant_layers(model)
     if not layers:
         raise UserError(f"--format {target}: nothing in this model is quantized; save it as it is with --format dense")
+    refuse_rotation(layers, target)
     return {fqn: _ternary(fqn, layer, target) for fqn, layer in layers.items()}
 
 

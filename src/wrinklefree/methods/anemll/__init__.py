@@ -34,6 +34,7 @@ from typing_extensions import Self
 
 from wrinklefree.core import fused, surgery
 from wrinklefree.core.codes import Codes, look_up
+from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Form, low_rank
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, Tensors, quant_layers
 from wrinklefree.core.ste import round_fp16
@@ -253,7 +254,7 @@ class Config(QuantMethod):
     group_size: Annotated[int, Field(gt=0, lt=2**31)] = 32  # columns that share a maximum in the first fit; not stored
     init: Literal["als", "svd"] = "als"
     als_iterations: Annotated[int, Field(ge=0, lt=2**31)] = 10
-    importance: bool = True  # init=als weights columns by the mean square of their inputs
+    importance: bool = True  # init=als weights columns by the mean square of their inputs, if these are not rotated
     learn_table: bool = True
     train: Literal["both", "scales", "weights"] = "both"  # v2 has no weights to train
     g_only: bool = False  # v2: train only the magnitudes
@@ -270,6 +271,8 @@ class Config(QuantMethod):
             raise ValueError("train=weights needs view=v1: codes are frozen in v2")
         if (self.ste_fp16 or self.forward != "weight") and self.view == "v1" and self.train != "scales":
             raise ValueError("ste_fp16 and forward train only scales, which needs view=v2 or train=scales")
+        if (self.ste_fp16 or self.forward != "weight") and self.rotate_inputs:
+            raise ValueError("ste_fp16 and forward compute as the Neural Engine does, which does not rotate_inputs")
         if self.g_only and self.view == "v1":
             raise ValueError("g_only needs view=v2: v1 has no magnitudes of its own")
 
@@ -289,7 +292,8 @@ class Config(QuantMethod):
         """Swap the linear layers and fit them. If the model is prepared already, convert its layers instead."""
         known = quant_layers(model)
         squares = {}
-        if initialize and not known and self.importance and self.init == "als":
+        weighted = self.importance and self.init == "als" and not self.rotate_inputs  # squares are of other columns
+        if initialize and not known and weighted:
             squares = lowrank.input_squares(model, self.sites(model), batches)
         if known:
             for fqn, layer in known.items():
@@ -317,6 +321,8 @@ def converted(layer: LutLinear, config: Config) -> LutLinear:
     | other bits, fewer ranks: `kmeans` | the table is clustered, the first ranks stay, new codes are chosen |
     """
     old = layer.config
+    if old.rotate_inputs != config.rotate_inputs:
+        raise UserError("method.rotate_inputs: a quantized model keeps what it was trained with")
     codes = layer.encode()
     if (old.view, old.bits, len(codes.tensors["b"])) == (config.view, config.bits, _rank(layer, config)):
         layer.config = config

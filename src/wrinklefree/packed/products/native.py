@@ -205,7 +205,7 @@ class NativeProduct:
             with torch.no_grad():
                 return self._multiply(layer, x)
         dtype = compute_dtype(x)
-        x = x if layer.rms_norm is None else layer.rms_norm(x)
+        x = layer.unrounded(x)
         x = int8_per_token(x) if layer.method.int8_inputs and not self.rounds_inputs else x
         if not self.padded:
             return with_bias(layer, matmul([self.matrix], x)[0], dtype)
@@ -218,9 +218,9 @@ class NativeProduct:
         return self.matrix.shape != self.shape
 
     def takes_inputs_of(self, layer: PackedLinear) -> bool:
-        """Whether the matrix can multiply the layer's inputs as they are: without a norm, rounding or padding first."""
+        """Whether the matrix can multiply the layer's inputs as they are: without anything done to them first."""
         rounds_as_trained = self.rounds_inputs or not layer.method.int8_inputs
-        return rounds_as_trained and layer.rms_norm is None and not self.padded
+        return rounds_as_trained and layer.rms_norm is None and not layer.spec.rotated and not self.padded
 
 
 def product(form: Form, shape: tuple[int, int]) -> NativeProduct:
