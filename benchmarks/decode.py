@@ -13,6 +13,7 @@ bf16    the native engine against the same model in bf16 in torch: speed and mem
 small   the native engine in SmolLM2-135M's shape
 lut     2-bit tables of rank 1 against ternary
 fused   `generate` with fused MLPs and norms against without, in SmolLM2-135M's shape (not by default)
+rotate  the native engine with rotated inputs against without, in both shapes (not by default)
 serve   eight streams of `wf serve` against one
 """
 
@@ -202,6 +203,20 @@ def fused(threads: int, count: int) -> Figures:
     return figures
 
 
+def rotation(threads: int, count: int) -> Figures:
+    """Speed of the native engine with rotated inputs (core/inputs.py) over without, decoding and reading a prompt."""
+    figures: Figures = {}
+    for shape in ("smollm2_135m", "llama_1b"):
+        engines = {turned: shapes.random_engine(shape, "w2", threads, rotated=turned) for turned in (False, True)}
+        bursts = {f"w2_{shape}_{turned}": decoding(engine) for turned, engine in engines.items()}
+        bursts |= {f"prompt_{shape}_{turned}": reading(engine) for turned, engine in engines.items()}
+        speeds = rounds(bursts, count)
+        for what in ("w2", "prompt"):
+            figures[f"rotated_{what}_{shape}"] = over(speeds, f"{what}_{shape}_True", f"{what}_{shape}_False")
+        figures |= medians(speeds)
+    return figures
+
+
 def parts(args: argparse.Namespace) -> Figures:
     """The figures of all chosen parts."""
     chosen, count = args.parts.split(","), 2 if args.quick else args.rounds
@@ -219,6 +234,8 @@ def parts(args: argparse.Namespace) -> Figures:
         figures |= tables(1, count)
     if "fused" in chosen:
         figures |= fused(1, count)
+    if "rotate" in chosen:
+        figures |= rotation(1, count)
     if "serve" in chosen:
         from benchmarks import serving
 

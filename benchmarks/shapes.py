@@ -60,12 +60,16 @@ def random_engine(
     mode: Any = "int8",
     head: str = "int8",
     seed: int = 0,
+    rotated: bool = False,
 ) -> Engine:
-    """An engine whose layers are of `kind`. The head, which is tied to the embedding, is of the kind `head`."""
+    """An engine whose layers are of `kind`. The head, which is tied to the embedding, is of the kind `head`.
+
+    `rotated` says whether the layers rotate their inputs.
+    """
     chosen = SHAPES[shape] if isinstance(shape, str) else shape
     generator = torch.Generator().manual_seed(seed)
     table = random_matrix(head, chosen.vocab, chosen.hidden, generator)
-    layers = [random_layer(chosen, kind, generator) for _ in range(chosen.num_layers)]
+    layers = [random_layer(chosen, kind, generator, rotated) for _ in range(chosen.num_layers)]
     sizes = {name: value for name, value in vars(chosen).items() if name != "context"}
     frequencies = 1e4 ** -(np.arange(0, chosen.head_dim, 2, dtype=np.float32) / chosen.head_dim)
     norm = np.ones(chosen.hidden, np.float32)
@@ -73,12 +77,12 @@ def random_engine(
     return Engine(model, library.Pool(threads), context=chosen.context, slots=slots, mode=mode)
 
 
-def random_layer(shape: Shape, kind: str, generator: torch.Generator) -> Layer:
+def random_layer(shape: Shape, kind: str, generator: torch.Generator, rotated: bool = False) -> Layer:
     hidden, inner = shape.hidden, shape.intermediate
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
     sizes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    linears = {name: Linear(random_matrix(kind, n, k, generator)) for name, (n, k) in sizes.items()}
+    linears = {name: Linear(random_matrix(kind, n, k, generator), rotated=rotated) for name, (n, k) in sizes.items()}
     ones = np.ones(hidden, np.float32)
     return Layer(linears, {"attention_norm": ones, "mlp_norm": ones})
 

@@ -5,6 +5,7 @@
 | rtn, rtn_uniform | 2 and an integer zero, or our `uniform`: 3 levels around 0; groups of 64 | nothing |
 | hqq | 2, an fp16 scale and a real zero for 64 | nothing: the published formula (`compare/formulas.py`) |
 | auto_round_asym, _sym | 2, an fp16 scale for 64, and an integer zero if asymmetric | a venv with `auto-round` |
+| ..._rows | the same with one scale for a row: about the bytes of our W2 | as above |
 | llama_* | what llama.cpp makes of the type; rows that are no multiple of 256 get 4 bits or more | `llama-cpp-python` |
 
 All see the same calibration tokens, and have the embedding at 8 bits. Minutes are CPU minutes of one thread.
@@ -38,6 +39,7 @@ from wrinklefree.core.method import find
 from wrinklefree.export.rounded import head
 
 GROUP = 64
+ROWS = -1  # a group is a whole row, as AutoRound says it
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Setup:
 
 
 Peer = Callable[[Setup, str], Row]
+Bits = Callable[[int], float]  # the columns of a group -> bits per weight
 Rounded = Callable[[str, Tensor], Tensor]  # fqn and weight [out, in] -> the weight that the codes stand for
 
 
@@ -96,9 +99,28 @@ def original_int8_embedding(setup: Setup, name: str) -> Row:
     return dense_row(setup, name, lambda _, weight: weight, 16.0, "embedding at 8 bits")
 
 
-def formula(setup: Setup, name: str, quantizer: formulas.Quantizer, bits: float) -> Row:
+def formula(setup: Setup, name: str, quantizer: formulas.Quantizer, bits: Bits, group: int = GROUP) -> Row:
     """A one-shot quantizer of `compare/formulas.py`."""
-    return dense_row(setup, name, lambda _, weight: quantizer(weight, GROUP), bits, f"groups of {GROUP}")
+
+    def rounded(_: str, weight: Tensor) -> Tensor:
+        return quantizer(weight, columns(weight, group))
+
+    return dense_row(setup, name, rounded, mean_bits(setup, bits, group), told(group))
+
+
+def columns(weight: Tensor, group: int) -> int:
+    """The columns of a group."""
+    return weight.shape[1] if group == ROWS else group
+
+
+def mean_bits(setup: Setup, bits: Bits, group: int) -> float:
+    """Bits per weight over all layers."""
+    weights = [linear.weight for _, linear in linears(setup)]
+    return sum(bits(columns(w, group)) * w.numel() for w in weights) / sum(w.numel() for w in weights)
+
+
+def told(group: int) -> str:
+    return "whole rows" if group == ROWS else f"groups of {group}"
 
 
 def uniform(setup: Setup, name: str) -> Row:
@@ -113,10 +135,10 @@ def linears(setup: Setup) -> list[tuple[str, Any]]:
     return list(block_linears(setup.model).items())
 
 
-def auto_round(setup: Setup, name: str, symmetric: bool) -> Row:
+def auto_round(setup: Setup, name: str, symmetric: bool, group: int = GROUP) -> Row:
     """AutoRound, run once in its own venv; its weights are kept."""
     place = setup.place(name)
-    chosen = {"bits": formulas.BITS, "group_size": GROUP, "sym": symmetric}
+    chosen = {"bits": formulas.BITS, "group_size": group, "sym": symmetric}
     chosen |= {"iters": setup.auto_round_iters, "batch_size": 8}
     if not (place / "cost.json").exists():
         worker = Path(__file__).with_name("auto_round_worker.py")
@@ -125,7 +147,7 @@ def auto_round(setup: Setup, name: str, symmetric: bool) -> Row:
     weights = load_file(place / "model.safetensors")
     minutes = json.loads((place / "cost.json").read_text())["cpu_seconds"] / 60
     source = f"{json.dumps(chosen)} on {list(setup.rows.shape)} tokens"
-    bits = formulas.rtn_bits(GROUP, zeros=not symmetric)
+    bits = mean_bits(setup, partial(formulas.rtn_bits, zeros=not symmetric), group)
     return dense_row(setup, name, lambda fqn, _: weights[f"{fqn}.weight"].float(), bits, source, minutes)
 
 
@@ -148,13 +170,17 @@ def llama_cpp(setup: Setup, name: str, kind: str) -> Row:
 
 PEERS: dict[str, Peer] = {
     "original_embedding8": original_int8_embedding,
-    "rtn": partial(formula, quantizer=formulas.rtn, bits=formulas.rtn_bits(GROUP)),
+    "rtn": partial(formula, quantizer=formulas.rtn, bits=formulas.rtn_bits),
+    "rtn_rows": partial(formula, quantizer=formulas.rtn, bits=formulas.rtn_bits, group=ROWS),
     "rtn_uniform": uniform,
-    "hqq": partial(formula, quantizer=formulas.hqq, bits=formulas.hqq_bits(GROUP)),
+    "hqq": partial(formula, quantizer=formulas.hqq, bits=formulas.hqq_bits),
+    "hqq_rows": partial(formula, quantizer=formulas.hqq, bits=formulas.hqq_bits, group=ROWS),
     "llama_q4_0": partial(llama_cpp, kind="Q4_0"),
     "llama_q2_k": partial(llama_cpp, kind="Q2_K"),
     "llama_iq2_s": partial(llama_cpp, kind="IQ2_S"),
     "llama_iq2_xs": partial(llama_cpp, kind="IQ2_XS"),
     "auto_round_asym": partial(auto_round, symmetric=False),
     "auto_round_sym": partial(auto_round, symmetric=True),
+    "auto_round_asym_rows": partial(auto_round, symmetric=False, group=ROWS),
+    "auto_round_sym_rows": partial(auto_round, symmetric=True, group=ROWS),
 }
