@@ -36,6 +36,7 @@ Figures = dict[str, Any]
 
 HERE = Path(__file__).parent
 KEPT = HERE / "kept"
+STEP_TIME = HERE / "step_time.json"
 TEXT = HERE.parents[1].parent / "shared/data/wikitext-2/valid.txt"
 RATIOS = ("w2", "ternary", "w1", "q2a4")
 
@@ -59,7 +60,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--auto-round-python", type=Path, default=Path(sys.executable))
     parser.add_argument("--auto-round-iters", type=int, default=50, help="steps a block; its light recipe has 50")
     parser.add_argument("--llama-python", type=Path, default=Path(sys.executable))
-    parser.add_argument("--step-time", type=Path, help="JSON of benchmarks/step_time.py")
+    parser.add_argument(
+        "--step-time", type=Path, default=STEP_TIME, help="JSON of benchmarks/step_time.py; one is kept"
+    )
     parser.add_argument("--again", default="", help="comma-separated rows to measure again, or all")
     parser.add_argument("--out", type=Path, default=Path("outputs/real"), help="folder for rows, runs and peers")
     parser.add_argument("--keep", action="store_true", help="put the rows into benchmarks/real/kept as well")
@@ -173,13 +176,13 @@ def say(row: Row, store: Store) -> None:
     print(f"{row.name}: {row.bytes / 1e6:.1f} MB, perplexity {row.ppl:.2f} ({ratio:.2f}x), KL {row.kl:.3f}", flush=True)
 
 
-def summary(rows: dict[str, Row], step_time: Path | None) -> Figures:
-    """The figures of the JSON. A figure whose row is missing is null."""
+def summary(rows: dict[str, Row], step_time: Path) -> Figures:
+    """The figures of the JSON. A figure whose row or file is missing is null."""
     original = rows["original"].ppl
     found: Figures = {f"{name}_ppl_ratio": mean_ppl(rows, name, original) for name in RATIOS}
     found |= over_w2(rows)
     found["minutes"] = rows["w2"].minutes if "w2" in rows else None
-    found["step_time_ratio_135m"] = None if step_time is None else read_json(step_time)["step_time_ratio_135m"]
+    found["step_time_ratio_135m"] = read_json(step_time)["step_time_ratio_135m"] if step_time.exists() else None
     found["processor"] = processor()
     found["w2_ppl_ratio_seeds"] = [row.ppl / original for row in seeds(rows, "w2")]
     table = {name: figures_of(row) for name, row in rows.items()}

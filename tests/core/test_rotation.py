@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.inputs import rotated, rotated_back, rotation_block
+from wrinklefree.core.inputs import rotated, rotation_block
 from wrinklefree.core.method import QuantMethod, find, masters, quant_layers
 from wrinklefree.export.formats import anemll, gguf
 from wrinklefree.export.formats.packed import export_packed
-from wrinklefree.export.views.dense import dense_model
+from wrinklefree.export.views.dense import dense_model, rotated_back
 from wrinklefree.models.load import load_model
 from wrinklefree.packed.products.choose import set_exact
 from wrinklefree.packed.quantizer import FORMAT

@@ -143,7 +143,7 @@ class BlockwiseConfig(Node):
     batch_size: Positive = 2
     steps: Natural | Auto = "auto"  # for each block; auto: what a quarter of the minutes suffices for, or else 96
     lr: PositiveFloat = 0.02  # of weights, relative to the root mean square of their matrix
-    scale_lr: PositiveFloat = 5e-3  # of trained scales and norms, relative as well
+    scale_lr: PositiveFloat = 1e-3  # of trained scales and norms, relative as well
 
 
 @dataclass(kw_only=True)

@@ -73,12 +73,6 @@ def rotated(x: Tensor) -> Tensor:
     return ((x * signs).unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
 
 
-def rotated_back(x: Tensor) -> Tensor:
-    """Compute R^T x over the last dimension: [..., in]."""
-    signs, matrix = rotation(x)
-    return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2) * signs
-
-
 def int8_per_token(x: Tensor) -> Tensor:
     """Round `x` [..., features] to 8 bits with one scale per token; shape and dtype stay.
 

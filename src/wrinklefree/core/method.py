@@ -20,7 +20,7 @@ from wrinklefree.core.effective import EffectiveWeight, MasterWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import METHODS, find_named, names
 from wrinklefree.core.forms import Form
-from wrinklefree.core.inputs import compute_dtype, rotated, rotated_back
+from wrinklefree.core.inputs import compute_dtype, rotated
 from wrinklefree.core.norm import RMSNorm
 from wrinklefree.core.ste import straight_through
 from wrinklefree.core.stored import is_stored, widened
@@ -133,11 +133,6 @@ class QuantLinear(nn.Linear):
         if mode != self.training:
             self.effective.clear()
         return super().train(mode)
-
-    def dense_weight(self) -> Tensor:
-        """The weight that a plain linear layer would need to do the same, without gradient: fp32 [out, in]."""
-        weight = self.effective_weight(torch.float32).detach()
-        return rotated_back(weight) if self.config.rotate_inputs else weight
 
     def inputs(self, x: Tensor) -> Tensor:
         """Normalize `x` if the layer has a norm, rotate it if the method says so, then round it with `rounded`.

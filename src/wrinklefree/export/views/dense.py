@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.inputs import rotation
 from wrinklefree.core.method import QuantLinear, quant_layers
 
 
@@ -40,6 +41,18 @@ def unquantized_state(model: PreTrainedModel, layers: Iterable[str]) -> dict[str
     return {n: t.detach().contiguous() for n, t in model.state_dict().items() if n not in left_out}
 
 
+def plain_weight(layer: QuantLinear) -> Tensor:
+    """The weight that a plain linear layer needs to do the same: fp32 [out, in]."""
+    weight = layer.effective_weight(torch.float32)
+    return rotated_back(weight) if layer.config.rotate_inputs else weight
+
+
+def rotated_back(x: Tensor) -> Tensor:
+    """Compute R^T x over the last dimension [..., in], for the rotation R of `core/inputs.py`."""
+    signs, matrix = rotation(x)
+    return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2) * signs
+
+
 @torch.no_grad()
 def dense_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of the same class without quantization. Its linear layers hold the effective weights in fp32."""
@@ -51,7 +64,7 @@ def dense_model(model: PreTrainedModel) -> PreTrainedModel:
         plain = type(model)(config)
     wanted = plain.state_dict().keys()
     state = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
-    state |= {f"{fqn}.weight": layer.dense_weight() for fqn, layer in layers.items()}
+    state |= {f"{fqn}.weight": plain_weight(layer) for fqn, layer in layers.items()}
     plain.load_state_dict({name: t.detach().float() for name, t in state.items()}, assign=True)
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(model.generation_config)
