@@ -1,6 +1,6 @@
 """Compare the time of a training step, quantized and dense, side by side: what does quantization add?
 
-    python -m benchmarks.step_time --model FOLDER [--json] [--methods w2,w1,ternary,q2a4] [--micro-batches 2]
+    python -m benchmarks.step_time --model FOLDER [--json] [--methods w2,w1,ternary,subln,q2a4] [--micro-batches 2]
 
 Both models see the same batches, with the same optimizer and no teacher. They take steps in turns, and each figure is
 the least of several rounds. `step_time_ratio_135m` is the worst ratio. On a busy machine `--processor-time --threads 1`
@@ -42,7 +42,8 @@ from wrinklefree.training.plan import choose_dtype
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "w2": ("fairy2", {"num_stages": 2}),
     "w1": ("fairy2", {"num_stages": 1}),
-    "ternary": ("bitdistill", {"subln_init": "ones"}),
+    "ternary": ("bitdistill", {"scale_mode": "learned", "granularity": "row", "norm_mode": "none"}),
+    "subln": ("bitdistill", {"subln_init": "ones"}),  # BitDistill's own settings, with two norms more a block
     "q2a4": ("anemll", {}),
 }
 CPU = torch.device("cpu")
