@@ -204,7 +204,7 @@ def fused(threads: int, count: int) -> Figures:
 
 
 def rotation(threads: int, count: int) -> Figures:
-    """Speed of the native engine with rotated inputs (core/inputs.py) over without, decoding and reading a prompt."""
+    """Speed of the native engine with rotated inputs (core/rotation.py) over without, decoding and reading a prompt."""
     figures: Figures = {}
     for shape in ("smollm2_135m", "llama_1b"):
         engines = {turned: shapes.random_engine(shape, "w2", threads, rotated=turned) for turned in (False, True)}

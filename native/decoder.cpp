@@ -125,14 +125,14 @@ struct wf_decoder {
 
 namespace {
 
-// The largest power of 4 up to 256 that divides `width`, as in core/inputs.py.
+// The largest power of 4 up to 256 that divides `width`, as in core/rotation.py.
 int rotation_block(int width) {
     int block = 256;
     while (width % block) block /= 4;
     return block;
 }
 
-// The signs of a rotation of `width` columns, as in core/inputs.py, times 1 / sqrt(block).
+// The signs of a rotation of `width` columns, as in core/rotation.py, times 1 / sqrt(block).
 std::vector<float> signs_of(int width) {
     std::vector<float> signs(width);
     const float size = 1 / std::sqrt(static_cast<float>(rotation_block(width)));

@@ -20,7 +20,7 @@ typedef struct wf_decoder wf_decoder;
 enum wf_activation { WF_SILU = 0, WF_RELU2 = 1 };
 
 // A linear layer, and what happens to its inputs. They are normed if `gain` [k] is not NULL. If `rotated` is 1, they
-// then get signs, and a Hadamard transform of each block (core/inputs.py). In WF_EXACT they are then rounded to 8 bits
+// then get signs, and a Hadamard transform of each block (core/rotation.py). In WF_EXACT they are then rounded to 8 bits
 // if `rounded` is 1, because the layer was trained with it; WF_INT8 rounds all inputs.
 typedef struct wf_linear {
     const wf_matrix* matrix;

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.inputs import rotated, rotation_block
 from wrinklefree.core.method import QuantMethod, find, masters, quant_layers
+from wrinklefree.core.rotation import rotated, rotation_block
 from wrinklefree.export.formats import anemll, gguf
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.export.views.dense import dense_model, rotated_back

@@ -20,8 +20,9 @@ from wrinklefree.core.effective import EffectiveWeight, MasterWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import METHODS, find_named, names
 from wrinklefree.core.forms import Form
-from wrinklefree.core.inputs import compute_dtype, rotated
+from wrinklefree.core.inputs import compute_dtype
 from wrinklefree.core.norm import RMSNorm
+from wrinklefree.core.rotation import rotated
 from wrinklefree.core.ste import straight_through
 from wrinklefree.core.stored import is_stored, widened
 from wrinklefree.core.turned import TurnedLinear, store_turned
@@ -40,7 +41,7 @@ class QuantLinear(nn.Linear):
 
     The full-precision master stays in `weight` (fp32, [out, in]), so checkpoints keep its name. A method overrides
     `encode` and `decode`. If it trains parameters of its own, it also overrides `setup`. If it normalizes the layer's
-    inputs, it assigns `rms_norm`. With `rotate_inputs`, inputs and weight are those behind the rotation of `inputs.py`.
+    inputs, it assigns `rms_norm`. With `rotate_inputs`, inputs and weight are turned by `rotation.py`.
     """
 
     rms_norm: RMSNorm | None

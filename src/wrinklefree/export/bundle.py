@@ -6,7 +6,8 @@ which only the imports differ: `core/codes.py` becomes `wf_core_codes.py`.
 | file | copy of |
 |---|---|
 | `modeling_wrinklefree.py` | `packed/quantizer.py`, followed by the folder's methods and its model class |
-| `wf_packed_layer.py`, `wf_core_codes.py`, `wf_core_inputs.py` | the layer, its codes, and what it does to inputs |
+| `wf_packed_layer.py`, `wf_core_codes.py` | the layer and its codes |
+| `wf_core_inputs.py`, `wf_core_rotation.py` | what it does to inputs |
 | `wf_methods_<name>_decode.py` | the part of the method that decodes; one more if the head has another method |
 
 If a method has no part `decode`, all of it is copied, with everything that it imports.

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from wrinklefree.core.codes import Codes, packed_length, unpack
-from wrinklefree.core.inputs import PlainRMSNorm, compute_dtype, int8_per_token, rotated
+from wrinklefree.core.inputs import PlainRMSNorm, compute_dtype, int8_per_token
+from wrinklefree.core.rotation import rotated
 
 
 class Method(Protocol):
@@ -92,15 +93,11 @@ class PackedLinear(nn.Module):
         with torch.autocast(self.weight.device.type, enabled=False):  # it would round the factors
             return self.method.decode(self.codes())
 
-    def inputs(self, x: Tensor) -> Tensor:
+    def inputs(self, x: Tensor, rounded: bool = True) -> Tensor:
         """Normalize, rotate and round `x` as in training. The weight multiplies the result."""
-        x = self.unrounded(x)
-        return int8_per_token(x) if self.method.int8_inputs else x
-
-    def unrounded(self, x: Tensor) -> Tensor:
-        """Normalize and rotate `x` as in training."""
         x = x if self.rms_norm is None else self.rms_norm(x)
-        return rotated(x) if self.spec.rotated else x
+        x = rotated(x) if self.spec.rotated else x
+        return int8_per_token(x) if rounded and self.method.int8_inputs else x
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:  # kernels have no backward pass

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.inputs import rotation
 from wrinklefree.core.method import QuantLinear, quant_layers
+from wrinklefree.core.rotation import rotation
 
 
 def refuse_norms(model: PreTrainedModel, target: str) -> None:
@@ -48,7 +48,7 @@ def plain_weight(layer: QuantLinear) -> Tensor:
 
 
 def rotated_back(x: Tensor) -> Tensor:
-    """Compute R^T x over the last dimension [..., in], for the rotation R of `core/inputs.py`."""
+    """Compute R^T x over the last dimension [..., in], for the rotation R of `core/rotation.py`."""
     signs, matrix = rotation(x)
     return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2) * signs
 

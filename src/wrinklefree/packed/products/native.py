@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wrinklefree.core import library
 from wrinklefree.core.forms import Complex, Form, Integers, Table
-from wrinklefree.core.inputs import compute_dtype, int8_per_token
+from wrinklefree.core.inputs import compute_dtype
 from wrinklefree.core.library import Pool
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products.coded import with_bias
@@ -205,8 +205,7 @@ class NativeProduct:
             with torch.no_grad():
                 return self._multiply(layer, x)
         dtype = compute_dtype(x)
-        x = layer.unrounded(x)
-        x = int8_per_token(x) if layer.method.int8_inputs and not self.rounds_inputs else x
+        x = layer.inputs(x, rounded=not self.rounds_inputs)
         if not self.padded:
             return with_bias(layer, matmul([self.matrix], x)[0], dtype)
         y = matmul([self.matrix], F.pad(x, (0, self.matrix.shape[1] - self.shape[1])))[0]
