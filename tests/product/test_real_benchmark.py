@@ -278,7 +278,7 @@ def test_rows_come_back_and_are_measured_once(tmp_path: Path) -> None:
 def test_figures_compare_seeds_with_peers_of_no_more_bytes() -> None:
     rows = [row("original", 20.0, 99), row("w2", 30.0, 50), row("w2.2", 34.0, 50), row("ternary", 40.0, 50)]
     rows += [row("rtn", 64.0, 60), row("seq", 48.0, 50), row("residual_signs", 80.0, 50)]
-    figures = table.summary({each.name: each for each in rows}, None)
+    figures = table.summary({each.name: each for each in rows}, Path("missing.json"))
     assert figures["w2_ppl_ratio"] == pytest.approx(1.6)
     assert figures["ternary_ppl_ratio"] == pytest.approx(2.0)
     assert figures["w1_ppl_ratio"] is None
