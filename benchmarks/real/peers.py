@@ -77,13 +77,13 @@ def dense_row(setup: Setup, name: str, rounded: Rounded, bits: float, source: st
     """Measure the original with its block weights replaced, and the embedding at 8 bits."""
     before = cpu_minutes()
     model = copy.deepcopy(setup.model)
-    linears = block_linears(model)
-    for fqn, linear in linears.items():
+    layers = block_linears(model)
+    for fqn, linear in layers.items():
         linear.weight.data = rounded(fqn, linear.weight.data)
     minutes += cpu_minutes() - before
     with head.rounded(model, head.quantize(model, 8)):
         quality = measure(of_model(model), setup.test)
-    size = file_bytes(model, linears, bits * sum(linear.weight.numel() for linear in linears.values()))
+    size = file_bytes(model, layers, bits * sum(linear.weight.numel() for linear in layers.values()))
     return Row.of(name, quality, bits=bits, bytes=size, minutes=minutes, source=source)
 
 

@@ -126,7 +126,24 @@ def test_another_view_keeps_the_weight() -> None:
     torch.testing.assert_close(logits(replace(METHODS["anemll"], view="v2").prepare(model)), before)
 
 
-def test_a_quantized_model_keeps_its_rotation() -> None:
-    model = METHODS["anemll"].prepare(llama(), batches())
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_quantized_model_keeps_its_rotation(name: str, turned: bool) -> None:
+    model = replace(METHODS[name], rotate_inputs=turned).prepare(llama(), batches())
     with pytest.raises(UserError, match="rotate_inputs"):
-        replace(METHODS["anemll"], rotate_inputs=False).prepare(model)
+        replace(METHODS[name], rotate_inputs=not turned).prepare(model, batches())
+
+
+def test_a_model_trains_after_it_was_used_for_inference() -> None:
+    model = METHODS["fairy2"].prepare(llama())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        model(ids())
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(ids()).logits.sum().backward()
+    assert model.model.layers[0].mlp.down_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_only_checkpoints_that_plain_transformers_understands_are_marked_for_it(turned: bool) -> None:
+    model = replace(METHODS["bitdistill"], rotate_inputs=turned).prepare(llama(), batches())
+    assert hasattr(model.config, "quantization_config") != turned

@@ -58,10 +58,8 @@ class QuantLinear(nn.Linear):
             store_turned(self)
         self.bias = linear.bias
         self.config, self.fits = config, fits
-        if not is_stored(self) and not isinstance(
-            linear, QuantLinear
-        ):  # what lies in a file turns once it is in memory
-            self.turn()
+        if not is_stored(self) and not isinstance(linear, QuantLinear):
+            self.turn()  # what lies in a file turns once it is in memory
         self.effective = EffectiveWeight()
         self.register_module("rms_norm", None)
         self.train(linear.training)
@@ -191,8 +189,9 @@ class QuantMethod:
         `batches` (input_ids [B, L], perhaps position_ids) is a small set to calibrate on. `initialize=False` means that
         trained weights are loaded next, so a method may skip slow fits that would be overwritten.
         Returns `model`, changed in place. A method may instead return a new model that took over the weights.
-        Raises UserError if there is no linear layer to quantize, or if one would be rotated with an embedding.
+        Raises UserError if there is no linear layer to quantize, or if layers cannot be rotated as the method says.
         """
+        self.check_rotation(model)
         sites = self.sites(model)
         if not sites and not quant_layers(model):
             raise UserError(
@@ -214,6 +213,12 @@ class QuantMethod:
     def sites(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The layers to quantize by fqn. Layers of other classes that multiply alike become linear ones, in place."""
         return products.open_products(model, self.exclude_names)
+
+    def check_rotation(self, model: nn.Module) -> None:
+        """Raises UserError if `model` is quantized already, and its weights are turned otherwise than this method's."""
+        if any(layer.config.rotate_inputs != self.rotate_inputs for layer in quant_layers(model).values()):
+            setting = str(self.rotate_inputs).lower()
+            raise UserError(f"method.rotate_inputs={setting}: a quantized model keeps what it was trained with")
 
     def check_coverage(self, model: nn.Module) -> None:
         """Raises UserError if too little of a prepared model is quantized, unless `allow_partial` is set.

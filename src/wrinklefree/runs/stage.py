@@ -186,6 +186,8 @@ def prepare_student(
     if config.method is not None:
         student = config.method.prepare(student, batches, initialize=not rebuilding.fits_scales(config))
         log.info("%s: %d linear layers quantized", config.method.name, len(quant_layers(student)))
+        if config.method.rotate_inputs:
+            log.info("checkpoints need wrinklefree: plain transformers would not rotate the inputs")
         config.method.check_coverage(student)
     surgery.freeze(student, config.training.freeze_names)
     return student

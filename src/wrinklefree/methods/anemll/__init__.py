@@ -34,7 +34,6 @@ from typing_extensions import Self
 
 from wrinklefree.core import fused, surgery
 from wrinklefree.core.codes import Codes, look_up
-from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Form, low_rank
 from wrinklefree.core.method import Batches, QuantLinear, QuantMethod, Tensors, quant_layers
 from wrinklefree.core.ste import round_fp16
@@ -290,6 +289,7 @@ class Config(QuantMethod):
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         """Swap the linear layers and fit them. If the model is prepared already, convert its layers instead."""
+        self.check_rotation(model)
         known = quant_layers(model)
         squares = {}
         weighted = self.importance and self.init == "als" and not self.rotate_inputs  # squares are of other columns
@@ -321,8 +321,6 @@ def converted(layer: LutLinear, config: Config) -> LutLinear:
     | other bits, fewer ranks: `kmeans` | the table is clustered, the first ranks stay, new codes are chosen |
     """
     old = layer.config
-    if old.rotate_inputs != config.rotate_inputs:
-        raise UserError("method.rotate_inputs: a quantized model keeps what it was trained with")
     codes = layer.encode()
     if (old.view, old.bits, len(codes.tensors["b"])) == (config.view, config.bits, _rank(layer, config)):
         layer.config = config

@@ -225,8 +225,9 @@ class Config(QuantMethod):
 
         - there is no layer to quantize or to normalize,
         - the model is a BitNet, which has the paper's norms, and `norm_mode` is another,
-        - the model was prepared with another method, `norm_mode` or `scale_mode`.
+        - the model was prepared with another method, `norm_mode`, `scale_mode` or `rotate_inputs`.
         """
+        self.check_rotation(model)
         if quant_layers(model):
             return self._adopt(model)
         sites = self._sites(model)
@@ -296,6 +297,7 @@ def _state_natively(model: nn.Module, config: Config) -> None:
         return
     inside = any(layer.rms_norm is not None for layer in quant_layers(model).values())
     plain = config.granularity == "tensor" and config.scale_mode == "absmean" and config.int8_inputs
+    plain = plain and not config.rotate_inputs
     if plain and not (inside and config.norm_mode == "subln"):
         bitnet.state_online(model, inside, EPS)
     else:
