@@ -166,6 +166,22 @@ def test_an_axis_has_a_few_round_ticks(low: float, high: float, is_log: bool) ->
     assert all(0 <= axis.place(tick) <= 100 for tick in ticks)
 
 
+def test_a_short_logarithmic_axis_has_ticks_too() -> None:
+    assert len(Axis.around([16.26, 32.5], 0, 100, is_log=True).ticks()) >= 3
+
+
+def test_labels_lie_on_no_other_label_or_point() -> None:
+    points = [Point(f"point_{i}", 2 + 0.05 * i, 0.4 + 0.01 * (i % 3)) for i in range(5)] + [Point("far", 9, 0.001)]
+    svg = scatter(points, "x", "y", "t")
+    dots = [tuple(map(float, pair)) for pair in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    labels = re.findall(r'<text x="([\d.]+)" y="(-?[\d.]+)" fill="#\w+" text-anchor="start">(point_\d)<', svg)
+    boxes = [(float(x), float(x) + 7 * len(text), float(y) - 4) for x, y, text in labels]
+    assert len(boxes) == 5
+    for i, (left, right, y) in enumerate(boxes):
+        assert not any(left < x < right and abs(y - cy) < 8 for x, cy in dots)
+        assert not any(left < b and a < right and abs(y - other) < 12 for a, b, other in boxes[:i])
+
+
 def test_a_group_without_speed_has_an_empty_cell() -> None:
     assert page.cells(Group("a", [row()]))[10:12] == ["", ""]
 

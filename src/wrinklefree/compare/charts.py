@@ -46,15 +46,16 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Round values inside the range."""
-        if self.is_log:
-            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            found = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
-        else:
-            step = _round_step((self.high - self.low) / 5)
-            found = [step * n for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        """Round values inside the range. A logarithmic axis that has less than three has even steps."""
+        exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1) if self.is_log else ()
+        found = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
         inside = [tick for tick in found if self.low <= tick <= self.high]
-        return inside if len(inside) < 10 else [t for t in inside if math.log10(t).is_integer()] or inside[::4]
+        if len(inside) >= 10:
+            return [tick for tick in inside if math.log10(tick).is_integer()] or inside[::4]
+        if len(inside) >= 3:
+            return inside
+        step = _round_step((self.high - self.low) / 5)
+        return [step * n for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
     def _scaled(self, value: float) -> float:
         return math.log(value) if self.is_log else value
@@ -73,7 +74,8 @@ def scatter(points: Sequence[Point], x: str, y: str, title: str) -> str:
     across = Axis.around([point.x for point in points], LEFT, WIDTH - RIGHT)
     lows = [max(point.y - point.spread, point.y / 2) for point in points]
     up = Axis.around([*lows, *(p.y + p.spread for p in points)], HEIGHT - BOTTOM, TOP, is_log=True)
-    marks, taken = [], list[tuple[float, float, float]]()
+    marks = []
+    taken = [(across.place(p.x) - 6, across.place(p.x) + 6, up.place(p.y) + 4) for p in points]
     for point in sorted(points, key=lambda point: point.grey):
         colour = "#9aa0a6" if point.grey else COLOURS[0]
         cx, cy = across.place(point.x), up.place(point.y)
@@ -86,12 +88,13 @@ def scatter(points: Sequence[Point], x: str, y: str, title: str) -> str:
 
 
 def _label(text: str, cx: float, cy: float, colour: str, taken: list[tuple[float, float, float]]) -> str:
-    """A label beside its point, moved down while another is in its place."""
+    """A label beside its point, moved down or up if another label or point is in its place."""
     length = 7.0 * len(text)
     to_the_left = cx + 9 + length > WIDTH - RIGHT
-    left, y = (cx - 9 - length if to_the_left else cx + 9), cy + 4
-    while any(abs(y - other) < 13 and left < right and start < left + length for start, right, other in taken):
-        y += 13
+    left = cx - 9 - length if to_the_left else cx + 9
+    near = [other for start, right, other in taken if left < right and start < left + length]
+    shifts = sorted(range(-len(near) - 1, len(near) + 2), key=lambda shift: (abs(shift), -shift))
+    y = next(y for y in (cy + 4 + 13 * shift for shift in shifts) if all(abs(y - other) >= 13 for other in near))
     taken.append((left, left + length, y))
     anchor, place = ("end", cx - 9) if to_the_left else ("start", cx + 9)
     return f'<text x="{place:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}">{escape(text)}</text>'
