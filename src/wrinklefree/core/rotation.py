@@ -39,10 +39,8 @@ def _rotation(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
     return signs.to(device, dtype), (matrix / size**0.5).to(device, dtype)
 
 
-@cache
-def _kept_rotation(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # what is made in that mode is of no use to a training that comes later
-        return _rotation(width, dtype, device)
+# What is made in inference mode is of no use to a training that comes later.
+_kept_rotation = cache(torch.inference_mode(False)(_rotation))
 
 
 def rotation(x: Tensor) -> tuple[Tensor, Tensor]:
