@@ -5,6 +5,7 @@ Keep heavy imports out of this file: a verb imports its module only when it runs
 
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.flags import formats, options
@@ -28,15 +30,51 @@ Example, offline and on a CPU:
   wf generate outputs/fairy2_tiny_w2 --prompt 'def main('
 """
 
+SECTIONS = {
+    "Quantize": ["fairy2", "bitdistill", "anemll", "train", "compare"],
+    "Prepare": ["cache", "selftext", "pretrain"],
+    "Use and share": ["generate", "serve", "eval", "export"],
+    "Look": ["runs", "plot", "config", "methods", "doctor"],
+    "Think in latent vectors": ["trm"],
+}
+
+
+class Verbs(TyperGroup):
+    """The command tree, whose help lists the verbs by what one does with them."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(map(len, self.commands))
+        for title, verbs in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{verb:{width}}", self.commands[verb].get_short_help_str(60)) for verb in verbs])
+
+
 # Help is plain text, because importing rich's help formatter takes longer than everything else together.
 app = typer.Typer(
     name="wf",
+    cls=Verbs,
     help=HELP,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"wrinklefree {importlib.metadata.version('wrinklefree')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings; see `wf config`.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
@@ -469,7 +507,7 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     **settings: str | int | None,
 ) -> None:
-    """Write a trained run in another format, and verify the result.
+    """Write a run in another format, and verify the result.
 
     \b
     Example:

@@ -21,7 +21,7 @@ from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Config as Fairy2
 from wrinklefree.methods.uniform import Config as Uniform
 from wrinklefree.reconstruction.moments import Moments
-from wrinklefree.reconstruction.rebuild import Rebuilding, squared_error, token_weights
+from wrinklefree.reconstruction.rebuild import Rebuilding, token_errors, token_weights
 from wrinklefree.runs import launch, rebuilding
 from wrinklefree.runs.report import RESULTS, read_figures
 from wrinklefree.runs.setup import open_run
@@ -108,8 +108,17 @@ def test_a_token_with_large_activations_counts_as_much_as_any_other() -> None:
     target = torch.randn(1, 5, 8)
     target[0, 0] *= 1000
     output = target + 0.1 * target.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(torch.ones(8), dim=0)
-    each = squared_error(output, target, token_weights(target)) / 5
-    assert each.item() == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(token_errors(output, target, token_weights(target)), torch.full((1, 5), 0.01))
+
+
+def test_a_token_that_the_student_makes_large_counts_at_most_one() -> None:
+    work, _ = rebuilding_of(Fairy2(), steps=0)
+    work.target = list(work.outputs(work.original, work.target, 0))
+    weights = [token_weights(target) for target in work.target]
+    before = work.error(0, weights)
+    work.target[-1][0, 0] *= 1e-3  # next to it, the student's activation is a thousand times too large
+    weights = [token_weights(target) for target in work.target]
+    assert before < work.error(0, weights) <= before + 1 / (work.heldout * work.target[-1][..., 0].numel())
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:

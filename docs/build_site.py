@@ -1,0 +1,74 @@
+"""`make docs`: the documentation site, from the Markdown in docs/ and at the top of the repository.
+
+    python docs/build_site.py BUILD      copy the pages to BUILD, which Zensical then builds (mkdocs.yml)
+    python docs/build_site.py            write docs/commands.md, which a test compares with the commands
+
+Links that lead out of docs/ become links to the copied page. Those to source files become the file's name.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from wrinklefree.cli import SECTIONS, app
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MORE_PAGES = {"LOG.md": "log.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+LINK = re.compile(r"\[([^]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+
+
+def commands() -> str:
+    """The page of all commands: what each prints with --help."""
+    page = ["# Commands\n", "What each command prints with `--help`. `python docs/build_site.py` writes this page.\n"]
+    for title, verbs in SECTIONS.items():
+        page.append(f"## {title}\n")
+        for words in (words for verb in verbs for words in with_parts(verb)):
+            page.append(f"### `wf {' '.join(words)}`\n\n```text\n{help_of(words)}\n```\n")
+    return "\n".join(page)
+
+
+def with_parts(verb: str) -> list[list[str]]:
+    """The verb, and what it groups: [["trm"], ["trm", "train"], ...]."""
+    parts = vars(get_command(app).commands[verb]).get("commands", {})  # type: ignore[attr-defined]
+    return [[verb], *([verb, part] for part in parts)]
+
+
+def help_of(words: list[str]) -> str:
+    result = CliRunner().invoke(app, [*words, "--help"], prog_name="wf", terminal_width=100)
+    lines = [line.rstrip() for line in result.output.strip().splitlines()]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def in_site(text: str, folder: Path) -> str:
+    """Rewrite the links of a page that stands in `folder` for a site that has docs/ and MORE_PAGES."""
+
+    def rewritten(link: re.Match[str]) -> str:
+        words, target, anchor = link[1], (folder / link[2]).resolve(), link[3] or ""
+        if target.parent == DOCS and target.suffix in (".md", ".svg"):
+            return f"[{words}]({target.name}{anchor})"
+        if target.parent == ROOT and target.name in MORE_PAGES:
+            return f"[{words}]({MORE_PAGES[target.name]}{anchor})"
+        return words if "`" in words else f"`{words}`"
+
+    return LINK.sub(rewritten, text)
+
+
+def build(out: Path) -> None:
+    """Copy all pages to `out`, with links that hold there."""
+    out.mkdir(parents=True, exist_ok=True)
+    pages = {page.name: page for page in DOCS.glob("*.md")} | {new: ROOT / old for old, new in MORE_PAGES.items()}
+    for name, page in pages.items():
+        (out / name).write_text(in_site(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")
+    for picture in DOCS.glob("*.svg"):
+        (out / picture.name).write_bytes(picture.read_bytes())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        build(Path(sys.argv[1]))
+    else:
+        (DOCS / "commands.md").write_text(commands(), encoding="utf-8")
