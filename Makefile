@@ -5,7 +5,7 @@ PYTHON ?= python3
 NATIVE := $(wildcard native/*.cpp native/*.h native/*.inc native/tests/*.cpp native/tests/*.h)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-gguf sanitize wheels lint format clean
+.PHONY: demo docs test test-all test-gguf sanitize wheels lint format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
@@ -19,11 +19,18 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/wf fairy2 -m tiny --mode w2 --budget 4m --force
 
-lint: $(VENV)/installed-dev
+lint: docs
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format .-check .
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
+
+# A dead link is an error. Zensical ends with a traceback then, behind the list of links.
+docs: $(VENV)/installed-dev
+	@rm -rf build/docs
+	$(BIN)/python docs/build_site.py build/docs
+	$(BIN)/zensical build --strict
+	@echo "built build/site/index.html"
 
 # One thread a process: two processes with two threads each on two cores stall one another.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

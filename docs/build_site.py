@@ -17,8 +17,8 @@ from wrinklefree.cli import SECTIONS, app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-MORE_PAGES = {"LOG.md": "log.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-LINK = re.compile(r"\[([^]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+MORE_PAGES = {"LOG.md": "log.md", "CONTRIBUTING.md": "contributing.md", "native/README.md": "native.md"}
+LINK = re.compile(r"\[([^]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")  # not those to other hosts
 
 
 def commands() -> str:
@@ -50,8 +50,9 @@ def in_site(text: str, folder: Path) -> str:
         words, target, anchor = link[1], (folder / link[2]).resolve(), link[3] or ""
         if target.parent == DOCS and target.suffix in (".md", ".svg"):
             return f"[{words}]({target.name}{anchor})"
-        if target.parent == ROOT and target.name in MORE_PAGES:
-            return f"[{words}]({MORE_PAGES[target.name]}{anchor})"
+        outside = target.relative_to(ROOT).as_posix()
+        if outside in MORE_PAGES:
+            return f"[{words}]({MORE_PAGES[outside]}{anchor})"
         return words if "`" in words else f"`{words}`"
 
     return LINK.sub(rewritten, text)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality import print_figures
-from benchmarks.real import measure, ours, peers
+from benchmarks.real import measure, ours, peers, picture
 from benchmarks.real.rows import Row, Store, show, show_samples
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json
@@ -66,6 +66,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--again", default="", help="comma-separated rows to measure again, or all")
     parser.add_argument("--out", type=Path, default=Path("outputs/real"), help="folder for rows, runs and peers")
     parser.add_argument("--keep", action="store_true", help="put the rows into benchmarks/real/kept as well")
+    parser.add_argument("--picture", type=Path, metavar="SVG", help="draw the rows, as in the README")
     return parser
 
 
@@ -78,6 +79,8 @@ def figures(args: argparse.Namespace) -> Figures:
         kept = Store(KEPT)
         for row in store.rows.values():
             kept.put(row)
+    if args.picture is not None:
+        picture.write(store.rows, args.picture)
     show(store.rows)
     show_samples(store.rows)
     return summary(store.rows, args.step_time)

@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, mistakes, exit codes, tables."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -57,6 +58,10 @@ def wf(*args: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
+def test_the_version_is_that_of_the_package() -> None:
+    assert wf("--version") == (0, f"wrinklefree {importlib.metadata.version('wrinklefree')}\n", "")
+
+
 @pytest.fixture
 def received(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[object, ...], dict[str, object]]]:
     """What the verbs hand to `commands.<name>.run`, in place of running it."""
@@ -83,8 +88,9 @@ def test_help_lists_every_verb() -> None:
     code, out, _ = wf("--help")
     assert code == 0
     assert "Example" in out
-    assert {line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()} == set(VERBS)
-    assert "..." not in out.partition("Commands:")[2]
+    verbs = out.partition("Quantize:")[2]
+    assert {line.split()[0] for line in verbs.splitlines() if line.startswith("  ")} == set(VERBS)
+    assert "..." not in verbs
 
 
 THINKING = [f"trm {verb}" for verb in ("compressor", "pairs", "train", "inject", "grpo", "eval")]

@@ -5,8 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from build_site import MORE_PAGES, build, commands
 
-from wrinklefree.cli import app
+from wrinklefree.cli import SECTIONS, app
 from wrinklefree.config.check import key_paths
 from wrinklefree.config.compose import option_files, options
 from wrinklefree.config.schema import Config
@@ -66,14 +67,33 @@ def test_named_tests_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_exist(document: Path) -> None:
-    """`wf VERB` in code: planned commands are named as such in the README alone."""
+    """`wf VERB` in code: planned commands are named as such among the results alone."""
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
     verbs |= {group.name for group in app.registered_groups}
-    planned = {"logs", "cancel", "wandb-status"} if document.name == "README.md" else set()
+    planned = {"logs", "cancel", "wandb-status"} if document.name == "results.md" else set()
     named = re.findall(
         r"^(?:\$ )?wf ([a-z][\w-]*)|`wf ([a-z][\w-]*)", document.read_text(encoding="utf-8"), re.MULTILINE
     )
     assert {a or b for a, b in named} <= verbs | planned
+
+
+def test_the_page_of_commands_is_what_they_print() -> None:
+    """If this fails: python docs/build_site.py."""
+    assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == commands()
+
+
+def test_every_verb_is_in_one_section_of_the_help() -> None:
+    verbs = [command.name or command.callback.__name__ for command in app.registered_commands]
+    verbs += [str(group.name) for group in app.registered_groups]
+    assert sorted(verb for section in SECTIONS.values() for verb in section) == sorted(verbs)
+
+
+def test_all_pages_of_the_site_are_in_its_menu(tmp_path: Path) -> None:
+    build(tmp_path)
+    menu = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {page.name for page in tmp_path.glob("*.md")} == menu
+    assert set(MORE_PAGES.values()) <= menu
+    assert not any("](../" in page.read_text(encoding="utf-8") for page in tmp_path.glob("*.md"))
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("runs/*.sh")), ids=lambda path: path.name)

@@ -36,7 +36,7 @@ class Axis:
         """An axis that holds `values`, with a margin."""
         low, high = min(values), max(values)
         if is_log:
-            room = max(math.log(high / low), 0.1) * 0.08
+            room = max(math.log(high / low), 0.1) * 0.14
             return cls(low * math.exp(-room), high * math.exp(room), start, end, True)
         room = max(high - low, abs(high) * 0.1, 1e-9) * 0.08
         return cls(low - room, high + room, start, end)
@@ -76,7 +76,7 @@ def scatter(points: Sequence[Point], x: str, y: str, title: str) -> str:
     up = Axis.around([*lows, *(p.y + p.spread for p in points)], HEIGHT - BOTTOM, TOP, is_log=True)
     marks = []
     taken = [(across.place(p.x) - 6, across.place(p.x) + 6, up.place(p.y) + 4) for p in points]
-    for point in sorted(points, key=lambda point: point.grey):
+    for point in sorted(points, key=lambda point: (point.grey, -point.x)):
         colour = "#9aa0a6" if point.grey else COLOURS[0]
         cx, cy = across.place(point.x), up.place(point.y)
         if point.spread:
@@ -88,16 +88,20 @@ def scatter(points: Sequence[Point], x: str, y: str, title: str) -> str:
 
 
 def _label(text: str, cx: float, cy: float, colour: str, taken: list[tuple[float, float, float]]) -> str:
-    """A label beside its point, moved down or up if another label or point is in its place."""
+    """A label right or left of its point, moved down or up until no other label and no point is in its place."""
     length = 7.0 * len(text)
-    to_the_left = cx + 9 + length > WIDTH - RIGHT
-    left = cx - 9 - length if to_the_left else cx + 9
-    near = [other for start, right, other in taken if left < right and start < left + length]
-    shifts = sorted(range(-len(near) - 1, len(near) + 2), key=lambda shift: (abs(shift), -shift))
-    y = next(y for y in (cy + 4 + 13 * shift for shift in shifts) if all(abs(y - other) >= 13 for other in near))
+    rows = (cy + 4 + 13 * shift for shift in sorted(range(-20, 21), key=lambda shift: (abs(shift), -shift)))
+    inside = (y for y in rows if TOP + 8 < y < HEIGHT - BOTTOM - 4)
+    lefts = [left for left in (cx + 9, cx - 9 - length) if LEFT < left < WIDTH - RIGHT - length]
+    places = [(left, y) for y in inside for left in lefts]
+    left, y = next((place for place in places if _is_free(*place, length, taken)), (cx + 9, cy + 4))
     taken.append((left, left + length, y))
-    anchor, place = ("end", cx - 9) if to_the_left else ("start", cx + 9)
+    anchor, place = ("start", left) if left > cx else ("end", left + length)
     return f'<text x="{place:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _is_free(left: float, y: float, length: float, taken: list[tuple[float, float, float]]) -> bool:
+    return all(left > end or left + length < start or abs(y - other) >= 13 for start, end, other in taken)
 
 
 def curves(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], x: str, y: str, title: str) -> str:
