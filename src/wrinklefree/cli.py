@@ -33,7 +33,7 @@ Example, offline and on a CPU:
 SECTIONS = {
     "Quantize": ["fairy2", "bitdistill", "anemll", "train", "compare"],
     "Prepare": ["cache", "selftext", "pretrain"],
-    "Use and share": ["generate", "serve", "eval", "export"],
+    "Use and share": ["generate", "serve", "eval", "export", "push"],
     "Look": ["runs", "plot", "config", "methods", "doctor"],
     "Think in latent vectors": ["trm"],
 }
@@ -546,6 +546,25 @@ def with_format_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 app.command()(with_format_options(export))
+
+
+@app.command()
+def push(
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The model's name on the hub.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder that `wf export` wrote, or a run.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is new, only you can see it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and stop.")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="What the commit says.")] = None,
+) -> None:
+    """Upload an exported folder with its card to a hub of models.
+
+    \b
+    Example:
+      wf push me/tiny-w2 outputs/fairy2_tiny_w2 --dry-run
+      wf push me/tiny-w2 outputs/fairy2_tiny_w2/packed --private
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # uploads take minutes
+    call("push", repo, path, private=private, dry_run=dry_run, message=message)
 
 
 @app.command()

@@ -37,6 +37,7 @@ VERBS = [
     "selftext",
     "eval",
     "plot",
+    "push",
     "generate",
     "serve",
     "export",

@@ -1,36 +1,70 @@
-"""The first part of the model card: what the model is.
+"""The first part of the model card: what the model is, and how it was made.
 
 `export/formats/packed.py` adds how to load it, its sizes and the certificate.
 """
 
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
 from wrinklefree.config.schema import Config
+from wrinklefree.tracking.terminal import markdown_table
 
-FRONT = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-base_model: {base}
-tags: [wrinklefree, quantization-aware-training, {method}]
----
-
-# {name}
-
-`{base}` quantized with `{method}`, trained by `wf train` (stage `{stage}`, seed {seed}).
-
-| setting of the method | value |
-|---|---|
-{settings}
-"""
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MOST_CHARACTERS = 65_536  # that are read of another model's card
+PACKAGES = ("wrinklefree", "torch", "transformers")
+TEXTS = {
+    "stdlib": "Python's standard library",
+    "local": "files of the user",
+    "self": "written by the model itself",
+    "downstream": "the task {task}",
+    "hub": "{path}",
+}
 
 
-def card(config: Config) -> str:
-    """Return the beginning of README.md for a run that quantizes."""
-    settings = vars(config.method).items()
-    return FRONT.format(
-        base=config.model.pretrained,
-        method=config.method.name,
-        name=f"{config.model.name}, {config.training.stage}",
-        stage=config.training.stage,
-        seed=config.seed,
-        settings="\n".join(f"| {key} | {value} |" for key, value in settings if key != "name"),
+def card(config: Config, training: Mapping[str, str] | None = None) -> str:
+    """Return the beginning of README.md for a run that quantizes. `training` adds rows on how it was made.
+
+    Folders of this machine are named by their last part only.
+    """
+    base = Path(config.model.pretrained)
+    here = base.is_dir() or not HUB_ID.fullmatch(config.model.pretrained)
+    method = config.method.name
+    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    licence = licence_of(base) if here else None
+    front += [f"license: {licence}"] if licence else []
+    front += [] if here else [f"base_model: {config.model.pretrained}"]
+    front += [f"tags: [wrinklefree, quantization-aware-training, {method}]"]
+    name = base.name if here else config.model.pretrained
+    stage = f"stage `{config.training.stage}`, seed {config.seed}"
+    settings = [[key, str(value)] for key, value in vars(config.method).items() if key != "name"]
+    return "\n".join(
+        [
+            *("---", *front, "---", ""),
+            f"# {config.model.name}, {config.training.stage}\n",
+            f"`{name}` quantized with `{method}`, trained by `wf train` ({stage}).\n",
+            markdown_table(["setting of the method", "value"], settings),
+            "",
+            markdown_table(["how it was made", ""], [*made(config), *map(list, (training or {}).items())]),
+            "",
+        ]
     )
+
+
+def made(config: Config) -> list[list[str]]:
+    """Rows of the table of how a model was made, as far as its config tells."""
+    text = TEXTS[config.data.source].format(task=config.data.task, path=config.data.path)
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
+    return [["with", versions], ["text", text], ["objective", config.training.objective]]
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model's own card names, if there is one."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return None
+    with readme.open(encoding="utf-8", errors="replace") as file:
+        front = re.match(r"---\n(.*?)\n---", file.read(MOST_CHARACTERS), re.DOTALL)
+    named = front and re.search(r"^license: *([\w.-]+) *$", front[1], re.MULTILINE)
+    return named[1] if named else None

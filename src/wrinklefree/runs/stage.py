@@ -252,7 +252,7 @@ def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel
         tokenizer,
         config.method,
         folder,
-        card=f"{card(config)}\n{results.markdown()}",
+        card=f"{card(config, training_facts(run))}\n{results.markdown()}",
         force=True,
         batches=some,
         head_bits=config.export.head_bits,
@@ -272,6 +272,19 @@ def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel
     with (folder / "README.md").open("a", encoding="utf-8") as readme:
         readme.write(f"\n## Samples at temperature 0.7\n\n{fenced}\n")
     print(f"sample of the packed model:\n\n{samples[0]}\n")
+
+
+def training_facts(run: Run) -> dict[str, str]:
+    """What the card tells of the training, besides the settings of the method."""
+    plan, steps = run.plan, run.plan.max_steps
+    if steps == 0:
+        return {"training": "blocks, one by one"} if run.config.rebuilds else {}
+    tokens = steps * plan.tokens_per_step
+    return {
+        "training": f"{steps:,} steps, {tokens:,} tokens in rows of {plan.length}",
+        "learning rate": f"{plan.lr:.2g}, schedule {run.config.training.scheduler.name}",
+        "precision": str(plan.dtype).removeprefix("torch."),
+    }
 
 
 def prompts(heldout: list[Batch], tokenizer: PreTrainedTokenizerBase) -> list[str]:
