@@ -17,7 +17,12 @@ from wrinklefree.cli import SECTIONS, app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-MORE_PAGES = {"LOG.md": "log.md", "CONTRIBUTING.md": "contributing.md", "native/README.md": "native.md"}
+MORE_PAGES = {
+    "LOG.md": "log.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "native/README.md": "native.md",
+}
 LINK = re.compile(r"\[([^]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")  # not those to other hosts
 
 

@@ -1,5 +1,6 @@
 """The documents keep up with the code: every setting is described, every link, path and command in them exists."""
 
+import importlib.metadata
 import re
 import subprocess
 from pathlib import Path
@@ -94,6 +95,12 @@ def test_all_pages_of_the_site_are_in_its_menu(tmp_path: Path) -> None:
     assert {page.name for page in tmp_path.glob("*.md")} == menu
     assert set(MORE_PAGES.values()) <= menu
     assert not any("](../" in page.read_text(encoding="utf-8") for page in tmp_path.glob("*.md"))
+
+
+def test_the_citation_has_the_packages_version() -> None:
+    assert f"version: {importlib.metadata.version('wrinklefree')}\n" in (ROOT / "CITATION.cff").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("runs/*.sh")), ids=lambda path: path.name)
