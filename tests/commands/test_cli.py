@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from toyrun import toy_files
 from typer.testing import CliRunner
 
 from wrinklefree.cli import app, main
@@ -320,6 +321,13 @@ def test_eval_refuses_what_does_not_fit(random_model: Path) -> None:
     assert (code, out) == (2, "")
     assert "the model has 64 positions" in err
     assert wf("eval", str(random_model), "--data", "nowhere.txt")[0] == 2
+
+
+def test_eval_refuses_a_text_that_the_tokenizer_does_not_know(tmp_path: Path) -> None:
+    model, _ = toy_files(tmp_path)
+    code, out, err = wf("eval", str(model), "--context", "16", "--tokens", "64")
+    assert (code, out) == (2, "")
+    assert "knows no word of it; give other text with --data" in err
 
 
 def test_missing_lm_eval_names_the_extra(random_model: Path, monkeypatch) -> None:

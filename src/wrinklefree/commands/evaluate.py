@@ -54,16 +54,23 @@ def run(
 
 
 def perplexity(model: Any, tokenizer: Any, data: Path | None, context: int, tokens: int) -> dict[str, Any]:
-    """Perplexity, its logarithm (nats per token) and bits per byte, of independent windows of `context` tokens."""
+    """Perplexity, its logarithm (nats per token) and bits per byte, of independent windows of `context` tokens.
+
+    Raises UserError if the tokenizer knows nothing of the text: a model that expects unknown tokens would seem perfect.
+    """
     batches = _batches(tokenizer, data, context, tokens)
+    source = "held-out standard library text" if data is None else str(data)
+    size = _scored_bytes(tokenizer, batches)
+    if size == 0:
+        raise UserError(f"{source}: this model's tokenizer knows no word of it; give other text with --data")
     quality = measure(model, batches)
     return {
-        "data": "held-out standard library text" if data is None else str(data),
+        "data": source,
         "context": context,
         "tokens": quality.tokens,
         "perplexity": quality.ppl,
         "nll": quality.nll,
-        "bits_per_byte": quality.nll * quality.tokens / math.log(2) / _scored_bytes(tokenizer, batches),
+        "bits_per_byte": quality.nll * quality.tokens / math.log(2) / size,
     }
 
 
