@@ -27,7 +27,7 @@ COMMON = "data=local data.path={text} export.head_bits=8 seed={seed} output_dir=
 COMMANDS = {
     "w2": "fairy2 -m {model} --mode w2",
     "w1": "fairy2 -m {model} --mode w1",
-    "ternary": "train model={model} training=ternary",
+    "ternary": "train model={model} training=ternary method.rotate_inputs=true",
     "q2a4": "train model={model} training=anemll_q2a4",
     "seq": "train model={model} training=seq_w2",
     "residual_signs": "train model={model} training=residual_signs_w2",

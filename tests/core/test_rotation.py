@@ -134,6 +134,28 @@ def test_a_quantized_model_keeps_its_rotation(name: str, turned: bool) -> None:
         replace(METHODS[name], rotate_inputs=not turned).prepare(model, batches())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_auto_is_as_the_model_was_trained_and_else_yes(name: str) -> None:
+    fresh = replace(METHODS[name], rotate_inputs="auto")
+    model = fresh.prepare(llama(), batches())
+    assert fresh.rotate_inputs is True
+    for turned in (True, False):
+        model = replace(METHODS[name], rotate_inputs=turned).prepare(llama(), batches())
+        again = replace(METHODS[name], rotate_inputs="auto")
+        again.prepare(model, batches())
+        assert again.rotate_inputs is turned
+
+
+def test_auto_leaves_shared_weights_as_they_are() -> None:
+    method = replace(METHODS["fairy2"], rotate_inputs="auto", exclude_names=[])
+    method.prepare(llama(tie_word_embeddings=True))
+    assert method.rotate_inputs is False
+
+
+def test_the_papers_preset_does_not_rotate() -> None:
+    assert replace(METHODS["fairy2"], rotate_inputs="auto", preset="paper").rotate_inputs is False
+
+
 def test_a_model_trains_after_it_was_used_for_inference() -> None:
     model = METHODS["fairy2"].prepare(llama())
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):

@@ -161,6 +161,18 @@ def test_masters_keep_names_shapes_and_values_in_fp32(method: QuantMethod) -> No
     assert prepared(TOKENS).dtype == torch.bfloat16
 
 
+def test_a_cast_to_fewer_bits_leaves_masters_and_scales_as_they_are(model: Net) -> None:
+    layer = model.up
+    own = {name: tensor.clone() for name, tensor in layer.named_parameters(recurse=False) if name != "bias"}
+    weight = layer.effective_weight(torch.float32).clone()
+    model.bfloat16()
+    assert all(torch.equal(tensor, layer.get_parameter(name)) for name, tensor in own.items())
+    assert torch.equal(weight, layer.effective_weight(torch.float32))
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model(TOKENS).dtype == torch.bfloat16
+    assert model.float().up.weight.dtype == torch.float32
+
+
 def test_converting_again_changes_nothing(method: QuantMethod, model: Net) -> None:
     modules, state = list(model.modules()), copy.deepcopy(model.state_dict())
     again = method.prepare(model)

@@ -4,10 +4,10 @@ To add a method, write `methods/<name>.py` with a class `Config`. `find("<name>"
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +133,17 @@ class QuantLinear(nn.Linear):
             self.effective.clear()
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow moves to other devices, but keep masters and scales in fp32 if the model is cast to fewer bits."""
+        kept = {id(p) for name, p in self.named_parameters(recurse=False) if name != "bias"}
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(moved.device) if id(tensor) in kept and narrowed else moved
+
+        return super()._apply(apply, recurse)
+
     def inputs(self, x: Tensor) -> Tensor:
         """Normalize `x` if the layer has a norm, rotate it if the method says so, then round it with `rounded`.
 
@@ -160,7 +171,9 @@ class QuantMethod:
 
     name: str
     exclude_names: list[str] = field(default_factory=lambda: ["embed_tokens", "lm_head"])
-    rotate_inputs: bool = False  # turn inputs and weights by signs and a Hadamard transform, against outliers
+    # Turn inputs and weights by signs and a Hadamard transform, against outliers. `auto` is as a quantized model was
+    # trained, and for any other yes, unless a weight is shared. `prepare` puts the answer in its place.
+    rotate_inputs: bool | Literal["auto"] = False
     allow_partial: bool = False  # train a model although less than 90 % of its blocks' weights can be quantized
 
     @property
@@ -191,14 +204,14 @@ class QuantMethod:
         Returns `model`, changed in place. A method may instead return a new model that took over the weights.
         Raises UserError if there is no linear layer to quantize, or if layers cannot be rotated as the method says.
         """
-        self.check_rotation(model)
+        self.choose_rotation(model)
         sites = self.sites(model)
         if not sites and not quant_layers(model):
             raise UserError(
                 f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)"
             )
-        if self.rotate_inputs:
-            _check_untied(model, sites)
+        if self.rotate_inputs and _shared(model, sites):
+            raise UserError(f"method.rotate_inputs: {_shared(model, sites)}: exclude_names")
         for fqn, linear in sites.items():
             with widened(linear.weight):
                 layer = self.layer(linear, self.config_for(fqn), initialize)
@@ -214,9 +227,12 @@ class QuantMethod:
         """The layers to quantize by fqn. Layers of other classes that multiply alike become linear ones, in place."""
         return products.open_products(model, self.exclude_names)
 
-    def check_rotation(self, model: nn.Module) -> None:
-        """Raises UserError if `model` is quantized already, and its weights are turned otherwise than this method's."""
-        if any(layer.config.rotate_inputs != self.rotate_inputs for layer in quant_layers(model).values()):
+    def choose_rotation(self, model: nn.Module) -> None:
+        """Resolve `rotate_inputs: auto`. Raises UserError if `model` is quantized already, and was turned otherwise."""
+        trained = {layer.config.rotate_inputs for layer in quant_layers(model).values()}
+        if self.rotate_inputs == "auto":
+            self.rotate_inputs = trained.pop() if trained else not _shared(model, self.sites(model))
+        if trained - {self.rotate_inputs}:
             setting = str(self.rotate_inputs).lower()
             raise UserError(f"method.rotate_inputs={setting}: a quantized model keeps what it was trained with")
 
@@ -238,12 +254,13 @@ class QuantMethod:
         """Update schedules that live inside the model. Training calls it before optimizer step `step` (from 0)."""
 
 
-def _check_untied(model: nn.Module, sites: Mapping[str, nn.Linear]) -> None:
-    """Raises UserError if one of the layers shares its weight: that would turn for all that have it."""
+def _shared(model: nn.Module, sites: Mapping[str, nn.Linear]) -> str:
+    """Say which of the layers shares its weight with others; "" if none does. It would turn for all that have it."""
     for fqn, linear in sites.items():
         owners = [name for name, p in model.named_parameters(remove_duplicate=False) if p is linear.weight]
         if len(owners) > 1:
-            raise UserError(f"method.rotate_inputs: {fqn} shares its weight ({', '.join(owners)}): exclude_names")
+            return f"{fqn} shares its weight ({', '.join(owners)})"
+    return ""
 
 
 @dataclass(frozen=True)

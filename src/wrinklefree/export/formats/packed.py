@@ -314,7 +314,7 @@ def _pack_layer(fqn: str, layer: QuantLinear, method: QuantMethod, dtype: torch.
     try:
         eps = None if layer.rms_norm is None else layer.rms_norm.variance_epsilon
         config = method.config_for(fqn)
-        return pack_layer(PackedLinear, config, layer.encode(), bias, eps, config.rotate_inputs)
+        return pack_layer(PackedLinear, config, layer.encode(), bias, eps, config.rotate_inputs is True)
     except ValueError as error:
         raise UserError(f"{fqn}.{error}") from error
 

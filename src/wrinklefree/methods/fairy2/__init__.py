@@ -163,7 +163,7 @@ def scales_of(tensors: Mapping[str, Tensor]) -> ComplexScales:
 
 @dataclass(kw_only=True)
 class Config(QuantMethod):
-    """Settings of Fairy2i. `preset: paper` sets `scale_granularity: tensor` and `scale_mode: mean`."""
+    """Settings of Fairy2i. `preset: paper` sets `scale_granularity: tensor`, `scale_mode: mean`, and no rotation."""
 
     layer: ClassVar[type[QuantLinear]] = Fairy2Linear
 
@@ -177,7 +177,7 @@ class Config(QuantMethod):
 
     def __post_init__(self) -> None:
         if self.preset == "paper":
-            self.scale_granularity, self.scale_mode = "tensor", "mean"
+            self.scale_granularity, self.scale_mode, self.rotate_inputs = "tensor", "mean", False
         if self.scale_mode == "mean" and self.scale_granularity != "tensor":
             raise ValueError("scale_mode=mean, the paper's, allows scale_granularity=tensor only")
 
