@@ -57,6 +57,28 @@ def test_nearly_all_weights_of_the_blocks_are_quantized(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_may_be_opened_more_than_once(name: str) -> None:
+    """A method looks at the layers before `prepare` does; GPT-2's are stored [in, out] all the same."""
+    model = family(name, **FAMILIES[name])
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    toy().sites(model)
+    after = {key: tensor.shape for key, tensor in toy().prepare(model).state_dict().items()}
+    assert all(after.get(key, shape) == shape for key, shape in shapes.items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_rotated_model_is_saved_and_read_again(name: str, turned: bool, tmp_path: Path) -> None:
+    method = find("uniform")(bits=2, rotate_inputs="auto" if turned else False)
+    trained = method.prepare(family(name, **FAMILIES[name]))
+    assert method.rotate_inputs is turned
+    export(trained, method, tmp_path / "packed")
+    read, _ = load_model(tmp_path / "packed", dtype=torch.float32)
+    with exactly(read):
+        torch.testing.assert_close(logits(read), logits(trained.eval()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_prepared_model_multiplies_as_before(name: str) -> None:
     """With masters in the place of quantized weights, its logits are the original's."""
     original = family(name, **FAMILIES[name])

@@ -28,6 +28,7 @@ from wrinklefree.core.turned import TurnedLinear
 log = logging.getLogger("wrinklefree")
 
 TOKENS = 8  # on which a model is tried
+PLAIN = (nn.Linear, TurnedLinear)  # subclasses may do more
 CLOSE = 1e-3  # of an output to the product, relative to the largest number in it
 
 
@@ -158,7 +159,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 def _kind(module: nn.Module, x: Tensor, output: Tensor) -> str:
     """What the module has done with `x` [..., in]: `linear`, `turned` (a weight [in, out]) or `other`."""
-    if type(module) is nn.Linear:
+    if type(module) in PLAIN:
         return "linear"
     weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
     for kind, matrix in (("linear", weight), ("turned", weight.T)):
@@ -180,7 +181,7 @@ def _open(model: nn.Module, probe: Probe, patterns: list[str]) -> set[str]:
             continue
         if not probe.calls(fqn):
             uncalled.add(fqn)
-        elif type(module) is not nn.Linear and probe.kinds.get(fqn) in ("linear", "turned"):
+        elif type(module) not in PLAIN and probe.kinds.get(fqn) in ("linear", "turned"):
             model.set_submodule(fqn, _linear(module, probe.kinds[fqn] == "turned"))
     for fqn, uses in probe.uses.found.items():
         if uses in ({"linear"}, {"turned"}) and not surgery.matches(fqn, patterns):
