@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 
 lint: docs
 	$(BIN)/ruff check .
-	$(BIN)/ruff format .-check .
+	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 
