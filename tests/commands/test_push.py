@@ -1,4 +1,4 @@
-"""`wf push` against a hub on this machine: what arrives is what lies in the folder."""
+"""What `wf push` sends to a hub on this machine is what lies in the folder."""
 
 import base64
 import json

@@ -163,7 +163,6 @@ LISTS: dict[str, Callable[[], bool]] = {
     "data formats": lambda: set(names(DATA_FORMATS)) <= cells("docs/configuration.md", r"\| `data.format` \|"),
     "schedules": lambda: set(names(SCHEDULES)) <= cells("docs/configuration.md", r"\| `training.scheduler.name` \|"),
     "columns": lambda: set(names(DATA_FORMATS)) <= cells("docs/kd-cache.md", r"\| `\w+` \|"),
-    "README": lambda: "\\|".join(formats()) in (ROOT / "README.md").read_text(encoding="utf-8"),
 }
 
 

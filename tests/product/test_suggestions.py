@@ -105,7 +105,7 @@ def test_a_command_that_is_named_exists(where: str) -> None:
 @pytest.mark.parametrize("where", FLAGS)
 def test_an_option_that_is_named_exists(where: str) -> None:
     (name,) = FLAGS[where]
-    others = {"--help", "--nproc-per-node", "--standalone", "--python"}  # of torchrun and of pip
+    others = {"--help", "--version", "--nproc-per-node", "--standalone", "--python"}  # of wf, torchrun and pip
     assert f"--{name}" in flags(ROOT) | others or where.startswith(("commands/doctor.py", "runs/launch.py"))
 
 

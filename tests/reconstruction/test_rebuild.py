@@ -20,6 +20,7 @@ from wrinklefree.methods.anemll import Config as Anemll
 from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Config as Fairy2
 from wrinklefree.methods.uniform import Config as Uniform
+from wrinklefree.models.load import load_model
 from wrinklefree.reconstruction.moments import Moments
 from wrinklefree.reconstruction.rebuild import Rebuilding, token_errors, token_weights
 from wrinklefree.runs import launch, rebuilding
@@ -229,10 +230,24 @@ def test_a_run_that_goes_on_from_a_checkpoint_shows_how_its_training_began(tmp_p
 
 def test_a_plain_start_has_fitted_scales(tmp_path: Path) -> None:
     toy_files(tmp_path)
-    plain = overrides(tmp_path, "training.max_steps=0", f"output_dir={tmp_path / 'plain'}")
+    still = ("training.max_steps=0", "method.rotate_inputs=false")
+    plain = overrides(tmp_path, *still, f"output_dir={tmp_path / 'plain'}")
     train_stage(load_config(plain), force=False)
-    rebuilt = overrides(
-        tmp_path, "training.max_steps=0", "training.blockwise.enabled=true", "training.blockwise.steps=0"
-    )
+    rebuilt = overrides(tmp_path, *still, "training.blockwise.enabled=true", "training.blockwise.steps=0")
     train_stage(load_config(rebuilt), force=False)
     assert final(tmp_path / "run") == final(tmp_path / "plain")
+
+
+def test_a_plain_start_fits_scales_to_the_turned_weight(tmp_path: Path) -> None:
+    """The weight lies in a file until its block is rebuilt, and turns only then."""
+    model = llama()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data[:, 3] *= 100  # what a rotation spreads over all columns
+    toy_files(tmp_path, model)
+    settings = ("training.max_steps=0", "training.blockwise.enabled=true", "training.blockwise.steps=0")
+    train_stage(load_config(overrides(tmp_path, *settings)), force=False)
+    trained, _ = load_model(tmp_path / "run" / "final")
+    for layer in (layer for fqn, layer in quant_layers(trained).items() if fqn.endswith("up_proj")):
+        before = layer.log_scales.detach().clone()
+        layer.fit(torch.ones(layer.in_features))
+        torch.testing.assert_close(layer.log_scales, before)

@@ -57,7 +57,7 @@ def test_train_resume_keep_best_load_and_pack(model_type: str, tmp_path: Path) -
     best, _ = load_model(whole / "run" / "best")
     assert torch.equal(best(ids()).logits, trained(ids()).logits)
 
-    method = find("fairy2")(name="fairy2")
+    method = find("fairy2")(name="fairy2", rotate_inputs=True)
     packed = tmp_path / "packed"
     exact = {"dense_dtype": "float32", "snap_scales": False, "card": "", "force": False}
     report = export_packed(trained, tokenizer(), method, packed, batches=batches(), **exact)

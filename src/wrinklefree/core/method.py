@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -135,7 +136,8 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow moves to other devices, but keep masters and scales in fp32 if the model is cast to fewer bits."""
-        kept = {id(p) for name, p in self.named_parameters(recurse=False) if name != "bias"}
+        own = chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
+        kept = {id(tensor) for name, tensor in own if name != "bias"}
 
         def apply(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

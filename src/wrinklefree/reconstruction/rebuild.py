@@ -126,6 +126,8 @@ class Rebuilding:
             stored.own(block)
             for layer in quant_layers(block).values():
                 layer.turn()
+                if layer.config.rotate_inputs and not self.calibrate:  # the scales were those of the weight in the file
+                    layer.fit(torch.ones(layer.in_features, device=layer.weight.device))
             keep_effective(block, True)
         return block
 
