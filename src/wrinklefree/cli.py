@@ -73,7 +73,7 @@ def options_of_all(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    """Hold the options that belong to no verb."""
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings; see `wf config`.")]

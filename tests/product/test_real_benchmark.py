@@ -14,7 +14,7 @@ from toyrun import overrides, toy_files
 from transformers import PreTrainedModel
 
 from benchmarks.real import __main__ as table
-from benchmarks.real import measure, ours, peers
+from benchmarks.real import measure, ours, peers, picture
 from benchmarks.real.llama import Runner, bits_per_block_weight, importance, quantize, write
 from benchmarks.real.rows import Row, Store
 from wrinklefree.compare import formulas
@@ -343,3 +343,11 @@ def test_kept_rows_are_shown_without_a_model_and_name_no_place() -> None:
     for name, row in Store(table.KEPT).rows.items():
         assert not row.source.startswith("/"), name
         assert row.commit, name
+
+
+def test_the_picture_is_that_of_the_kept_rows(tmp_path: Path) -> None:
+    """If this fails: python -m benchmarks.real --picture docs/quality.svg."""
+    rows = Store(table.KEPT).rows
+    assert set(picture.NAMES) <= set(rows)
+    picture.write(rows, tmp_path / "quality.svg")
+    assert (tmp_path / "quality.svg").read_bytes() == (table.HERE.parents[1] / "docs" / "quality.svg").read_bytes()

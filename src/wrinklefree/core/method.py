@@ -4,6 +4,7 @@ To add a method, write `methods/<name>.py` with a class `Config`. `find("<name>"
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -206,14 +207,17 @@ class QuantMethod:
         Returns `model`, changed in place. A method may instead return a new model that took over the weights.
         Raises UserError if there is no linear layer to quantize, or if layers cannot be rotated as the method says.
         """
-        self.choose_rotation(model)
+        self.keep_rotation(model)
         sites = self.sites(model)
         if not sites and not quant_layers(model):
             raise UserError(
                 f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)"
             )
-        if self.rotate_inputs and _shared(model, sites):
-            raise UserError(f"method.rotate_inputs: {_shared(model, sites)}: exclude_names")
+        shared = _shared(model, sites) if self.rotate_inputs else ""
+        if self.rotate_inputs == "auto":
+            self.rotate_inputs = not shared
+        elif shared:
+            raise UserError(f"method.rotate_inputs: {shared}: exclude_names")
         for fqn, linear in sites.items():
             with widened(linear.weight):
                 layer = self.layer(linear, self.config_for(fqn), initialize)
@@ -229,11 +233,14 @@ class QuantMethod:
         """The layers to quantize by fqn. Layers of other classes that multiply alike become linear ones, in place."""
         return products.open_products(model, self.exclude_names)
 
-    def choose_rotation(self, model: nn.Module) -> None:
-        """Resolve `rotate_inputs: auto`. Raises UserError if `model` is quantized already, and was turned otherwise."""
+    def keep_rotation(self, model: nn.Module) -> None:
+        """Let `rotate_inputs: auto` be what a quantized model was trained with.
+
+        Raises UserError if `model` is quantized already, and its weights are turned otherwise than this method's.
+        """
         trained = {layer.config.rotate_inputs for layer in quant_layers(model).values()}
-        if self.rotate_inputs == "auto":
-            self.rotate_inputs = trained.pop() if trained else not _shared(model, self.sites(model))
+        if self.rotate_inputs == "auto" and trained:
+            self.rotate_inputs = trained.pop()
         if trained - {self.rotate_inputs}:
             setting = str(self.rotate_inputs).lower()
             raise UserError(f"method.rotate_inputs={setting}: a quantized model keeps what it was trained with")
@@ -258,11 +265,11 @@ class QuantMethod:
 
 def _shared(model: nn.Module, sites: Mapping[str, nn.Linear]) -> str:
     """Say which of the layers shares its weight with others; "" if none does. It would turn for all that have it."""
-    for fqn, linear in sites.items():
-        owners = [name for name, p in model.named_parameters(remove_duplicate=False) if p is linear.weight]
-        if len(owners) > 1:
-            return f"{fqn} shares its weight ({', '.join(owners)})"
-    return ""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name)
+    found = ((fqn, owners[id(linear.weight)]) for fqn, linear in sites.items())
+    return next((f"{fqn} shares its weight ({', '.join(names)})" for fqn, names in found if len(names) > 1), "")
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,6 @@ from wrinklefree.tracking.terminal import markdown_table
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MOST_CHARACTERS = 65_536  # that are read of another model's card
 PACKAGES = ("wrinklefree", "torch", "transformers")
-TEXTS = {
-    "stdlib": "Python's standard library",
-    "local": "files of the user",
-    "self": "written by the model itself",
-    "downstream": "the task {task}",
-    "hub": "{path}",
-}
 
 
 def card(config: Config, training: Mapping[str, str] | None = None) -> str:
@@ -54,9 +47,11 @@ def card(config: Config, training: Mapping[str, str] | None = None) -> str:
 
 def made(config: Config) -> list[list[str]]:
     """Rows of the table of how a model was made, as far as its config tells."""
-    text = TEXTS[config.data.source].format(task=config.data.task, path=config.data.path)
+    data = config.data
+    on_hub = data.source == "hub" and not Path(data.path or "").exists()
+    named = [f"data={data.source}", *([data.task] if data.task else []), *([str(data.path)] if on_hub else [])]
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
-    return [["with", versions], ["text", text], ["objective", config.training.objective]]
+    return [["with", versions], ["text", " ".join(named)], ["objective", config.training.objective]]
 
 
 def licence_of(folder: Path) -> str | None:

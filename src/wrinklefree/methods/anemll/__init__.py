@@ -289,7 +289,7 @@ class Config(QuantMethod):
 
     def prepare(self, model: nn.Module, batches: Batches = (), initialize: bool = True) -> nn.Module:
         """Swap the linear layers and fit them. If the model is prepared already, convert its layers instead."""
-        self.choose_rotation(model)
+        self.keep_rotation(model)
         known = quant_layers(model)
         squares = {}
         weighted = self.importance and self.init == "als" and not self.rotate_inputs  # squares are of other columns

@@ -227,7 +227,7 @@ class Config(QuantMethod):
         - the model is a BitNet, which has the paper's norms, and `norm_mode` is another,
         - the model was prepared with another method, `norm_mode`, `scale_mode` or `rotate_inputs`.
         """
-        self.choose_rotation(model)
+        self.keep_rotation(model)
         if quant_layers(model):
             return self._adopt(model)
         sites = self._sites(model)
