@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "kernels.h"
 #include "layout.h"
 #include "wf.h"
 
@@ -77,9 +78,15 @@ Stream stream(Format format, int rows, int columns, int num_rows, int num_groups
     // Real and imaginary inputs are each padded to whole segments. A group is padded to the chunks of the widest
     // format, so that matrices of different formats share their activations.
     const int inputs = complex ? 2 * ceil_div(width, CELL) * CELL : width;
-    s.columns = {complex, num_groups, width, ceil_div(inputs, 64) * 64};
-    s.chunks = ceil_div(inputs, spec(format).segments * CELL);
-    s.cells.reset(static_cast<size_t>(s.panels) * num_groups * s.chunks * CHUNK_BYTES);
+    if (complex && kernels().tables) {
+        s.chunks = ceil_div(width, CELL);
+        s.columns = {complex, true, num_groups, width, s.chunks * 2 * TABLES};
+        s.cells.reset(s.group_planes(ceil_div(rows, PLANE_ROWS), 0));
+    } else {
+        s.chunks = ceil_div(inputs, spec(format).segments * CELL);
+        s.columns = {complex, false, num_groups, width, ceil_div(inputs, 64) * 64};
+        s.cells.reset(static_cast<size_t>(s.panels) * num_groups * s.chunks * CHUNK_BYTES);
+    }
     const int scale_panels = num_rows == 1 ? 1 : s.panels;
     s.scale_panel = num_rows == 1 ? 0 : static_cast<size_t>(num_groups) * PANEL;
     s.scales.reset(static_cast<size_t>(scale_panels) * num_groups * PANEL);
@@ -326,6 +333,23 @@ void fill_heads(Stream& s, const ComplexCodes& f, int first, int count, bool wid
         }
 }
 
+// Stores codes as planes of bits. Code k stands for i^k, which is (p + q - 1) + i (q - p).
+void fill_planes(Stream& s, const ComplexCodes& f, int first, int count) {
+    static constexpr uint8_t BITS[4] = {0x11, 0x10, 0x00, 0x01};  // p in bit 0, q in bit 4
+    const int width = s.columns.width;
+    for (int i = 0; i < 2 * count; ++i) {
+        const uint8_t* codes = f.codes_of(i / count, first + i % count);
+        for (int row = 0; row < s.rows; ++row)
+            for (int column = 0; column < f.columns; ++column, ++codes) {
+                const int inside = column % width, lane = inside % CELL / 4;
+                uint8_t* half = s.cells.data() + s.group_planes(row / PLANE_ROWS, column / width) +
+                                static_cast<size_t>(lane / 2 * 2 * count + i) * s.half_bytes();
+                half[(inside / CELL * 2 + lane % 2) * PLANE_ROWS + Stream::plane_byte(row)] |=
+                    static_cast<uint8_t>(BITS[*codes] << inside % 4);
+            }
+    }
+}
+
 void fill_complex(Stream& s, const ComplexCodes& f, int first, int count) {
     const int width = s.columns.width, per_chunk = spec(s.format).segments / 2 * CELL;
     for (int p = 0; p < 2; ++p)
@@ -378,7 +402,11 @@ wf_matrix* complex_matrix(int n, int k, int num_stages, const uint8_t* codes, co
         const Format format = count == 1 ? (wide ? Format::COMPLEX1_WIDE : Format::COMPLEX1)
                                          : (wide ? Format::COMPLEX2_WIDE : Format::COMPLEX2);
         m.streams.push_back(stream(format, f.rows, f.columns, num_rows, num_groups));
-        fill_complex(m.streams.back(), f, first, count);
+        if (m.streams.back().columns.planes) {
+            fill_planes(m.streams.back(), f, first, count);
+        } else {
+            fill_complex(m.streams.back(), f, first, count);
+        }
         fill_heads(m.streams.back(), f, first, count, wide);
     }
     m.kernel = any_wide ? "complex-wide" : "complex-grid";

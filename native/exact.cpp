@@ -29,6 +29,27 @@ void int8_row(const wf_matrix& m, int n, float* out) {
     for (int j = 0; j < m.k; ++j) out[j] = static_cast<int8_t>(cell(m.streams[0], n, 0, j / CELL)[j % CELL]);
 }
 
+// The codes of complex column `inside` of a group: of matrix p and stage t, from bit 2 p with one stage, and from bit
+// 4 p + 2 t with two.
+int cell_codes(const Stream& s, int row, int group, int inside) {
+    const int per_chunk = spec(s.format).segments / 2 * CELL, at = inside % per_chunk;
+    return cell(s, row, group, inside / per_chunk)[at % CELL] >> (at / CELL * 4);
+}
+
+int plane_codes(const Stream& s, int row, int group, int inside) {
+    static constexpr int CODES[4] = {2, 3, 1, 0};  // of the bits p + 2 q
+    const int lane = inside % CELL / 4;
+    const uint8_t* from = s.cells.data() + s.group_planes(row / PLANE_ROWS, group) +
+                          lane / 2 * 2 * s.stages() * s.half_bytes() + (inside / CELL * 2 + lane % 2) * PLANE_ROWS +
+                          Stream::plane_byte(row);
+    int codes = 0;
+    for (int i = 0; i < 2 * s.stages(); ++i, from += s.half_bytes()) {
+        const int bits = *from >> inside % 4;
+        codes |= CODES[(bits & 1) | (bits >> 3 & 2)] << 2 * i;
+    }
+    return codes;
+}
+
 constexpr float REAL[4] = {1, 0, -1, 0}, IMAGINARY[4] = {0, 1, 0, -1};
 
 // Adds the stages of one stream to row n of the real weight, which is a row of [A11 A12] or of [A21 A22]
@@ -36,10 +57,9 @@ constexpr float REAL[4] = {1, 0, -1, 0}, IMAGINARY[4] = {0, 1, 0, -1};
 void add_complex(const wf_matrix& m, const Stream& s, int first, int n, float* out) {
     const int half_rows = m.n / 2, half = m.k / 2, row = n % half_rows, count = std::min(2, m.num_stages - first);
     const bool top = n < half_rows;
-    const int per_chunk = spec(s.format).segments / 2 * CELL;
     for (int j = 0; j < half; ++j) {
-        const int group = j / s.columns.width, inside = j % s.columns.width, at = inside % per_chunk;
-        const int codes = cell(s, row, group, inside / per_chunk)[at % CELL] >> (at / CELL * 4);
+        const int group = j / s.columns.width, inside = j % s.columns.width;
+        const int codes = s.columns.planes ? plane_codes(s, row, group, inside) : cell_codes(s, row, group, inside);
         float sum[2][2] = {};  // [p][axis]
         for (int p = 0; p < 2; ++p)
             for (int t = 0; t < count; ++t) {

@@ -7,7 +7,7 @@ namespace wf {
 namespace {
 
 struct V {
-    static constexpr int ROWS = 4, ZERO = 128, NUM_ROWS = 2, MOST_SUMS = 16, CHAINS = 16;
+    static constexpr int ROWS = 4, ZERO = 128, NUM_ROWS = 2, MOST_SUMS = 16, CHAINS = 16, PAIRS = 0;
     using Bytes = __m512i;
     using Sums = __m512i;
     using Floats = __m512;
@@ -64,6 +64,6 @@ struct V {
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512-vnni", product, quantize, sum, dot, dot_bf16};
+const Kernels avx512_kernels = {"avx512-vnni", product, nullptr, quantize, sum, dot, dot_bf16};
 
 }  // namespace wf

@@ -26,6 +26,6 @@ struct V : Registers {
 
 }  // namespace
 
-const Kernels avxvnni_kernels = {"avx-vnni", product, quantize, sum, dot, dot_bf16};
+const Kernels avxvnni_kernels = {"avx-vnni", product, nullptr, quantize, sum, dot, dot_bf16};
 
 }  // namespace wf

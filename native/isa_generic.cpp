@@ -6,7 +6,7 @@ namespace wf {
 namespace {
 
 struct V {
-    static constexpr int ROWS = 1, ZERO = 0, NUM_ROWS = 1, MOST_SUMS = 4, CHAINS = 4;
+    static constexpr int ROWS = 1, ZERO = 0, NUM_ROWS = 1, MOST_SUMS = 4, CHAINS = 4, PAIRS = 0;
     struct Bytes {
         uint8_t at[CELL];
     };
@@ -98,6 +98,6 @@ struct V {
 
 }  // namespace
 
-const Kernels generic_kernels = {"generic", product, quantize, sum, dot, dot_bf16};
+const Kernels generic_kernels = {"generic", product, nullptr, quantize, sum, dot, dot_bf16};
 
 }  // namespace wf

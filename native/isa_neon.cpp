@@ -7,7 +7,7 @@ namespace wf {
 namespace {
 
 struct V {
-    static constexpr int ROWS = 1, ZERO = 0, NUM_ROWS = 4, MOST_SUMS = 16, CHAINS = 8;
+    static constexpr int ROWS = 1, ZERO = 0, NUM_ROWS = 4, MOST_SUMS = 16, CHAINS = 8, PAIRS = 0;
     using Bytes = uint8x16_t;
     using Sums = int32x4_t;
     using Floats = float32x4_t;
@@ -47,6 +47,6 @@ struct V {
 
 }  // namespace
 
-const Kernels neon_kernels = {"neon-dotprod", product, quantize, sum, dot, dot_bf16};
+const Kernels neon_kernels = {"neon-dotprod", product, nullptr, quantize, sum, dot, dot_bf16};
 
 }  // namespace wf

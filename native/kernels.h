@@ -19,6 +19,9 @@ struct Kernels {
     // Panels [begin, end) of a job.
     void (*product)(const Job&, int begin, int end);
 
+    // Writes the tables and sums of a rounded token [2, k / 2]. If it is given, complex codes lie as planes.
+    void (*tables)(const int8_t* q, const Activations& to, int token);
+
     // q = rint(x * (1 / max|x| * 127)). Returns the scale, max|x| / 127, or NaN if x is not finite.
     float (*quantize)(const float* x, int size, int8_t* q);
 

@@ -12,6 +12,15 @@
 //
 // In complex layers a row is the complex row j. It stands for two real rows, j and n / 2 + j, which are its two
 // *parts*. Segments alternate: 16 real inputs, then 16 imaginary ones.
+//
+// Instruction sets without dot products of bytes have complex codes as *planes* of bits instead (planes.inc), in *double
+// panels* of 16 rows:
+//
+//     cells[double panel][group][half][matrix and stage][segment][2 lanes][16 rows]
+//
+// Each byte has two bits, p and q, for 4 neighbouring columns: p in its low nibble, q in its high one. A segment is 16
+// complex columns, and lane l has its columns 4 l to 4 l + 3; half h has lanes 2 h and 2 h + 1. Rows 0 to 7 have the even
+// bytes and rows 8 to 15 the odd ones.
 #pragma once
 #include <vector>
 
@@ -19,7 +28,9 @@
 
 namespace wf {
 
-constexpr int PANEL = 8, CELL = 16, CHUNK_BYTES = PANEL * CELL;
+constexpr int PANEL = 8, CELL = 16, CHUNK_BYTES = PANEL * CELL, PLANE_ROWS = 2 * PANEL;
+// Bytes of tables for half a segment: [real, imaginary inputs][low, high digit][2 lanes][16].
+constexpr int TABLES = 2 * 2 * 2 * 16;
 
 enum class Format {
     AFFINE2,        // codes of 2 bits, 4 segments; code q has the value 2 q - twice_zero
@@ -51,11 +62,14 @@ constexpr int WIDE = 63, WIDE_LOW = 31, WIDE_MAX = WIDE * 125;
 // How the activations of a product lie: one group after the other, each of `stride` bytes.
 struct Columns {
     bool complex = false;
+    bool planes = false;  // the activations are tables, for codes that are planes of bits
     int groups = 1;
-    int width = 0;   // columns of a group, complex columns if the layer is complex
-    int stride = 0;  // bytes of a group, which are whole chunks
+    int width = 0;                                   // columns of a group, complex columns if the layer is complex
+    int stride = 0;                                  // bytes of a group, which are whole chunks
+    int num_sums() const { return planes ? 8 : 4; }  // of a group of activations
     bool operator==(const Columns& o) const {
-        return complex == o.complex && groups == o.groups && width == o.width && stride == o.stride;
+        return complex == o.complex && planes == o.planes && groups == o.groups && width == o.width &&
+               stride == o.stride;
     }
 };
 
@@ -63,7 +77,7 @@ struct Columns {
 struct Stream {
     Format format;
     int rows = 0, panels = 0;
-    int chunks = 0;  // of one group
+    int chunks = 0;  // of one group; with planes, its segments
     Columns columns;
     Buffer<uint8_t> cells;
     Buffer<uint8_t> heads;      // [panel or 1][group][heads][8 rows][16]: scales as integers
@@ -76,6 +90,12 @@ struct Stream {
 
     const uint8_t* group_cells(int panel, int group) const {
         return cells.data() + (static_cast<size_t>(panel) * columns.groups + group) * chunks * CHUNK_BYTES;
+    }
+    int stages() const { return format == Format::COMPLEX1 || format == Format::COMPLEX1_WIDE ? 1 : 2; }
+    static int plane_byte(int row) { return row % PANEL * 2 + row % PLANE_ROWS / PANEL; }
+    size_t half_bytes() const { return static_cast<size_t>(chunks) * 2 * PLANE_ROWS; }
+    size_t group_planes(int double_panel, int group) const {
+        return (static_cast<size_t>(double_panel) * columns.groups + group) * 2 * stages() * 2 * half_bytes();
     }
     const uint8_t* group_heads(int panel, int group) const {
         return heads.data() + panel * head_panel + static_cast<size_t>(group) * spec(format).heads * CHUNK_BYTES;
@@ -95,9 +115,11 @@ constexpr int TILE = 8;
 struct Activations {
     Columns columns;
     int batch = 0;
-    int tile = TILE;          // tokens in a whole tile
-    int8_t* data = nullptr;   // [tile][segment][token of the tile][16]
-    int32_t* sums = nullptr;  // [token][group][4]: sums of bytes 0-3, 4-7, 8-11 and 12-15 of every segment
+    int tile = TILE;         // tokens in a whole tile
+    int8_t* data = nullptr;  // [tile][segment][token of the tile][16]
+    // [token][group][4]: sums of bytes 0-3, 4-7, 8-11 and 12-15 of every segment. With planes, [token][group][2][4]: those
+    // of the real and of the imaginary inputs.
+    int32_t* sums = nullptr;
 
     size_t length() const { return static_cast<size_t>(columns.groups) * columns.stride; }
     int tokens(int index) const { return batch - index * tile < tile ? batch - index * tile : tile; }
@@ -128,6 +150,9 @@ struct wf_matrix {
     int parts() const { return kind == Kind::COMPLEX ? 2 : 1; }
     int rows() const { return n / parts(); }
     int panels() const { return wf::ceil_div(rows(), wf::PANEL); }
+    // What a thread takes at least: a panel, or a double panel.
+    int panels_in_task() const { return !streams.empty() && streams[0].columns.planes ? 2 : 1; }
+    int tasks() const { return wf::ceil_div(panels(), panels_in_task()); }
     size_t padded_row(int n) const { return static_cast<size_t>(n / rows()) * panels() * wf::PANEL + n % rows(); }
     size_t padded_rows() const { return static_cast<size_t>(panels()) * wf::PANEL * parts(); }
 };

@@ -11,7 +11,7 @@
 namespace wf {
 namespace {
 
-constexpr int MAX_TOKENS = 24 * TILE;
+constexpr int MAX_TOKENS = 24 * TILE, MAX_TOKENS_OF_TABLES = 2 * TILE;
 constexpr size_t RUN_BYTES = 8 << 10;  // of weights: a run that reads fewer is not worth handing to a thread
 constexpr int RUNS_PER_THREAD = 16;    // at most, if no run were a long one (pool.h)
 constexpr size_t MAX_BATCH = 1 << 20;
@@ -74,6 +74,7 @@ void sum_groups(const int8_t* q, int half, const Activations& to, int token, con
 }
 
 void spread(const int8_t* q, int k, const Activations& to, int token, const Kernels& kernels) {
+    if (to.columns.planes) return kernels.tables(q, to, token);
     if (to.columns.complex) {
         spread_complex(q, k / 2, to, token / to.tile, token % to.tile);
     } else {
@@ -157,7 +158,7 @@ class Needs {
     }
     static size_t data_bytes(const Activations& a) { return a.length() * a.batch; }
     static size_t sums_bytes(const Activations& a) {
-        return static_cast<size_t>(a.batch) * a.columns.groups * 4 * sizeof(int32_t);
+        return static_cast<size_t>(a.batch) * a.columns.groups * a.columns.num_sums() * sizeof(int32_t);
     }
     static size_t lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
@@ -233,11 +234,13 @@ int run_length(const Call& call, int tasks) {
 template <class Body>
 void each_panel(const Call& call, Body body) {
     int tasks = 0;
-    for (int i = 0; i < call.count; ++i) tasks += call.matrices[i]->panels();
+    for (int i = 0; i < call.count; ++i) tasks += call.matrices[i]->tasks();
     call.pool.each(tasks, run_length(call, tasks), [&](int thread, int begin, int end) {
-        for (int i = 0, first = 0; i < call.count && first < end; first += call.matrices[i++]->panels()) {
-            const int from = std::max(begin - first, 0), to = std::min(end - first, call.matrices[i]->panels());
-            if (from < to) body(i, from, to, thread);
+        for (int i = 0, first = 0; i < call.count && first < end; first += call.matrices[i++]->tasks()) {
+            const wf_matrix& m = *call.matrices[i];
+            const int from = std::max(begin - first, 0), to = std::min(end - first, m.tasks());
+            const int panels = m.panels_in_task();
+            if (from < to) body(i, from * panels, std::min(to * panels, m.panels()), thread);
         }
     });
 }
@@ -260,8 +263,12 @@ void run_exact(const Call& call) {
 // How many tokens to work on at a time: their activations should stay in the second-level cache.
 int block(const wf_matrix* const* matrices, int count) {
     int rank = 1;
-    for (int i = 0; i < count; ++i) rank = std::max(rank, matrices[i]->rank);
-    return MAX_TOKENS / rank;
+    bool planes = false;
+    for (int i = 0; i < count; ++i) {
+        rank = std::max(rank, matrices[i]->rank);
+        planes = planes || matrices[i]->panels_in_task() > 1;
+    }
+    return (planes ? MAX_TOKENS_OF_TABLES : MAX_TOKENS) / rank;
 }
 
 void run(wf_pool& pool, const wf_matrix* const* matrices, int count, const float* x, int batch, float* const* y,

@@ -244,6 +244,23 @@ def test_the_same_bits_on_every_instruction_set(
     assert len(set(there.values())) == 1
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_long_rows_of_the_largest_codes_and_inputs_do_not_overflow(sign: float) -> None:
+    """Kernels add up in bytes and int16 for as long as these can hold the sums."""
+    k, n = 2 * 1129, 2 * 17
+    x = torch.full((1, k), sign)
+    ternary = Table(torch.full((n, k), 2, dtype=torch.uint8), torch.tensor([-1.0, 0.0, 1.0, 0.0]), torch.ones(1, 1))
+    forms: list[Form] = [ternary]
+    for code in range(4):
+        for stages in (1, 2):
+            index = torch.full((2, stages, n // 2, k // 2), code, dtype=torch.uint8)
+            forms.append(Complex(index, torch.full((2, stages, 2, 1, 1), 3.0)))
+    for form in forms:
+        layer = matrix(form)
+        weight = torch.stack([layer.row(i) for i in range(n)])
+        torch.testing.assert_close(native.matmul([layer], x, native.INT8)[0], x @ weight.T, rtol=1e-5, atol=1e-3)
+
+
 def test_rows_of_the_weight_are_read_back() -> None:
     made = Layers(12)
     for _ in range(LAYERS):
