@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, coverage, find, masters, quant_layers
 from wrinklefree.core.products import output_head
+from wrinklefree.core.stack import as_one
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.export.proof.loader import prove
 from wrinklefree.models.load import load_model
@@ -122,14 +123,14 @@ def test_a_folder_is_read_without_the_package(name: str, tmp_path: Path) -> None
     prove(tmp_path / "p", ids()[:1], logits(trained)[:1])
 
 
-def test_checkpoints_of_gpt2_have_its_own_names_and_shapes(tmp_path: Path) -> None:
-    """A weight [in, out] is quantized as [out, in] and saved as [in, out], so plain transformers reads the masters."""
-    original = family("gpt2", **GPT2)
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gpt_oss"])
+def test_plain_transformers_reads_the_masters_of_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """Weights [in, out] are quantized as [out, in] and saved as [in, out]. Experts are saved as one tensor again."""
+    original = family(name, **FAMILIES[name])
     prepared = toy().prepare(copy.deepcopy(original))
-    own, saved = original.state_dict(), prepared.state_dict()
-    assert {name: tensor.shape for name, tensor in own.items()} == {name: saved[name].shape for name in own}
+    own, saved = original.state_dict(), as_one(prepared.state_dict(), prepared)
     assert all(torch.equal(saved[name], own[name]) for name in own)
-    again = toy().prepare(family("gpt2", **GPT2, initializer_range=0.3))
+    again = toy().prepare(family(name, **FAMILIES[name], initializer_range=0.3))
     checkpoint.save(tmp_path / "final", prepared, tokenizer(), "", None)
     checkpoint.load_weights(tmp_path / "final", again)
     torch.testing.assert_close(logits(again), logits(prepared))

@@ -207,9 +207,10 @@ def _linear(module: nn.Module, turned: bool) -> nn.Linear:
 
 
 def _expert(matrix: Tensor, turned: bool, like: nn.Parameter) -> nn.Linear:
-    weight = matrix.T.contiguous() if turned else matrix.clone()
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, like.requires_grad)
+    if turned:
+        return TurnedLinear(nn.Parameter(matrix, like.requires_grad), None)
+    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix.clone(), like.requires_grad)
     return linear
 
 
