@@ -36,6 +36,7 @@ from wrinklefree.export.formats.gguf import ARCHITECTURES
 from wrinklefree.export.proof import loader
 from wrinklefree.generate.generate import complete
 from wrinklefree.models.load import load_model
+from wrinklefree.objectives.documents import keeps_apart
 from wrinklefree.objectives.language_model import SplitModel, vocabulary_losses
 from wrinklefree.packed.products.choose import exactly
 from wrinklefree.runs import stage
@@ -261,7 +262,8 @@ def check_loss(config: Config, result: Result) -> None:
             head.weight.mul_(SCALE / largest)
         logits = model(input_ids=ids, use_cache=False).logits
         own = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
-        batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(LENGTH)[None]}
+        positions = "position_ids" if keeps_apart(model) else "places"
+        batch = {"input_ids": ids, "labels": ids, positions: torch.arange(LENGTH)[None]}
         loss = vocabulary_losses(SplitModel(model), None, batch, config.distillation).ce
     if not torch.allclose(own, loss, rtol=CLOSE, atol=CLOSE):
         result.silent.append(f"the loss is {loss:.3f}, by the model's own logits {own:.3f}")

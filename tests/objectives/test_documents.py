@@ -27,6 +27,19 @@ def test_models_are_tried_not_known(name: str) -> None:
     assert keeps_apart(family(name, **(APART | TOGETHER)[name])) == (name in APART)
 
 
+def test_a_model_that_counts_positions_from_another_number_is_not_told_any() -> None:
+    """RoBERTa's first position is 2: told that it is 0, it would be trained on other embeddings than it is used with."""
+    model = family("roberta", is_decoder=True, pad_token_id=1, max_position_embeddings=64)
+    assert not keeps_apart(model)
+
+
+def test_a_model_whose_forward_pass_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.setattr(model.lm_head, "weight", torch.nn.Parameter(torch.ones(7, 5)))
+    with pytest.raises(UserError, match="LlamaForCausalLM: its own forward pass fails on 8 tokens: "):
+        check_causal(model)
+
+
 @pytest.mark.parametrize("name", TOGETHER)
 def test_a_row_holds_one_document_if_the_model_sees_all_of_it(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

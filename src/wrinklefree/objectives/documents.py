@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.families.foreign import refused_in_one_line
 from wrinklefree.objectives.formula import body_of
 
 HALF = 4  # tokens in each of two documents
@@ -21,22 +22,28 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def keeps_apart(model: PreTrainedModel) -> bool:
-    """Whether a document's states do not depend on what is before it in a row, if positions restart with it."""
+    """Whether a document's states do not depend on what is before it in a row, if positions restart with it.
+
+    They must also be those of the model without positions: RoBERTa and others like it count from 2, not from 0.
+    """
     if not takes_positions(model):
         return False
     ids, positions = _ids(model), torch.arange(HALF, device=model.device).repeat(2).unsqueeze(0)
-    alone = _states(model, input_ids=ids[:, HALF:], position_ids=positions[:, HALF:])
+    alone = _states(model, input_ids=ids[:, HALF:])
+    told = _states(model, input_ids=ids[:, HALF:], position_ids=positions[:, HALF:])
     packed = _states(model, input_ids=ids, position_ids=positions)[:, HALF:]
-    return _close(packed, alone)
+    return _close(told, alone) and _close(packed, alone)
 
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
-    """Raises UserError if a token's state depends on the tokens after it."""
-    ids = _ids(model)
+    """Raises UserError if a token's state depends on the tokens after it, or if the forward pass fails."""
+    ids, name = _ids(model), type(model).__name__
+    with refused_in_one_line(f"{name}: its own forward pass fails on {2 * HALF} tokens"):
+        model(input_ids=ids, use_cache=False)
     if not _close(_states(model, input_ids=ids)[:, :HALF], _states(model, input_ids=ids[:, :HALF])):
         raise UserError(
-            f"{type(model).__name__}: its tokens see those after them, so it is no causal language model (an encoder "
+            f"{name}: its tokens see those after them, so it is no causal language model (an encoder "
             f"becomes one by is_decoder=true in its config.json)"
         )
 
