@@ -153,6 +153,11 @@ def read(file: Path) -> Tokenizer:
     return _rebuilt(read_header(file))
 
 
+def has_tokenizer(header: Header) -> bool:
+    """Whether a file has a tokenizer. One without runs token ids only."""
+    return header.metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
+
+
 def tokenizer_of(header: Header) -> PreTrainedTokenizerBase:
     """Make transformers' tokenizer of the one in a file, with its special tokens and chat template.
 

@@ -31,7 +31,7 @@ from wrinklefree.gguf.blocks import INTEGERS, unpack
 from wrinklefree.gguf.header import Header, read_header
 from wrinklefree.gguf.names import gguf_name, halved, heads_of, own_name
 from wrinklefree.gguf.settings import Settings
-from wrinklefree.gguf.tokens import stop_ids, tokenizer_of
+from wrinklefree.gguf.tokens import has_tokenizer, stop_ids, tokenizer_of
 from wrinklefree.gguf.values import read_weight
 from wrinklefree.packed.layer import LayerSpec
 from wrinklefree.packed.quantizer import QUANT_METHOD, WITH_HEAD
@@ -161,13 +161,13 @@ def _shared(scales: Tensor) -> Tensor:
 
 
 def _ends(header: Header) -> dict[str, Any]:
-    stops = stop_ids(header)
+    stops = stop_ids(header) if has_tokenizer(header) else []
     begin = header.metadata.get("tokenizer.ggml.bos_token_id")
     return {"bos_token_id": begin, "eos_token_id": stops[0] if stops else None}
 
 
 def _write(contents: _Contents, folder: Path, use: Use) -> None:
-    tokenizer = tokenizer_of(contents.header)
+    tokenizer = tokenizer_of(contents.header) if has_tokenizer(contents.header) else None
     config = dict(contents.config)
     layers: dict[str, dict[str, Any]] = {}
     tied: dict[str, str] = {}
@@ -186,9 +186,12 @@ def _write(contents: _Contents, folder: Path, use: Use) -> None:
         config["dtype"] = str(dtype).removeprefix("torch.")
     save_file({name: t.contiguous() for name, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    ends = _ends(contents.header) | {"eos_token_id": stop_ids(contents.header) or None}
+    ends = _ends(contents.header)
+    if has_tokenizer(contents.header):
+        ends["eos_token_id"] = stop_ids(contents.header) or None
     (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _packed_state(contents: _Contents, layers: dict[str, dict[str, Any]], tied: dict[str, str]) -> dict[str, Tensor]:
