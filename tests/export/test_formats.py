@@ -1,6 +1,7 @@
 """Exports for other programs: what each target holds, that it is what was trained, and what is refused and why."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from typer.testing import CliRunner
 
 from wrinklefree.cli import app
+from wrinklefree.commands import export as export_command
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
 from wrinklefree.data.tokenizer import train_tokenizer
+from wrinklefree.export.flags import formats
 from wrinklefree.export.formats import bitnet, compressed_tensors, dense
 from wrinklefree.export.formats import gguf as gguf_export
 from wrinklefree.export.proof.agreement import Agreement
@@ -466,7 +469,7 @@ def test_a_file_that_transformers_reads_otherwise_is_noticed(tmp_path: Path, mon
 # --- the command
 
 
-def test_export_writes_each_format_beside_the_run(tmp_path: Path) -> None:
+def test_export_writes_each_format_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_files(tmp_path)
     stage = [*overrides(tmp_path, "training.max_steps=1"), "training=stage2_pretrain", "training.start_from=[]"]
     stage = [word for word in stage if word != "training=fairy2_w2"]
@@ -480,6 +483,15 @@ def test_export_writes_each_format_beside_the_run(tmp_path: Path) -> None:
         assert "same most likely token" in card
         again = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", format])
         assert again.exit_code == 2
+    monkeypatch.setattr(export_command, "formats", lambda: {name: formats()[name] for name in ("hf", "dense", "gguf")})
+    whole = CliRunner().invoke(
+        app, ["export", str(tmp_path / "run"), "--format", "all", "--out", str(tmp_path / "all")]
+    )
+    assert whole.exit_code == 0, whole.output
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"hf", "dense"}
+    assert re.search(r"^hf +[\d,]+ +(yes|KL \S+) +\d+\.\d\d% +wf generate ", whole.output, re.MULTILINE)
+    assert re.search(r"^gguf +.*only byte-level BPE", whole.output, re.MULTILINE)
+    assert "wrote 2 of 3 formats" in whole.output
     refused = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", "gguf"])
     assert refused.exit_code == 2
     assert "only byte-level BPE" in refused.output
