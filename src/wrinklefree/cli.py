@@ -517,7 +517,7 @@ def export(
     \b
     Example:
       wf export outputs/fairy2_tiny_w2 --format hf --out tiny-w2
-      wf export outputs/bitdistill_tiny_stage2_pretrain --format gguf --gguf-embedding q8_0
+      wf export outputs/bitdistill_tiny_stage2_pretrain --format gguf
       wf export outputs/bitdistill_tiny_stage2_pretrain --format all
     """
     call("export", run, format, out, force, trust_remote_code, **settings)

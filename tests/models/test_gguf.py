@@ -70,6 +70,11 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], tuple[str, ...], set[str]
         (),
         {"Q4_0", "F16", "F32"},
     ),
+    "SubLN": (
+        lambda: bitdistill.Config(activation_bits=None).prepare(llama(**WIDE)).eval(),
+        ("q2_0",),
+        {"Q2_0", "F16", "F32"},
+    ),
     "Q8_0": (lambda: uniform.Config(bits=8).prepare(qwen3()).eval(), ("auto", "q8_0"), {"Q8_0", "F32"}),
 }
 
