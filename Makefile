@@ -54,7 +54,7 @@ test-all: lint
 
 # Builds llama.cpp (minutes; needs cmake and a C++ compiler) and runs the exported files with it.
 test-gguf: $(VENV)/installed-dev
-	$(PIP) llama-cpp-python
+	$(PIP) 'llama-cpp-python>=0.3.36'
 	$(PYTEST) -m llamacpp
 
 # The native library's own tests under the address and undefined-behaviour sanitizers, with the fastest and the plainest kernels.

@@ -1,6 +1,6 @@
 """Compare tokens per second of packed models: native engine, transformers with our kernels, torch in bf16, llama.cpp.
 
-    python -m benchmarks.decode [--quick] [--json] [--parts native,hf,bf16,small,lut,serve] [--rounds 7] [--threads 1,2]
+    python -m benchmarks.decode [--quick] [--json] [--parts native,hf,...] [--rounds 7] [--threads 1,2]
 
 The models are known shapes with random weights, batch 1 and an int8 head. In each round, every case runs one burst. A
 figure is a ratio between two bursts in the same round, so that a busy machine slows down both; it is the median over
@@ -14,6 +14,7 @@ small   the native engine in SmolLM2-135M's shape
 lut     2-bit tables of rank 1 against ternary
 fused   `generate` with fused MLPs and norms against without, in SmolLM2-135M's shape (not by default)
 rotate  the native engine with rotated inputs against without, in both shapes (not by default)
+gguf    the native engine over llama.cpp on the same file: ternary in Q2_0, SmolLM2-135M's shape (not by default)
 serve   eight streams of `wf serve` against one
 """
 
@@ -32,6 +33,7 @@ from benchmarks import llama_cpp_peer as peer
 from benchmarks import quality, shapes
 from wrinklefree.engine.engine import Engine
 from wrinklefree.engine.sampling import Sampling
+from wrinklefree.models.gguf import gguf_folder
 
 Figures = dict[str, Any]
 Burst = Callable[[], float]  # tokens a second, once
@@ -217,6 +219,26 @@ def rotation(threads: int, count: int) -> Figures:
     return figures
 
 
+def same_file(threads: int, count: int, files: Path) -> Figures:
+    """Speed of the native engine over llama.cpp's, on one file in Q2_0 with embedding and head in Q8_0."""
+    file = peer.ternary(as_peer(shapes.SHAPES["smollm2_135m"]), files)
+    worker = peer.Worker(file, threads)
+    engine = Engine.from_folder(gguf_folder(file, "packed"), threads, context=512)
+    last: Figures = {}
+
+    def theirs() -> float:
+        last.update(worker.burst())
+        return last["decode"]
+
+    bursts: dict[str, Burst] = {"mainline": theirs, "mainline_prompt": lambda: last["prefill"]}
+    bursts |= {"ours": decoding(engine), "ours_prompt": reading(engine)}
+    speeds = rounds(bursts, count)
+    worker.close()
+    figures = {f"gguf_q2_0_vs_mainline_{threads}t": over(speeds, "ours", "mainline")}
+    figures[f"gguf_q2_0_prompt_vs_mainline_{threads}t"] = over(speeds, "ours_prompt", "mainline_prompt")
+    return figures | {f"gguf_q2_0_{name}_{threads}t": value for name, value in medians(speeds).items()}
+
+
 def parts(args: argparse.Namespace) -> Figures:
     """The figures of all chosen parts."""
     chosen, count = args.parts.split(","), 2 if args.quick else args.rounds
@@ -228,6 +250,8 @@ def parts(args: argparse.Namespace) -> Figures:
             figures |= transformers(threads, count, args.files)
         if "small" in chosen:
             figures |= small(threads, count, args.files)
+        if "gguf" in chosen:
+            figures |= same_file(threads, count, args.files)
     if "bf16" in chosen:
         figures |= against_bf16(1, count)
     if "lut" in chosen:

@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import tempfile
 import time
 import warnings
@@ -35,16 +36,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wrinklefree.commands import cache as cache_command
 from wrinklefree.config.compose import config_yaml, load_config, read_config
-from wrinklefree.config.schema import DistillationConfig
+from wrinklefree.config.schema import DistillationConfig, ModelConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import quant_layers
+from wrinklefree.core.method import find, quant_layers
 from wrinklefree.data import chains
 from wrinklefree.data.kd_cache.read import KDCache
 from wrinklefree.data.packing import encode, make_batch, pack_whole
 from wrinklefree.data.template import as_chat
-from wrinklefree.data.tokenizer import CHAT_TEMPLATE
+from wrinklefree.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from wrinklefree.distributed.world import World
 from wrinklefree.evaluate.perplexity import measure
+from wrinklefree.export.formats import gguf
 from wrinklefree.export.formats.anemll import write_state
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.generate import generate
@@ -109,11 +111,23 @@ def make_samples(root: Path) -> dict[str, Path]:
         model.save_pretrained(root / kind, max_shard_size=size)
         TOKENIZER.save_pretrained(root / kind)
     TOKENIZER.save_pretrained(root / "tokenizer")
+    _gguf(root / "gguf")
     _trained(root, model)
     _cache(root)
     _thinking(root, model)
     kinds = [path.name for path in sorted(root.iterdir()) if path.name in READERS]
     return {kind: root / kind for kind in kinds}
+
+
+def _gguf(folder: Path) -> None:
+    """A GGUF file with four types of tensors, and a tokenizer of its own: the chains' is cut into words."""
+    folder.mkdir()
+    words = train_tokenizer(["def f(x): return x + 1\n" * 20], vocab_size=280)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=280, max_position_embeddings=64)).eval()
+    ternary = find("bitdistill")(norm_mode="none", granularity="row").prepare(model)
+    gguf.write(ternary, words, folder, [], "q2_0", "q8_0")
 
 
 def settings(root: Path, out: Path, *more: str) -> list[str]:
@@ -204,6 +218,20 @@ def read_model(folder: Path, samples: Samples) -> None:
         generate.stream(model, tokenizer, "3 +2 *4 ?", 2, temperature=0.0, seed=0)
 
 
+def read_gguf(folder: Path, samples: Samples) -> None:
+    """Generate with a GGUF file, and load it to train from. What is cached stays in the mutant's folder."""
+    before = os.environ.get("WRINKLEFREE_CACHE")
+    os.environ["WRINKLEFREE_CACHE"] = str(folder / "cache")
+    try:
+        model, tokenizer, _ = open_engine(str(folder / "model.gguf"), "auto", threads=1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            generate.stream(model, tokenizer, "def f", 2, temperature=0.0, seed=0)
+        load_pretrained(ModelConfig(name="x", pretrained=str(folder / "model.gguf")))
+    finally:
+        os.environ.pop("WRINKLEFREE_CACHE")
+        os.environ |= {} if before is None else {"WRINKLEFREE_CACHE": before}
+
+
 def read_run(folder: Path, samples: Samples) -> None:
     """Load a checkpoint with its masters and encode its layers, as `wf export` does."""
     config = read_config(folder / checkpoint.CONFIG)
@@ -270,6 +298,7 @@ READERS: dict[str, Reader] = {
     "model": read_model,
     "sharded": read_model,
     "packed": read_model,
+    "gguf": read_gguf,
     "run": read_run,
     "resume": read_resume,
     "cache": read_cache,
@@ -480,6 +509,32 @@ def _header(file: Path, draw: random.Random) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
+def _number_in_header(file: Path, draw: random.Random) -> None:
+    """Put a number anywhere into the header: a count, a length, a type, a size or a text."""
+    data = bytearray(file.read_bytes())
+    end = data.index(b"ffn_up.weight") + 2000  # beyond most of the tensors' places
+    for _ in range(draw.choice([1, 1, 3])):
+        code = draw.choice(["<Q", "<I", "<B"])
+        most = 2 ** (8 * struct.calcsize(code))
+        number = draw.choice([0, 1, 3, 7, 42, most // 2, most - 1, most // 3, len(data), draw.randrange(most)]) % most
+        place = draw.choice([4, 8, 16, 24, draw.randrange(end), draw.randrange(end)])
+        data[place : place + struct.calcsize(code)] = struct.pack(code, number)
+    file.write_bytes(bytes(data))
+
+
+def _type_in_header(file: Path, draw: random.Random) -> None:
+    """Give a tensor another type, size or place, or a setting another number or type."""
+    data = bytearray(file.read_bytes())
+    names = [b"ffn_up.weight", b"token_embd.weight", b"attn_norm.weight", b"block_count", b"head_count_kv",
+             b"freq_base", b"layer_norm_rms_epsilon", b"token_type", b"merges", b"eos_token_id"]  # fmt: skip
+    name = draw.choice(names)
+    place = data.index(name) + len(name) + 4 * draw.randrange(8)
+    data[place : place + 4] = struct.pack(
+        "<I", draw.choice([0, 1, 2, 8, 9, 30, 34, 41, 42, 64, 10**6, 2**31, 2**32 - 1])
+    )
+    file.write_bytes(bytes(data))
+
+
 def _pickled(file: Path, draw: random.Random) -> None:
     tree = torch.load(file, weights_only=True)
     torch.manual_seed(draw.randrange(2**30))
@@ -515,6 +570,7 @@ BY_SUFFIX: dict[str, list[tuple[str, Callable[[Path, random.Random], None]]]] = 
     ".jinja": [("another template", _template)] * 2,
     ".safetensors": [("another tensor", _stored_tensor)] * 2 + [("another header", _header)],
     ".pt": [("another value", _pickled)] * 2,
+    ".gguf": [("another number in the header", _number_in_header)] * 4 + [("another type", _type_in_header)],
 }
 
 

@@ -13,8 +13,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from wrinklefree.gguf.blocks import FLOATS, INTEGERS, Kind, pack
 
 DECODED, PROMPT = 24, 128  # tokens of one burst
 
@@ -35,6 +38,60 @@ def write(shape: Shape, file: Path) -> None:
     """Write a GGUF file with random fp16 weights."""
     import gguf
 
+    writer = described(shape, file, gguf.LlamaFileType.MOSTLY_F16)
+    noise = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32).astype(np.float16) * np.float16(0.02)
+    for name, dims in tensors(shape).items():
+        if len(dims) == 1:
+            writer.add_tensor(name, np.ones(dims, dtype=np.float32))
+        else:
+            writer.add_tensor(name, np.resize(noise, dims))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def ternary(shape: Shape, folder: Path) -> Path:
+    """The GGUF file of this shape in Q2_0, with embedding and head in Q8_0. It is made if `folder` lacks it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"llama_{shape.layers}x{shape.hidden}_ternary_Q2_0.gguf"
+    if out.exists():
+        return out
+    draw = np.random.default_rng(0)
+    writer = described(shape, out.with_suffix(".part"), 41)
+    data = {name: _random_blocks(name, dims, draw) for name, dims in tensors(shape).items()}
+    for name, dims in tensors(shape).items():
+        kind = _kind(name, dims)
+        writer.add_tensor_info(name, dims, np.dtype(np.float32), data[name].nbytes, raw_dtype=kind.number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for values in data.values():
+        writer.write_tensor_data(values)
+    writer.close()
+    return out.with_suffix(".part").rename(out)
+
+
+def _kind(name: str, dims: tuple[int, ...]) -> Kind:
+    if len(dims) == 1:
+        return FLOATS["F32"]
+    return INTEGERS["Q8_0" if name in ("token_embd.weight", "output.weight") else "Q2_0"]
+
+
+def _random_blocks(name: str, dims: tuple[int, ...], draw: np.random.Generator) -> np.ndarray:
+    kind = _kind(name, dims)
+    if len(dims) == 1:
+        return np.ones(dims, dtype=np.float32)
+    most = min(kind.most, 127) if kind is INTEGERS["Q8_0"] else 1
+    integers = draw.integers(-most, most + 1, dims, dtype=np.int8)
+    scales = np.full((dims[0], dims[1] // kind.columns), 2.0**-6 / most, dtype=np.float16).astype(np.float32)
+    return pack("Q2_0" if most == 1 else "Q8_0", integers, scales)
+
+
+def described(shape: Shape, file: Path, file_type: int) -> Any:
+    """A writer that knows the sizes of a model without a tokenizer."""
+    import gguf
+
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(shape.layers)
     writer.add_context_length(2048)
@@ -46,17 +103,8 @@ def write(shape: Shape, file: Path) -> None:
     writer.add_rope_dimension_count(shape.hidden // shape.heads)
     writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    noise = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32).astype(np.float16) * np.float16(0.02)
-    for name, dims in tensors(shape).items():
-        if len(dims) == 1:
-            writer.add_tensor(name, np.ones(dims, dtype=np.float32))
-        else:
-            writer.add_tensor(name, np.resize(noise, dims))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    writer.add_file_type(file_type)
+    return writer
 
 
 def tensors(shape: Shape) -> dict[str, tuple[int, ...]]:

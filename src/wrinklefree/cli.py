@@ -499,9 +499,14 @@ def serve(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or checkpoint folder.")],
-    format: Annotated[str, typer.Option("--format", help=f"{', '.join(formats())}; hf is our packed folder.")] = "hf",
+    format: Annotated[
+        str, typer.Option("--format", help=f"{', '.join(formats())}, or all; hf is our packed folder.")
+    ] = "hf",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder to write; default: RUN/FORMAT, RUN/packed for hf.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder to write; default: RUN/FORMAT, RUN/packed for hf; for all, OUT/FORMAT."
+        ),
     ] = None,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -513,6 +518,7 @@ def export(
     Example:
       wf export outputs/fairy2_tiny_w2 --format hf --out tiny-w2
       wf export outputs/bitdistill_tiny_stage2_pretrain --format gguf
+      wf export outputs/bitdistill_tiny_stage2_pretrain --format all
     """
     call("export", run, format, out, force, trust_remote_code, **settings)
 

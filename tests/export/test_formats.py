@@ -1,6 +1,7 @@
 """Exports for other programs: what each target holds, that it is what was trained, and what is refused and why."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,23 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from typer.testing import CliRunner
 
 from wrinklefree.cli import app
+from wrinklefree.commands import export as export_command
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
 from wrinklefree.data.tokenizer import train_tokenizer
+from wrinklefree.export.flags import formats
 from wrinklefree.export.formats import bitnet, compressed_tensors, dense
 from wrinklefree.export.formats import gguf as gguf_export
-from wrinklefree.export.gguf import tokens
+from wrinklefree.export.proof.agreement import Agreement
 from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.export.views.levels import Levels
 from wrinklefree.export.views.settings import refuse_settings
 from wrinklefree.export.views.ternary import ternary_layers
-from wrinklefree.methods import fairy2
+from wrinklefree.gguf import tokens
+from wrinklefree.gguf.header import read_header
+from wrinklefree.gguf.names import gguf_name, heads_of
+from wrinklefree.gguf.values import read_weight
+from wrinklefree.methods import fairy2, uniform
 from wrinklefree.methods.bitdistill import Config
 
 BATCHES = [{"input_ids": ids(4, 32)}]
@@ -174,12 +182,73 @@ def test_ternary_codes_are_exact_in_gguf(tmp_path: Path, gguf_type: Any) -> None
     assert "output.weight" not in stored
 
 
-def test_rows_that_are_no_multiple_of_256_become_q8_0(tmp_path: Path) -> None:
+def test_a_layer_that_does_not_fit_the_type_gets_one_that_every_llama_cpp_has(tmp_path: Path) -> None:
     model = prepared(llama(**(WIDE | {"hidden_size": 64})), norm_mode="none")
-    gguf_export.write(model, bytes_tokenizer(), tmp_path, [])
+    gguf_export.write(model, bytes_tokenizer(), tmp_path, [], "tq2_0")
     stored = stored_tensors(tmp_path / "model.gguf")
-    assert stored["blk.0.ffn_up.weight"].tensor_type.name == "Q8_0"
+    assert stored["blk.0.ffn_up.weight"].tensor_type.name == "Q4_0"
     assert stored["blk.0.ffn_down.weight"].tensor_type.name == "TQ2_0"
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: prepared(llama(**WIDE), norm_mode="none"), "TQ1_0"),
+        (lambda: prepared(llama(**WIDE), norm_mode="none", granularity="group", group_size=128), "Q2_0"),
+        (lambda: prepared(llama(**WIDE), norm_mode="none", granularity="group", group_size=64), "Q2_0"),
+        (lambda: prepared(llama(**WIDE), norm_mode="none", granularity="group", group_size=32), "Q4_0"),
+        (lambda: prepared(llama(**WIDE), norm_mode="none", granularity="group", group_size=16), "F16"),
+        (lambda: uniform.Config(bits=4, granularity="group").prepare(llama(**WIDE)), "Q4_0"),
+        (lambda: uniform.Config(bits=8).prepare(llama(**WIDE)), "Q8_0"),
+    ],
+)
+def test_the_smallest_type_holds_every_layer_bit_for_bit(
+    tmp_path: Path, make: Callable[[], PreTrainedModel], kind: str
+) -> None:
+    model = make().eval()
+    gguf_export.write(model, bytes_tokenizer(), tmp_path, BATCHES)
+    header = read_header(tmp_path / "model.gguf")
+    for fqn, layer in quant_layers(model).items():
+        name = f"{fqn}.weight"
+        assert header.tensors[str(gguf_name(name))].kind == kind
+        heads = heads_of(name, "llama", model.config.num_attention_heads, model.config.num_key_value_heads)
+        assert torch.equal(read_weight(header, name, heads), layer.effective_weight(torch.float32))
+
+
+def test_one_bit_a_weight_is_q1_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method without a form, whose weights are one magnitude per row with a sign."""
+    model = prepared(llama(**WIDE), norm_mode="none")
+    signs = {fqn: torch.where(layer.weight > 0, 0.5, -0.5) for fqn, layer in quant_layers(model).items()}
+    found = {fqn: Levels(sign.sign().to(torch.int8), torch.full((len(sign), 1), 0.5)) for fqn, sign in signs.items()}
+    assert {gguf_export.layer_kind(layer, "auto") for layer in found.values()} == {"Q1_0"}
+    with_zero = Levels(found["model.layers.0.mlp.up_proj"].integers.clone(), torch.ones(512, 1))
+    with_zero.integers[3, 5] = 0
+    assert gguf_export.layer_kind(with_zero, "q1_0") == "Q4_0"
+    monkeypatch.setattr(gguf_export, "levels", lambda model: found)
+    monkeypatch.setattr(gguf_export, "measured", lambda *args: Agreement(0, 0.0, 0.0, 1.0))
+    gguf_export.write(model, bytes_tokenizer(), tmp_path, [])
+    header = read_header(tmp_path / "model.gguf")
+    assert torch.equal(read_weight(header, "model.layers.1.mlp.up_proj.weight"), signs["model.layers.1.mlp.up_proj"])
+
+
+@pytest.mark.parametrize(("kind", "error"), [("q8_0", 0.01), ("q6_k", 0.05)])
+def test_embeddings_are_rounded_on_request_and_the_loss_is_measured(tmp_path: Path, kind: Any, error: float) -> None:
+    model = prepared(llama(**WIDE), norm_mode="none")
+    table = dict(gguf_export.write(model, bytes_tokenizer(), tmp_path, BATCHES, "auto", kind))
+    stored = stored_tensors(tmp_path / "model.gguf")["token_embd.weight"]
+    assert stored.tensor_type.name == kind.upper() == table["embeddings and head"]
+    values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
+    trained = model.model.embed_tokens.weight.detach()
+    assert 0 < (values - trained).norm() / trained.norm() < error
+    assert float(table["KL(trained, exported), nats"]) > 0
+
+
+def test_blocks_that_do_not_fill_the_rows_of_the_embedding_are_refused(tmp_path: Path) -> None:
+    model = prepared(llama(**(WIDE | {"hidden_size": 64})), norm_mode="none")
+    with pytest.raises(
+        UserError, match="--gguf-embedding q6_k: has blocks of 256 columns, the embedding has 64: use q8_0"
+    ):
+        gguf_export.write(model, bytes_tokenizer(), tmp_path, [], "auto", "q6_k")
 
 
 def test_llama_q_and_k_rows_change_places_and_nothing_else(tmp_path: Path) -> None:
@@ -244,7 +313,11 @@ def with_setting(model: PreTrainedModel, **values: Any) -> PreTrainedModel:
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], Any, str]] = {
     "complex codes": (lambda: fairy2.Config().prepare(llama()), bitnet, "q_proj is not ternary (fairy2)"),
-    "complex codes, gguf": (lambda: fairy2.Config().prepare(llama()), gguf_export, "is not ternary (fairy2)"),
+    "complex codes, gguf": (
+        lambda: fairy2.Config().prepare(llama()),
+        gguf_export,
+        "is not integers times fp16 scales (fairy2)",
+    ),
     "scales by row": (lambda: prepared(llama(), norm_mode="none", granularity="row"), bitnet, "has 64 scales"),
     "no int8 activations": (lambda: prepared(llama(), activation_bits=None), bitnet, "always rounds them"),
     "SubLN inside": (lambda: prepared(qwen(intermediate_size=80)), bitnet, "method.norm_mode=per_linear"),
@@ -396,7 +469,7 @@ def test_a_file_that_transformers_reads_otherwise_is_noticed(tmp_path: Path, mon
 # --- the command
 
 
-def test_export_writes_each_format_beside_the_run(tmp_path: Path) -> None:
+def test_export_writes_each_format_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_files(tmp_path)
     stage = [*overrides(tmp_path, "training.max_steps=1"), "training=stage2_pretrain", "training.start_from=[]"]
     stage = [word for word in stage if word != "training=fairy2_w2"]
@@ -410,6 +483,15 @@ def test_export_writes_each_format_beside_the_run(tmp_path: Path) -> None:
         assert "same most likely token" in card
         again = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", format])
         assert again.exit_code == 2
+    monkeypatch.setattr(export_command, "formats", lambda: {name: formats()[name] for name in ("hf", "dense", "gguf")})
+    whole = CliRunner().invoke(
+        app, ["export", str(tmp_path / "run"), "--format", "all", "--out", str(tmp_path / "all")]
+    )
+    assert whole.exit_code == 0, whole.output
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"hf", "dense"}
+    assert re.search(r"^hf +[\d,]+ +(yes|KL \S+) +\d+\.\d\d% +wf generate ", whole.output, re.MULTILINE)
+    assert re.search(r"^gguf +.*only byte-level BPE", whole.output, re.MULTILINE)
+    assert "wrote 2 of 3 formats" in whole.output
     refused = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", "gguf"])
     assert refused.exit_code == 2
     assert "only byte-level BPE" in refused.output

@@ -13,9 +13,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.compose import load_config
+from wrinklefree.core.method import quant_layers
 from wrinklefree.data.open import heldout_batches
 from wrinklefree.export.formats import gguf
+from wrinklefree.export.proof.agreement import Agreement
+from wrinklefree.export.views.levels import Levels
+from wrinklefree.generate.open import open_model
+from wrinklefree.gguf.header import read_header
 from wrinklefree.models.load import load_model
+from wrinklefree.packed.products.choose import exactly
 from wrinklefree.runs import launch
 
 pytestmark = pytest.mark.llamacpp
@@ -42,7 +48,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     def train(norm_mode: str, granularity: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         run = tmp_path_factory.mktemp("run") / "out"
         settings = ["model=tiny", "training=stage2_pretrain", "training.start_from=[]", "training.max_steps=60"]
-        settings += [f"method.norm_mode={norm_mode}", f"method.granularity={granularity}", f"output_dir={run}"]
+        settings += [f"method.norm_mode={norm_mode}", f"method.granularity={granularity}", "method.group_size=64"]
+        settings += [f"output_dir={run}"]
         launch.run_stage([*settings, "training.final_eval_tokens=1024"], force=True)
         return load_model(run, dtype=torch.float32)
 
@@ -73,6 +80,8 @@ def theirs(model: Any, ids: torch.Tensor) -> torch.Tensor:
         ("subln", "row", "tq1_0", "bitnet"),
         ("none", "row", "tq2_0", "llama"),
         ("none", "tensor", "tq1_0", "llama"),
+        ("none", "row", "q2_0", "llama"),
+        ("none", "group", "auto", "llama"),
     ],
 )
 def test_llama_cpp_gives_our_perplexity_and_our_likeliest_tokens(
@@ -92,6 +101,26 @@ def test_llama_cpp_gives_our_perplexity_and_our_likeliest_tokens(
             same.append((ours.argmax(-1) == other.argmax(-1)).float())
     assert math.exp(abs(other_loss - loss) / TOKENS) < 1.01
     assert torch.cat(same).mean() > 0.98
+
+
+def test_llama_cpp_reads_one_bit_weights_as_we_do(tmp_path: Path, trained: Trained, monkeypatch: Any) -> None:
+    """Q1_0, from a model whose layers were made signs; both run the same file."""
+    model, tokenizer = trained("none", "row")
+    layers = {
+        fqn: Levels(torch.where(layer.weight.detach() > 0, 1, -1).to(torch.int8), layer.encode().tensors["scales"] / 2)
+        for fqn, layer in quant_layers(model).items()
+    }
+    monkeypatch.setattr(gguf, "levels", lambda model: layers)
+    monkeypatch.setattr(gguf, "measured", lambda *args: Agreement(0, 0.0, 0.0, 1.0))
+    gguf.write(model, tokenizer, tmp_path, [])
+    monkeypatch.setenv("WRINKLEFREE_CACHE", str(tmp_path / "cache"))
+    ours, _ = open_model(str(tmp_path / "model.gguf"))
+    header = read_header(tmp_path / "model.gguf")
+    assert header.tensors["blk.0.ffn_down.weight"].kind == "Q1_0"
+    ids = next(sequences(tokenizer))
+    with llama_cpp(tmp_path / "model.gguf") as program, exactly(ours):
+        expected, found = log_probabilities(ours, ids), theirs(program, ids)
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.02
 
 
 def test_llama_cpp_cuts_text_into_our_tokens(tmp_path: Path, trained: Trained) -> None:

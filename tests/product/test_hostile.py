@@ -39,7 +39,7 @@ def test_mutants_of_every_kind_are_read_or_refused_in_a_line(
     """And nothing is written beside their folder. The benchmark tries them by the thousand."""
     monkeypatch.setattr(template, "SECONDS", 1.0)
     found: Counter[str] = Counter()
-    for mutant, outcome in hostile.run(samples, hostile.mutations(samples, 110, seed=2), tmp_path, SECONDS):
+    for mutant, outcome in hostile.run(samples, hostile.mutations(samples, 120, seed=2), tmp_path, SECONDS):
         assert outcome.verdict in ("read", "refused"), f"{mutant.kind} {mutant.name}: {outcome.message}"
         found[outcome.verdict] += 1
     assert found["refused"] > 40  # so most mutations damage something

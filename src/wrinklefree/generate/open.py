@@ -1,6 +1,6 @@
 """Open the model that a user names, and choose what runs it: the native engine or transformers.
 
-A name is that of a model config (`tiny`), a run or model folder, or a hub id.
+A name is that of a model config (`tiny`), a run or model folder, a GGUF file, or a hub id.
 """
 
 import shlex
@@ -17,6 +17,7 @@ from wrinklefree.engine.engine import Engine, supports
 from wrinklefree.families.architectures import positions
 from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import model_folder, resolve_pretrained
+from wrinklefree.models.gguf import gguf_folder, is_gguf
 from wrinklefree.models.load import Loaded, checkpoint_config, load_model, open_config, open_tokenizer
 from wrinklefree.packed.quantizer import QUANT_METHOD
 
@@ -26,8 +27,11 @@ EngineName = Literal["auto", "native", "transformers"]
 def pretrained_of(name: str) -> str:
     """The folder or hub id that `name` means: for the name of a model config its `pretrained`, else `name` itself.
 
-    A path that exists comes before a model config of the same name.
+    For a GGUF file that is a packed folder, which the first call writes. A path that exists comes before a model
+    config of the same name.
     """
+    if is_gguf(name):
+        return str(gguf_folder(Path(name), "packed"))
     if Path(name).exists() or name not in options("model"):
         return name
     return load_config([f"model={name}"]).model.pretrained
@@ -60,7 +64,8 @@ def open_engine(
     sequences at once, each of `context` tokens, or of the model's context if that is shorter.
     Raises UserError if there is no such model, or `choice` is `native` and the engine cannot run it.
     """
-    folder = model_folder(Path(resolve_pretrained(pretrained_of(name))))
+    name = pretrained_of(name)
+    folder = model_folder(Path(resolve_pretrained(name)))
     reason = "asked for" if choice == "transformers" else _why_not_native(folder, choice, trust_remote_code)
     if reason is None:
         engine = Engine.from_folder(folder, threads, _within(folder, context), slots, half_cache=half_cache)

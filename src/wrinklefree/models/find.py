@@ -7,6 +7,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.data.hub import hub_reachable
+from wrinklefree.models.gguf import gguf_folder, is_gguf
 from wrinklefree.training import checkpoint
 
 log = logging.getLogger("wrinklefree")
@@ -33,13 +34,16 @@ def model_folder(path: Path) -> Path:
 def resolve_pretrained(name: str) -> str:
     """Return what transformers can load for `name`, which is `builtin:NAME`, a local path or a hub id.
 
-    For a hub id that is the id if the hub answers, or else the folder of a cached copy.
+    For a GGUF file that is a folder with its weights in floating point, which the first call writes. For a hub id that
+    is the id if the hub answers, or else the folder of a cached copy.
     Raises UserError if there is no such model, within seconds: transformers itself would retry for half a minute.
     """
     kind, _, builtin = name.partition(":")
     if kind == "builtin":
         return _builtin(builtin)
     path = Path(name).expanduser()
+    if is_gguf(path):
+        return str(gguf_folder(path, "dense"))
     if path.exists():
         return str(path)
     if not _looks_like_hub_id(name):

@@ -2,17 +2,17 @@
 
 | tensor | type | bits per weight |
 |---|---|---|
-| ternary layers | TQ2_0 or TQ1_0: blocks of 256 columns, each with an fp16 scale | 2.0625 or 1.6875 |
-| the same, if rows or groups are no multiple of 256 | Q8_0: codes are still exact | 8.5 |
-| embeddings, head | F16 | 16 |
+| quantized layers | the smallest that holds their integers and scales exactly, see `gguf/blocks.py` | 1.125 to 8.5 |
+| the same, if no block of any type lies within a group of columns that share a scale | F16, still exact | 16 |
+| embeddings, head | F16, or rounded to Q8_0 or Q6_K | 16, 8.5, 6.5625 |
 | norms, biases | F32 | 32 |
 
 A model with SubLN becomes llama.cpp's arch `bitnet`; others become `llama`, `qwen2` or `qwen3`. Logits are close to
-the trained ones, not equal: llama.cpp rounds activations to int8 in blocks of 256, not per token.
+the trained ones, not equal: llama.cpp rounds activations to int8 in blocks of 32 or 256, not per token.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,54 +22,53 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import quant_layers
-from wrinklefree.export.gguf import tokens
-from wrinklefree.export.proof.agreement import compare, judge
+from wrinklefree.core.method import QuantLinear, quant_layers
+from wrinklefree.export.proof.agreement import Agreement, compare, judge
 from wrinklefree.export.proof.certify import CertificateError
-from wrinklefree.export.views.dense import dense_model, refuse_norms, unquantized_state
+from wrinklefree.export.views.dense import dense_model, refuse_norms, refuse_rotation, unquantized_state
+from wrinklefree.export.views.levels import Levels, levels_of
 from wrinklefree.export.views.settings import refuse_settings
-from wrinklefree.export.views.ternary import Ternary, ternary_layers
 from wrinklefree.families.architectures import FAMILIES, head_dim
+from wrinklefree.gguf import tokens
+from wrinklefree.gguf.blocks import FLOATS, INTEGERS, Q6_K, Array, Kind, pack, rounded_q6_k, rounded_q8_0
+from wrinklefree.gguf.header import read_header
+from wrinklefree.gguf.names import gguf_name, heads_of, paired
+from wrinklefree.gguf.values import read_weight
 from wrinklefree.tracking.terminal import short_size
 
 NEEDS = "gguf"
-NEXT = "llama-cli -m {target}/model.gguf -p 'def '"
+NEXT = "wf generate {target}/model.gguf --prompt 'def ', or llama-cli -m {target}/model.gguf -p 'def '"
 OPTIONS = {
     "gguf_type": {
-        "choices": ["tq2_0", "tq1_0"],
-        "help": "GGUF: ternary layers at 2.06 (tq2_0, the default) or 1.69 bits a weight.",
-    }
+        "choices": ["auto", "q2_0", "q1_0", "tq2_0", "tq1_0"],
+        "help": "GGUF: type of quantized layers; auto (default) is the smallest that holds each layer exactly. "
+        "Q2_0 and Q1_0 need a llama.cpp of July 2026 or newer.",
+    },
+    "gguf_embedding": {
+        "choices": ["f16", "q8_0", "q6_k"],
+        "help": "GGUF: type of embeddings and head, f16 (default) or rounded; what rounding costs is measured.",
+    },
 }
 
-GgufType = Literal["tq2_0", "tq1_0"]
+GgufType = Literal["auto", "q2_0", "q1_0", "tq2_0", "tq1_0"]
+EmbeddingType = Literal["f16", "q8_0", "q6_k"]
 
 ARCHITECTURES = {family.causal_lm: family.gguf for family in FAMILIES if family.gguf is not None}
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.attn_sub_norm": "attn_sub_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.ffn_sub_norm": "ffn_sub_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
 # Classes whose biases are a setting, and llama.cpp's architecture has a place for them.
 BIASES = {"LlamaForCausalLM": ("attention_bias", "mlp_bias"), "BitNetForCausalLM": ("attention_bias",)}
 
 # Architectures that transformers reads from GGUF files.
 READ_BACK = ("llama", "qwen2", "qwen3")
 KL = 1e-3  # nats allowed for scales and embeddings in fp16
-PROBE = 64  # token ids whose logits are compared
+PROBE = 64  # token ids whose logits are compared with those of transformers
+MEASURED = 2048  # tokens of text on which the file is compared with the trained model
 
-BLOCK, SMALL_BLOCK = 256, 32  # columns per block in TQ1_0 and TQ2_0, and in Q8_0
+# Files by the type of most of their weights, as llama.cpp numbers them.
+FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "TQ1_0": 36, "TQ2_0": 37, "Q1_0": 40, "Q2_0": 41}
+NEW = ("Q1_0", "Q2_0")  # of July 2026
+
+SMALLEST_FIRST = sorted(INTEGERS, key=lambda name: INTEGERS[name].bits)
+OLD = ("Q4_0", "Q8_0")  # what every llama.cpp has, for layers that do not fit the type that was asked for
 
 
 def write(
@@ -77,36 +76,38 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     batches: Iterable[Mapping[str, Tensor]],
-    gguf_type: GgufType = "tq2_0",
+    gguf_type: GgufType = "auto",
+    gguf_embedding: EmbeddingType = "f16",
 ) -> list[list[str]]:
-    """Write `folder/model.gguf`, read it back, compare codes, scales, token ids and logits. Returns rows of a table.
+    """Write `folder/model.gguf`, read it back, compare weights, token ids and logits. Returns rows of a table.
 
     Raises UserError if llama.cpp cannot hold the model, CertificateError if the file is not the trained model.
     """
     import gguf
 
     arch = architecture(model)
-    layers = ternary_layers(model, "gguf")
+    layers = levels(model)
+    refuse_width(model, gguf_embedding)
+    plan = {name: kind_of(name, tensor, layers, gguf_type, gguf_embedding) for name, tensor in tensors(model).items()}
     file = folder / "model.gguf"
     writer = gguf.GGUFWriter(file, arch)
-    describe(writer, model, gguf_type)
+    describe(writer, model, file_type(plan, layers))
     tokens.add(writer, tokenizer, model.config.vocab_size)
-    kinds = [_add_tensor(writer, name, t, model, layers, gguf_type) for name, t in tensors(model).items()]
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    _write_tensors(writer, model, layers, plan)
     check(file, model, layers)
-    tokens.check(file, tokenizer)
-    read = read_back(file, model, arch)
-    large = sum(kind == "Q8_0" for kind in kinds)
+    check_tokens(file, tokenizer)
+    used = [plan[f"{fqn}.weight"] for fqn in layers]
     return [
         ["file", f"{file.name}, {short_size(file.stat().st_size)}"],
         ["architecture", arch],
-        ["ternary layers with identical codes", f"{len(layers)} of {len(layers)}"],
-        ["of these as Q8_0, rows no multiple of 256", str(large)],
+        ["quantized layers with identical weights", f"{len(layers)} of {len(layers)}"],
+        ["their types", ", ".join(f"{used.count(kind)} {kind}" for kind in dict.fromkeys(used))],
+        ["bits per quantized weight", f"{bits(plan, layers):.4f}"],
+        ["embeddings and head", gguf_embedding.upper()],
+        *([["runs with", "llama.cpp of July 2026 or newer"]] if set(used) & set(NEW) else []),
         ["texts with the same token ids", f"{len(tokens.PROBES)} of {len(tokens.PROBES)}"],
-        *read,
+        *measured(file, model, list(batches), gguf_embedding).rows(),
+        *read_back(file, model, arch, set(plan.values())),
     ]
 
 
@@ -132,13 +133,82 @@ def architecture(model: PreTrainedModel) -> str:
     return ARCHITECTURES[name]
 
 
-def describe(writer: Any, model: PreTrainedModel, gguf_type: GgufType) -> None:
+def levels(model: PreTrainedModel) -> dict[str, Levels]:
+    """Return every quantized layer by fqn. Raises UserError if nothing is quantized, or a layer is no integers."""
+    layers = quant_layers(model)
+    if not layers:
+        raise UserError("--format gguf: nothing in this model is quantized; save it as it is with --format dense")
+    refuse_rotation(layers, "gguf")
+    return {fqn: _levels(fqn, layer) for fqn, layer in layers.items()}
+
+
+def _levels(fqn: str, layer: QuantLinear) -> Levels:
+    found = levels_of(layer)
+    if found is None:
+        raise UserError(
+            f"--format gguf: {fqn} is not integers times fp16 scales ({layer.config.name}), and no GGUF type holds "
+            f"anything else exactly: use --format hf, or --format dense"
+        )
+    return found
+
+
+def refuse_width(model: PreTrainedModel, embedding: EmbeddingType) -> None:
+    """Raises UserError if blocks of the type do not fill the rows of the embedding."""
+    width = model.config.hidden_size
+    for name, kind in (("q6_k", Q6_K), ("q8_0", INTEGERS["Q8_0"])):
+        if embedding == name and width % kind.columns:
+            raise UserError(
+                f"--gguf-embedding {name}: has blocks of {kind.columns} columns, the embedding has {width}: use "
+                f"{'q8_0' if name == 'q6_k' and width % 32 == 0 else 'f16'}"
+            )
+
+
+def kind_of(
+    name: str, tensor: Tensor, layers: Mapping[str, Levels], gguf_type: GgufType, embedding: EmbeddingType
+) -> str:
+    """Return the GGUF type of a tensor."""
+    fqn = name.rpartition(".")[0]
+    if fqn in layers and name.endswith(".weight"):
+        return layer_kind(layers[fqn], gguf_type)
+    return "F32" if tensor.ndim == 1 else embedding.upper()
+
+
+def layer_kind(layer: Levels, gguf_type: GgufType) -> str:
+    """Return the type of a layer: the first that holds it exactly."""
+    names = SMALLEST_FIRST if gguf_type == "auto" else (gguf_type.upper(), *OLD)
+    return next((name for name in names if holds(INTEGERS[name], layer)), "F16")
+
+
+def holds(kind: Kind, layer: Levels) -> bool:
+    """Whether blocks of a type lie within the layer's groups of columns and have its integers."""
+    least, most = int(layer.integers.min()), int(layer.integers.max())
+    inside = layer.group % kind.columns == 0 and least >= kind.least and most <= kind.most
+    return inside and (kind.zero or bool(layer.integers.all()))
+
+
+def file_type(plan: Mapping[str, str], layers: Mapping[str, Levels]) -> int:
+    """Return llama.cpp's number for a file whose quantized weights have mostly the type that they have here."""
+    weights: dict[str, int] = {}
+    for fqn, layer in layers.items():
+        kind = plan[f"{fqn}.weight"]
+        weights[kind] = weights.get(kind, 0) + layer.integers.numel()
+    return FILE_TYPES[max(weights, key=lambda kind: weights[kind])]
+
+
+def bits(plan: Mapping[str, str], layers: Mapping[str, Levels]) -> float:
+    """Return the bits per quantized weight in the file, scales counted."""
+    kinds = INTEGERS | FLOATS
+    total = sum(kinds[plan[f"{fqn}.weight"]].bits * layer.integers.numel() for fqn, layer in layers.items())
+    return total / sum(layer.integers.numel() for layer in layers.values())
+
+
+def describe(writer: Any, model: PreTrainedModel, file_type: int) -> None:
     """Write the model's sizes and settings into the file's metadata."""
     import gguf
 
     c = model.config
     writer.add_name(f"{type(model).__name__} by wrinklefree")
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{gguf_type.upper()}"])
+    writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
@@ -161,85 +231,123 @@ def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return unquantized_state(model, layers) | {f"{fqn}.weight": layer.weight.detach() for fqn, layer in layers.items()}
 
 
-def gguf_name(name: str) -> str:
-    """Return llama.cpp's name for a tensor. Raises UserError if it has none."""
-    module, _, kind = name.rpartition(".")
-    if module in TOP:
-        return f"{TOP[module]}.{kind}"
-    number, _, part = module.removeprefix("model.layers.").partition(".")
-    if part not in NAMES:
-        raise UserError(f"--format gguf: llama.cpp has no place for {name}")
-    return f"blk.{number}.{NAMES[part]}.{kind}"
+def _write_tensors(writer: Any, model: PreTrainedModel, layers: Mapping[str, Levels], plan: Mapping[str, str]) -> None:
+    """Write header and tensors, of which only one is in memory as it will be in the file."""
+    kinds = INTEGERS | FLOATS | {"Q6_K": Q6_K}
+    found = tensors(model)
+    for name, tensor in found.items():
+        kind, place = kinds[plan[name]], gguf_name(name)
+        if place is None:
+            raise UserError(f"--format gguf: llama.cpp has no place for {name}")
+        nbytes = tensor.numel() // kind.columns * kind.size
+        # As floats, so that the library takes the shape as it is: it knows neither Q2_0 nor Q1_0.
+        writer.add_tensor_info(place, list(tensor.shape), np.dtype(np.float32), nbytes, raw_dtype=kind.number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in found.items():
+        writer.write_tensor_data(_data(name, tensor, model, layers, plan[name]))
+    writer.close()
 
 
-def _add_tensor(
-    writer: Any, name: str, tensor: Tensor, model: PreTrainedModel, layers: Mapping[str, Ternary], gguf_type: GgufType
-) -> str:
-    """Add one tensor to the file. Returns its type."""
-    import gguf
-
-    fqn = name.rpartition(".")[0]
-    if fqn in layers and name.endswith(".weight"):
-        kind = ternary_type(layers[fqn], gguf_type)
-        # Ternary already: from masters, TQ2_0's own quantizer would pick other codes for half of them.
-        values = rotated(layers[fqn].weight(), name, model).float().cpu().numpy()
-        qtype = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, qtype), raw_dtype=qtype)
-        return kind
-    kind = "F16" if tensor.ndim > 1 else "F32"
-    dtype = np.float16 if kind == "F16" else np.float32
-    writer.add_tensor(gguf_name(name), rotated(tensor, name, model).float().cpu().numpy().astype(dtype))
-    return kind
+def _data(name: str, tensor: Tensor, model: PreTrainedModel, layers: Mapping[str, Levels], kind: str) -> Array:
+    """The bytes of a tensor, with its rows in llama.cpp's order: an array of any dtype."""
+    fqn, heads = name.rpartition(".")[0], _heads(name, model)
+    layer = layers.get(fqn) if name.endswith(".weight") else None
+    if layer is not None and kind in INTEGERS:
+        scales = layer.scales_of(INTEGERS[kind].columns)
+        return pack(kind, paired(layer.integers, heads).numpy(), paired(scales, heads).numpy())
+    values = paired(tensor if layer is None else layer.weight(), heads).detach().float().cpu().numpy()
+    if kind == "F16":
+        return values.astype(np.float16)
+    rounding = {"Q8_0": rounded_q8_0, "Q6_K": rounded_q6_k}.get(kind)
+    return values if rounding is None else rounding(values)
 
 
-def ternary_type(layer: Ternary, gguf_type: GgufType) -> str:
-    """Return the smallest type whose blocks lie within the layer's groups of columns."""
-    size = layer.codes.shape[1] // layer.scales.shape[1]
-    if size % BLOCK == 0:
-        return gguf_type.upper()
-    return "Q8_0" if size % SMALL_BLOCK == 0 else "F16"
+def _heads(name: str, model: PreTrainedModel) -> int | None:
+    config = model.config
+    arch = ARCHITECTURES[type(model).__name__]
+    return heads_of(name, arch, config.num_attention_heads, config.num_key_value_heads)
 
 
-def rotated(tensor: Tensor, name: str, model: PreTrainedModel) -> Tensor:
-    """Return Q and K of a `llama` with their rows in llama.cpp's order, and any other tensor unchanged."""
-    # llama.cpp's `llama` pairs the rotary dimensions (i, i + 1), transformers pairs (i, i + d/2).
-    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
-    part = name.split(".")[-2]
-    if ARCHITECTURES[type(model).__name__] != "llama" or part not in heads:
-        return tensor
-    return tensor.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def check(file: Path, model: PreTrainedModel, layers: Mapping[str, Ternary]) -> None:
-    """Read the file back. Raises CertificateError if a code differs, or a scale by more than fp16 rounds."""
-    import gguf
-
-    stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
+def check(file: Path, model: PreTrainedModel, layers: Mapping[str, Levels]) -> None:
+    """Read the file back. Raises CertificateError if a weight of a quantized layer is not exactly the trained one."""
+    header = read_header(file)
     for fqn, layer in layers.items():
-        found = stored[gguf_name(f"{fqn}.weight")]
-        values = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type))
-        expected = rotated(layer.weight(), f"{fqn}.weight", model).cpu()
-        if not torch.equal(values.sign(), expected.sign()) or not torch.allclose(values, expected, rtol=1e-3, atol=0):
+        name = f"{fqn}.weight"
+        if not torch.equal(read_weight(header, name, _heads(name, model)), layer.weight()):
             raise CertificateError(f"{fqn}: differs after reading the GGUF file back")
 
 
-@torch.no_grad()
-def read_back(file: Path, model: PreTrainedModel, arch: str) -> list[list[str]]:
-    """Load the file with transformers and compare logits. Returns rows of a table.
+def check_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises CertificateError if the tokenizer in the file gives other ids for a probe or a special token."""
+    inside = tokens.read(file)
+    special = [f"x{token}y {token}" for token in tokenizer.all_special_tokens]
+    for text in (*tokens.PROBES, *special):
+        expected = tokenizer(text, add_special_tokens=False).input_ids
+        if inside.encode(text, add_special_tokens=False).ids != expected:
+            raise CertificateError(f"{file.name}: the tokenizer in it gives other ids for {text!r}")
 
-    Raises CertificateError if the file is another model than the trained one without its int8 activations.
+
+@torch.no_grad()
+def measured(
+    file: Path, model: PreTrainedModel, batches: list[Mapping[str, Tensor]], embedding: EmbeddingType
+) -> Agreement:
+    """Compare the trained model, without its int8 activations, with the weights in the file.
+
+    Raises CertificateError if they differ by more than embeddings in fp16 explain. Rounded ones are measured only.
     """
-    if arch not in READ_BACK:
-        return [["read back by transformers", f"no, it knows no {arch}"]]
+    plain = _runnable(model)
+    agreement = compare(plain, _filled(plain, file, model), list(_few(batches)) or [_probe(model)])
+    if embedding == "f16":
+        judge(agreement, KL, "--format gguf")
+    return agreement
+
+
+def _few(batches: list[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+    """The first batches that hold about MEASURED tokens."""
+    left = MEASURED
+    for batch in batches:
+        if left <= 0:
+            return
+        left -= batch["input_ids"].numel()
+        yield batch
+
+
+def _runnable(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without quantization and on its own device; `dense_model` is made to be saved, not to run."""
+    plain = dense_model(model)
+    plain.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    return plain.to(model.device)
+
+
+def _filled(plain: PreTrainedModel, file: Path, model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `plain` with the weights in the file. The original shares embeddings with the trained model."""
+    header, back = read_header(file), copy.deepcopy(plain)
+    for name, parameter in back.named_parameters():
+        parameter.copy_(read_weight(header, name, _heads(name, model)))
+    return back
+
+
+def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
+    length = min(PROBE, model.config.max_position_embeddings)
+    return {"input_ids": (torch.arange(length) * 7919 % model.config.vocab_size).unsqueeze(0)}
+
+
+@torch.no_grad()
+def read_back(file: Path, model: PreTrainedModel, arch: str, kinds: set[str]) -> list[list[str]]:
+    """Load the file with transformers and compare logits on a few tokens. Returns rows of a table.
+
+    Raises CertificateError if transformers finds another model than is in the file.
+    """
+    unknown = sorted(kinds & set(NEW))
+    if arch not in READ_BACK or unknown:
+        return [["read back by transformers", f"no, it knows no {unknown[0] if unknown else arch}"]]
     # transformers does not read the width of a qwen3's heads.
     width = {name: value for name, value in model.config.to_dict().items() if name == "head_dim"}
-    back = AutoModelForCausalLM.from_pretrained(
+    theirs = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, **width
     )
-    length = min(PROBE, model.config.max_position_embeddings)
-    ids = (torch.arange(length) * 7919 % model.config.vocab_size).unsqueeze(0)
-    plain = dense_model(model)
-    plain.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # `dense_model` is made to be saved, not to run
-    agreement = compare(plain, back.to(model.device), [{"input_ids": ids}])
-    judge(agreement, KL, "--format gguf")
-    return [["read back by transformers", "yes"], *agreement.rows()]
+    ours = _filled(_runnable(model), file, model)
+    judge(compare(ours, theirs.to(model.device), [_probe(model)]), KL, "--format gguf, read by transformers")
+    return [["read back by transformers", "yes, the same logits"]]

@@ -7,7 +7,8 @@
 - `absmax`: s = max|W| / m.
 - `search`: try s = max|W| / m times each of `SHRINKS`, and take the one with the least squared error.
 
-Packed folders store embeddings and heads in this format. It is also the round-to-nearest baseline for other methods.
+Packed folders store embeddings and heads in this format, and GGUF files are read into it; those have another code for 0
+than 2^(b-1), in a tensor `zero` [1]. It is also the round-to-nearest baseline for other methods.
 
 Symbols: codes uint8 [out, in], q above; scales fp16 [out, G], G = 1 (`granularity: row`) or in / group_size.
 """
@@ -90,12 +91,13 @@ class UniformLinear(QuantLinear):
 
     @staticmethod
     def form(codes: Codes) -> Form | None:
-        scales, zero = codes.tensors["scales"], 2 ** (codes.bits - 1)
+        scales = codes.tensors["scales"]
         if codes.bits <= 4:
-            return Table(codes.index, torch.arange(2**codes.bits) - float(zero), scales)
-        if scales.shape[1] > 1:
+            zero = codes.tensors.get("zero", torch.tensor(2.0 ** (codes.bits - 1)))
+            return Table(codes.index, torch.arange(2**codes.bits) - zero.cpu().float(), scales)
+        if scales.shape[1] > 1 or "zero" in codes.tensors:
             return None
-        return Integers((codes.index.int() - zero).to(torch.int8), scales.flatten())
+        return Integers((codes.index.int() - 2 ** (codes.bits - 1)).to(torch.int8), scales.flatten())
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Decode uniform integers: W = s (q - 2^(b-1)), with one scale s per row or group of columns."""
+"""Decode uniform integers: W = s (q - z), with one scale s per row or group of columns. By default z = 2^(b-1)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,10 @@ from wrinklefree.core.codes import Codes
 
 
 def decode(codes: Codes) -> Tensor:
-    """Turn codes into the fp32 weight [out, in]. The scales are [out, 1] or [out, groups]."""
+    """Turn codes into the fp32 weight [out, in]. The scales are [out, 1] or [out, groups], z is `zero` [1]."""
     scales = codes.tensors["scales"].float()
-    blocks = (codes.index.float() - 2 ** (codes.bits - 1)).unflatten(1, (scales.shape[1], -1))
+    zero = codes.tensors.get("zero", 2 ** (codes.bits - 1))
+    blocks = (codes.index.float() - zero).unflatten(1, (scales.shape[1], -1))
     return (blocks * scales.unsqueeze(-1)).flatten(1)
 
 

@@ -1,20 +1,24 @@
-"""Writes a byte-level BPE tokenizer into a GGUF file, and reads it back from there.
+"""Writes a byte-level BPE tokenizer into a GGUF file, and reads it from there.
 
 llama.cpp knows ways of cutting text before BPE by name. A tokenizer is written if each of its parts is one that such a
 name stands for, compared by value. Any other part is refused.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerBase
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from wrinklefree.core.errors import UserError
-from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.families.foreign import refused_in_one_line
+from wrinklefree.gguf.header import Header, read_header
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -48,6 +52,9 @@ MODEL: dict[str, tuple[Any, ...]] = {
     "end_of_word_suffix": (None, ""),
     "byte_fallback": (False,),
 }
+CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens that are added to a vocabulary
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # transformers' name -> llama.cpp's
+
 STRIPPING = ("single_word", "lstrip", "rstrip")
 
 PROBES = (
@@ -142,34 +149,103 @@ def _refused(part: str, value: Any) -> UserError:
 
 
 def read(file: Path) -> Tokenizer:
-    """Rebuild the tokenizer from a file, as llama.cpp understands it, but for BOS and EOS."""
-    import gguf
+    """Rebuild the tokenizer from a file, as llama.cpp understands it, but for BOS and EOS. Raises UserError."""
+    return _rebuilt(read_header(file))
 
-    reader = gguf.GGUFReader(file)
 
-    def field(name: str) -> Any:
-        return reader.get_field(f"tokenizer.ggml.{name}").contents()
+def has_tokenizer(header: Header) -> bool:
+    """Whether a file has a tokenizer. One without runs token ids only."""
+    return header.metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
 
-    tokens, kinds, cut = field("tokens"), field("token_type"), field("pre")
-    stored = reader.get_field("tokenizer.ggml.merges")
-    merges = [tuple(merge.split(" ", 1)) for merge in (stored.contents() if stored else [])]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    inner = Tokenizer(BPE(vocabulary, merges, ignore_merges=cut in WHOLE_WORDS))
-    steps = [step | ({"trim_offsets": True} if step["type"] == "ByteLevel" else {}) for step in CUTS[cut]]
-    pieces = json.loads(inner.to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
-    inner = Tokenizer.from_str(json.dumps(pieces))
-    for kind, special in ((gguf.TokenType.CONTROL, True), (gguf.TokenType.USER_DEFINED, False)):
-        inner.add_tokens(
-            [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == kind]
+
+def tokenizer_of(header: Header) -> PreTrainedTokenizerBase:
+    """Make transformers' tokenizer of the one in a file, with its special tokens and chat template.
+
+    Raises UserError if the file has none, or one that is not written here either.
+    """
+    tokens: list[str] = _field(header, "tokens", list)
+    named = {f"{name}_token": _token(header, key, tokens) for name, key in SPECIAL.items()}
+    with refused_in_one_line(f"{header.file}: its tokenizer cannot be used"):
+        inner = _rebuilt(header)
+        around = _template(header, named, tokens)
+        if around is not None:
+            inner.post_processor = around
+        template = header.metadata.get("tokenizer.chat_template")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=inner,
+            chat_template=template if isinstance(template, str) else None,
+            clean_up_tokenization_spaces=False,
+            **{name: token for name, token in named.items() if token is not None},
         )
+
+
+def stop_ids(header: Header) -> list[int]:
+    """The ids after which a text ends: end of text, and end of a turn. Raises UserError for one out of range."""
+    tokens = _field(header, "tokens", list)
+    found = [_id(header, key, tokens) for key in ("eos", "eot")]
+    return list(dict.fromkeys(i for i in found if i is not None))
+
+
+def _field(header: Header, name: str, kind: type) -> Any:
+    found = header.metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(found, kind):
+        raise UserError(f"{header.file}: tokenizer.ggml.{name} is missing, or no {kind.__name__}")
+    return found
+
+
+def _id(header: Header, key: str, tokens: list[str]) -> int | None:
+    found = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    if found is not None and not (type(found) is int and 0 <= found < len(tokens)):
+        raise UserError(
+            f"{header.file}: tokenizer.ggml.{key}_token_id={str(found)[:99]}: there are {len(tokens)} tokens"
+        )
+    return found
+
+
+def _token(header: Header, key: str, tokens: list[str]) -> str | None:
+    found = _id(header, key, tokens)
+    return None if found is None else tokens[found]
+
+
+def _template(header: Header, named: Mapping[str, str | None], tokens: list[str]) -> TemplateProcessing | None:
+    """What stands around every text: BOS, EOS, both or nothing."""
+    before, after = (
+        named[f"{name}_token"] if header.metadata.get(f"tokenizer.ggml.add_{name}_token") is True else None
+        for name in ("bos", "eos")
+    )
+    used = [token for token in (before, after) if token is not None]
+    if not used:
+        return None
+    around = [*([before] if before else []), "$A", *([after] if after else [])]
+    return TemplateProcessing(single=around, special_tokens=[(token, tokens.index(token)) for token in set(used)])
+
+
+def _rebuilt(header: Header) -> Tokenizer:
+    """Raises UserError for a tokenizer that is no byte-level BPE of a known kind, or whose lists do not fit."""
+    kind, cut = (header.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if kind != "gpt2" or cut not in CUTS:
+        raise UserError(
+            f"{header.file}: its tokenizer is {str(kind)[:99]!r}, cut as {str(cut)[:99]!r}: only byte-level BPE of "
+            f"{', '.join(CUTS)} is read"
+        )
+    tokens, kinds = _field(header, "tokens", list), _field(header, "token_type", list)
+    merges = header.metadata.get("tokenizer.ggml.merges", [])
+    vocabulary = {token: i for i, token in enumerate(tokens) if isinstance(token, str)}
+    if not len(vocabulary) == len(tokens) == len(kinds):
+        raise UserError(f"{header.file}: {len(tokens)} tokens, {len(vocabulary)} of them different, {len(kinds)} types")
+    pairs = [(m.partition(" ")[0], m.partition(" ")[2]) for m in merges if isinstance(m, str)]
+    with refused_in_one_line(f"{header.file}: its tokenizer cannot be used"):
+        inner = Tokenizer(BPE(vocabulary, pairs, ignore_merges=cut in WHOLE_WORDS))
+        steps = [step | ({"trim_offsets": True} if step["type"] == "ByteLevel" else {}) for step in CUTS[cut]]
+        pieces = json.loads(inner.to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+        inner = Tokenizer.from_str(json.dumps(pieces))
+        inner.decoder = ByteLevelDecoder()
+        for number, special in ((CONTROL, True), (USER_DEFINED, False)):
+            inner.add_tokens(
+                [
+                    AddedToken(token, special=special, normalized=False)
+                    for token, kind in zip(tokens, kinds, strict=True)
+                    if kind == number
+                ]
+            )
     return inner
-
-
-def check(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises CertificateError if the tokenizer in the file gives other ids for any of PROBES or a special token."""
-    inside = read(file)
-    special = [f"x{token}y {token}" for token in tokenizer.all_special_tokens]
-    for text in (*PROBES, *special):
-        expected = tokenizer(text, add_special_tokens=False).input_ids
-        if inside.encode(text, add_special_tokens=False).ids != expected:
-            raise CertificateError(f"{file.name}: the tokenizer in it gives other ids for {text!r}")

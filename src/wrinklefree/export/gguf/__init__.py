@@ -1,1 +1,0 @@
-"""The tokenizer in a GGUF file."""

@@ -1,0 +1,1 @@
+"""Rank 2: GGUF files, read and written."""

@@ -1,0 +1,41 @@
+"""The values of tensors in a GGUF file, as torch has them."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wrinklefree.core.errors import UserError
+from wrinklefree.gguf.blocks import INTEGERS, Array, decoded
+from wrinklefree.gguf.header import Header
+from wrinklefree.gguf.names import gguf_name, halved
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_weight(header: Header, name: str, heads: int | None = None) -> Tensor:
+    """Return the tensor that transformers calls `name`, in fp32, with rows of `heads` in transformers' order.
+
+    Raises UserError if the file has none, if the package `gguf` is needed for its type, or if it does not know it.
+    """
+    theirs = gguf_name(name)
+    if theirs is None or theirs not in header.tensors:
+        raise UserError(f"{header.file}: {theirs or name} is missing")
+    tensor = header.tensors[theirs]
+    data = header.data(theirs)
+    if tensor.kind in _FLOATS:
+        values = torch.from_numpy(np.array(data)).view(_FLOATS[tensor.kind]).float()
+    elif tensor.kind in INTEGERS:
+        values = torch.from_numpy(decoded(tensor.kind, np.array(data)))
+    else:
+        values = torch.from_numpy(_by_the_library(header, tensor.kind, np.array(data)))
+    return halved(values.reshape(tensor.shape), heads)
+
+
+def _by_the_library(header: Header, kind: str, data: Array) -> Array:
+    """Decode a type without integers times a scale, as transformers does."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f"{header.file}: to read {kind}: pip install 'wrinklefree[gguf]'") from error
+    values: Array = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    return values
