@@ -75,6 +75,7 @@ def new_name(verb: str, config: Config) -> str:
 
 def save(job: Job) -> None:
     """Write the record of a job."""
+    job.folder.mkdir(parents=True, exist_ok=True)
     write_json(job.folder / RECORD, dataclasses.asdict(job))
 
 

@@ -113,7 +113,7 @@ def _launch(made: Job, plan: Task, to: str, asked: Request, configs: list[Config
             f"{to}: holds a run already: go on with training.resume_from=latest, or choose another place with "
             f"training.upload_to=..."
         )
-    made.folder.mkdir(parents=True)
+    made.folder.mkdir(parents=True, exist_ok=True)
     if wheel.is_checkout():
         log.info("building a wheel of %s", wheel.CHECKOUT.name)
         wheel.build(made.folder)
