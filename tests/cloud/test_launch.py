@@ -130,7 +130,9 @@ def test_a_checkpoint_to_start_from_is_only_the_first_start() -> None:
 
 
 def test_bare_cloud_is_nebius_and_spot_and_nodes_arrive() -> None:
-    _, out, _ = wf(*VERBS["train"], "--cloud", "--spot", "--nodes", "4", "--scale", "xlarge", "--bucket", "s3://b", "--dry-run")
+    _, out, _ = wf(
+        *VERBS["train"], "--cloud", "--spot", "--nodes", "4", "--scale", "xlarge", "--bucket", "s3://b", "--dry-run"
+    )
     task = task_of(out)
     assert (task["resources"]["infra"], task["resources"]["use_spot"], task["num_nodes"]) == ("nebius", True, 4)
     assert 'WF_NODE="$SKYPILOT_NODE_RANK"' in task["run"]
@@ -140,7 +142,10 @@ def test_bare_cloud_is_nebius_and_spot_and_nodes_arrive() -> None:
     ("options", "message"),
     [
         (["--cloud", "nebiu", "--bucket", "gs://b"], "did you mean 'nebius'"),
-        (["--cloud", "nebius", "--scale", "large", "--bucket", "gs://b"], "no machine with 4 GPUs; its scales: dev (1)"),
+        (
+            ["--cloud", "nebius", "--scale", "large", "--bucket", "gs://b"],
+            "no machine with 4 GPUs; its scales: dev (1)",
+        ),
         (["--cloud", "kubernetes", "--spot", "--bucket", "gs://b"], "has no spot machines"),
         (["--cloud", "hf", "--nodes", "2", "--bucket", "hf://buckets/me/b"], "at most 1 machine"),
         (["--cloud", "nebius"], "say where checkpoints go with --bucket"),

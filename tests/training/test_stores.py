@@ -65,7 +65,9 @@ class Handler(BaseHTTPRequestHandler):
         if how == "500":
             self._send(500, {}, b"<Error><Code>InternalError</Code></Error>")
             return
-        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length", "transfer-encoding")}
+        headers = {
+            k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length", "transfer-encoding")
+        }
         headers.setdefault("Content-Type", "application/octet-stream")  # or else urllib says that it is a form
         request = urllib.request.Request(self.server.target + self.path, body, headers, method=self.command)
         try:
@@ -98,7 +100,9 @@ class Handler(BaseHTTPRequestHandler):
         if cut:
             self.connection.close()
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+
+for method in ("GET", "PUT", "POST", "DELETE", "HEAD"):
+    setattr(Handler, f"do_{method}", Handler.answer)
 
 
 @pytest.fixture(scope="module")
@@ -182,18 +186,21 @@ def test_what_arrives_changed_is_noticed(amazon: Proxy, folder: Path, monkeypatc
     """The service says which MD5 it has; a driver that sends something else is found out at once."""
     import s3fs
 
-    put = s3fs.S3FileSystem.put_file
+    put = s3fs.S3FileSystem._put_file
 
-    def damage(self: object, local: str, remote: str, **more: object) -> None:
+    async def damage(self: object, local: str, remote: str, **more: object) -> None:
         changed = Path(local).with_name("changed")
         changed.write_bytes(bytes(reversed(Path(local).read_bytes())))
-        put(self, str(changed), remote, **more)
+        await put(self, str(changed), remote, **more)
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "put_file", damage)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_put_file", damage)
+    _forget("s3")
     with pytest.raises(UserError, match="has arrived changed"):
         storage.push(folder / "model.safetensors", f"s3://{BUCKET}/damaged")
+    _forget("s3")
 
 
+@pytest.mark.slow  # the driver tries again for half a minute
 @pytest.mark.parametrize("how", ["500", "gone", "cut"])
 def test_a_store_that_fails_is_one_line_and_leaves_nothing(
     amazon: Proxy, how: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +220,7 @@ def test_a_store_that_fails_is_one_line_and_leaves_nothing(
     assert contents(storage.fetch(f"s3://{BUCKET}/{how}", tmp_path / "cache")) == contents(folder)
 
 
+@pytest.mark.slow
 def test_a_run_whose_store_fails_and_comes_back_ends_with_everything_there(
     amazon: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(storage, "check_writable", lambda url: None)
     monkeypatch.setattr(uploads, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(uploads, "LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(uploads, "LAST_TRY", 5.0)
     return made
 
 
@@ -67,8 +68,9 @@ def uploaded(store: Store) -> list[str]:
 
 
 def test_a_store_that_is_down_ends_no_run_and_the_next_run_uploads_what_is_missing(
-    folder: Path, store: Store, caplog: pytest.LogCaptureFixture
+    folder: Path, store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(uploads, "LAST_TRY", 0.1)
     store.down = True
     run(resolved(folder, *UPLOADING))
     assert (folder / "run" / "final" / "config.json").is_file()

@@ -72,6 +72,7 @@ def run_stage(
         mirror.send_missing(config)
         return
     overrides = _without_latest(overrides, config)
+    config = load_config(overrides)
     needed = needed_stages(config)
     for number, stage in enumerate(needed):
         log.info("%s needs %s: running it first", config.training.stage, stage)

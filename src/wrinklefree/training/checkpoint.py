@@ -50,9 +50,13 @@ def _written_together(path: Path, world: World) -> Iterator[Path]:
             barrier(world)  # all parts are written
     else:
         barrier(world)
+        aside = aside_of(path)
+        elsewhere = not aside.is_dir()  # on another machine, whose disk is another one
         with full_disk_said(path):
-            yield aside_of(path)
+            yield aside
         barrier(world)
+        if elsewhere:
+            shutil.rmtree(aside, ignore_errors=True)
     barrier(world)  # renamed
 
 

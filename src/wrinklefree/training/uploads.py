@@ -7,6 +7,7 @@ are more than `training.save_total_limit` checkpoints in the store, the oldest a
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Uploads:
         self._done = set[str]() if self._record is None else _read(self._record, self.url)
         steps = [path.name for path in checkpoint.step_folders(folder) if path.name not in self._done]
         self._waiting = steps if names is None else list(names)
-        self._changed, self._ending, self._failed = threading.Condition(), False, False
+        self._changed, self._ending, self._failed, self._until = threading.Condition(), False, False, 0.0
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
 
@@ -58,10 +59,14 @@ class Uploads:
         with self._changed:
             return list(self._waiting)
 
-    def close(self, seconds: float = LAST_TRY) -> list[str]:
-        """Wait at most `seconds` for what is missing. Logs what is still missing then, and returns its names."""
+    def close(self, seconds: float | None = None) -> list[str]:
+        """Try to upload what is missing for at most `seconds`; None is LAST_TRY.
+
+        Logs what is still missing then, and returns its names.
+        """
+        seconds = LAST_TRY if seconds is None else seconds
         with self._changed:
-            self._ending = True
+            self._ending, self._until = True, time.monotonic() + seconds
             self._changed.notify()
         self._thread.join(seconds)
         waiting = self.waiting()
@@ -83,9 +88,13 @@ class Uploads:
                 wait = FIRST_WAIT
                 continue
             with self._changed:
-                if self._ending:  # the last try has failed
+                if self._ending and time.monotonic() + wait > self._until:  # the last try has failed
                     return
-                self._changed.wait_for(lambda: self._ending, wait)
+                if self._ending:
+                    self._changed.wait(wait)
+                elif self._changed.wait_for(lambda: self._ending, wait):
+                    wait = FIRST_WAIT  # the run ends: try again at once
+                    continue
             wait = min(2 * wait, LONGEST_WAIT)
 
     def _next(self) -> str | None:
