@@ -4,7 +4,7 @@
 #   bash scripts/save_to_drive.sh runs/v2_output my_checkpoint
 #   DEST=gs://bucket/runs bash scripts/save_to_drive.sh runs/v2_output/best_state_dict.pt
 #
-# DEST is a folder or an fsspec URL; by default it is where Colab mounts a Google Drive.
+# DEST is a folder or an fsspec URL; by default it is where Colab mounts a Google Drive, which has to be mounted.
 set -euo pipefail
 [[ $# -ge 1 && $1 != -* ]] || { echo "usage: bash scripts/save_to_drive.sh CHECKPOINT [NAME]" >&2; exit 2; }
 path=${1%/}
@@ -17,6 +17,11 @@ folder=$(dirname "$path")
 case $path in
   *.pt) if [ -e "$path" ]; then parts=("$(basename "$path")"); else path=$folder; fi ;;
 esac
+drive=/content/drive/MyDrive
+if [[ $DEST/ == "$drive"/* && ! -d $drive ]]; then
+  echo "error: $DEST: no Google Drive is mounted: mount it (from google.colab import drive; drive.mount('/content/drive')), or choose another place with DEST=FOLDER; nothing was written" >&2
+  exit 2
+fi
 [ -e "$path" ] || { echo "error: $path: no such file or folder" >&2; exit 2; }
 if [ -d "$path" ]; then
   folder=$(dirname "$path")

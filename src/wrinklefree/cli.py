@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.flags import formats, options
@@ -35,6 +35,7 @@ SECTIONS = {
     "Prepare": ["cache", "selftext", "pretrain"],
     "Use and share": ["generate", "serve", "eval", "export", "push"],
     "Look": ["runs", "plot", "config", "methods", "doctor"],
+    "Elsewhere": ["plan", "logs", "cancel", "wandb-status"],
     "Think in latent vectors": ["trm"],
 }
 
@@ -79,7 +80,6 @@ def options_of_all(
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings; see `wf config`.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
 Processes = Annotated[int | None, typer.Option("--nproc", min=1, help="Number of processes to train in.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Time for all of it, such as 2h, 90m or 1h30m.")]
 ModelFolder = Annotated[str, typer.Argument(metavar="PATH", help="A run, a model folder, a config's name or a hub id.")]
 EngineChoice = Annotated[
@@ -92,14 +92,118 @@ TrustRemoteCode = Annotated[
 ]
 Scale = Literal["dev", "small", "medium", "large", "xlarge"]
 
+DEFAULT_CLOUD = "nebius"
 
-@app.command()
+# What the training verbs have in common, in the order of their help: where to run, and how large.
+ELSEWHERE: dict[str, tuple[Any, Any, Any]] = {
+    "scale": (Scale | None, None, typer.Option(help="Preset of batch size and number of GPUs.")),
+    "cloud": (
+        str | None,
+        None,
+        typer.Option("--cloud", "-c", help=f"Rent machines: {DEFAULT_CLOUD} (if no name follows), gcp, aws, hf, ..."),
+    ),
+    "nodes": (int, 1, typer.Option(min=1, help="With --cloud: number of machines.")),
+    "spot": (bool, False, typer.Option("--spot", help="With --cloud: cheaper machines that may be taken away.")),
+    "bucket": (
+        str | None,
+        None,
+        typer.Option(envvar="WF_BUCKET", show_envvar=False, help="With --cloud: gs:// or s3:// for checkpoints."),
+    ),
+    "detach": (bool, True, typer.Option(help="With --cloud: return at once, or show the log.")),
+    "background": (bool, False, typer.Option("--background", help="Run here, behind the terminal; see wf logs.")),
+    "dry_run": (bool, False, typer.Option("--dry-run", help="Print the settings, or task and cost, and stop.")),
+}
+
+
+class Launchable(TyperCommand):
+    """A command that can run elsewhere. `--cloud` without a name means DEFAULT_CLOUD."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = list(args)
+        for place, word in enumerate(args):
+            following = args[place + 1] if place + 1 < len(args) else "-"
+            if word in ("--cloud", "-c") and (following.startswith("-") or "=" in following):
+                named[place] = f"--cloud={DEFAULT_CLOUD}"
+        return super().parse_args(ctx, named)
+
+
+def launchable(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` the options in ELSEWHERE.
+
+    It gets `scale` and `dry_run`, and if it is to run elsewhere, `elsewhere`: the fields of a `cloud.job.Request`.
+    """
+
+    @functools.wraps(command)
+    def wrapped(context: typer.Context, **values: Any) -> None:
+        chosen = {name: values.pop(name) for name in ELSEWHERE}
+        kept = {name: chosen[name] for name in ("scale", "dry_run") if chosen[name]}
+        command(**values, how=kept | _elsewhere(chosen, context))
+
+    signature = inspect.signature(command)
+    own = {name: p for name, p in signature.parameters.items() if name != "how"}
+    more = {
+        name: inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
+        for name, (kind, default, option) in ELSEWHERE.items()
+    }
+    last = {name: own.pop(name) for name in ("force", "overrides")}
+    ordered = own | more | last
+    own_context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    keywords = [own_context, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ordered.values())]
+    wrapped.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in keywords}
+    return wrapped
+
+
+def _elsewhere(chosen: dict[str, Any], context: typer.Context) -> dict[str, Any]:
+    """`{"elsewhere": ...}` if the command is to run elsewhere, or else nothing."""
+    if chosen["cloud"] is None:
+        idle = [name for name in ("nodes", "spot", "detach") if _was_given(context, name)]
+        idle += ["bucket"] if str(context.get_parameter_source("bucket")).endswith("COMMANDLINE") else []
+        if idle:
+            raise typer.BadParameter(f"--{idle[0]}: has no effect without --cloud")
+        if not chosen["background"] or chosen["dry_run"]:
+            return {}
+    elif chosen["background"]:
+        raise typer.BadParameter("--background is for this machine; with --cloud, a job is detached anyway")
+    fields = ("cloud", "scale", "nodes", "spot", "bucket", "detach")
+    return {"elsewhere": {name: chosen[name] for name in fields} | {"words": _words(context)}}
+
+
+def _was_given(context: Any, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _words(context: Any) -> list[str]:
+    """The command line behind `wf`, without the options that say where it runs; `--scale` stays."""
+    verb = [context.info_name]
+    parent = context.parent
+    while parent is not None and parent.parent is not None:
+        verb.insert(0, parent.info_name)
+        parent = parent.parent
+    options, settings = list[str](), list[str]()
+    for parameter in context.command.params:
+        name, value = parameter.name, context.params.get(parameter.name)
+        if not _was_given(context, name) or (name in ELSEWHERE and name != "scale"):
+            continue
+        if parameter.param_type_name == "argument":
+            settings += value
+        elif parameter.is_flag:
+            options.append(parameter.opts[0])
+        else:
+            options += [parameter.opts[0], str(value)]
+    return [*verb, *options, *settings]
+
+
+@app.command(cls=Launchable)
+@launchable
 def fairy2(
     model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
+    how: dict[str, Any],
     mode: Annotated[Literal["w1", "w2"], typer.Option(help="Bits per weight: 1 or 2.")] = "w2",
-    scale: Annotated[Scale | None, typer.Option(help="Preset of batch size and number of GPUs.")] = None,
     budget: Budget = None,
-    dry_run: DryRun = False,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
@@ -110,14 +214,17 @@ def fairy2(
       wf fairy2 -m tiny --mode w2
       wf fairy2 -m smollm2_135m --mode w2 --budget 2h
       wf fairy2 -m smollm2_135m training.max_steps=100 training.optimizer.lr=5e-5
+      wf fairy2 -m smollm2_135m --cloud nebius --bucket gs://NAME --dry-run
     """
     chosen = [f"model={model}", f"training=fairy2_{mode}", *(overrides or [])]
-    call("train", chosen, dry_run=dry_run, force=force, scale=scale, budget=budget)
+    call("train", chosen, force=force, budget=budget, **how)
 
 
-@app.command()
+@app.command(cls=Launchable)
+@launchable
 def bitdistill(
     model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
+    how: dict[str, Any],
     task: Annotated[
         str | None, typer.Option(help="sst2, mnli, qnli, cnn_dailymail or stdlib_kind; default: the model config's.")
     ] = None,
@@ -139,12 +246,14 @@ def bitdistill(
       wf bitdistill -m smollm2_135m --task sst2 --stages 0,1,3 3:training.lr=1e-4
     """
     chosen = {"task": task, "numbers": stages, "overrides": overrides or []}
-    call("bitdistill", model, **chosen, force=force, processes=nproc, budget=budget)
+    call("bitdistill", model, **chosen, force=force, processes=nproc, budget=budget, **how)
 
 
-@app.command()
+@app.command(cls=Launchable)
+@launchable
 def anemll(
     model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
+    how: dict[str, Any],
     workflow: Annotated[
         Literal["a", "b", "c"],
         typer.Option(help="a: train weights and scales, then scales; b: scales only; c: 4 bits, then 2."),
@@ -168,15 +277,16 @@ def anemll(
       wf anemll -m tiny --workflow a
       wf anemll -m qwen3_0_6b --workflow c q2:training.max_steps=1000
     """
-    call("anemll", model, workflow, cache, overrides or [], force, nproc, budget)
+    call("anemll", model, workflow, cache, overrides or [], force, nproc, budget, **how)
 
 
-@app.command()
+@app.command(cls=Launchable)
+@launchable
 def train(
+    how: dict[str, Any],
     overrides: Overrides = None,
     nproc: Processes = None,
     budget: Budget = None,
-    dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
     """Run any training stage; everything is chosen by settings.
@@ -187,7 +297,7 @@ def train(
       wf train model=qwen3_4b training=stage2_pretrain auto_prereq=true \\
         distributed=fsdp_multi --nproc 8
     """
-    call("train", overrides or [], dry_run=dry_run, force=force, scale=None, processes=nproc, budget=budget)
+    call("train", overrides or [], force=force, processes=nproc, budget=budget, **how)
 
 
 @app.command()
@@ -219,8 +329,10 @@ Example, offline and on a CPU:
 app.add_typer(trm, name="trm")
 
 
-@trm.command("compressor")
+@trm.command("compressor", cls=Launchable)
+@launchable
 def trm_compressor(
+    how: dict[str, Any],
     sweep: Annotated[
         str | None, typer.Option(help="Compare several widths, comma-separated, in a table and a plot.")
     ] = None,
@@ -236,11 +348,12 @@ def trm_compressor(
       wf trm compressor model=tiny thinking.d_compressed=64
       wf trm compressor model=tiny --sweep 16,32,64,128
     """
-    call("trm", "compressor", overrides or [], force, sweep)
+    call("trm", "compressor", overrides or [], force, sweep, **how)
 
 
-@trm.command("pairs")
-def trm_pairs(force: Force = False, overrides: Overrides = None) -> None:
+@trm.command("pairs", cls=Launchable)
+@launchable
+def trm_pairs(how: dict[str, Any], force: Force = False, overrides: Overrides = None) -> None:
     """Phase 2: let the model think in words, and record it.
 
     They are kept as compressed hidden states. An interrupted run resumes.
@@ -251,11 +364,12 @@ def trm_pairs(force: Force = False, overrides: Overrides = None) -> None:
       wf trm pairs model=smollm3_3b thinking.pairs.problems=gsm8k \\
         thinking.pairs.max_new_tokens=2048
     """
-    call("trm", "pairs", overrides or [], force)
+    call("trm", "pairs", overrides or [], force, **how)
 
 
-@trm.command("train")
-def trm_train(force: Force = False, overrides: Overrides = None) -> None:
+@trm.command("train", cls=Launchable)
+@launchable
+def trm_train(how: dict[str, Any], force: Force = False, overrides: Overrides = None) -> None:
     """Phase 2: train a network to produce the recorded thoughts.
 
     \b
@@ -264,11 +378,12 @@ def trm_train(force: Force = False, overrides: Overrides = None) -> None:
       wf trm train model=chains thinking.network.mode=final \\
         experiment=chains_final
     """
-    call("trm", "train", overrides or [], force)
+    call("trm", "train", overrides or [], force, **how)
 
 
-@trm.command("inject")
-def trm_inject(force: Force = False, overrides: Overrides = None) -> None:
+@trm.command("inject", cls=Launchable)
+@launchable
+def trm_inject(how: dict[str, Any], force: Force = False, overrides: Overrides = None) -> None:
     """Phase 2: train the adapter that gives thoughts to the model.
 
     The model stays frozen and reads the thoughts as soft tokens.
@@ -277,22 +392,24 @@ def trm_inject(force: Force = False, overrides: Overrides = None) -> None:
     Example:
       wf trm inject model=chains
     """
-    call("trm", "inject", overrides or [], force)
+    call("trm", "inject", overrides or [], force, **how)
 
 
-@trm.command("grpo")
-def trm_grpo(force: Force = False, overrides: Overrides = None) -> None:
+@trm.command("grpo", cls=Launchable)
+@launchable
+def trm_grpo(how: dict[str, Any], force: Force = False, overrides: Overrides = None) -> None:
     """Phase 3: improve the thinker by reinforcement learning.
 
     \b
     Example:
       wf trm grpo model=chains thinking.grpo.group_size=8
     """
-    call("trm", "grpo", overrides or [], force)
+    call("trm", "grpo", overrides or [], force, **how)
 
 
-@trm.command("eval")
-def trm_eval(force: Force = False, overrides: Overrides = None) -> None:
+@trm.command("eval", cls=Launchable)
+@launchable
+def trm_eval(how: dict[str, Any], force: Force = False, overrides: Overrides = None) -> None:
     """Compare thinking in words, in latent vectors and not at all.
 
     Controls are measured as well, such as the thoughts of another problem.
@@ -301,7 +418,7 @@ def trm_eval(force: Force = False, overrides: Overrides = None) -> None:
     Example:
       wf trm eval model=chains
     """
-    call("trm", "eval", overrides or [], force)
+    call("trm", "eval", overrides or [], force, **how)
 
 
 @app.command()
@@ -648,6 +765,70 @@ def runs(
       wf runs /data/outputs
     """
     call("runs", folder)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    cloud: Annotated[str, typer.Option("--cloud", "-c", help="Whose GPUs, links and prices.")] = DEFAULT_CLOUD,
+    spot: Annotated[bool, typer.Option("--spot", help="Machines that may be taken away.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Estimate hours, memory, links and cost of a training.
+
+    \b
+    Example:
+      wf plan -m qwen3_4b training=fairy2_w2 distributed=fsdp_multi \\
+        --gpus 8 --nodes 4
+    """
+    call("plan", [f"model={model}", *(overrides or [])], cloud=cloud, gpus=gpus, nodes=nodes, spot=spot)
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A job, or wf-VERB-train for the newest of a verb.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+) -> None:
+    """Show what a job has written, here or on a cloud.
+
+    \b
+    Example:
+      wf logs wf-fairy2-train
+      wf logs wf-fairy2-tiny-w2-3f2a -f
+    """
+    call("logs", name, follow)
+
+
+@app.command()
+def cancel(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A job, or wf-VERB-train for the newest of a verb.")],
+) -> None:
+    """End a job; one on this machine saves a checkpoint first.
+
+    \b
+    Example:
+      wf cancel wf-fairy2-tiny-w2-3f2a
+    """
+    call("cancel", name)
+
+
+@app.command("wandb-status")
+def wandb_status(
+    project: Annotated[str, typer.Option("--project", "-p", help="A W&B project.")] = "wrinklefree-fairy2",
+    entity: Annotated[
+        str | None, typer.Option("--entity", "-e", envvar="WANDB_ENTITY", show_envvar=False, help="Whose project.")
+    ] = None,
+    number: Annotated[int, typer.Option("-n", min=1, help="How many runs.")] = 5,
+) -> None:
+    """Show the newest runs of a Weights & Biases project.
+
+    \b
+    Example:
+      wf wandb-status -p wrinklefree-fairy2
+    """
+    call("wandb_status", project, entity, number)
 
 
 def call(command: str, *args: Any, **kwargs: Any) -> None:

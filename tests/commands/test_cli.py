@@ -46,6 +46,10 @@ VERBS = [
     "methods",
     "doctor",
     "runs",
+    "plan",
+    "logs",
+    "cancel",
+    "wandb-status",
     "trm",
 ]
 
@@ -140,7 +144,7 @@ def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
     assert wf("pretrain", "--force", "seed=1")[0] == 0
     assert wf("export", "run", "--format", "hf", "--out", "small")[0] == 0
     assert received == [
-        ((["model=tiny"],), {"dry_run": False, "force": True, "scale": None, "processes": 2, "budget": None}),
+        ((["model=tiny"],), {"force": True, "processes": 2, "budget": None}),
         ((["seed=1"],), {"force": True, "processes": None}),
         ((Path("run"), "hf", Path("small"), False, False), dict.fromkeys(options())),
     ]

@@ -28,7 +28,7 @@ def test_models_are_tried_not_known(name: str) -> None:
 
 
 def test_a_model_that_counts_positions_from_another_number_is_not_told_any() -> None:
-    """RoBERTa's first position is 2: told that it is 0, it would be trained on other embeddings than it is used with."""
+    """RoBERTa's first position is 2. Told that it is 0, it would be trained on other embeddings."""
     model = family("roberta", is_decoder=True, pad_token_id=1, max_position_embeddings=64)
     assert not keeps_apart(model)
 

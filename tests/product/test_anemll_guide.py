@@ -320,6 +320,17 @@ def test_a_file_is_kept_with_all_that_it_needs(folder: Path) -> None:
         assert len(archive.getnames()) == 5
 
 
+@pytest.mark.skipif(Path("/content/drive/MyDrive").is_dir(), reason="a Drive is mounted")
+@pytest.mark.parametrize("place", [{}, {"DEST": "/content/drive/MyDrive/elsewhere"}])
+def test_a_drive_that_is_not_mounted_is_said_and_nothing_is_written(folder: Path, place: dict[str, str]) -> None:
+    Path("m.pt").write_text("x")
+    there = Path("/content").exists()
+    done = shell("save_to_drive.sh", "m.pt", "kept", **place)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "no Google Drive is mounted" in done.stderr
+    assert Path("/content").exists() == there
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"), [(["gone"], "nothing there"), (["../gone"], "usage"), (["--help"], "usage")]
 )

@@ -18,6 +18,7 @@ from toyrun import overrides, rows, toy_files
 from typer.testing import CliRunner
 
 from wrinklefree.cli import app
+from wrinklefree.cloud.places import scales
 from wrinklefree.core.method import quant_layers
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -215,8 +216,5 @@ def test_the_guides_python_runs(snippet: str) -> None:
 
 
 def test_a_scale_of_the_guide_is_64_sequences() -> None:
-    from wrinklefree.commands.train import SCALES
-
-    assert {name: p * b * a for name, (p, b, a) in SCALES.items() if name != "dev"} == dict.fromkeys(
-        ("small", "medium", "large", "xlarge"), 64
-    )
+    sizes = {name: s.gpus * s.batch_size * s.accumulation for name, s in scales().items() if name != "dev"}
+    assert sizes == dict.fromkeys(("small", "medium", "large", "xlarge"), 64)

@@ -19,6 +19,7 @@ class Store:
         self.down, self.calls, self.held = False, 0, threading.Event()
         self.held.set()
         self.names: list[str] = []
+        self.removed: list[str] = []
 
     def push(self, local: Path, url: str) -> None:
         self.calls += 1
@@ -27,14 +28,24 @@ class Store:
             raise UserError(f"{url}: 500, server error")
         self.names.append(url)
 
+    def listing(self, url: str) -> list[str]:
+        return sorted({name.rpartition("/")[2] for name in self.names if name.startswith(f"{url}/")})
+
+    def remove(self, url: str) -> None:
+        self.names.remove(url)
+        self.removed.append(url)
+
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     made = Store()
     monkeypatch.setattr(storage, "push", made.push)
+    monkeypatch.setattr(storage, "names", made.listing)
+    monkeypatch.setattr(storage, "remove", made.remove)
     monkeypatch.setattr(storage, "check_writable", lambda url: None)
     monkeypatch.setattr(uploads, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(uploads, "LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(uploads, "LAST_TRY", 5.0)
     return made
 
 
@@ -52,12 +63,14 @@ UPLOADING = ["training.save_interval=1", "training.upload_to=s3://bucket/run", "
 
 
 def uploaded(store: Store) -> list[str]:
-    return [url.removeprefix("s3://bucket/run/") for url in store.names]
+    names = [url.removeprefix("s3://bucket/run/") for url in store.names]
+    return [name for name in names if name not in uploads.ALONGSIDE]
 
 
 def test_a_store_that_is_down_ends_no_run_and_the_next_run_uploads_what_is_missing(
-    folder: Path, store: Store, caplog: pytest.LogCaptureFixture
+    folder: Path, store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(uploads, "LAST_TRY", 0.1)
     store.down = True
     run(resolved(folder, *UPLOADING))
     assert (folder / "run" / "final" / "config.json").is_file()
@@ -67,7 +80,7 @@ def test_a_store_that_is_down_ends_no_run_and_the_next_run_uploads_what_is_missi
     assert steps(folder) == [3, 4, 5, 6]  # two, and two more that wait for the store
     store.down = False
     run(resolved(folder, *UPLOADING, "training.resume_from=latest"))
-    assert uploaded(store) == ["step_3", "step_4", "step_5", "step_6"]
+    assert uploaded(store) == ["step_5", "step_6"]  # as many as are to be kept
     calls = store.calls
     run(resolved(folder, *UPLOADING, "training.resume_from=latest"))
     assert store.calls == calls  # uploads.json knows
@@ -80,8 +93,8 @@ def test_what_waits_is_uploaded_in_order_when_the_store_is_back(folder: Path, st
         store.down = step < 4
 
     run(resolved(folder, *UPLOADING), on_step=on_step)
-    assert uploaded(store)[-3:] == ["step_4", "step_5", "step_6"]
-    assert uploaded(store) == sorted(uploaded(store))
+    assert uploaded(store) == ["step_5", "step_6"]
+    assert [name for name in store.removed if name.rpartition("/")[2] == "step_4"]
 
 
 def test_a_slow_store_delays_no_step(folder: Path, store: Store) -> None:

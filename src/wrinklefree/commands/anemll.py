@@ -11,15 +11,19 @@ A step that is done with the same settings is skipped, and an interrupted step r
 
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from wrinklefree.cloud.processes import for_scale
+from wrinklefree.cloud.start import start
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.formats import anemll
 from wrinklefree.models.load import load_model
+from wrinklefree.runs import dry_run as preview
 from wrinklefree.runs import launch, report
+from wrinklefree.runs.budget import parse_minutes
 from wrinklefree.tracking.terminal import print_table
 
 Workflow = Literal["a", "b", "c"]
@@ -40,10 +44,14 @@ def run(
     force: bool,
     processes: int | None,
     budget: str | None = None,
+    scale: str | None = None,
+    dry_run: bool = False,
+    elsewhere: dict[str, Any] | None = None,
 ) -> None:
     """Run the steps of a workflow, then write the folder `anemll/` for ANEMLL's converters.
 
-    The steps share the time `budget`, such as `2h`.
+    The steps share the time `budget`, such as `2h`. `scale`, `dry_run` and `elsewhere` are as for `wf train`, but a
+    scale leaves the steps' batches as they are.
     """
     names = [name for name, _ in STEPS[workflow]]
     own = {name: _meant_for(name, names, overrides) for name in names}
@@ -56,7 +64,13 @@ def run(
             chosen += ["training.objective=cached_kd", f"distillation.cache={cache}"]
         chain.append([*chosen, *own[name]])
         before = load_config(chain[-1]).output_dir
-    finished = launch.run_chain(chain, force, processes, budget)
+    if elsewhere is not None:
+        start(chain, elsewhere, dry_run, None if budget is None else parse_minutes(budget))
+        return
+    if dry_run:
+        preview.show_chain([load_config(overrides) for overrides in chain])
+        return
+    finished = launch.run_chain(chain, force, for_scale(scale, processes), budget)
     last = Path(finished[-1].output_dir)
     trained, tokenizer = load_model(last, trust_remote_code=finished[-1].model.trust_remote_code)
     table = anemll.write(trained, tokenizer, last / "anemll", [])

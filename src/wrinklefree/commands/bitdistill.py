@@ -6,10 +6,16 @@ A stage that is done with the same settings is skipped, and an interrupted stage
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from wrinklefree.cloud.processes import for_scale
+from wrinklefree.cloud.start import start
+from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.runs import dry_run as preview
 from wrinklefree.runs import launch, report
+from wrinklefree.runs.budget import parse_minutes
 from wrinklefree.tracking.terminal import print_table
 
 STAGES = {
@@ -44,8 +50,13 @@ def run(
     force: bool,
     processes: int | None,
     budget: str | None = None,
+    scale: str | None = None,
+    dry_run: bool = False,
+    elsewhere: dict[str, Any] | None = None,
 ) -> None:
     """Run the stages `numbers`, such as `0,1,2,3`. They share the time `budget`, such as `2h`.
+
+    `scale`, `dry_run` and `elsewhere` are as for `wf train`, but a scale leaves the stages' batches as they are.
 
     Raises UserError if a stage is unknown, or was run with other settings before.
     """
@@ -59,7 +70,13 @@ def run(
         chain.append(settings(model, number, task, before, overrides))
         if number != "0":
             before = STAGES[number]
-    finished = launch.run_chain(chain, force, processes, budget)
+    if elsewhere is not None:
+        start(chain, elsewhere, dry_run, None if budget is None else parse_minutes(budget))
+        return
+    if dry_run:
+        preview.show_chain([load_config(overrides) for overrides in chain])
+        return
+    finished = launch.run_chain(chain, force, for_scale(scale, processes), budget)
     summary(finished)
 
 

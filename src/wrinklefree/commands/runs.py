@@ -1,23 +1,30 @@
-"""`wf runs`: list the runs in a folder, from the files that each has written."""
+"""`wf runs`: list the runs in a folder, from the files that each has written, and the jobs that run elsewhere."""
 
 import time
 from pathlib import Path
 
 import yaml
 
+from wrinklefree.cloud import job
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.lock import is_locked
 from wrinklefree.runs.report import RESULTS
 from wrinklefree.tracking.run_log import CSV_NAME, read_rows
 from wrinklefree.tracking.terminal import print_table
 
+NEWEST = 10  # jobs that are listed
+
 
 def run(folder: Path) -> None:
-    """Print a table of the run folders in `folder`, newest first. Raises UserError if there is none."""
+    """Print a table of the run folders in `folder` and one of jobs, newest first. Raises UserError if there is none."""
     logs = sorted(folder.glob(f"*/{CSV_NAME}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    if not logs:
+    launched = job.jobs()[:NEWEST]
+    if not logs and not launched:
         raise UserError(f"{folder}: no runs here (a run is a folder with {CSV_NAME})")
-    print_table(["run", "method", "steps", "loss", "eval", "date", "status"], [_row(path) for path in logs])
+    if logs:
+        print_table(["run", "method", "steps", "loss", "eval", "date", "status"], [_row(path) for path in logs])
+    if launched:
+        print_table(["job", "where", "launched"], [[one.name, one.cloud, job.age(one)] for one in launched])
 
 
 def _row(log: Path) -> list[str]:

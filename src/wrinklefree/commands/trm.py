@@ -1,10 +1,15 @@
 """`wf trm`: run the stages of LLM-TRM, which lets a model think in latent vectors."""
 
 import importlib
+from typing import Any
 
+from wrinklefree.cloud.processes import for_scale
+from wrinklefree.cloud.start import start
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.runs import dry_run as preview
+from wrinklefree.runs import mirror, remote_paths
 
 # For each verb: the module in `thinking/`, the function in it that runs the stage, and the training config.
 VERBS = {
@@ -15,15 +20,39 @@ VERBS = {
     "eval": ("compare", "compare_ways", "trm_eval"),
 }
 
+COMPRESSOR = "trm_compressor"
 
-def run(verb: str, overrides: list[str], force: bool, sweep: str | None = None) -> None:
-    """Run one stage. Raises UserError for anything that the user can fix."""
-    if verb == "compressor":
-        run_compressor(load_stage(overrides, "trm_compressor"), force, sweep)
-        return
-    module, function, training = VERBS[verb]
-    stage = vars(importlib.import_module(f"wrinklefree.thinking.{module}"))[function]
-    stage(load_stage(overrides, training), force)
+
+def run(
+    verb: str,
+    overrides: list[str],
+    force: bool,
+    sweep: str | None = None,
+    scale: str | None = None,
+    dry_run: bool = False,
+    elsewhere: dict[str, Any] | None = None,
+) -> None:
+    """Run one stage. Raises UserError for anything that the user can fix.
+
+    `dry_run` and `elsewhere` are as for `wf train`. A thinker is trained in one process, whatever the `scale`.
+    """
+    training = COMPRESSOR if verb == "compressor" else VERBS[verb][2]
+    overrides = remote_paths.fetched(overrides) if elsewhere is None else overrides
+    config = load_stage(overrides, training)
+    if elsewhere is not None:
+        start([[f"training={training}", *overrides]], elsewhere, dry_run)
+    elif dry_run:
+        preview.show_chain([config])
+    elif (for_scale(scale, None) or 1) > 1:
+        raise UserError(f"--scale {scale}: wf trm trains in one process: use dev or small, or leave it out")
+    else:
+        mirror.bring_back(config)
+        if verb == "compressor":
+            run_compressor(config, force, sweep)
+        else:
+            module, function, _ = VERBS[verb]
+            vars(importlib.import_module(f"wrinklefree.thinking.{module}"))[function](config, force)
+        mirror.send(config)
 
 
 def run_compressor(config: Config, force: bool, sweep: str | None) -> None:

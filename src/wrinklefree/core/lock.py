@@ -33,6 +33,20 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)  # this unlocks it, and so does the end of the process
 
 
+@contextmanager
+def lock_to_hand_on(folder: Path) -> Iterator[int]:
+    """Lock `folder` and yield the lock's file descriptor, for a process that is started in the block and inherits it.
+
+    The lock then ends with that process, and with the block if there was none.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle
+    finally:
+        os.close(handle)
+
+
 def is_locked(folder: Path) -> bool:
     """Whether a process holds the lock of `folder`."""
     if not folder.is_dir():

@@ -13,9 +13,11 @@ import torch
 from wrinklefree.config.check import flatten
 from wrinklefree.config.compose import load_config, read_config
 from wrinklefree.config.schema import Config
+from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.signals import handling
-from wrinklefree.runs import folder, prerequisites
+from wrinklefree.distributed.nodes import this_node
+from wrinklefree.runs import folder, mirror, prerequisites, remote_paths
 from wrinklefree.runs.budget import STEP_SIZE, CommandBudget, command_budget
 from wrinklefree.runs.stage import train_stage
 from wrinklefree.training import checkpoint
@@ -59,10 +61,18 @@ def run_stage(
 
     Raises UserError for anything that the user can fix.
     """
+    overrides = remote_paths.fetched(overrides)
     config = load_config(overrides)
     if config.thinking is not None:
         verb = prerequisites.VERBS.get(config.training.stage, "trm")
         raise UserError(f"training={config.training.stage}: a stage of LLM-TRM: run it with `wf {verb}`")
+    mirror.bring_back(config)
+    if mirror.resumes_latest(config) and prerequisites.is_done(Path(config.output_dir)) and not force:
+        log.info("%s: done, in %s", config.training.stage, config.output_dir)
+        mirror.send_missing(config)
+        return
+    overrides = _without_latest(overrides, config)
+    config = load_config(overrides)
     needed = needed_stages(config)
     for number, stage in enumerate(needed):
         log.info("%s needs %s: running it first", config.training.stage, stage)
@@ -74,10 +84,26 @@ def run_stage(
         overrides = [*overrides, *minutes]
         config = load_config(overrides)
     number = count_processes(config, processes)
-    if number > 1:
+    if number > 1 or (this_node().count > 1 and "RANK" not in os.environ):
         torchrun("train", number, overrides, force)
     else:
         train_stage(config, force)
+    if "RANK" not in os.environ:  # a process of torchrun is not the whole run
+        mirror.send(config)
+
+
+def _without_latest(overrides: list[str], config: Config) -> list[str]:
+    """The overrides of a run that may be new: with a store, `resume_from=latest` goes on if there is a checkpoint.
+
+    Without a store it stays, and a run without a checkpoint is an error.
+    """
+    resume = config.training.resume_from
+    if config.training.upload_to is None or not mirror.resumes_latest(config) or mirror.begun(config):
+        return overrides
+    assert resume is not None
+    other = ",".join(name for name in resume.split(",") if name != "latest")
+    log.info("%s: no checkpoint here or in the store yet: %s", config.output_dir, other or "a new run")
+    return [*overrides, setting("training.resume_from", other) if other else "training.resume_from=null"]
 
 
 def needed_stages(config: Config) -> list[str]:
@@ -86,7 +112,11 @@ def needed_stages(config: Config) -> list[str]:
 
 
 def _needed(config: Config, stage: str) -> list[str]:
-    return [*prerequisites.prerequisite(config, stage), "auto_prereq=true"]
+    """The overrides of a stage that this one needs. In a store it lies beside this one."""
+    url = config.training.upload_to
+    beside = [] if url is None else [_upload_to(url.rstrip("/").rpartition("/")[0], stage)]
+    resume = ["training.resume_from=latest"] if beside and mirror.resumes_latest(config) else []
+    return [*prerequisites.prerequisite(config, stage), "auto_prereq=true", *beside, *resume]
 
 
 def shares_of(budget: CommandBudget, config: Config, overrides: list[str], needed: Sequence[str]) -> dict[str, float]:
@@ -101,6 +131,7 @@ def run_chain(chain: Sequence[list[str]], force: bool, processes: int | None, bu
 
     `budget` is what `--budget` says. Raises UserError as `run_once` does.
     """
+    chain = [_in_own_place(remote_paths.fetched(overrides)) for overrides in chain]
     configs = [load_config(overrides) for overrides in chain]
     minutes = command_budget(budget, configs[-1])
     shares = dict[str, float]()
@@ -113,6 +144,17 @@ def run_chain(chain: Sequence[list[str]], force: bool, processes: int | None, bu
     for number, overrides in enumerate(chain):
         finished.append(run_once(overrides, force, processes, minutes, [*shares.values()][number + 1 :]))
     return finished
+
+
+def _in_own_place(overrides: list[str]) -> list[str]:
+    """The overrides of one of several stages, whose checkpoints go to a folder of their own in the store."""
+    config = load_config(overrides)
+    url = config.training.upload_to
+    return overrides if url is None else [*overrides, _upload_to(url, config.training.stage)]
+
+
+def _upload_to(url: str, stage: str) -> str:
+    return setting("training.upload_to", mirror.stage_url(url, stage))
 
 
 def run_once(
@@ -132,12 +174,15 @@ def run_once(
     config = load_config(overrides)
     out = Path(config.output_dir)
     folder.mend(out)
+    if not force:
+        mirror.bring_back(config)
     if prerequisites.is_done(out) and not force:
         _check_settings(config, out, apart=() if budget is None else STEP_SIZE)
         log.info("%s: done, in %s", config.training.stage, out)
+        mirror.send_missing(config)
         return config
     log.info("== %s", config.training.stage)
-    begun = checkpoint.step_folders(out / "checkpoints") or (out / folder.BLOCKS).is_dir()
+    begun = mirror.begun(config)
     resume = [] if force or not begun else ["training.resume_from=latest"]
     # The model of a stage without steps has no checkpoint, and is made again at once.
     again = not resume and (config.training.max_steps == 0 or not (out / "final").exists())
@@ -174,7 +219,8 @@ def count_processes(config: Config, asked: int | None) -> int:
 
 def torchrun(verb: str, processes: int, overrides: list[str], force: bool) -> None:
     """Run `wf VERB` in several processes and wait for them. Raises UserError if one of them fails."""
-    command = [sys.executable, "-m", "wrinklefree.distributed.workers", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-m", "wrinklefree.distributed.workers", *this_node().torchrun_options()]
+    command += [f"--nproc_per_node={processes}"]
     command += ["-m", "wrinklefree.cli", verb, *overrides, *(["--force"] if force else [])]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     # When it is told to stop, torchrun tells its processes, which finish the step and save a checkpoint. By default it

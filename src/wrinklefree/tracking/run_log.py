@@ -27,6 +27,8 @@ log = logging.getLogger("wrinklefree")
 
 CSV_NAME = "training_log.csv"
 
+WANDB_ID = "wandb_run_id"  # a file with the id of the W&B run, which a resumed training continues
+
 COLUMNS = ("step", "train_loss", "eval_loss", "lr", "elapsed_sec", "grad_norm", "tokens", "tokens_per_sec")
 
 
@@ -166,14 +168,12 @@ class WandbRun(Protocol):
     def finish(self) -> None: ...
 
 
-def check_wandb() -> None:
-    """Raises UserError if W&B is not installed."""
+def check_wandb(what: str = "training.logging.wandb.enabled=true") -> None:
+    """Raises UserError if W&B is not installed, which `what` needs."""
     try:
         import wandb  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "training.logging.wandb.enabled=true needs the wandb package: pip install 'wrinklefree[wandb]'"
-        ) from error
+        raise UserError(f"{what} needs the wandb package: pip install 'wrinklefree[wandb]'") from error
 
 
 def _start_wandb(out_dir: Path, config: WandbConfig, settings: str, start_step: int) -> WandbRun:
@@ -181,7 +181,7 @@ def _start_wandb(out_dir: Path, config: WandbConfig, settings: str, start_step: 
     check_wandb()
     import wandb
 
-    run_id = out_dir / "wandb_run_id"
+    run_id = out_dir / WANDB_ID
     offline = not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()
     run: Any = wandb.init(
         project=config.project,

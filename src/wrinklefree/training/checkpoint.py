@@ -50,9 +50,13 @@ def _written_together(path: Path, world: World) -> Iterator[Path]:
             barrier(world)  # all parts are written
     else:
         barrier(world)
+        aside = aside_of(path)
+        elsewhere = not aside.is_dir()  # on another machine, whose disk is another one
         with full_disk_said(path):
-            yield aside_of(path)
+            yield aside
         barrier(world)
+        if elsewhere:
+            shutil.rmtree(aside, ignore_errors=True)
     barrier(world)  # renamed
 
 
@@ -92,13 +96,22 @@ def write_progress(folder: Path, progress: Mapping[str, float]) -> None:
 
 def step_folders(folder: Path) -> list[Path]:
     """Return the `step_N` folders in `folder`, oldest first."""
-    steps = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()]
-    return sorted(steps, key=step_of)
+    return sorted((p for p in folder.glob("step_*") if is_step(p.name)), key=step_of)
+
+
+def is_step(name: str) -> bool:
+    """Whether `name` is that of a checkpoint, `step_N`."""
+    return name.startswith("step_") and name.removeprefix("step_").isdigit()
+
+
+def number_of(name: str) -> int:
+    """The N of `step_N`."""
+    return int(name.removeprefix("step_"))
 
 
 def step_of(path: Path) -> int:
     """The number in the name of a `step_N` folder."""
-    return int(path.name.removeprefix("step_"))
+    return number_of(path.name)
 
 
 def prune(folder: Path, keep: int, spare: Collection[str] = ()) -> None:
@@ -119,7 +132,12 @@ def find_checkpoint(resume_from: str, run: Path) -> Path:
     | a checkpoint folder | this one |
     | a run folder | the newest one in it |
     | `scheme://...` | as for a folder, once it has been copied here |
+    | `latest,OTHER` | the newest one in the run folder, or if it has none, what OTHER names |
     """
+    first, comma, other = resume_from.partition(",")
+    if comma:
+        there = first == "latest" and step_folders(run / "checkpoints")
+        return find_checkpoint(first if there else other, run)
     name = resume_from.removesuffix(".pt")  # the training guide writes step_N.pt
     path = run if name == "latest" else storage.fetch(name)
     if (path / TRAINER).is_file():

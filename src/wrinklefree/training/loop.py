@@ -272,7 +272,8 @@ def _uploading(run: TrainingState) -> Iterator[None]:
     if run.training.upload_to is None or not run.world.is_main:
         yield
         return
-    run.uploads = Uploads(run.out / "checkpoints", run.training.upload_to)
+    keep = run.training.save_total_limit
+    run.uploads = Uploads(run.out / "checkpoints", run.training.upload_to, keep=keep)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.numbers import not_numbers
 from wrinklefree.distributed import sharding
-from wrinklefree.distributed.world import World
+from wrinklefree.distributed.world import World, gather
 from wrinklefree.training.budget import EVALUATION, SAVE, STEP
 
 State = dict[str, Any]
@@ -32,12 +32,15 @@ TRAINER = "state/trainer.pt"
 
 SHARDS = "state/shards"
 
+PIECE = 1 << 26  # bytes of a file that travel together between machines
+
 
 def save_state(folder: Path, state: State, world: World) -> None:
     """Write this process's shards. The main process also writes everything that is not sharded."""
     shards, optimizers = _split(state["optimizers"])
     if shards:
         _save_shards(folder / SHARDS, shards)
+        collect(folder / SHARDS, world)
     if world.is_main:
         (folder / TRAINER).parent.mkdir(exist_ok=True)
         with (folder / TRAINER).open("wb") as file:  # called with a path, torch.save hides why it failed
@@ -67,6 +70,36 @@ def _save_shards(folder: Path, shards: dict[str, Tensor]) -> None:
         save_shards(shards, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:  # raised on every process; it holds each one's failure
         raise next(iter(error.failures.values()))[0] from error
+
+
+def collect(folder: Path, world: World) -> None:
+    """Send the files in `folder` of other machines to the main process's. Every process has to call this.
+
+    On one machine, or on a disk that all machines share, the main process has them already.
+    """
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.is_file()}
+    listed = gather(files, world)
+    there = dict(listed[0])
+    for rank, names in enumerate(listed):
+        for name, size in names.items():
+            if name not in there:
+                there[name] = size
+                _send(folder / name, size, rank, world)
+
+
+def _send(file: Path, size: int, rank: int, world: World) -> None:
+    """Copy a file from process `rank` to the main process, in pieces."""
+    if world.rank not in (0, rank):
+        return
+    with file.open("rb" if world.rank else "wb") as handle:
+        for start in range(0, size, PIECE):
+            piece = torch.empty(min(PIECE, size - start), dtype=torch.uint8)
+            if world.rank:
+                piece = torch.frombuffer(bytearray(handle.read(len(piece))), dtype=torch.uint8)
+                dist.send(piece, dst=0)
+            else:
+                dist.recv(piece, src=rank)
+                handle.write(piece.numpy().tobytes())
 
 
 def load_state(path: Path) -> State:

@@ -5,10 +5,12 @@ was cut off or a file changed, and which files an older upload left behind. A fo
 another tool, is taken as it is. Names that lead out of the folder are refused, wherever they come from.
 """
 
+import base64
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -89,6 +91,28 @@ def check_writable(url: str) -> None:
         files.makedirs(root, exist_ok=True)
         files.pipe_file(f"{root}/{PROBE}", b"written to see whether it can be; it may be removed")
         files.rm_file(f"{root}/{PROBE}")
+
+
+def names(url: str) -> list[str]:
+    """The names of files and folders directly in the folder at `url`, sorted; empty if there is nothing.
+
+    Raises UserError if the driver is missing or the place refuses.
+    """
+    files, root = _connect(url)
+    with _refusals_explained(url):
+        try:
+            found = files.ls(root, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return sorted({str(path).rstrip("/").rpartition("/")[2] for path in found})
+
+
+def remove(url: str) -> None:
+    """Remove the folder at `url`, if there is one. Raises UserError if the place refuses."""
+    files, root = _connect(url)
+    with _refusals_explained(url):
+        if files.exists(root):
+            files.rm(root, recursive=True)
 
 
 def _connect(url: str) -> tuple[Any, str]:
@@ -196,7 +220,11 @@ def _push_folder(files: Any, local: Path, root: str) -> None:
 
 
 def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
+    return _digest(file, "sha256")
+
+
+def _digest(file: Path, kind: str) -> str:
+    digest = hashlib.new(kind, usedforsecurity=False)
     with file.open("rb") as handle:
         while block := handle.read(1 << 20):
             digest.update(block)
@@ -204,8 +232,24 @@ def _sha256(file: Path) -> str:
 
 
 def _put(files: Any, local: Path, remote: str) -> None:
+    """Upload a file. Raises OSError if less of it, or something else, has arrived."""
     files.makedirs(remote.rpartition("/")[0], exist_ok=True)
     files.put_file(str(local), remote)
+    files.invalidate_cache()
+    there = files.info(remote)
+    if there["size"] != local.stat().st_size:
+        raise OSError(f"{local.name} has {local.stat().st_size:,} bytes, and {there['size']:,} have arrived")
+    theirs = _md5_of(there)
+    if theirs is not None and theirs != _digest(local, "md5"):
+        raise OSError(f"{local.name} has arrived changed: its MD5 is another one")
+
+
+def _md5_of(info: dict[str, Any]) -> str | None:
+    """The MD5 that a service gives for a file, in hexadecimal; None if it gives none."""
+    if "md5Hash" in info:  # Google's
+        return base64.b64decode(info["md5Hash"]).hex()
+    tag = str(info.get("ETag", "")).strip('"')  # Amazon's, unless the file was uploaded in parts or encrypted
+    return tag if re.fullmatch(r"[0-9a-f]{32}", tag) and not info.get("SSEKMSKeyId") else None
 
 
 @contextmanager

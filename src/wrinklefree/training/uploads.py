@@ -1,15 +1,19 @@
 """Copies checkpoints to an object store beside the training. An upload that fails neither ends nor delays a run.
 
 One thread uploads in order. It tries a checkpoint again, after longer and longer waits, until the run ends. What is
-there is written down in `uploads.json` in the run folder, so that a later run in it uploads what is missing.
+there is written down in `uploads.json` in the run folder, so that a later run in it uploads what is missing. Once there
+are more than `training.save_total_limit` checkpoints in the store, the oldest are removed there too.
 """
 
 import logging
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json, write_json
+from wrinklefree.tracking.run_log import CSV_NAME, WANDB_ID
 from wrinklefree.training import checkpoint, storage
 
 log = logging.getLogger("wrinklefree")
@@ -23,16 +27,24 @@ REMOVED = "%s: removed before it could be uploaded"
 LAST_TRY = 60.0  # seconds that the end of a run waits for what is still missing
 
 
-class Uploads:
-    """Uploads the checkpoints in `folder` to `url`. `close` has to be called at the end."""
+# Files of the run folder that a run goes on with elsewhere. They are uploaded after each checkpoint.
+ALONGSIDE = (CSV_NAME, WANDB_ID)
 
-    def __init__(self, folder: Path, url: str) -> None:
-        """Begin with the checkpoints that an earlier run could not upload."""
-        self.folder, self.url = folder, url.rstrip("/")
-        self._record = folder.parent / RECORD
-        self._done: set[str] = _read(self._record, self.url)
-        self._waiting = [path.name for path in checkpoint.step_folders(folder) if path.name not in self._done]
-        self._changed, self._ending, self._failed = threading.Condition(), False, False
+
+class Uploads:
+    """Uploads what is in `folder` to `url`: checkpoints, or given names. `close` has to be called at the end."""
+
+    def __init__(self, folder: Path, url: str, names: Sequence[str] | None = None, keep: int | None = None) -> None:
+        """Begin with the checkpoints that an earlier run could not upload, or with the files and folders `names`.
+
+        `keep` is how many checkpoints stay in the store; None keeps all.
+        """
+        self.folder, self.url, self.keep = folder, url.rstrip("/"), keep
+        self._record = folder.parent / RECORD if names is None else None
+        self._done = set[str]() if self._record is None else _read(self._record, self.url)
+        steps = [path.name for path in checkpoint.step_folders(folder) if path.name not in self._done]
+        self._waiting = steps if names is None else list(names)
+        self._changed, self._ending, self._failed, self._until = threading.Condition(), False, False, 0.0
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
 
@@ -47,14 +59,18 @@ class Uploads:
         with self._changed:
             return list(self._waiting)
 
-    def close(self, seconds: float = LAST_TRY) -> None:
-        """Wait at most `seconds` for what is missing, and log what is still missing then."""
+    def close(self, seconds: float | None = None) -> list[str]:
+        """Try to upload what is missing for at most `seconds`; None is LAST_TRY.
+
+        Logs what is still missing then, and returns its names.
+        """
+        seconds = LAST_TRY if seconds is None else seconds
         with self._changed:
-            self._ending = True
+            self._ending, self._until = True, time.monotonic() + seconds
             self._changed.notify()
         self._thread.join(seconds)
         waiting = self.waiting()
-        missing = [name for name in waiting if (self.folder / name).is_dir()]
+        missing = [name for name in waiting if (self.folder / name).exists()]
         for name in waiting:
             if name not in missing:
                 log.warning(REMOVED, name)
@@ -63,6 +79,7 @@ class Uploads:
                 "not uploaded to %s: %s; they are in %s, and the next run in this folder uploads them",
                 *(self.url, ", ".join(missing), self.folder),
             )
+        return missing
 
     def _work(self) -> None:
         wait = FIRST_WAIT
@@ -71,9 +88,13 @@ class Uploads:
                 wait = FIRST_WAIT
                 continue
             with self._changed:
-                if self._ending:  # the last try has failed
+                if self._ending and time.monotonic() + wait > self._until:  # the last try has failed
                     return
-                self._changed.wait_for(lambda: self._ending, wait)
+                if self._ending:
+                    self._changed.wait(wait)
+                elif self._changed.wait_for(lambda: self._ending, wait):
+                    wait = FIRST_WAIT  # the run ends: try again at once
+                    continue
             wait = min(2 * wait, LONGEST_WAIT)
 
     def _next(self) -> str | None:
@@ -84,14 +105,14 @@ class Uploads:
 
     def _upload(self, name: str) -> bool:
         """Whether the checkpoint is done with: it is in the store now, or gone from the disk."""
-        if not (self.folder / name).is_dir():
+        if not (self.folder / name).exists():
             log.warning(REMOVED, name)
             with self._changed:
                 self._waiting.remove(name)
             return True
         try:
             storage.push(self.folder / name, f"{self.url}/{name}")
-            write_json(self._record, {"url": self.url, "done": sorted({*self._done, name})})
+            self._after_checkpoint(name)
         except UserError as error:
             if not self._failed:
                 log.warning("upload failed, and is tried again while the training goes on: %s", error)
@@ -104,6 +125,22 @@ class Uploads:
             self._waiting.remove(name)
             self._done.add(name)
         return True
+
+    def _after_checkpoint(self, name: str) -> None:
+        """Write down that a checkpoint is there, upload the log, and remove checkpoints that are too many.
+
+        Raises UserError if the store refuses.
+        """
+        if self._record is None:
+            return
+        write_json(self._record, {"url": self.url, "done": sorted({*self._done, name})})
+        for file in ALONGSIDE:
+            if (self._record.parent / file).is_file():
+                storage.push(self._record.parent / file, f"{self.url}/{file}")
+        if self.keep is not None:
+            there = sorted((n for n in storage.names(self.url) if checkpoint.is_step(n)), key=checkpoint.number_of)
+            for old in there[: -self.keep]:
+                storage.remove(f"{self.url}/{old}")
 
 
 def _read(record: Path, url: str) -> set[str]:
