@@ -1,6 +1,8 @@
 """What a run leaves for people to read: the CSV log, progress lines, W&B records and plots."""
 
 import csv
+import json
+import sqlite3
 import sys
 import types
 from pathlib import Path
@@ -107,6 +109,24 @@ def test_missing_wandb_names_the_extra(tmp_path: Path, config: Config, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'wrinklefree\[wandb\]'"):
         Tracker(tmp_path, 10, WandbConfig(enabled=True))
+
+
+def test_trackio_keeps_every_number_and_goes_on_with_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))  # read when the package is imported, which no other test does
+    pytest.importorskip("trackio")
+    config = WandbConfig(enabled=True, service="trackio")
+    for start in (0, 1):
+        with Tracker(tmp_path / "run", 10, config, "seed: 1", start) as tracker:
+            tracker.log(start + 1, ROW | {"quant_error/mean": 0.25})
+    assert "rackio" not in capsys.readouterr().out
+    with sqlite3.connect(tmp_path / "kept" / "wrinklefree-fairy2.db") as kept:
+        rows = kept.execute("select run_name, step, metrics from metrics order by step").fetchall()
+    assert [(name, step) for name, step, _ in rows] == [("run", 1), ("run", 2)]
+    logged = json.loads(rows[0][2])
+    assert logged["quant_error/mean"] == 0.25
+    assert ROW.items() <= logged.items()
 
 
 class FakeRun:

@@ -25,6 +25,7 @@ PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "matplotlib")
 EXTRAS = {
     "wandb": ("wandb", "W&B logging"),
+    "trackio": ("trackio", "Trackio logging"),
     "uvicorn": ("serve", "`wf serve`"),
     "lm_eval": ("eval", "`wf eval --tasks`"),
     "gcsfs": ("cloud", "gs:// paths"),

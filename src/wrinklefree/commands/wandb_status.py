@@ -5,7 +5,7 @@ from typing import Any
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import first_line
-from wrinklefree.tracking.run_log import check_wandb
+from wrinklefree.tracking.services import check_service
 from wrinklefree.tracking.terminal import print_table
 
 TIMEOUT = 30  # seconds that W&B has for an answer
@@ -13,7 +13,7 @@ TIMEOUT = 30  # seconds that W&B has for an answer
 
 def run(project: str, entity: str | None, number: int) -> None:
     """Print a table of the newest runs. Raises UserError without the package or a key, or if W&B does not answer."""
-    check_wandb("wf wandb-status")
+    check_service("wandb", "wf wandb-status")
     import wandb
 
     if not os.environ.get("WANDB_API_KEY"):

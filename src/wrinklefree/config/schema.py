@@ -118,9 +118,10 @@ class SchedulerConfig(Node):
 
 @dataclass(kw_only=True)
 class WandbConfig(Node):
-    """Logging to Weights & Biases. It records offline if WANDB_API_KEY is not set."""
+    """Logging to Weights & Biases, which records offline if WANDB_API_KEY is not set, or to Trackio."""
 
     enabled: bool = False
+    service: Literal["wandb", "trackio"] = "wandb"  # trackio: on this machine, without an account
     project: str = "wrinklefree-fairy2"
     name: str | None = None
     tags: list[str] = field(default_factory=list)

@@ -28,7 +28,7 @@ from wrinklefree.models.find import at_hand, model_folder, model_source
 from wrinklefree.models.load import meta_model, open_tokenizer
 from wrinklefree.runs import memory, prerequisites
 from wrinklefree.runs.folder import outputs
-from wrinklefree.tracking.run_log import check_wandb
+from wrinklefree.tracking.services import check_service
 from wrinklefree.tracking.terminal import short_number, short_size
 from wrinklefree.training import storage
 from wrinklefree.training.plan import Plan
@@ -42,7 +42,7 @@ WEIGHT, MOMENTS = 4, 8
 def check_places(config: Config) -> None:
     """Raises UserError if a tracker is not installed, or if `training.upload_to` takes no files."""
     if config.training.logging.wandb.enabled:
-        check_wandb()
+        check_service(config.training.logging.wandb.service)
     if config.training.upload_to is not None:
         storage.check_writable(config.training.upload_to)
 

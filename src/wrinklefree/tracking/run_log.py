@@ -1,49 +1,41 @@
-"""Report on a run while it trains: a progress bar, `training_log.csv`, and W&B if it is enabled.
+"""Report on a run while it trains: a progress bar, `training_log.csv`, and a service if one is enabled.
 
 The main process has one `Tracker`. It takes numbers by name, and each name is a column of the CSV.
 """
 
 import csv
-import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
-import yaml
 from typing_extensions import Self
 
 from wrinklefree.config.schema import WandbConfig
-from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside
 from wrinklefree.tracking.progress import Bar, Clock, Lines
+from wrinklefree.tracking.services import start_service
 from wrinklefree.tracking.terminal import short_number
 
-log = logging.getLogger("wrinklefree")
-
-
 CSV_NAME = "training_log.csv"
-
-WANDB_ID = "wandb_run_id"  # a file with the id of the W&B run, which a resumed training continues
 
 COLUMNS = ("step", "train_loss", "eval_loss", "lr", "elapsed_sec", "grad_norm", "tokens", "tokens_per_sec")
 
 
 class Tracker:
-    """Progress bar, CSV and W&B of one run. Use it as a context manager: an exception then restores the terminal."""
+    """Progress bar, CSV and service of one run. Use it as a context manager: an exception then restores the terminal."""
 
     def __init__(
         self, out_dir: Path, total_steps: int, wandb: WandbConfig, settings: str = "", start_step: int = 0
     ) -> None:
         """Continue the log in `out_dir` after `start_step`, or start a new one if that is 0.
 
-        `settings` is the resolved config as YAML, for W&B. Raises UserError if W&B is enabled but not installed.
+        `settings` is the resolved config as YAML, for the service. Raises UserError if that is enabled but not installed.
         """
         out_dir.mkdir(parents=True, exist_ok=True)
-        self.wandb = _start_wandb(out_dir, wandb, settings, start_step) if wandb.enabled else None
+        self.service = start_service(out_dir, wandb, settings, start_step) if wandb.enabled else None
         self.csv = CsvLog(out_dir / CSV_NAME, COLUMNS, start_step)
         self.bar: Bar | Lines = Bar(total_steps, start_step) if sys.stdout.isatty() else Lines(total_steps)
         self.clock = Clock(total_steps, start_step)
@@ -52,13 +44,13 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` at `step`. `elapsed_sec` is added; in a resumed run it continues from the last row.
 
-        A name with a slash (`quant_error/model.layers.0.mlp.up_proj`) goes to W&B only.
+        A name with a slash (`quant_error/model.layers.0.mlp.up_proj`) goes to the service only.
         """
         row = {"step": step, "elapsed_sec": time.monotonic() - self.began, **values}
         # Names with a slash stand for one layer each: as columns of the CSV there would be hundreds.
         self.csv.write({name: value for name, value in row.items() if "/" not in name})
-        if self.wandb is not None:
-            self.wandb.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        if self.service is not None:
+            self.service.log({name: value for name, value in row.items() if name != "step"}, step=step)
 
     def update(self, step: int, loss: float, lr: float, tokens_per_sec: float) -> None:
         """Show on the progress bar that `step` optimizer steps are done."""
@@ -74,8 +66,8 @@ class Tracker:
         """Stop the progress bar and finish the logs."""
         self.bar.close()
         self.csv.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        if self.service is not None:
+            self.service.finish()
 
     def __enter__(self) -> Self:
         return self
@@ -156,48 +148,3 @@ def _rewrite(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str
 
 def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.8g}"
-
-
-class WandbRun(Protocol):
-    """The part of `wandb.Run` that is used here."""
-
-    id: str
-
-    def log(self, data: dict[str, float], step: int) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-def check_wandb(what: str = "training.logging.wandb.enabled=true") -> None:
-    """Raises UserError if W&B is not installed, which `what` needs."""
-    try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{what} needs the wandb package: pip install 'wrinklefree[wandb]'") from error
-
-
-def _start_wandb(out_dir: Path, config: WandbConfig, settings: str, start_step: int) -> WandbRun:
-    """Start a W&B run for this folder. A resumed training continues its W&B run."""
-    check_wandb()
-    import wandb
-
-    run_id = out_dir / WANDB_ID
-    offline = not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()
-    run: Any = wandb.init(
-        project=config.project,
-        name=config.name or out_dir.name,
-        tags=config.tags,
-        config=yaml.safe_load(settings),
-        dir=str(out_dir),
-        mode="offline" if offline else None,
-        id=run_id.read_text().strip() if start_step and run_id.exists() else None,
-        resume="allow",
-        settings=wandb.Settings(silent=True),
-    )
-    run_id.write_text(run.id + "\n")
-    if offline:
-        log.info(
-            "W&B: no WANDB_API_KEY, so the run is recorded under %s; upload it with `wandb sync`", out_dir / "wandb"
-        )
-    result: WandbRun = run
-    return result
