@@ -19,6 +19,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, quant_layers
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.models import find
+from wrinklefree.models.check import check_sizes
 from wrinklefree.models.find import model_folder, resolve_pretrained
 from wrinklefree.models.headers import read_header
 from wrinklefree.models.load import load_model, load_pretrained
@@ -268,3 +269,10 @@ def test_json_that_transformers_does_not_read_may_hold_anything(plain: Path) -> 
     (plain / "log.json").write_text('{"a": 1}\n{"a": 2}\n')
     (plain / "deep.json").write_text("[" * 10_000)
     assert load_model(plain)[0].config.vocab_size == 96
+
+
+def test_a_width_for_each_layer_is_no_number_of_layers() -> None:
+    """Gemma 3n and 4 have such keys; a model of few tensors may be as wide as it likes."""
+    check_sizes(Path("config.json"), {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144}, 40)
+    with pytest.raises(UserError, match="num_hidden_layers=41, but the files have 40 tensors"):
+        check_sizes(Path("config.json"), {"num_hidden_layers": 41}, 40)

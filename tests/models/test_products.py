@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batches, family, ids, tokenizer, toy, with_toy_method
+from tiny import VOCAB, batches, family, ids, tokenizer, toy, with_toy_method
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, coverage, find, masters, quant_layers
 from wrinklefree.core.products import output_head
 from wrinklefree.core.stack import as_one
+from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.export.proof.loader import prove
 from wrinklefree.models.load import load_model
@@ -162,6 +163,20 @@ def test_a_model_that_writes_into_its_weights_is_refused() -> None:
 def test_routers_and_gates_of_one_output_stay_as_they_are(name: str) -> None:
     prepared = toy().prepare(family(name))
     assert min(layer.out_features for layer in quant_layers(prepared).values()) > 4
+
+
+def test_the_images_part_of_a_model_is_left_alone_and_does_not_count() -> None:
+    """It may have more layers than the text's, as here, and more weights."""
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    text |= {"num_key_value_heads": 2, "vocab_size": VOCAB, "sliding_window": 16}
+    images = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4}
+    images |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
+    prepared = toy().prepare(Gemma3ForConditionalGeneration(config).eval())
+    toy().check_coverage(prepared)
+    assert coverage(prepared).share == 1
+    assert decoder_layers(prepared) is prepared.model.language_model.layers
+    assert all(fqn.startswith("model.language_model.layers.") for fqn in quant_layers(prepared))
 
 
 def test_experts_that_few_tokens_do_not_see_are_quantized() -> None:

@@ -229,11 +229,15 @@ def uncovered(model: nn.Module, exclude: Iterable[str], quantized: Iterable[nn.M
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters of two or more dimensions by name, but those of embeddings and of the output head."""
-    head = output_head(model)
+    """All parameters of two or more dimensions by name, but those of embeddings and of the output head.
+
+    Of a model for images and text, these are the text's.
+    """
+    head, part = output_head(model), surgery.language_part(model)[0]
     outside = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     outside |= set() if head is None else {id(p) for p in head.parameters(recurse=False)}
-    return {name: p for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in outside}
+    inside = (item for item in model.named_parameters() if item[0].startswith(f"{part}." if part else ""))
+    return {name: p for name, p in inside if p.ndim >= 2 and id(p) not in outside}
 
 
 def short(names: Iterable[str]) -> str:

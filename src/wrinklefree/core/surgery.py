@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -30,12 +31,29 @@ def linears(model: nn.Module, exclude: Iterable[str]) -> Iterator[tuple[str, nn.
             yield fqn, module
 
 
+@runtime_checkable
+class Configured(Protocol):
+    """A model of transformers, or a part of one, as far as it matters here."""
+
+    config: Any
+
+
+def language_part(model: nn.Module) -> tuple[str, nn.Module]:
+    """The part of a model that reads text, and its fqn: all of it, unless it has others for images or sounds."""
+    if isinstance(model, Configured):
+        text = model.config.get_text_config()
+        for fqn, module in model.named_modules():
+            if isinstance(module, Configured) and module.config is text:
+                return fqn, module
+    return "", model
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model, first to last: its longest `nn.ModuleList`, but experts.
 
     Raises UserError if the model has no `nn.ModuleList`.
     """
-    lists = [module for module in model.modules() if type(module) is nn.ModuleList]
+    lists = [module for module in language_part(model)[1].modules() if type(module) is nn.ModuleList]
     if not lists:
         raise UserError(f"{type(model).__name__}: has no list of decoder layers")
     return max(lists, key=len)

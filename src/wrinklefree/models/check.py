@@ -28,7 +28,8 @@ READ = (
 )
 
 # Keys of a config that count parts of a model: at least one tensor each. `max_window_layers` is a limit.
-COUNTS = re.compile(r"^(?!max_)(.*_)?layers?(_|$)|^num_blocks$")
+# Numbers of layers. Gemma 3n and 4 have a `hidden_size_per_layer_input`, which is a width.
+COUNTS = re.compile(r"^(?!max_|.*_per_layer_)(.*_)?layers?(_|$)|^num_blocks$")
 
 SIZES = re.compile(r"(^|_)(size|dim|heads?|experts?|positions?|embeddings?|embd|inner|rank|channels|ctx|width)(_|$)")
 
