@@ -30,6 +30,7 @@ from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch, places
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers
+from wrinklefree.core.surgery import language_part
 from wrinklefree.distributed.world import World
 from wrinklefree.evaluate import speed
 from wrinklefree.export.formats.gguf import ARCHITECTURES
@@ -147,15 +148,16 @@ def check_resume(folder: Path, result: Result) -> None:
 def quantized_share(model: PreTrainedModel) -> float:
     """The share of block weights that is quantized.
 
-    Block weights are all parameters of two or more dimensions, but those of embeddings and of the output head.
+    Block weights are all parameters of two or more dimensions, but those of embeddings, of the output head, and of
+    what is for images or sounds.
     """
-    head = model.get_output_embeddings()
+    head, part = model.get_output_embeddings(), language_part(model)[1]
     outside = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     outside |= set() if head is None else {id(head.weight)}
     layers = quant_layers(model).values()
     quantized = {id(layer.weight) for layer in layers}
     outside |= {id(p) for layer in layers for p in layer.parameters()} - quantized  # scales
-    blocks = {id(p): p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside}
+    blocks = {id(p): p.numel() for p in part.parameters() if p.ndim >= 2 and id(p) not in outside}
     return sum(n for key, n in blocks.items() if key in quantized) / max(1, sum(blocks.values()))
 
 

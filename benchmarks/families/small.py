@@ -64,6 +64,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "falcon_h1": MAMBA2 | {"mamba_d_ssm": 128},
     "gemma4_assistant": {"text_config": None},
     "granitemoehybrid": MAMBA2 | {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "hrm_text": {"num_layers_per_stack": None},  # made from the number of layers
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"zero_expert_num": 2},

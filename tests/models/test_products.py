@@ -24,6 +24,7 @@ from wrinklefree.training import checkpoint
 GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 FALCON: dict[str, Any] = {"ffn_hidden_size": 128}
 MAMBA: dict[str, Any] = {"state_size": 16, "expand": 2, "time_step_rank": 8}
+LLAMA4: dict[str, Any] = {"num_local_experts": 4, "intermediate_size_mlp": 96, "head_dim": 16, "num_key_value_heads": 2}
 GPT_OSS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "num_key_value_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
@@ -31,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen3_moe": {},
     "gpt_oss": GPT_OSS,
+    "llama4_text": LLAMA4,
 }
 
 

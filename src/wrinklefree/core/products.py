@@ -29,6 +29,7 @@ log = logging.getLogger("wrinklefree")
 
 TOKENS = 8  # on which a model is tried
 PLAIN = (nn.Linear, TurnedLinear)  # subclasses may do more
+SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 CLOSE = 1e-3  # of an output to the product, relative to the largest number in it
 
 
@@ -131,20 +132,25 @@ class Uses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func == SHAPE:
+            return result
         if func is Tensor.__getitem__ and id(args[0]) in self.tensors and result.ndim == 2:
             self.slices[id(result)] = self.tensors[id(args[0])], result
             return result
         for place, value in enumerate(args):
-            fqn = self.tensors.get(id(value)) or self.slices.get(id(value), (None,))[0]
+            whole = self.tensors.get(id(value))
+            fqn = whole or self.slices.get(id(value), (None,))[0]
             if fqn is not None:
-                self.found.setdefault(fqn, set()).add(_use(func, place, kwargs))
+                self.found.setdefault(fqn, set()).add(_use(func, place, kwargs, whole is not None))
         return result
 
 
-def _use(func: Any, place: int, kwargs: Any) -> str:
+def _use(func: Any, place: int, kwargs: Any, whole: bool) -> str:
     if place != 1 or kwargs:
         return "other"
-    return "linear" if func in stack.LINEAR else "turned" if func in stack.MATMUL else "other"
+    if func in (stack.BATCHED if whole else stack.MATMUL):
+        return "turned"
+    return "linear" if func in stack.LINEAR else "other"
 
 
 def role(fqn: str) -> str:

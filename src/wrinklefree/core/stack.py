@@ -8,13 +8,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LINEAR, MATMUL = (F.linear,), (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__)
+BATCHED = (torch.bmm, torch.Tensor.bmm)
 
 
 class Stack(nn.ModuleList):
-    """Stands in for the tensor. `F.linear(x, stack[e])` or `x @ stack[e]` calls layer number e."""
+    """Stands in for the tensor. `F.linear(x, stack[e])` or `x @ stack[e]` calls layer number e, `bmm(x, stack)` all."""
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The number of experts. Models ask the tensor for nothing else."""
+        return (len(self),)
 
     def __getitem__(self, index: Any) -> Any:
         return Expert(self._modules[str(int(index))])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in BATCHED or kwargs:
+            raise TypeError(f"the weights of experts are multiplied with, nothing else: {func}")
+        x, experts = args
+        return torch.stack([layer(each) for layer, each in zip(experts._modules.values(), x, strict=True)])
 
 
 class Expert:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json, write_json
-from wrinklefree.tracking.run_log import CSV_NAME, WANDB_ID
+from wrinklefree.tracking.run_log import CSV_NAME
+from wrinklefree.tracking.services import WANDB_ID
 from wrinklefree.training import checkpoint, storage
 
 log = logging.getLogger("wrinklefree")

@@ -325,7 +325,8 @@ def _skeleton(
     """Return a model that has only the packed `layers` and head as weights, and a config that says how to load it."""
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype  # `save_pretrained` leaves its name there, which Apertus cannot use
-    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head" not in layers and head is None
+    if "lm_head" in layers or head is not None:
+        config.tie_word_embeddings = False
     config.auto_map = {"AutoModelForCausalLM": f"{bundle.ENTRY}.{type(model).__name__}"}
     with torch.device("meta"):
         packed = type(model)(config)

@@ -59,7 +59,8 @@ def dense_model(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     layers = quant_layers(model)
-    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head" not in layers
+    if "lm_head" in layers:
+        config.tie_word_embeddings = False
     with torch.device("meta"):
         plain = type(model)(config)
     wanted = plain.state_dict().keys()
