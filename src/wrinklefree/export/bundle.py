@@ -57,6 +57,7 @@ class Quantizer(WrinkleFreeQuantizer):
 {stacks}
 
 class {model}(transformers.{model}):
+    is_custom_code = classmethod(lambda cls: False)  # then transformers computes buffers that no file holds
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         with registered(Quantizer):
