@@ -437,6 +437,8 @@ class Store(BaseHTTPRequestHandler):
             self.send_error({"500": 500, "refused": 403}[Store.mood])
             return
         Store.kept[self.path] = body
+        if not body:  # removed
+            del Store.kept[self.path]
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -469,6 +471,20 @@ class StoreFileSystem(AbstractFileSystem):
 
     def rm_file(self, path: str) -> None:
         self._put(path, b"")
+
+    def info(self, path: str, **more: Any) -> dict[str, Any]:
+        name = self._strip_protocol(path).rstrip("/")
+        if f"/{name}" in Store.kept:
+            return {"name": name, "size": len(Store.kept[f"/{name}"]), "type": "file"}
+        if any(there.startswith(f"/{name}/") for there in Store.kept):
+            return {"name": name, "size": 0, "type": "directory"}
+        raise FileNotFoundError(path)
+
+    def ls(self, path: str, detail: bool = True, **more: Any) -> list[Any]:
+        name = self._strip_protocol(path).rstrip("/")
+        below = {there[1:].removeprefix(f"{name}/").partition("/")[0] for there in Store.kept if f"/{name}/" in there}
+        found = [self.info(f"{name}/{each}") for each in sorted(below)]
+        return found if detail else [entry["name"] for entry in found]
 
 
 def failing_uploads(root: Path) -> Figures:

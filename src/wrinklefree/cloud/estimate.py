@@ -90,7 +90,7 @@ def skeleton(config: Config) -> PreTrainedModel | None:
     shape = dict(known[name])
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(shape.pop("model_type"), **shape)
+            AutoConfig.for_model(shape.pop("model_type"), **shape), trust_remote_code=False
         )
     return model
 

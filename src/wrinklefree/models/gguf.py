@@ -98,7 +98,7 @@ class _Contents:
                 f"{header.file}: {config['num_hidden_layers']} layers, {len(header.tensors)} tensors in all"
             )
         with refused_in_one_line(f"{header.file}: its settings make no model"), torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
         found = cls(header, settings.arch, config, skeleton)
         found._check()
         return found
