@@ -169,8 +169,8 @@ def test_routers_and_gates_of_one_output_stay_as_they_are(name: str) -> None:
 
 def test_the_images_part_of_a_model_is_left_alone_and_does_not_count() -> None:
     """It may have more layers than the text's, as here, and more weights."""
-    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
-    text |= {"num_key_value_heads": 2, "vocab_size": VOCAB, "sliding_window": 16}
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"head_dim": 16, "num_key_value_heads": 2, "vocab_size": VOCAB, "sliding_window": 16}
     images = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4}
     images |= {"image_size": 28, "patch_size": 14}
     config = Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)

@@ -114,7 +114,7 @@ def test_missing_wandb_names_the_extra(tmp_path: Path, config: Config, monkeypat
 def test_trackio_keeps_every_number_and_goes_on_with_a_resumed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))  # read when the package is imported, which no other test does
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))  # read when the package is imported, here alone
     pytest.importorskip("trackio")
     config = WandbConfig(enabled=True, service="trackio")
     for start in (0, 1):

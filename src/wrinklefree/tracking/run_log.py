@@ -25,14 +25,14 @@ COLUMNS = ("step", "train_loss", "eval_loss", "lr", "elapsed_sec", "grad_norm", 
 
 
 class Tracker:
-    """Progress bar, CSV and service of one run. Use it as a context manager: an exception then restores the terminal."""
+    """Progress bar, CSV and service of one run. As a context manager it restores the terminal on an exception."""
 
     def __init__(
         self, out_dir: Path, total_steps: int, wandb: WandbConfig, settings: str = "", start_step: int = 0
     ) -> None:
         """Continue the log in `out_dir` after `start_step`, or start a new one if that is 0.
 
-        `settings` is the resolved config as YAML, for the service. Raises UserError if that is enabled but not installed.
+        `settings` is the resolved config as YAML, for the service. Raises UserError if that is not installed.
         """
         out_dir.mkdir(parents=True, exist_ok=True)
         self.service = start_service(out_dir, wandb, settings, start_step) if wandb.enabled else None

@@ -10,9 +10,8 @@ from wrinklefree.core.codes import Codes
 
 def decode(codes: Codes) -> Tensor:
     """Turn codes into the fp32 weight [out, in]. The scales are [out, 1] or [out, groups], z is `zero` [1]."""
-    scales = codes.tensors["scales"].float()
-    steps = codes.index.float() - codes.tensors.get("zero", 2 ** (codes.bits - 1))
-    return (steps.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)).flatten(1)
+    scales, zero = codes.tensors["scales"].float(), codes.tensors.get("zero", 2 ** (codes.bits - 1))
+    return ((codes.index.float() - zero).unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)).flatten(1)
 
 
 def int8_inputs(settings: Mapping[str, Any]) -> bool:
