@@ -41,10 +41,12 @@ class Configured(Protocol):
 def language_part(model: nn.Module) -> tuple[str, nn.Module]:
     """The part of a model that reads text, and its fqn: all of it, unless it has others for images or sounds."""
     if isinstance(model, Configured):
-        text = model.config.get_text_config()
-        for fqn, module in model.named_modules():
+        whole: Any = model
+        text = whole.config.get_text_config()
+        for fqn, part in model.named_modules():
+            module: Any = part
             if isinstance(module, Configured) and module.config is text:
-                return fqn, module
+                return fqn, part
     return "", model
 
 
