@@ -41,10 +41,10 @@ from safetensors.torch import load_file
 
 from benchmarks import hostile
 from wrinklefree import cli
-from wrinklefree.thinking import compare, compressor, pairs_stage, stages  # noqa: F401  # imported before forking
-from wrinklefree.tracking.run_log import read_rows
 from wrinklefree.runs import mirror
 from wrinklefree.runs.report import RESULTS
+from wrinklefree.thinking import compare, compressor, pairs_stage, stages  # noqa: F401  # imported before forking
+from wrinklefree.tracking.run_log import read_rows
 from wrinklefree.training import checkpoint, saved_state, uploads
 
 Figures = dict[str, Any]
