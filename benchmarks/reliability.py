@@ -41,6 +41,7 @@ from safetensors.torch import load_file
 
 from benchmarks import hostile
 from wrinklefree import cli
+from wrinklefree.config.schema import TrainingConfig
 from wrinklefree.runs import mirror
 from wrinklefree.runs.report import RESULTS
 from wrinklefree.thinking import compare, compressor, pairs_stage, stages  # noqa: F401  # imported before forking
@@ -421,6 +422,8 @@ def code(samples: dict[str, Path], root: Path) -> Figures:
 
 # Uploads
 
+STORED = TrainingConfig(stage="").save_total_limit  # as many checkpoints stay in the store
+
 
 class Store(BaseHTTPRequestHandler):
     """A store that keeps what is put there. While `mood` is not `fine` it fails in that way."""
@@ -517,7 +520,8 @@ def failing_uploads(root: Path) -> Figures:
         code = run(again(arguments, out), log, _soon)
         ended += code != 0
         kept = {path.split("/")[3] for path in Store.kept if f"/{mood}/" in path and path.endswith("trainer.pt")}
-        missing += len({path.name for path in checkpoint.step_folders(out / "checkpoints")} - kept)
+        newest = checkpoint.step_folders(out / "checkpoints")[-STORED:]
+        missing += len({path.name for path in newest} - kept)
     server.shutdown()
     return {"uploads_failed": Store.failed, "runs_ended_by_upload": ended, "uploads_missing": missing}
 

@@ -13,11 +13,14 @@ from wrinklefree.cloud import estimate, job, places, summary, task, wheel
 from wrinklefree.cloud.estimate import Estimate
 from wrinklefree.cloud.job import Job, Request
 from wrinklefree.cloud.places import Cloud
+from wrinklefree.cloud.processes import for_scale
 from wrinklefree.cloud.task import Task
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.runs import preflight
+from wrinklefree.runs import dry_run as preview
+from wrinklefree.runs import launch, preflight
+from wrinklefree.runs.budget import parse_minutes
 from wrinklefree.training import storage
 
 log = logging.getLogger("wrinklefree")
@@ -33,13 +36,37 @@ def engine(name: str) -> ModuleType:
     return importlib.import_module(f"wrinklefree.cloud.engines.{name}")
 
 
-def start(chain: Sequence[list[str]], request: dict[str, Any], dry_run: bool, minutes: float | None = None) -> None:
+def run_chain(
+    chain: Sequence[list[str]],
+    elsewhere: dict[str, Any] | None,
+    *,
+    dry_run: bool,
+    force: bool,
+    scale: str | None,
+    processes: int | None,
+    budget: str | None,
+) -> list[Config]:
+    """Train the stages of one command, whose overrides are in `chain`: here, or `elsewhere`, as `start` does.
+
+    Returns the configs of the stages that have run here. With `dry_run`, or elsewhere, these are none.
+    """
+    if elsewhere is not None:
+        start(chain, elsewhere, dry_run, budget)
+        return []
+    if dry_run:
+        preview.show_chain([load_config(overrides) for overrides in chain])
+        return []
+    return launch.run_chain(chain, force, for_scale(scale, processes), budget)
+
+
+def start(chain: Sequence[list[str]], request: dict[str, Any], dry_run: bool, budget: str | None = None) -> None:
     """Start `wf WORDS` somewhere else, whose stages have the overrides in `chain`.
 
-    `request` has the fields of `Request`. `minutes` is what the whole command may take. With `dry_run`, print the task
-    and the estimate and start nothing. Raises UserError for all that can be known to be wrong before anything is spent.
+    `request` has the fields of `Request`. `budget` is the time of the whole command, such as `2h`. With `dry_run`,
+    print the task and the estimate and start nothing. Raises UserError for all that can be known to be wrong before
+    anything is spent.
     """
-    asked = Request(**request)
+    asked, minutes = Request(**request), None if budget is None else parse_minutes(budget)
     configs = [load_config(overrides) for overrides in chain]
     if asked.cloud is None:
         start_here(asked, configs)

@@ -13,17 +13,14 @@ import shlex
 from pathlib import Path
 from typing import Any, Literal
 
-from wrinklefree.cloud.processes import for_scale
-from wrinklefree.cloud.start import start
+from wrinklefree.cloud.start import run_chain
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.formats import anemll
 from wrinklefree.models.load import load_model
-from wrinklefree.runs import dry_run as preview
-from wrinklefree.runs import launch, report
-from wrinklefree.runs.budget import parse_minutes
+from wrinklefree.runs import report
 from wrinklefree.tracking.terminal import print_table
 
 Workflow = Literal["a", "b", "c"]
@@ -64,13 +61,11 @@ def run(
             chosen += ["training.objective=cached_kd", f"distillation.cache={cache}"]
         chain.append([*chosen, *own[name]])
         before = load_config(chain[-1]).output_dir
-    if elsewhere is not None:
-        start(chain, elsewhere, dry_run, None if budget is None else parse_minutes(budget))
+    finished = run_chain(
+        chain, elsewhere, dry_run=dry_run, force=force, scale=scale, processes=processes, budget=budget
+    )
+    if not finished:
         return
-    if dry_run:
-        preview.show_chain([load_config(overrides) for overrides in chain])
-        return
-    finished = launch.run_chain(chain, force, for_scale(scale, processes), budget)
     last = Path(finished[-1].output_dir)
     trained, tokenizer = load_model(last, trust_remote_code=finished[-1].model.trust_remote_code)
     table = anemll.write(trained, tokenizer, last / "anemll", [])

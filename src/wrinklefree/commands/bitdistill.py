@@ -8,14 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wrinklefree.cloud.processes import for_scale
-from wrinklefree.cloud.start import start
-from wrinklefree.config.compose import load_config
+from wrinklefree.cloud.start import run_chain
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.runs import dry_run as preview
-from wrinklefree.runs import launch, report
-from wrinklefree.runs.budget import parse_minutes
+from wrinklefree.runs import report
 from wrinklefree.tracking.terminal import print_table
 
 STAGES = {
@@ -70,14 +66,11 @@ def run(
         chain.append(settings(model, number, task, before, overrides))
         if number != "0":
             before = STAGES[number]
-    if elsewhere is not None:
-        start(chain, elsewhere, dry_run, None if budget is None else parse_minutes(budget))
-        return
-    if dry_run:
-        preview.show_chain([load_config(overrides) for overrides in chain])
-        return
-    finished = launch.run_chain(chain, force, for_scale(scale, processes), budget)
-    summary(finished)
+    finished = run_chain(
+        chain, elsewhere, dry_run=dry_run, force=force, scale=scale, processes=processes, budget=budget
+    )
+    if finished:
+        summary(finished)
 
 
 def settings(model: str, number: str, task: str | None, before: str | None, overrides: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.runs import dry_run as preview
 from wrinklefree.runs import launch
-from wrinklefree.runs.budget import CommandBudget, command_budget, parse_minutes
+from wrinklefree.runs.budget import CommandBudget, command_budget
 
 log = logging.getLogger("wrinklefree")
 
@@ -34,7 +34,7 @@ def run(
     if scale is not None:
         overrides = [*overrides[:2], *scales()[scale].settings(), *overrides[2:]]  # the user's own come later and win
     if elsewhere is not None:
-        start([overrides], elsewhere, dry_run, None if budget is None else parse_minutes(budget))
+        start([overrides], elsewhere, dry_run, budget)
         return
     config = load_config(overrides)
     minutes = command_budget(budget, config)

@@ -81,8 +81,7 @@ def _fetch_finished(url: str, out: Path) -> bool:
 def _fetch_checkpoint(url: str, out: Path) -> None:
     """Fetch the newest checkpoint that is whole, with the log beside it."""
     names = storage.names(url)
-    steps = sorted((n for n in names if n.removeprefix("step_").isdigit()), key=lambda n: int(n.removeprefix("step_")))
-    for name in reversed(steps):
+    for name in sorted(filter(checkpoint.is_step, names), key=checkpoint.number_of, reverse=True):
         try:
             fetched = storage.fetch(f"{url}/{name}", out / FETCHED)
         except UserError as error:
@@ -111,10 +110,10 @@ def begun(config: Config) -> bool:
 
 
 def send(config: Config) -> None:
-    """Upload what a finished run has left, if `training.upload_to` is set, and wait for it.
+    """Upload what a finished run has left, checkpoints too, if `training.upload_to` is set, and wait for it.
 
     Of several machines, the first one does; the others wait, and fetch it.
-    Raises UserError if the store takes it not within FINAL_WAIT; the same command tries again.
+    Raises UserError if the store does not take it within FINAL_WAIT; the same command tries again.
     """
     url, out = config.training.upload_to, Path(config.output_dir)
     if url is None or not storage.is_remote(url):
@@ -124,7 +123,13 @@ def send(config: Config) -> None:
         return
     names = sorted(path.name for path in out.iterdir() if _travels(path))
     write_json(out / FINISHED, names)
-    left = Uploads(out, url, [*names, FINISHED]).close(FINAL_WAIT)
+    _wait_for(Uploads(out, url, names), out)
+    _wait_for(Uploads(out / "checkpoints", url, keep=config.training.save_total_limit), out)
+    _wait_for(Uploads(out, url, [FINISHED]), out)
+
+
+def _wait_for(uploads: Uploads, out: Path) -> None:
+    left = uploads.close(FINAL_WAIT)
     if left:
         raise UserError(f"{out}: done, but not uploaded ({', '.join(left)}): the same command tries again")
 

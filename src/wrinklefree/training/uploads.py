@@ -43,7 +43,8 @@ class Uploads:
         self.folder, self.url, self.keep = folder, url.rstrip("/"), keep
         self._record = folder.parent / RECORD if names is None else None
         self._done = set[str]() if self._record is None else _read(self._record, self.url)
-        steps = [path.name for path in checkpoint.step_folders(folder) if path.name not in self._done]
+        newest = checkpoint.step_folders(folder)[-(keep or 0) :]  # others would be removed there at once
+        steps = [path.name for path in newest if path.name not in self._done]
         self._waiting = steps if names is None else list(names)
         self._changed, self._ending, self._failed, self._until = threading.Condition(), False, False, 0.0
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
