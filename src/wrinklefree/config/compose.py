@@ -14,7 +14,7 @@ from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.config.values import check_literal, parse_value, quoted
 from wrinklefree.core import method as methods
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.text import did_you_mean
+from wrinklefree.core.text import did_you_mean, without_bucket
 
 LARGEST_YAML = 1 << 18  # bytes; a run's settings have 3,000
 
@@ -272,6 +272,17 @@ def config_yaml(config: Config) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def saved_yaml(config: Config) -> str:
+    """`config_yaml` for a file that is kept: addresses of stores are without their buckets' names."""
+    training = config.training
+    hidden = dataclasses.replace(
+        training,
+        upload_to=training.upload_to and without_bucket(training.upload_to),
+        resume_from=training.resume_from and ",".join(map(without_bucket, training.resume_from.split(","))),
+    )
+    return config_yaml(dataclasses.replace(config, training=hidden))
 
 
 def read_config(path: Path) -> Config:

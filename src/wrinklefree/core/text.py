@@ -1,4 +1,4 @@
-"""Helpers for texts: the closest known word, the first line of an error, halves of surrogate pairs."""
+"""Helpers for texts: the closest known word, the first line of an error, halves of surrogate pairs, addresses."""
 
 import difflib
 from collections.abc import Iterable
@@ -33,3 +33,10 @@ def has_surrogates(text: str) -> bool:
 def without_surrogates(text: str) -> str:
     """Join halves of surrogate pairs, and replace a half that is alone (an emoji that was cut in two) by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if has_surrogates(text) else text
+
+
+def without_bucket(url: str) -> str:
+    """An address such as s3://bucket/run as logs and files may have it, s3://.../run. A local path is unchanged."""
+    scheme, mark, rest = url.partition("://")
+    bucket, slash, path = rest.partition("/")
+    return f"{scheme}://...{slash}{path}" if mark and bucket else url

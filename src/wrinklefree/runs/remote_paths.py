@@ -1,7 +1,7 @@
 """Settings that name something to read may be addresses, such as `data.path=gs://...`: a copy is read."""
 
 from wrinklefree.config.compose import all_settings
-from wrinklefree.config.values import setting
+from wrinklefree.config.values import parse_value, setting
 from wrinklefree.training import storage
 
 READ = (
@@ -12,16 +12,27 @@ READ = (
     "data.self_questions",
     "distillation.cache",
     "distillation.teacher",
+    "training.start_from",
 )
+
+LISTS = {"training.start_from": list[str]}
 
 
 def fetched(overrides: list[str]) -> list[str]:
     """The overrides, followed by those that name the copies. Raises UserError if there is nothing to copy."""
-    given = dict(all_settings(overrides))
-    there = {key: value for key, value in given.items() if key in READ and _is_address(value)}
-    return [*overrides, *(setting(key, str(storage.fetch(value))) for key, value in there.items())]
+    given = {key: _entries(key, value) for key, value in all_settings(overrides) if key in READ}
+    copies = {key: _local(value) for key, value in given.items()}
+    return [*overrides, *(setting(key, value) for key, value in copies.items() if value != given[key])]
 
 
-def _is_address(value: object) -> bool:
+def _entries(key: str, value: object) -> object:
+    """What a list's text stands for; other values as they are."""
+    return parse_value(key, value, LISTS) if key in LISTS and isinstance(value, str) else value
+
+
+def _local(value: object) -> object:
+    """An address, or each one in a list, as the path of its copy; all else unchanged."""
+    if isinstance(value, list):
+        return [_local(entry) for entry in value]
     # builtin:NAME has no slashes, and hub ids have no scheme.
-    return isinstance(value, str) and storage.is_remote(value)
+    return str(storage.fetch(value)) if isinstance(value, str) and storage.is_remote(value) else value

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from wrinklefree.config.compose import config_yaml
+from wrinklefree.config.compose import saved_yaml
 from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
@@ -137,7 +137,7 @@ class Run:
             self.plan,
             out=self.out,
             tokenizer=self.tokenizer,
-            settings=config_yaml(self.config),
+            settings=saved_yaml(self.config),
             world=self.world,
             evaluate=evaluate or evaluator(self.config, self.tokenizer),
             placement=self.placement.only(model, teacher),

@@ -22,7 +22,7 @@ from typing import Any
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import inner_path, parse_json
 from wrinklefree.core.fingerprint import fingerprint
-from wrinklefree.core.text import first_line
+from wrinklefree.core.text import first_line, without_bucket
 
 MANIFEST = ".wrinklefree-manifest.json"
 
@@ -63,7 +63,7 @@ def fetch(url: str, cache: Path | None = None) -> Path:
         listing, sums = _listing(files, root, url)
         version = fingerprint([url, sorted(listing.items())])
         folder, name = (cache or cache_folder()) / "remote" / version, root.rpartition("/")[2]
-        target = inner_path(folder, name, url) if name else folder
+        target = inner_path(folder, name, without_bucket(url)) if name else folder
         if not target.exists():
             _download(files, listing, sums, target, url)
     return target
@@ -125,9 +125,9 @@ def _connect(url: str) -> tuple[Any, str]:
     try:
         files, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise UserError(f"{url}: {error}; it comes with: pip install 'wrinklefree[cloud]'") from error
+        raise UserError(f"{without_bucket(url)}: {error}; it comes with: pip install 'wrinklefree[cloud]'") from error
     except ValueError as error:
-        raise UserError(f"{url}: {error}; use gs://, s3:// or a local path") from error
+        raise UserError(f"{without_bucket(url)}: {error}; use gs://, s3:// or a local path") from error
     files.invalidate_cache()  # listings are cached until the process ends, and others write there
     return files, str(root).rstrip("/")
 
@@ -147,21 +147,21 @@ def _listing(files: Any, root: str, url: str) -> tuple[dict[str, list[Any]], dic
         if info["type"] == "file"
     }
     if not present:
-        raise UserError(f"{url}: nothing there")
+        raise UserError(f"{without_bucket(url)}: nothing there")
     sizes = {name: int(entry[1]) for name, entry in present.items()}
     sums: dict[str, str] = {}
     for manifest in [name for name in present if name.rpartition("/")[2] == MANIFEST]:  # each folder that was pushed
         folder = manifest.removesuffix(MANIFEST)
-        own, hashes = _read_manifest(files, present[manifest], f"{url}/{manifest}")
+        own, hashes = _read_manifest(files, present[manifest], f"{without_bucket(url)}/{manifest}")
         sizes = {name: size for name, size in sizes.items() if not name.startswith(folder)}
         sizes |= {folder + name: size for name, size in own.items()}
         sums |= {folder + name: value for name, value in hashes.items()}
     for name in {**present, **sizes}:
-        inner_path(Path(), name, url)
+        inner_path(Path(), name, without_bucket(url))
     missing = [name for name, size in sizes.items() if name not in present or present[name][1] != size]
     if missing:
         raise UserError(
-            f"{url}: not whole, its upload was cut off ({len(missing)} of {len(sizes)} files, {missing[0]} first)"
+            f"{without_bucket(url)}: not whole, its upload was cut off ({len(missing)} of {len(sizes)} files, {missing[0]} first)"
         )
     return {name: present[name] for name in sizes}, sums
 
@@ -202,7 +202,7 @@ def _download(files: Any, listing: dict[str, list[Any]], sums: dict[str, str], t
             files.get_file(path, str(local))
             if name in sums and _sha256(local) != sums[name]:
                 raise UserError(
-                    f"{url}: {name} is not the file that was uploaded (its SHA-256 differs): upload it again"
+                    f"{without_bucket(url)}: {name} is not the file that was uploaded (its SHA-256 differs): upload it again"
                 )
         if not target.exists():  # it does if another process was faster
             (aside / target.name).rename(target)
@@ -258,9 +258,17 @@ def _refusals_explained(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{url}: nothing there") from error
+        raise UserError(f"{without_bucket(url)}: nothing there") from error
     except _refusals() as error:
-        raise UserError(f"{url}: {first_line(error)}; is the service reachable, are you logged in?") from error
+        said = _without_names(first_line(error), url)
+        raise UserError(f"{without_bucket(url)}: {said}; is the service reachable, are you logged in?") from error
+
+
+def _without_names(text: str, url: str) -> str:
+    """A driver's message without the names of the bucket and of the server, which belong in no log."""
+    bucket = url.partition("://")[2].partition("/")[0]
+    text = re.sub(r"\bhttps?://[^\s\"',>)]+", "its server", text)
+    return re.sub(rf"(?<![\w-]){re.escape(bucket)}(?![\w-])", "...", text) if bucket else text
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json, write_json
+from wrinklefree.core.fingerprint import fingerprint
+from wrinklefree.core.text import without_bucket
 from wrinklefree.tracking.run_log import CSV_NAME
 from wrinklefree.tracking.services import WANDB_ID
 from wrinklefree.training import checkpoint, storage
@@ -79,7 +81,7 @@ class Uploads:
         if missing:
             log.warning(
                 "not uploaded to %s: %s; they are in %s, and the next run in this folder uploads them",
-                *(self.url, ", ".join(missing), self.folder),
+                *(without_bucket(self.url), ", ".join(missing), self.folder),
             )
         return missing
 
@@ -121,7 +123,7 @@ class Uploads:
             self._failed = True
             return False
         if self._failed:
-            log.info("uploads work again: %s is at %s", name, self.url)
+            log.info("uploads work again: %s is at %s", name, without_bucket(self.url))
         self._failed = False
         with self._changed:
             self._waiting.remove(name)
@@ -135,7 +137,7 @@ class Uploads:
         """
         if self._record is None:
             return
-        write_json(self._record, {"url": self.url, "done": sorted({*self._done, name})})
+        write_json(self._record, {"store": fingerprint(self.url), "done": sorted({*self._done, name})})
         for file in ALONGSIDE:
             if (self._record.parent / file).is_file():
                 storage.push(self._record.parent / file, f"{self.url}/{file}")
@@ -151,6 +153,6 @@ def _read(record: Path, url: str) -> set[str]:
         return set()
     try:
         values = read_json(record)
-        return set(values["done"]) if values["url"] == url else set()
+        return set(values["done"]) if values["store"] == fingerprint(url) else set()
     except (UserError, LookupError, TypeError):  # not written by this file: then upload everything again
         return set()
