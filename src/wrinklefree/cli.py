@@ -81,7 +81,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help
 Force = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
 Processes = Annotated[int | None, typer.Option("--nproc", min=1, help="Number of processes to train in.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Time for all of it, such as 2h, 90m or 1h30m.")]
-ModelFolder = Annotated[str, typer.Argument(metavar="PATH", help="A run, a model folder, a config's name or a hub id.")]
+ModelFolder = Annotated[
+    str,
+    typer.Argument(metavar="PATH", help="A run, a model folder (here or gs://, s3://), a config's name or a hub id."),
+]
 EngineChoice = Annotated[
     Literal["auto", "native", "transformers"],
     typer.Option(help="auto is native for packed folders that allow it."),
@@ -615,7 +618,7 @@ def serve(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or checkpoint folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or checkpoint folder, here or in a store.")],
     format: Annotated[
         str, typer.Option("--format", help=f"{', '.join(formats())}, or all; hf is our packed folder.")
     ] = "hf",
@@ -637,6 +640,8 @@ def export(
       wf export outputs/bitdistill_tiny_stage2_pretrain --format gguf
       wf export outputs/bitdistill_tiny_stage2_pretrain --format all
     """
+    if out is None and "://" in run:
+        raise typer.BadParameter("a run in a store needs a folder here to write to", param_hint="--out")
     call("export", run, format, out, force, trust_remote_code, **settings)
 
 
@@ -832,8 +837,20 @@ def wandb_status(
 
 
 def call(command: str, *args: Any, **kwargs: Any) -> None:
-    """Import `wrinklefree.commands.<command>` and call its `run`. Errors are shown as by `reported`."""
-    reported(lambda: importlib.import_module(f"wrinklefree.commands.{command}").run(*args, **kwargs))
+    """Import `wrinklefree.commands.<command>` and call its `run`. Errors are shown as by `reported`.
+
+    An address such as gs://bucket/run among `args` becomes the path of its copy.
+    """
+    reported(lambda: importlib.import_module(f"wrinklefree.commands.{command}").run(*map(local_copy, args), **kwargs))
+
+
+def local_copy(value: Any) -> Any:
+    """The path of the copy that was made, if `value` is an address; else `value`."""
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    from wrinklefree.training import storage
+
+    return str(storage.fetch(value))
 
 
 def reported(work: Callable[[], None]) -> None:

@@ -3,8 +3,10 @@
 import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from wrinklefree import cli
 from wrinklefree.config.compose import load_config, read_config, saved_yaml
 from wrinklefree.core.errors import UserError
 from wrinklefree.runs import remote_paths
@@ -35,7 +37,9 @@ def test_an_address_becomes_the_path_of_its_copy(url: str, key: str) -> None:
 
 @pytest.mark.parametrize("given", ["[{url}]", "[./none,{url}]", '["{url}"]'])
 def test_each_address_of_a_list_becomes_a_path(url: str, given: str) -> None:
-    overrides = remote_paths.fetched(["model=tiny", "training=fairy2_w2", f"training.start_from={given.format(url=url)}"])
+    overrides = remote_paths.fetched(
+        ["model=tiny", "training=fairy2_w2", f"training.start_from={given.format(url=url)}"]
+    )
     start = load_config(overrides).training.start_from
     assert (Path(start[-1]) / "config.json").read_text() == "{}"
     assert start[:-1] == (["./none"] if "none" in given else [])
@@ -44,6 +48,22 @@ def test_each_address_of_a_list_becomes_a_path(url: str, given: str) -> None:
 def test_what_is_no_address_stays(url: str) -> None:
     given = ["model=tiny", "data.path=builtin:corpus", "training.start_from=[w1,w2]", "distillation.teacher=org/name"]
     assert remote_paths.fetched(given) == given
+
+
+def test_commands_read_a_copy_too(url: str) -> None:
+    assert (Path(cli.local_copy(url)) / "config.json").read_text() == "{}"
+    assert cli.local_copy("org/name") == "org/name"
+
+
+def test_no_message_names_the_bucket_or_the_server(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **more: object) -> None:
+        raise OSError("a-bucket: no answer from https://store.example:9000/a-bucket?list, host store.example:9000")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "find", refuse)
+    with pytest.raises(UserError) as refused:
+        storage.fetch(url)
+    assert "a-bucket" not in str(refused.value)
+    assert "example" not in str(refused.value)
 
 
 def test_an_address_with_nothing_is_one_line(url: str) -> None:

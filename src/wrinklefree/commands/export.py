@@ -30,14 +30,14 @@ SAME = 1e-6  # nats of KL that sums in another order may cause
 
 
 def run(
-    run: Path, format: str, out: Path | None, force: bool, trust_remote_code: bool = False, **settings: Any
+    run: str | Path, format: str, out: Path | None, force: bool, trust_remote_code: bool = False, **settings: Any
 ) -> None:
     """Export the trained model of a run or checkpoint folder, and print the comparison.
 
     With `all` it is exported in every format, each into `out/FORMAT`, and one table tells what became of it.
     Raises UserError if the model cannot be exported, or the exported model differs from the trained one.
     """
-    known = formats()
+    run, known = Path(run), formats()
     if format != ALL and format not in known:
         raise UserError(f"--format {format}: unknown{did_you_mean(format, known)}; available: {', '.join(known)}, all")
     chosen = {name: value for name, value in settings.items() if value is not None}

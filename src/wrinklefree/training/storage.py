@@ -161,7 +161,8 @@ def _listing(files: Any, root: str, url: str) -> tuple[dict[str, list[Any]], dic
     missing = [name for name, size in sizes.items() if name not in present or present[name][1] != size]
     if missing:
         raise UserError(
-            f"{without_bucket(url)}: not whole, its upload was cut off ({len(missing)} of {len(sizes)} files, {missing[0]} first)"
+            f"{without_bucket(url)}: not whole, its upload was cut off "
+            f"({len(missing)} of {len(sizes)} files, {missing[0]} first)"
         )
     return {name: present[name] for name in sizes}, sums
 
@@ -202,7 +203,8 @@ def _download(files: Any, listing: dict[str, list[Any]], sums: dict[str, str], t
             files.get_file(path, str(local))
             if name in sums and _sha256(local) != sums[name]:
                 raise UserError(
-                    f"{without_bucket(url)}: {name} is not the file that was uploaded (its SHA-256 differs): upload it again"
+                    f"{without_bucket(url)}: {name} is not the file that was uploaded (its SHA-256 differs): "
+                    f"upload it again"
                 )
         if not target.exists():  # it does if another process was faster
             (aside / target.name).rename(target)
@@ -267,7 +269,7 @@ def _refusals_explained(url: str) -> Iterator[None]:
 def _without_names(text: str, url: str) -> str:
     """A driver's message without the names of the bucket and of the server, which belong in no log."""
     bucket = url.partition("://")[2].partition("/")[0]
-    text = re.sub(r"\bhttps?://[^\s\"',>)]+", "its server", text)
+    text = re.sub(r"\b(https?://[^\s\"',>)]+|host [\w.-]+:\d+)", "its server", text)
     return re.sub(rf"(?<![\w-]){re.escape(bucket)}(?![\w-])", "...", text) if bucket else text
 
 
