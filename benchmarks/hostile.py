@@ -46,7 +46,7 @@ from wrinklefree.data.template import as_chat
 from wrinklefree.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from wrinklefree.distributed.world import World
 from wrinklefree.evaluate.perplexity import measure
-from wrinklefree.export.formats import gguf
+from wrinklefree.export.formats import bitnet, compressed_tensors, gguf
 from wrinklefree.export.formats.anemll import write_state
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.generate import generate
@@ -112,6 +112,7 @@ def make_samples(root: Path) -> dict[str, Path]:
         TOKENIZER.save_pretrained(root / kind)
     TOKENIZER.save_pretrained(root / "tokenizer")
     _gguf(root / "gguf")
+    _integers(root, model)
     _trained(root, model)
     _cache(root)
     _thinking(root, model)
@@ -128,6 +129,14 @@ def _gguf(folder: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=280, max_position_embeddings=64)).eval()
     ternary = find("bitdistill")(norm_mode="none", granularity="row").prepare(model)
     gguf.write(ternary, words, folder, [], "q2_0", "q8_0")
+
+
+def _integers(root: Path, model: LlamaForCausalLM) -> None:
+    """Ternary models as BitNet stores them, and in the words of compressed-tensors."""
+    for name, format in (("bitnet", bitnet), ("words", compressed_tensors)):
+        ternary = find("bitdistill")(norm_mode="none").prepare(copy.deepcopy(model)).eval()
+        (root / name).mkdir()
+        format.write(ternary, TOKENIZER, root / name, [{"input_ids": torch.arange(8)[None]}])
 
 
 def settings(root: Path, out: Path, *more: str) -> list[str]:
@@ -219,14 +228,32 @@ def read_model(folder: Path, samples: Samples) -> None:
 
 
 def read_gguf(folder: Path, samples: Samples) -> None:
-    """Generate with a GGUF file, and load it to train from. What is cached stays in the mutant's folder."""
+    """Generate with a GGUF file, and load it to train from."""
+    with own_cache(folder):
+        say_something(folder / "model.gguf")
+        load_pretrained(ModelConfig(name="x", pretrained=str(folder / "model.gguf")))
+
+
+def read_integers(folder: Path, samples: Samples) -> None:
+    """Generate with a folder of BitNet's or compressed-tensors' integers."""
+    with own_cache(folder):
+        say_something(folder)
+
+
+def say_something(model: Path) -> None:
+    """Two tokens, as `wf generate` writes them."""
+    opened, tokenizer, _ = open_engine(str(model), "auto", threads=1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        generate.stream(opened, tokenizer, "def f", 2, temperature=0.0, seed=0)
+
+
+@contextlib.contextmanager
+def own_cache(folder: Path) -> Iterator[None]:
+    """What is cached stays in the mutant's folder."""
     before = os.environ.get("WRINKLEFREE_CACHE")
     os.environ["WRINKLEFREE_CACHE"] = str(folder / "cache")
     try:
-        model, tokenizer, _ = open_engine(str(folder / "model.gguf"), "auto", threads=1)
-        with contextlib.redirect_stdout(io.StringIO()):
-            generate.stream(model, tokenizer, "def f", 2, temperature=0.0, seed=0)
-        load_pretrained(ModelConfig(name="x", pretrained=str(folder / "model.gguf")))
+        yield
     finally:
         os.environ.pop("WRINKLEFREE_CACHE")
         os.environ |= {} if before is None else {"WRINKLEFREE_CACHE": before}
@@ -299,6 +326,8 @@ READERS: dict[str, Reader] = {
     "sharded": read_model,
     "packed": read_model,
     "gguf": read_gguf,
+    "bitnet": read_integers,
+    "words": read_integers,
     "run": read_run,
     "resume": read_resume,
     "cache": read_cache,

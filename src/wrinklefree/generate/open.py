@@ -18,6 +18,7 @@ from wrinklefree.families.architectures import positions
 from wrinklefree.models.check import check_folder
 from wrinklefree.models.find import model_folder, resolve_pretrained
 from wrinklefree.models.gguf import gguf_folder, is_gguf
+from wrinklefree.models.integers import integers_folder
 from wrinklefree.models.load import Loaded, checkpoint_config, load_model, open_config, open_tokenizer
 from wrinklefree.packed.quantizer import QUANT_METHOD
 
@@ -27,12 +28,14 @@ EngineName = Literal["auto", "native", "transformers"]
 def pretrained_of(name: str) -> str:
     """The folder or hub id that `name` means: for the name of a model config its `pretrained`, else `name` itself.
 
-    For a GGUF file that is a packed folder, which the first call writes. A path that exists comes before a model
-    config of the same name.
+    For a GGUF file, and for a folder with BitNet's or compressed-tensors' integers, that is a packed folder, which the
+    first call writes. A path that exists comes before a model config of the same name.
     """
     if is_gguf(name):
         return str(gguf_folder(Path(name), "packed"))
-    if Path(name).exists() or name not in options("model"):
+    if Path(name).exists():
+        return str(integers_folder(model_folder(Path(name))) or name)
+    if name not in options("model"):
         return name
     return load_config([f"model={name}"]).model.pretrained
 

@@ -42,6 +42,7 @@ def write(
     layers = ternary_layers(model, "bitnet")
     eps = _check(model, layers)
     config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]  # others find the class by it
     config.quantization_config = quantization_config(model, "bitlinear", "offline", eps is not None, eps or 1e-6)
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -81,6 +81,7 @@ def _save(
         state[f"{fqn}.weight_shape"] = torch.tensor(layer.codes.shape)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]  # others find the class by it
     config.quantization_config = scheme(model, layers)
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
