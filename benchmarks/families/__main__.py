@@ -118,7 +118,7 @@ def in_fork(work: Any, *arguments: Any) -> Any:
     """The result of `work` in a forked process. None if it died, or took too long."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(work(*arguments)), daemon=False)
+    process = context.Process(target=lambda: sender.send(alone(work, *arguments)), daemon=False)
     process.start()
     sender.close()
     try:
@@ -128,6 +128,12 @@ def in_fork(work: Any, *arguments: Any) -> Any:
     finally:
         process.kill()
         process.join()
+
+
+def alone(work: Any, *arguments: Any) -> Any:
+    """Call `work` in a fork. Torch makes its pool of threads anew there, which two threads must not do at once."""
+    torch.set_num_threads(1)
+    return work(*arguments)
 
 
 def product(name: str, scratch: Path) -> dict[str, Any]:

@@ -30,7 +30,10 @@ SIZES: list[tuple[str, int]] = [
     (r"time_step_rank|mamba_dt_rank", 4),
     (r"(.*_)?(rank|lowrank)", 16),
     (r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|dim_ff|dff|n_inner|ffn_hidden_size|feed_forward_size)", 128),
-    (r"(.*_)?(hidden_size|n_embd|d_model|embedding_(size|dim)|emb_dim|hidden_dim|lru_width|embed_proj_dim)", 64),
+    (
+        r"(.*_)?(hidden_size|n_embd|d_model|embedding_(size|dim)|emb_dim|hidden_dim|lru_width|embed_proj_dim|adapter_(in_dim|input_size|out_dim|output_size))",
+        64,
+    ),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k", 2),
     (r"(moe_)?num_experts|num_local_experts|n_routed_experts", 4),
     (r"n_group|num_expert_group|topk_group|(mamba_)?n_?groups", 1),
@@ -61,6 +64,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note_text": {"head_dim": 32, "num_key_value_heads": 4},  # widths with and without positions, together
     "falcon_h1": MAMBA2 | {"mamba_d_ssm": 128},
     "gemma4_assistant": {"text_config": None},
     "granitemoehybrid": MAMBA2 | {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
@@ -73,11 +77,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "phi4_multimodal": {
         "audio_config": {"hidden_size": 64, "intermediate_size": 128, "num_blocks": 1, "nemo_conv_channels": 64}
     },
+    "recurrent_gemma": {"num_hidden_layers": 3},  # the third has attention
     "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 48)},
     "xmod": {"default_language": "en_XX"},
-    "qwen4_exp": SPARSE_QWEN,
     "qwen4_exp_text": SPARSE_QWEN,
-    "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": None},
+    "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": None},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8, "mamba_headdim": 16},
 }
 
@@ -89,9 +93,7 @@ def families() -> list[str]:
 
 def small_config(model_type: str) -> PreTrainedConfig:
     """The small config of a family."""
-    given = EXCEPTIONS.get(model_type, {})
-    values = shrunk(CONFIG_MAPPING[model_type]().to_dict()) | given
-    return CONFIG_MAPPING[model_type](**values)
+    return CONFIG_MAPPING[model_type](**shrunk(CONFIG_MAPPING[model_type]().to_dict()))
 
 
 def shrunk(values: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def shrunk(values: dict[str, Any]) -> dict[str, Any]:
         small["head_dim"] = 16
     if "num_key_value_heads" in small and (small["num_key_value_heads"] is None or "kv_lora_rank" in small):
         small["num_key_value_heads"] = small.get("num_attention_heads", 4)  # latent attention has as many of both
-    return small
+    return small | EXCEPTIONS.get(values.get("model_type", ""), {})
 
 
 DERIVED = ("id2label", "label2id", "model_type", "transformers_version", "architectures", "num_labels", "dtype")

@@ -149,6 +149,21 @@ def test_a_layer_that_is_never_called_stays_as_it_is(caplog: pytest.LogCaptureFi
     assert "the model does not call these layers: backbone.layers.*.mixer.dt_proj" in caplog.text
 
 
+def test_attention_to_an_encoder_that_is_not_there_is_packed_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    """BART as a language model never uses a third of its blocks; nothing of it stays large, and nothing changes."""
+    sizes: dict[str, Any] = {"d_model": 64, "decoder_layers": 2, "decoder_ffn_dim": 128, "decoder_attention_heads": 4}
+    original = family("bart", **sizes, is_encoder_decoder=False)
+    prepared = toy().prepare(copy.deepcopy(original))
+    assert [fqn for fqn in quant_layers(prepared) if "encoder_attn" in fqn]
+    assert coverage(prepared).share == 1
+    assert "text alone does not use these layers: model.decoder.layers.*.encoder_attn.k_proj" in caplog.text
+    with torch.no_grad():
+        for fqn, layer in quant_layers(prepared).items():
+            if "encoder_attn" in fqn:
+                layer.weight.zero_()
+    torch.testing.assert_close(logits(prepared), logits(toy().prepare(original)))
+
+
 @pytest.mark.parametrize(("name", "values"), [("biogpt", {}), ("phi", {}), ("gpt_neox", {})])
 def test_the_output_head_stays_as_it_is_under_any_name(name: str, values: dict[str, Any]) -> None:
     prepared = toy().prepare(family(name, **values))

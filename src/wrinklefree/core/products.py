@@ -7,6 +7,7 @@
 | multiplies with slices of a tensor [E, out, in] or [E, in, out] (experts) | quantized, each slice by itself |
 | calls the module to choose experts, or for a single number | stays in full precision |
 | reads the weight, and does not call the module (Mamba's `dt_proj`) | stays in full precision |
+| uses the block, but neither module nor weight (BART's attention to an encoder) | quantized as it is |
 """
 
 import logging
@@ -86,6 +87,7 @@ class Probe:
         self.called: list[set[str]] = []  # modules whose forward was called and gave a tensor, for each pass
         self.kinds: dict[str, str] = {}  # by fqn of a module: `linear`, `turned` or `other`
         self.uses = Uses({id(p): fqn for fqn, p in model.named_parameters() if p.ndim == 3})
+        matrices = {fqn: m.weight for fqn, m in model.named_modules() if _has_matrix(m)}
         training, before = model.training, {name: p._version for name, p in model.named_parameters()}
         for mode in (True, False):
             self.called.append(set())
@@ -93,6 +95,7 @@ class Probe:
                 ids = torch.arange(TOKENS, device=next(model.parameters()).device).unsqueeze(0)
                 model(input_ids=ids, use_cache=False)
         model.train(training)
+        self.used = {role(fqn) for fqn, weight in matrices.items() if id(weight) in self.uses.seen}
         written = [name for name, p in model.named_parameters() if p._version != before[name]]
         if written:
             raise UserError(
@@ -116,19 +119,25 @@ class Probe:
             if fqn not in self.kinds:
                 self.kinds[fqn] = _kind(module, inputs[0], output)
 
+    def spares(self, fqn: str) -> bool:
+        """Whether nothing uses the module's weight, though its block is used: cross-attention without an encoder."""
+        block = re.sub(r"(.*\*)\..*", r"\1.", role(fqn))
+        return role(fqn) not in self.used and any(name.startswith(block) for name in self.used)
+
     def calls(self, fqn: str) -> bool:
         """Whether every pass called the module, or one with the same role: few tokens do not see all experts."""
         return all(role(fqn) in called for called in self.called)
 
 
 class Uses(TorchFunctionMode):
-    """Records how tensors of experts are used."""
+    """Records how tensors of experts are used, and which tensors are used at all."""
 
     def __init__(self, tensors: dict[int, str]) -> None:
         super().__init__()
         self.tensors = tensors  # fqn by id
         self.slices: dict[int, tuple[str, Tensor]] = {}  # by id; the tensor is kept, so that its id stays its own
         self.found: dict[str, set[str]] = {}  # by fqn: `linear`, `turned`, or anything else
+        self.seen: set[int] = set()  # ids of what was given to a function
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -137,6 +146,7 @@ class Uses(TorchFunctionMode):
         if func is Tensor.__getitem__ and id(args[0]) in self.tensors and result.ndim == 2:
             self.slices[id(result)] = self.tensors[id(args[0])], result
             return result
+        self.seen.update(map(id, (*args, *(kwargs or {}).values())))
         for place, value in enumerate(args):
             whole = self.tensors.get(id(value))
             fqn = whole or self.slices.get(id(value), (None,))[0]
@@ -181,11 +191,13 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 def _open(model: nn.Module, probe: Probe, patterns: list[str]) -> set[str]:
     """Make linear layers of all that multiply as these do. Return the linear layers that are never called."""
-    uncalled = set()
+    uncalled, spared = set(), set()
     for fqn, module in list(model.named_modules()):
         if not _has_matrix(module) or surgery.matches(fqn, patterns) or module is output_head(model):
             continue
-        if not probe.calls(fqn):
+        if type(module) in PLAIN and probe.spares(fqn):
+            spared.add(fqn)
+        elif not probe.calls(fqn):
             uncalled.add(fqn)
         elif type(module) not in PLAIN and probe.kinds.get(fqn) in ("linear", "turned"):
             model.set_submodule(fqn, _linear(module, probe.kinds[fqn] == "turned"))
@@ -195,9 +207,12 @@ def _open(model: nn.Module, probe: Probe, patterns: list[str]) -> set[str]:
             stack.open_stacks(model, {fqn: len(weight)})
             for number, matrix in enumerate(weight.detach()):
                 model.set_submodule(f"{fqn}.{number}", _expert(matrix, uses == {"turned"}, weight))
-    if uncalled:
-        names = short(dict.fromkeys(map(role, sorted(uncalled))))
-        log.warning("in full precision, because the model does not call these layers: %s", names)
+    for layers, said in (
+        (uncalled, "in full precision, because the model does not call these layers: %s"),
+        (spared, "quantized as they are, because text alone does not use these layers: %s"),
+    ):
+        if layers:
+            log.warning(said, short(dict.fromkeys(map(role, sorted(layers)))))
     return uncalled
 
 
