@@ -4,9 +4,9 @@
 
 | figure | what it is |
 |---|---|
-| `streams_8_over_1`, `streams_16_over_1` | tokens per second of so many streams together over those of one alone |
-| `p95_over_median_mixed` | 4 streams, beside which long prompts come and half of them go away: times from token to token |
-| `second_prompt_over_first` | time to the first token, with the same system prompt as an earlier request over a new one |
+| `streams_8_over_1`, `streams_16_over_1` | tokens per second of so many streams over those of one |
+| `p95_over_median_mixed` | of the times from token to token, while long prompts come and half of their clients go |
+| `second_prompt_over_first` | times to the first token, for the same system prompt |
 | `soak_*` | `--soak`: requests of all kinds, half of them aborted; memory of the server before and after |
 
 Without FOLDER, it serves a ternary Llama with 1.1 B random parameters and an int8 head. The client is a process of its
@@ -16,6 +16,7 @@ own and hardly parses what it reads, so that it takes little of the server's tim
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import re
@@ -28,7 +29,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
@@ -182,7 +182,7 @@ async def long_prompts(server: Server, draw: random.Random) -> None:
 
 def steps(answers: Sequence[Sequence[float]]) -> list[float]:
     """Seconds from piece to piece."""
-    return [after - before for times in answers for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for times in answers for before, after in itertools.pairwise(times)]
 
 
 async def prefixes(server: Server, rounds: int, draw: random.Random) -> dict[str, float]:

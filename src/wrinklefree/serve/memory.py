@@ -2,7 +2,7 @@
 
 | part | bytes |
 |---|---|
-| weights | 2 for each number in bf16 if the native engine runs it, 4 for other floating-point numbers, codes as in the files |
+| weights | 2 for a number in bf16 in the native engine, 4 for every other float; codes as in the files |
 | keys and values | slots x context x layers x heads of the keys x 2 x head_dim x 4, or x 2 for a half cache |
 
 The program itself, some 0.5 GB, is not counted.
