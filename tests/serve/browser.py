@@ -89,7 +89,9 @@ class Page:
     def named(self) -> set[tuple[str, str]]:
         """Roles and names that a screen reader is told."""
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
-        return {(node["role"]["value"], node["name"]["value"]) for node in nodes if not node["ignored"] if "name" in node}
+        return {
+            (node["role"]["value"], node["name"]["value"]) for node in nodes if not node["ignored"] if "name" in node
+        }
 
 
 @contextlib.contextmanager
