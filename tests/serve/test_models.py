@@ -63,11 +63,11 @@ class Gated:
 class Shelf:
     """A service with models of given sizes, which counts how often each was opened."""
 
-    def __init__(self, sizes: dict[str, int], most: int | None) -> None:
+    def __init__(self, sizes: dict[str, int], most: int | None, told: int | None = None) -> None:
         self.opened = dict.fromkeys(sizes, 0)
         self.gate = threading.Event()
         self.gate.set()
-        offers = [Offer(name, self._opener(name, size), size) for name, size in sizes.items()]
+        offers = [Offer(name, self._opener(name, size), told or size) for name, size in sizes.items()]
         self.models = Models(offers, Limits(50, 50), 10, most)
         self.app = Service(self.models).app()
 
@@ -139,6 +139,17 @@ def test_a_model_that_answers_is_not_closed() -> None:
         assert (await busy).status_code == 200
         assert (await ask(client, "b")).status_code == 200
         assert shelf.open() == ["b"]
+
+    shelf.run(work)
+
+
+def test_what_a_model_really_takes_counts_once_it_is_open() -> None:
+    shelf = Shelf({"a": 6, "b": 6}, most=8, told=1)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for name in ("a", "b", "a"):
+            assert (await ask(client, name)).status_code == 200
+            assert shelf.open() == [name]
 
     shelf.run(work)
 

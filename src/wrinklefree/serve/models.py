@@ -85,7 +85,7 @@ class Served:
         # Prompts are tokenized in one thread of their own, so that a long one does not hold up the running streams.
         self.encoder = ThreadPoolExecutor(1, "encode")
         self.preparing = 0  # requests that the scheduler does not know yet
-        self._thread = threading.Thread(target=self._run, name="engine")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -170,30 +170,41 @@ class Models:
                 return served
             if self._closed:
                 raise ending()
-            await self._make_room(offer)
+            await self._end(offer.name)  # if its engine has ended by itself
+            if not await self._make_room(offer.name, offer.memory):
+                text = f"no room for {offer.name!r} beside the models that answer now: try again later"
+                raise ApiError(429, text, code="busy", headers={"Retry-After": "1"})
             try:
-                return await asyncio.get_running_loop().run_in_executor(None, self.start, offer)
+                served = await asyncio.get_running_loop().run_in_executor(None, self._serve, offer)
             except UserError as error:
                 log.error("%s cannot be opened: %s", offer.name, error)
                 raise ApiError(500, f"the model {offer.name} cannot be opened", "model", "model_failed") from None
+            self._open[offer.name] = served
+            await self._make_room(offer.name, 0)  # it may take more than its files told
+            return served
 
-    def start(self, offer: Offer) -> Served:
-        """Open a model. Raises UserError if it cannot be opened."""
-        served = self._open[offer.name] = Served(offer.open(), self.limits, self._max_waiting)
-        if self._closed:
+    def start(self, offer: Offer) -> None:
+        """Open a model before there is a loop. Raises UserError if it cannot be opened."""
+        self._open[offer.name] = self._serve(offer)
+
+    def _serve(self, offer: Offer) -> Served:
+        served = Served(offer.open(), self.limits, self._max_waiting)
+        if self._closed:  # while it was being opened
             served.close()
         return served
 
-    async def _make_room(self, offer: Offer) -> None:
-        """Close idle models, the least recently used first, until there is memory for this one."""
-        await self._end(offer.name)  # if its engine has ended by itself
-        while self._most is not None and sum(s.memory for s in self._open.values()) + offer.memory > self._most:
-            idle = next((name for name, served in self._open.items() if served.is_idle()), None)
+    async def _make_room(self, name: str, more: int) -> bool:
+        """Close idle models but `name`, the least recently used first, until there is room for `more` bytes.
+
+        Returns whether there is room.
+        """
+        while self._most is not None and sum(s.memory for s in self._open.values()) + more > self._most:
+            idle = next((other for other, s in self._open.items() if other != name and s.is_idle()), None)
             if idle is None:
-                text = f"no room for {offer.name!r} beside the models that answer now: try again later"
-                raise ApiError(429, text, code="busy", headers={"Retry-After": "1"})
-            log.info("closing %s, because %s needs its memory", idle, offer.name)
+                return False
+            log.info("closing %s, because %s needs its memory", idle, name)
             await self._end(idle)
+        return True
 
     async def _end(self, name: str) -> None:
         """Close a model if it is open, and free its memory."""
