@@ -200,9 +200,10 @@ async def prefixes(server: Server, rounds: int, draw: random.Random) -> dict[str
 async def soak(server: Server, seconds: float, draw: random.Random) -> dict[str, float]:
     """Requests of all kinds for some time, half of them aborted. Memory before it, in the middle and after it.
 
-    It grows in the first half, until each slot has held a long text, and should not in the second.
+    Before it each slot gets a text of the greatest length, because slots keep their memory.
     """
     ends: list[bool] = []
+    await asyncio.gather(*(server.tokens(words(draw, LONG // 4), 64) for _ in range(16)))
     before = server.memory()
     workers = [asyncio.ensure_future(keep_asking(server, draw, ends)) for _ in range(12)]
     await asyncio.sleep(seconds / 2)
