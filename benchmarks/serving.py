@@ -1,24 +1,34 @@
-"""Measure `wf serve` with several streams: tokens per second of all streams together, compared with a single stream.
+"""Measure `wf serve` under load: many streams, long prompts between them, shared prefixes, clients that go away.
 
-    python -m benchmarks.serving [FOLDER] [--count 8] [--length 128] [--rounds 3] [--threads N] [--json]
+    python -m benchmarks.serving [FOLDER] [--length 128] [--rounds 3] [--threads N] [--soak SECONDS] [--json]
 
-Without FOLDER, it serves a ternary Llama with 1.1 B random parameters and an int8 head. The client only reads bytes and
-parses nothing, so that it takes little of the server's time on a machine with few cores.
+| figure | what it is |
+|---|---|
+| `streams_8_over_1`, `streams_16_over_1` | tokens per second of so many streams over those of one |
+| `p95_over_median_mixed` | of the times from token to token, while long prompts come and half of their clients go |
+| `second_prompt_over_first` | times to the first token, for the same system prompt |
+| `soak_*` | `--soak`: requests of all kinds, half of them aborted; memory of the server before and after |
+
+Without FOLDER, it serves a ternary Llama with 1.1 B random parameters and an int8 head. The client is a process of its
+own and hardly parses what it reads, so that it takes little of the server's time on a machine with few cores.
 """
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
+import random
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
@@ -28,28 +38,65 @@ from wrinklefree.core.method import QuantMethod, find
 from wrinklefree.export.formats.packed import pack_model
 from wrinklefree.export.rounded import head
 from wrinklefree.models.find import resolve_pretrained
-from wrinklefree.models.load import open_tokenizer
+from wrinklefree.models.load import open_config, open_tokenizer
 
 PROMPT = "def"
+TALKING, LONG, SHORT = 4, 1000, 20  # streams beside long prompts; tokens of a long prompt and of a short one
+SHARED = 800  # tokens of a system prompt
+VOCAB = (100, 20_000)  # random prompts are made of these token ids
 
 
-def streams(
-    folder: Path, count: int = 8, length: int = 128, rounds: int = 3, threads: int | None = None
-) -> dict[str, float]:
-    """Tokens per second of one stream and of `count` streams at the same time: medians of alternating rounds."""
-    options = ["--max-concurrent", str(count), "--name", "bench", "--engine", "native"]
-    options += [] if threads is None else ["--threads", str(threads)]
-    with served(folder, *options) as (host, port):
-        asyncio.run(together(host, port, count, 4))  # warm-up
-        pairs = [[asyncio.run(together(host, port, n, length)) for n in (1, count)] for _ in range(rounds)]
-    one, many = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
-    return {"one": one, "many": many, "ratio": ratio, "count": count}
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    host: str
+    port: int
+    pid: int
+    ends: tuple[int, ...]  # token ids that end an answer: with a bias, so that all answers have their full length
+
+    async def events(self, prompt: str | list[int], length: int) -> AsyncIterator[bytes]:
+        """The events of one streamed completion, as they come. Whoever leaves early closes the connection."""
+        values = {"model": "bench", "prompt": prompt, "max_tokens": length, "temperature": 0, "stream": True}
+        values |= {"stream_options": {"include_usage": True}, "logit_bias": {str(end): -100 for end in self.ends}}
+        body = json.dumps(values).encode()
+        lines = (b"POST /v1/completions HTTP/1.1", b"Host: localhost", b"Connection: close")
+        about = (b"Content-Type: application/json", b"Content-Length: %d" % len(body))
+        reader, writer = await asyncio.open_connection(self.host, self.port, limit=2**20)
+        try:
+            writer.write(b"\r\n".join([*lines, *about, b"", body]))
+            if b" 200 " not in (status := await reader.readline()):
+                raise SystemExit(f"{status.decode()}{(await reader.read(-1)).decode()}")
+            while not (event := await reader.readuntil(b"\n\n")).endswith(b"[DONE]\n\n"):
+                yield event
+        finally:
+            writer.close()
+
+    async def times(self, prompt: str | list[int], length: int) -> list[float]:
+        """When each piece of one answer came. Almost every token is a piece."""
+        return [time.perf_counter() async for event in self.events(prompt, length) if b'"text":"' in event]
+
+    async def tokens(self, prompt: str | list[int], length: int) -> int:
+        """How many tokens one answer has."""
+        last = b""
+        async for event in self.events(prompt, length):
+            last = event
+        return int(re.findall(rb'"completion_tokens":(\d+)', last)[-1])
+
+    async def first(self, prompt: str | list[int]) -> float:
+        """Seconds to the first token of an answer."""
+        start = time.perf_counter()
+        return (await self.times(prompt, 1))[0] - start
+
+    def memory(self) -> float:
+        """Memory that the process holds, in MB."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1000
 
 
 @contextmanager
-def served(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
-    """Run `wf serve` on a free port of this machine. Yields host and port."""
+def served(folder: Path, *options: str) -> Iterator[Server]:
+    """Run `wf serve` on a free port of this machine."""
     command = [sys.executable, "-m", "wrinklefree.cli", "serve", str(folder), "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -58,33 +105,145 @@ def served(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
         address = re.search(r"at http://(\S+):(\d+)/v1", line)
         if not address:
             raise SystemExit(line + process.stderr.read())
-        yield address[1], int(address[2])
+        yield Server(address[1], int(address[2]), process.pid, _ends(folder))
     finally:
         process.terminate()
         process.wait()
         process.stderr.close()
 
 
-async def together(host: str, port: int, count: int, length: int) -> float:
+def _ends(folder: Path) -> tuple[int, ...]:
+    stated = open_config(str(folder)).get_text_config().eos_token_id
+    ends = stated if isinstance(stated, list) else [stated]
+    ends.append(open_tokenizer(str(folder)).eos_token_id)
+    return tuple({end for end in ends if end is not None})
+
+
+def native(threads: int | None, slots: int) -> list[str]:
+    """The options of a server for measurements."""
+    options = ["--max-concurrent", str(slots), "--name", "bench", "--engine", "native"]
+    return options + ([] if threads is None else ["--threads", str(threads)])
+
+
+def streams(
+    folder: Path, count: int = 8, length: int = 128, rounds: int = 3, threads: int | None = None
+) -> dict[str, float]:
+    """Tokens per second of one stream and of `count` streams at the same time: medians of alternating rounds."""
+    with served(folder, *native(threads, count)) as server:
+        one, many = compare(server, (1, count), length, rounds)
+    return {"one": one[0], "many": many[0], "ratio": many[1], "count": count}
+
+
+def compare(server: Server, counts: Sequence[int], length: int, rounds: int) -> list[tuple[float, float]]:
+    """For each count of streams: tokens per second, and over those of the first count. Medians of rounds in turns."""
+    asyncio.run(together(server, counts[-1], 4))  # warm-up
+    rows = [[asyncio.run(together(server, n, length)) for n in counts] for _ in range(rounds)]
+    columns = list(zip(*rows, strict=True))
+    return [
+        (statistics.median(column), statistics.median(a / b for a, b in zip(column, columns[0], strict=True)))
+        for column in columns
+    ]
+
+
+async def together(server: Server, count: int, length: int) -> float:
     """Tokens per second of `count` streams, from the first request to the last token."""
     start = time.perf_counter()
-    tokens = await asyncio.gather(*(one(host, port, length, f"{i} {PROMPT}") for i in range(count)))
+    tokens = await asyncio.gather(*(server.tokens(f"{i} {PROMPT}", length) for i in range(count)))
     return sum(tokens) / (time.perf_counter() - start)
 
 
-async def one(host: str, port: int, length: int, prompt: str) -> int:
-    """Read one stream to its end, and return the number of tokens."""
-    values: dict[str, Any] = {"model": "bench", "prompt": prompt, "max_tokens": length, "temperature": 0}
-    body = json.dumps(values | {"stream": True, "stream_options": {"include_usage": True}}).encode()
-    reader, writer = await asyncio.open_connection(host, port)
-    head_lines = (
-        *(b"POST /v1/completions HTTP/1.1", b"Host: localhost", b"Connection: close"),
-        *(b"Content-Type: application/json", b"Content-Length: %d" % len(body)),
-    )
-    writer.write(b"\r\n".join([*head_lines, b"", body]))
-    answer = (await reader.read(-1)).decode()
-    writer.close()
-    return int(re.findall(r'"completion_tokens":(\d+)', answer)[-1])
+async def mixed(server: Server, length: int, draw: random.Random) -> dict[str, float]:
+    """Times from token to token of streams, while long prompts are read, half of whose clients leave."""
+    alone = await asyncio.gather(*(server.times(words(draw, SHORT), length) for _ in range(TALKING)))
+    others = asyncio.ensure_future(long_prompts(server, draw))
+    beside = await asyncio.gather(*(server.times(words(draw, SHORT), length) for _ in range(TALKING)))
+    others.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await others
+    gaps, quiet = steps(beside), steps(alone)
+    p95, median = statistics.quantiles(gaps, n=20)[-1], statistics.median(gaps)
+    return {
+        "p95_over_median_mixed": p95 / median,
+        "p95_ms_mixed": 1000 * p95,
+        "median_ms_mixed": 1000 * median,
+        "p95_over_median_alone": statistics.quantiles(quiet, n=20)[-1] / statistics.median(quiet),
+        "median_ms_alone": 1000 * statistics.median(quiet),
+    }
+
+
+async def long_prompts(server: Server, draw: random.Random) -> None:
+    """One long prompt after the other, with a pause between them. Every second client leaves while it is read."""
+    while True:
+        answer = server.tokens(words(draw, LONG), 4)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(answer, draw.choice((0.1, None)))
+        await asyncio.sleep(draw.uniform(0, 0.5))
+
+
+def steps(answers: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds from piece to piece."""
+    return [after - before for times in answers for before, after in itertools.pairwise(times)]
+
+
+async def prefixes(server: Server, rounds: int, draw: random.Random) -> dict[str, float]:
+    """Time to the first token of the second request with a system prompt, over that of the first."""
+    pairs = []
+    for _ in range(rounds):
+        system = words(draw, SHARED)
+        pairs.append([await server.first(system + words(draw, SHORT)) for _ in range(2)])
+    return {
+        "second_prompt_over_first": statistics.median(second / first for first, second in pairs),
+        "first_prompt_ms": 1000 * statistics.median(first for first, _ in pairs),
+    }
+
+
+async def soak(server: Server, seconds: float, draw: random.Random) -> dict[str, float]:
+    """Requests of all kinds for some time, half of them aborted. Memory before it, in the middle and after it.
+
+    Before it each slot gets a text of the greatest length, because slots keep their memory.
+    """
+    ends: list[bool] = []
+    await asyncio.gather(*(server.tokens(words(draw, LONG // 4), 64) for _ in range(16)))
+    before = server.memory()
+    workers = [asyncio.ensure_future(keep_asking(server, draw, ends)) for _ in range(12)]
+    await asyncio.sleep(seconds / 2)
+    middle = server.memory()
+    await asyncio.sleep(seconds / 2)
+    for worker in workers:
+        worker.cancel()
+    await asyncio.gather(*workers, return_exceptions=True)
+    counts = {"soak_seconds": seconds, "soak_requests": len(ends), "soak_aborted": ends.count(False)}
+    return counts | {"soak_before_mb": before, "soak_middle_mb": middle, "soak_after_mb": server.memory()}
+
+
+async def keep_asking(server: Server, draw: random.Random, ends: list[bool]) -> None:
+    """One request after the other; half of them are given up after up to a second. Notes which ended by themselves."""
+    while True:
+        answer = server.tokens(words(draw, draw.choice((1, SHORT, LONG // 4))), draw.randint(1, 64))
+        try:
+            await asyncio.wait_for(answer, draw.choice((draw.uniform(0, 1), None)))
+            ends.append(True)
+        except asyncio.TimeoutError:
+            ends.append(False)
+
+
+def words(draw: random.Random, count: int) -> list[int]:
+    """A prompt of random tokens."""
+    return [draw.randrange(*VOCAB) for _ in range(count)]
+
+
+def measure(folder: Path, length: int, rounds: int, threads: int | None, soak_seconds: float) -> dict[str, float]:
+    """All figures of one model."""
+    draw = random.Random(0)
+    with served(folder, *native(threads, 16)) as server:
+        one, eight, sixteen = compare(server, (1, 8, 16), length, rounds)
+        figures = {"streams_8_over_1": eight[1], "streams_16_over_1": sixteen[1]}
+        figures |= {"tokens_per_s_1": one[0], "tokens_per_s_8": eight[0], "tokens_per_s_16": sixteen[0]}
+        figures |= asyncio.run(mixed(server, 2 * length, draw))
+        figures |= asyncio.run(prefixes(server, 2 * rounds + 1, draw))
+        if soak_seconds:
+            figures |= asyncio.run(soak(server, soak_seconds, draw))
+    return figures
 
 
 def random_folder(out: Path, shape: str = "llama_1b") -> Path:
@@ -108,19 +267,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--shape", choices=SHAPES, default="llama_1b", help="shape of the random model")
-    parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of each stream")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--soak", type=float, default=0, metavar="SECONDS", help="a load of all kinds for so long")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or random_folder(Path(scratch) / "packed", args.shape)
-        figures = streams(folder, args.count, args.length, args.rounds, args.threads)
+        figures = measure(folder, args.length, args.rounds, args.threads, args.soak)
     if args.json:
         print(json.dumps(figures))
     else:
-        print("one stream {one:.1f} tokens/s, {count} streams {many:.1f}, ratio {ratio:.2f}".format(**figures))
+        print("\n".join(f"{name:24} {value:10.2f}" for name, value in figures.items()))
 
 
 if __name__ == "__main__":

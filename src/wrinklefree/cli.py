@@ -576,17 +576,26 @@ def generate(
 
 @app.command()
 def serve(
-    path: ModelFolder,
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Runs, model folders, names of configs or hub ids.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free port.")] = 8000,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are refused.")] = 4096,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 2048,
     max_concurrent: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused.")] = 64,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of open models, such as 4GB; idle ones are closed to keep it."),
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="WF_API_KEY", help="Refuse requests without `Authorization: Bearer KEY`.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The model's name in requests; default: the folder's name.")] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="A model's name in requests; once for each model; default: the folder's name."),
+    ] = None,
     engine: EngineChoice = "auto",
     threads: Threads = None,
     half_cache: Annotated[
@@ -602,19 +611,20 @@ def serve(
     ] = None,
     ui: Annotated[bool, typer.Option("--ui/--no-ui", help="A page to chat on at /.")] = True,
 ) -> None:
-    """Serve a model to OpenAI clients, with streaming.
+    """Serve models to OpenAI clients, with streaming.
 
     \b
     Example:
       wf serve outputs/fairy2_tiny_w2/packed
       wf serve outputs/fairy2_tiny_w2/packed --port 8080 --name tiny
+      wf serve small/packed large/packed --max-memory 4GB
     """
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
     limits |= {"max_concurrent": max_concurrent, "max_waiting": max_waiting}
     more: dict[str, Any] = {"api_key": api_key, "name": name, "engine": engine, "threads": threads}
     more |= {"half_cache": half_cache, "trust_remote_code": trust_remote_code, "allow_special": allow_special}
-    more |= {"cors": cors, "page": ui}
-    call("serve", path, host=host, port=port, **limits, **more)
+    more |= {"cors": cors, "page": ui, "max_memory": max_memory}
+    call("serve", paths, host=host, port=port, **limits, **more)
 
 
 def export(

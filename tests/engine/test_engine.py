@@ -262,13 +262,17 @@ def test_sequences_together_give_the_bits_of_each_alone(mode: str) -> None:
     assert [engine.finished(slot) for slot in slots] == ["length"] * 3
 
 
-def test_long_prompts_are_read_in_pieces_while_others_go_on() -> None:
-    engine = Engine.from_model(FAMILY["llama"](), slots=2, mode="exact")
+def test_long_prompts_are_read_in_pieces_while_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.from_model(FAMILY["llama"](), slots=3, mode="exact")
     talking = engine.open(ids(4), Sampling(50))
     engine.step()
-    reading = engine.open(ids(CHUNK + 10, 1), Sampling(5))
-    assert engine.step().keys() == {talking}
-    assert engine.step().keys() == {talking, reading}
+    long, short = engine.open(ids(150, 1), Sampling(5)), engine.open(ids(30, 2), Sampling(5))
+    assert engine.step().keys() == {talking}  # how long a step takes without a piece is measured first
+    assert [len(engine._slots[slot].open.pending) for slot in (long, short)] == [150, 30]
+    monkeypatch.setattr(engine._pace, "budget", lambda streams: 80)
+    assert engine.step().keys() == {talking, short}  # which leaves the rest of its half to the other
+    assert len(engine._slots[long].open.pending) == 100
+    assert [engine.step().keys() for _ in range(2)] == [{talking, short}, {talking, short, long}]
 
 
 def test_the_next_turn_reads_only_what_is_new() -> None:
@@ -548,6 +552,44 @@ def test_scores_are_the_log_softmax_of_the_model_however_a_prompt_is_cut() -> No
     assert [one.likeliest[0][1] for one in answer] == [one.logprob for one in answer]  # greedy
 
 
+def rows_of(engine: Engine) -> list[int]:
+    """Steps the engine until nothing is left to do. Returns how many tokens each step read."""
+    rows, own = [], engine._decoder.step
+    engine._decoder.step = lambda appends: (rows.append(sum(len(a.tokens) for a in appends)), own(appends))[1]
+    while engine.step() or any(slot.open and not slot.open.finished for slot in engine._slots):
+        pass
+    engine._decoder.step = own
+    return rows
+
+
+def test_a_beginning_that_several_prompts_share_is_read_once() -> None:
+    """Opened together, before any of it has been read."""
+    model, shared = FAMILY["llama"](), ids(150)
+    prompts = [[*shared, *ids(12, seed)] for seed in (1, 2, 3)] + [ids(40, 9), shared]
+    engine, fresh = Engine.from_model(model, slots=5, mode="exact"), Engine.from_model(model, mode="exact")
+    slots = [engine.open(prompt, Sampling(1)) for prompt in prompts]
+    assert sum(rows_of(engine)) <= 150 + 4 * 12 + 40
+    for slot, prompt in zip(slots, prompts, strict=True):
+        assert engine._slots[slot].tokens == prompt
+        (expected,) = said(fresh, prompt, 1)
+        assert engine._slots[slot].open.pending == [expected]
+
+
+def test_who_waits_for_another_goes_on_without_it() -> None:
+    model, shared = FAMILY["llama"](), ids(CHUNK + 20)
+    engine, fresh = Engine.from_model(model, slots=2, mode="exact"), Engine.from_model(model, mode="exact")
+    leader = engine.open([*shared, 1], Sampling(1))
+    other = engine.open([*shared, 2, 3], Sampling(4))
+    engine.step()
+    engine.close(leader)
+    taken = engine.open(ids(20, 7), Sampling(1))  # the slot has another text now
+    assert taken == leader
+    found = []
+    while engine.finished(other) is None:
+        found += [token for slot, token in engine.step().items() if slot == other]
+    assert found == said(fresh, [*shared, 2, 3], 4)
+
+
 def test_what_a_slot_knows_serves_another_even_while_it_is_open() -> None:
     engine, fresh = (Engine.from_model(FAMILY["llama"](), mode="exact", slots=2) for _ in range(2))
     first = engine.open(ids(100), Sampling(50))
@@ -556,7 +598,7 @@ def test_what_a_slot_knows_serves_another_even_while_it_is_open() -> None:
     assert engine._slots[second].open.pending == [3, 4, 5]
     found = []
     while engine.finished(second) is None:
-        found.append(engine.step()[second])
+        found += [token for slot, token in engine.step().items() if slot == second]
     assert found == said(fresh, [*ids(90), 3, 4, 5], 6)
     engine.close(second)
     while engine.finished(first) is None:

@@ -18,8 +18,8 @@ from serving import LONGEST, PROMPT, Process, said, until
 
 from wrinklefree.engine.sampling import Sampling
 from wrinklefree.serve import server
-from wrinklefree.serve.app import Limits, Model, Service
-from wrinklefree.serve.scheduler import Scheduler
+from wrinklefree.serve.app import Service
+from wrinklefree.serve.models import Limits, Model, Models, Offer, Opened
 
 LINUX = sys.platform == "linux"
 
@@ -151,8 +151,10 @@ def within(
     async def both() -> None:
         engine = Counting(slots)
         engine.breaks_at = breaks_at
-        model = Model("numbers", Numbers(), frozenset())
-        service = Service(model, Scheduler(engine, waiting), Limits(10, 10**5))
+        offer = Offer("numbers", lambda: Opened(Model("numbers", Numbers(), frozenset()), engine))
+        models = Models([offer], Limits(10, 10**5), waiting)
+        models.start(offer)
+        service = Service(models)
         bound, ready = server.bind("127.0.0.1", 0), asyncio.Event()
         url = server.url(bound)
         task = asyncio.ensure_future(server._run(service, bound, ready.set))

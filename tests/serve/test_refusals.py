@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 from serving import LONGEST, Process, said, until
 
-from wrinklefree.serve.app import Limits
+from wrinklefree.serve.models import Limits
 
 JSON = {"Content-Type": "application/json"}
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,9 @@ from wrinklefree.core import library
 from wrinklefree.engine.engine import Engine
 from wrinklefree.models.find import resolve_pretrained
 from wrinklefree.models.load import open_tokenizer
-from wrinklefree.serve.app import Limits, Model, Service
+from wrinklefree.serve.app import Service
 from wrinklefree.serve.fallback import TransformersEngine
-from wrinklefree.serve.scheduler import Scheduler
+from wrinklefree.serve.models import Limits, Model, Models, Offer, Opened
 
 torch.set_num_threads(1)
 CONTEXT = 200
@@ -68,12 +67,11 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     model = LlamaForCausalLM(config).eval()
     native = request.param == "native"
     engine = Engine.from_model(model, 1, slots=3, mode="exact") if native else TransformersEngine(model, CONTEXT, 3)
-    scheduler = Scheduler(engine, 64)
-    thread = threading.Thread(target=scheduler.run)
-    thread.start()
-    yield Served(Service(Model("m", words, frozenset()), scheduler, Limits(CONTEXT - 1, CONTEXT - 1)), model, words)
-    scheduler.close()
-    thread.join()
+    offer = Offer("m", lambda: Opened(Model("m", words, frozenset()), engine))
+    models = Models([offer], Limits(CONTEXT - 1, CONTEXT - 1), max_waiting=64)
+    yield Served(Service(models), model, words)
+    models.close()
+    models.join()
 
 
 def test_the_requests_of_lm_eval_are_answered_with_what_it_works_out_in_process(served: Served) -> None:

@@ -10,6 +10,8 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 from test_scoring import Served, served  # noqa: F401  # the fixture: both engines in this process
 
+from wrinklefree.serve.structured import closed
+
 pytest.importorskip("llguidance")
 
 SCHEMA = {
@@ -87,3 +89,28 @@ def test_parse_of_openai_gives_an_object(served: Served) -> None:  # noqa: F811
             return answer.choices[0].message.parsed
 
     assert isinstance(asyncio.run(parsed()), City)
+
+
+def test_objects_have_no_properties_but_those_that_the_schema_names(served: Served) -> None:  # noqa: F811
+    inner = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    open_schema = {"type": "object", "properties": {"n": {"type": "boolean"}, "in": inner}, "required": ["n", "in"]}
+    for seed in range(3):
+        (choice,) = served.choices(**LONG, **form(open_schema), seed=seed)
+        assert choice["finish_reason"] == "stop"
+        found = json.loads(choice["text"])
+        assert (found.keys(), found["in"].keys()) == ({"n", "in"}, {"a"})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {}}, "additionalProperties": {"type": "string"}},
+        {"properties": {"a": {}}, "required": ["b"]},
+        {"type": "object"},
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+        {"properties": {"a": {}}, "anyOf": [{"required": ["b"]}]},
+        {"enum": [{"properties": {"a": 1}}]},
+    ],
+)
+def test_schemas_that_say_what_others_are_or_are_put_together_stay_as_they_are(schema: dict[str, Any]) -> None:
+    assert closed(schema) == schema

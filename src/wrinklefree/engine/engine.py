@@ -3,7 +3,7 @@
 | call | effect |
 |---|---|
 | `open` | puts a prompt into a free slot |
-| `step` | gives one token to each sequence whose prompt has been read, and reads a piece of the other prompts |
+| `step` | gives one token to each sequence whose prompt has been read, and reads pieces of the other prompts |
 | `close` | frees the slot |
 
 A sequence's tokens depend only on its prompt and its sampling, not on other open sequences. An engine is not
@@ -11,6 +11,7 @@ thread-safe: one call must end before the next begins.
 """
 
 import os
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +26,12 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.engine import family
 from wrinklefree.engine.assemble import assemble
 from wrinklefree.engine.binding import Append, CSampling, Decoder, Mask, Mode, Model, allow, c_sampling
+from wrinklefree.engine.pace import Pace
 from wrinklefree.engine.sampling import Sampling
 from wrinklefree.engine.scores import Score, score
 from wrinklefree.engine.source import FolderSource, ModelSource, Source
 
-CHUNK = 256  # the most prompt tokens that one step reads, so that other sequences do not wait long for their token
+CHUNK = 256  # the most prompt tokens that one step reads; while other sequences wait for a token it is fewer (pace.py)
 SCORED = 64  # the most prompt tokens with logits that one step reads: logits [SCORED, vocab] are kept twice
 MOST_THREADS = 16  # the most threads by default; products of one token do not gain from more
 
@@ -50,12 +52,27 @@ class _Sequence:
     finished: str | None = None  # "stop", "length", or None while it goes on
     scores: list[Score] = field(default_factory=list)  # that nobody has taken yet
     allowed: Mask | None = None  # what its constraint allows; `native` points to it
+    leader: "_Leader | None" = None  # who reads the beginning of its prompt
+
+    @property
+    def answers(self) -> bool:
+        """Whether its prompt has been read, so that each step gives it a token."""
+        return self.native.counter > 0
 
     def num_logits(self, size: int) -> int:
         """How many logits are needed when its next `size` tokens are read."""
         if self.sampling.logprobs is None:
             return 0
         return size if self.sampling.score_prompt else int(size == len(self.pending))
+
+
+@dataclass(frozen=True)
+class _Leader:
+    """A sequence whose prompt begins like that of another, which waits until the beginning has been read."""
+
+    slot: int
+    sequence: _Sequence
+    shared: int  # tokens
 
 
 @dataclass
@@ -82,6 +99,7 @@ class Engine:
         sizes = {"context": context, "slots": slots, "max_rows": CHUNK + slots}
         self._decoder = Decoder(pool, model, **sizes, mode=mode, half_cache=half_cache)
         self._slots = [_Slot() for _ in range(slots)]
+        self._pace = Pace(CHUNK)
         self.vocab = model.sizes["vocab"]
         self.context, self.slots, self.mode, self.threads = context, slots, mode, pool.threads
         self.generation = GenerationConfig()  # the model's own defaults for sampling, and its stop tokens
@@ -156,18 +174,31 @@ class Engine:
         """Put `prompt` into a free slot and return the slot's number. `step` then reads and continues it.
 
         Slots keep the keys and values of their last sequence. If a prompt begins like one of them, open or not, it
-        takes over what they share, and only the rest is read.
+        takes over what they share, and only the rest is read. What another sequence is going to read is read once.
         Raises UserError if the prompt is empty, has ids outside the vocabulary, or fills the context, and if no slot is
         free.
         """
         tokens = self._checked(prompt)
         self._check_bias(sampling)
         # A prompt whose tokens are scored is read as a whole.
-        slot = self._free_slot([] if sampling.score_prompt else tokens[:-1])
+        known = [] if sampling.score_prompt else tokens[:-1]
+        slot = self._free_slot(known)
         common = len(self._slots[slot].tokens)
         room = min(sampling.max_new_tokens, self.context - len(tokens))
-        self._slots[slot].open = _Sequence(tokens[common:], sampling, c_sampling(sampling, len(tokens)), room)
+        sequence = _Sequence(tokens[common:], sampling, c_sampling(sampling, len(tokens)), room)
+        sequence.leader = self._leader(known, common)
+        self._slots[slot].open = sequence
         return slot
+
+    def _leader(self, tokens: list[int], common: int) -> _Leader | None:
+        """The open sequence that will read the longest beginning of `tokens`, if that is more than `common` tokens."""
+        leaders = [
+            _Leader(index, slot.open, _common(slot.tokens + slot.open.pending, tokens))
+            for index, slot in enumerate(self._slots)
+            if slot.open is not None and not slot.open.answers
+        ]
+        best = max(leaders, key=lambda leader: leader.shared, default=None)
+        return best if best is not None and best.shared > common else None
 
     def _check_bias(self, sampling: Sampling) -> None:
         odd = next((token for token in sampling.logit_bias if not 0 <= token < self.vocab), None)
@@ -208,33 +239,59 @@ class Engine:
     def step(self) -> dict[int, int]:
         """Give one token to each open sequence whose prompt has been read: {slot: token}.
 
-        The other sequences read up to `CHUNK` tokens of their prompts, in the order of their slots.
+        The others read up to `CHUNK` tokens of their prompts together, or fewer if a sequence waits for its token.
         """
         appends = self._plan()
         if not appends:
             return {}
+        start = time.perf_counter()
         chosen = self._decoder.step(appends)
+        self._learn(appends, time.perf_counter() - start)
         for append, token in zip(appends, chosen, strict=True):
             self._note(append, token)
         return {a.slot: token for a, token in zip(appends, chosen, strict=True) if token is not None}
 
     def _plan(self) -> list[Append]:
         """What each open sequence appends in the next step."""
-        appends, budget, scored = [], CHUNK, SCORED
-        for index, slot in enumerate(self._slots):
-            sequence = slot.open
-            if sequence is None or sequence.finished:
-                continue
-            size = len(sequence.pending)
-            if size > 1:
-                size = min(size, max(budget, 0))
-                if sequence.sampling.score_prompt:
-                    size = min(size, scored)
-                    scored -= size
-                budget -= size
+        going = [(i, slot.open) for i, slot in enumerate(self._slots) if slot.open and not slot.open.finished]
+        answering = [(i, sequence) for i, sequence in going if sequence.answers]
+        reading = [(i, sequence) for i, sequence in going if not sequence.answers and not self._waits(i, sequence)]
+        appends = [self._append(i, sequence, 1) for i, sequence in answering]
+        budget, scored = self._pace.budget(len(answering)), SCORED
+        # The shortest first, so that what it does not need of its share goes to the others.
+        reading.sort(key=lambda pair: len(pair[1].pending))
+        for left, (index, sequence) in zip(range(len(reading), 0, -1), reading, strict=True):
+            size = min(len(sequence.pending), -(-budget // left))
+            if sequence.sampling.score_prompt:
+                size = min(size, scored)
+                scored -= size
+            budget -= size
             if size:
                 appends.append(self._append(index, sequence, size))
         return appends
+
+    def _waits(self, index: int, sequence: _Sequence) -> bool:
+        """Whether a sequence still waits for its leader. If it no longer does, it has taken over what was read."""
+        leader = sequence.leader
+        if leader is None:
+            return False
+        slot, source = self._slots[index], self._slots[leader.slot]
+        if source.open is leader.sequence and len(source.tokens) < leader.shared:
+            return True
+        prompt = slot.tokens + sequence.pending
+        shared = min(_common(source.tokens, prompt), leader.shared)  # the leader may have been closed before its end
+        if shared > len(slot.tokens):
+            self._decoder.copy(leader.slot, index, shared)
+            slot.tokens, sequence.pending = prompt[:shared], prompt[shared:]
+        sequence.leader = None
+        return False
+
+    def _learn(self, appends: list[Append], seconds: float) -> None:
+        """Tell the pace how long a step took."""
+        sequences = [self._opened(append.slot) for append in appends]
+        streams = sum(sequence.answers for sequence in sequences)
+        read = sum(len(a.tokens) for a, sequence in zip(appends, sequences, strict=True) if not sequence.answers)
+        self._pace.note(streams, read, seconds)
 
     def _append(self, index: int, sequence: _Sequence, size: int) -> Append:
         last, rows = size == len(sequence.pending), sequence.num_logits(size)

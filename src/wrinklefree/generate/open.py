@@ -67,17 +67,25 @@ def open_engine(
     sequences at once, each of `context` tokens, or of the model's context if that is shorter.
     Raises UserError if there is no such model, or `choice` is `native` and the engine cannot run it.
     """
-    name = pretrained_of(name)
-    folder = model_folder(Path(resolve_pretrained(name)))
-    reason = "asked for" if choice == "transformers" else _why_not_native(folder, choice, trust_remote_code)
+    folder, reason = engine_for(name, choice, trust_remote_code)
     if reason is None:
         engine = Engine.from_folder(folder, threads, _within(folder, context), slots, half_cache=half_cache)
         return engine, open_tokenizer(str(folder)), f"engine: {engine.describe()}"
-    if choice == "native":
-        raise UserError(f"--engine native: {reason}")
     if threads is not None:
         torch.set_num_threads(threads)
     return *open_model(name, trust_remote_code), f"engine: transformers ({reason})"
+
+
+def engine_for(name: str, choice: EngineName = "auto", trust_remote_code: bool = False) -> tuple[Path, str | None]:
+    """The folder of a model, and why transformers runs it; None if the native engine does.
+
+    Raises UserError if there is no such model, or `choice` is `native` and the engine cannot run it.
+    """
+    folder = model_folder(Path(resolve_pretrained(pretrained_of(name))))
+    reason = "asked for" if choice == "transformers" else _why_not_native(folder, choice, trust_remote_code)
+    if choice == "native" and reason is not None:
+        raise UserError(f"--engine native: {reason}")
+    return folder, reason
 
 
 def _within(folder: Path, context: int | None) -> int | None:

@@ -3,10 +3,8 @@
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +23,8 @@ from wrinklefree.serve import prompts, responses, schema
 from wrinklefree.serve.access import ANYONE, Access, check_type
 from wrinklefree.serve.answers import Answer, Envelope, Kind
 from wrinklefree.serve.errors import ApiError, ending, failed
-from wrinklefree.serve.scheduler import BusyError, ClosedError, FailedError, Scheduler, Stream
-from wrinklefree.serve.structured import Grammars
+from wrinklefree.serve.models import Models, Served
+from wrinklefree.serve.scheduler import BusyError, ClosedError, FailedError, Stream
 from wrinklefree.serve.tools import tools_of
 
 log = logging.getLogger("wrinklefree")
@@ -39,56 +37,18 @@ BODY_SECONDS = 30.0  # a request whose body takes longer is refused
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The longest prompt and answer that are accepted, in tokens."""
-
-    prompt: int
-    answer: int
-
-    @property
-    def body(self) -> int:
-        """The longest body in bytes. A token rarely has more than 64 bytes; the rest is for the other fields."""
-        return 2**16 + 64 * self.prompt
-
-
-@dataclass(frozen=True)
-class Model:
-    """The model that is served: its name, tokenizer and stop tokens."""
-
-    name: str
-    tokenizer: Any
-    ends: frozenset[int]  # tokens that end an answer
-    engine: str = ""  # what runs the model, in a few words
-    allow_special: bool = False  # whether special tokens in a text of a request are read as such
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def about(self) -> dict[str, Any]:
-        """The model object of the OpenAI interface."""
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "wrinklefree"}
-
-
 class Service:
-    """The routes of a server for one model."""
+    """The routes of a server."""
 
-    def __init__(
-        self,
-        model: Model,
-        scheduler: Scheduler,
-        limits: Limits,
-        access: Access = ANYONE,
-    ) -> None:
-        self.model, self.scheduler, self.limits, self.access = model, scheduler, limits, access
-        self.grammars = Grammars(model.tokenizer, scheduler.engine.vocab, model.ends)
-        # Prompts are tokenized in one thread of their own, so that a long one does not hold up the running streams.
-        self._encoder = ThreadPoolExecutor(1, "encode")
+    def __init__(self, models: Models, access: Access = ANYONE) -> None:
+        self.models, self.access = models, access
 
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [
             *([Route("/", self.page)] if self.access.page else []),
             Route("/health", self.health),
-            Route("/v1/models", self.models),
+            Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.one_model),
             Route("/metrics", self.metrics),
             Route("/tokenize", self.tokenize, methods=["POST"]),
@@ -110,19 +70,20 @@ class Service:
         return HTMLResponse(PAGE.read_bytes(), headers={"Content-Security-Policy": POLICY})
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`: what runs the model, how many slots there are, and how many requests. Needs no key."""
-        about = {"status": "ok", "engine": self.model.engine, "slots": self.scheduler.engine.slots}
-        return JSONResponse(about | self.scheduler.load())
+        """`GET /health`: what runs the models, how many slots there are, and how many requests. Needs no key."""
+        about = {"status": "ok", "engine": self.models.engine(), "slots": self.models.slots()}
+        return JSONResponse(about | self.models.load() | {"models": self.models.states()})
 
     async def metrics(self, request: Request) -> Response:
         """`GET /metrics`: counters and gauges in Prometheus' text format."""
         self.access.check_key(request)
-        load = self.scheduler.load()
-        counters = self.scheduler.totals() | {"engine_failures": load["failures"]}
+        load = self.models.load()
+        counters = self.models.totals() | {"engine_failures": load["failures"]}
         gauges = {
-            "slots": self.scheduler.engine.slots,
+            "slots": self.models.slots(),
             "requests_open": load["open"],
             "requests_waiting": load["waiting"],
+            "models_open": sum(state["open"] for state in self.models.states()),
         }
         values = [(f"{name}_total", "counter", value) for name, value in counters.items()]
         values += [(name, "gauge", value) for name, value in gauges.items()]
@@ -133,27 +94,27 @@ class Service:
         """`POST /tokenize`: the token ids of a `prompt` or of `messages`, as an answer to them would read them."""
         self.access.check_key(request)
         check_type(request)
-        asked = schema.parse_prompt(await _read(request, self.limits.body))
-        encode = partial(prompts.encode, self.model.tokenizer, asked, self.model.allow_special)
-        ids = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+        asked = schema.parse_prompt(await _read(request, self.models.limits.body))
+        async with self.models.use(self.models.only(asked.model)) as served:
+            encode = partial(prompts.encode, served.model.tokenizer, asked, served.model.allow_special)
+            ids = await asyncio.get_running_loop().run_in_executor(served.encoder, encode)
         tokens = ids[0] if len(ids) == 1 else ids
         count = sum(map(len, ids))
-        return JSONResponse({"tokens": tokens, "count": count, "max_model_len": self.scheduler.engine.context})
+        return JSONResponse({"tokens": tokens, "count": count, "max_model_len": served.scheduler.engine.context})
 
     async def embeddings(self, request: Request) -> Response:
         """`POST /v1/embeddings`: refused, because the served models generate text."""
         raise ApiError(501, "embeddings: this server generates text and makes no embeddings", code="not_supported")
 
-    async def models(self, request: Request) -> Response:
-        """`GET /v1/models`: a list of the one model."""
+    async def list_models(self, request: Request) -> Response:
+        """`GET /v1/models`: all models, open or not."""
         self.access.check_key(request)
-        return JSONResponse({"object": "list", "data": [self.model.about()]})
+        return JSONResponse({"object": "list", "data": [offer.about() for offer in self.models.offers.values()]})
 
     async def one_model(self, request: Request) -> Response:
         """`GET /v1/models/NAME`."""
         self.access.check_key(request)
-        self._check_model(request.path_params["name"])
-        return JSONResponse(self.model.about())
+        return JSONResponse(self.models.about(request.path_params["name"]))
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
@@ -168,9 +129,10 @@ class Service:
     ) -> Response:
         self.access.check_key(request)
         check_type(request)
-        asked = schema.parse(form, await _read(request, self.limits.body))
-        answers = await self._begin(asked, "prompt" if kind == "completion" else "messages")
-        envelope = Envelope.new(kind, self.model.name, self.model.tokenizer, tools_of(asked))
+        asked = schema.parse(form, await _read(request, self.models.limits.body))
+        async with self.models.use(asked.model) as served:
+            answers = await _begin(served, asked, "prompt" if kind == "completion" else "messages")
+        envelope = Envelope.new(kind, asked.model, served.model.tokenizer, tools_of(asked))
         if await self._finish(request, answers, asked.stream):
             return _Events(answers, envelope.events(answers, asked.usage_wanted()))
         return JSONResponse(envelope.whole(answers, asked.n))
@@ -179,21 +141,13 @@ class Service:
         """`POST /v1/responses`."""
         self.access.check_key(request)
         check_type(request)
-        asked = schema.parse(responses.Asked, await _read(request, self.limits.body))
-        answers = await self._begin(asked.chat(), "input")
+        asked = schema.parse(responses.Asked, await _read(request, self.models.limits.body))
+        async with self.models.use(asked.model) as served:
+            answers = await _begin(served, asked.chat(), "input")
         envelope = responses.ResponseEnvelope(asked)
         if await self._finish(request, answers, asked.stream):
             return _Events(answers, envelope.events(answers[0]))
         return JSONResponse(envelope.whole(answers[0]))
-
-    async def _begin(self, asked: schema.Completion | schema.Chat, param: str) -> list[Answer]:
-        """Check a request, and hand it to the scheduler. `param` is the field with its prompt."""
-        self._check_model(asked.model)
-        length = self._length(asked)
-        ids, constraint = await asyncio.get_running_loop().run_in_executor(self._encoder, partial(self._prepare, asked))
-        for prompt in ids:
-            self._check_prompt(prompt, param)
-        return self._answers(asked, ids, length, constraint)
 
     async def _finish(self, request: Request, answers: list[Answer], stream: bool) -> bool:
         """Wait until the answers can be sent: until the first has a slot if they are streamed, else until all ended.
@@ -210,96 +164,105 @@ class Service:
             raise ending() from None
         return stream
 
-    def _prepare(self, asked: schema.Completion | schema.Chat) -> tuple[list[list[int]], Constraint | None]:
-        """The tokens of each prompt, and what the answers are constrained to. Both may take long."""
-        return prompts.encode(self.model.tokenizer, asked, self.model.allow_special), self._constraint(asked)
 
-    def _constraint(self, asked: schema.Completion | schema.Chat) -> Constraint | None:
-        tools = tools_of(asked)
-        if tools is not None and (call := tools.schema()) is not None:
-            return self.grammars.schema(call, "tools")
-        wanted = None if asked.response_format is None else asked.response_format.wanted()
-        return None if wanted is None else self.grammars.schema(wanted)
+async def _begin(served: Served, asked: schema.Completion | schema.Chat, param: str) -> list[Answer]:
+    """Check a request, and hand it to the model's scheduler. `param` is the field with its prompt."""
+    length = _length(served, asked)
+    prepare = partial(_prepare, served, asked)
+    ids, constraint = await asyncio.get_running_loop().run_in_executor(served.encoder, prepare)
+    for prompt in ids:
+        _check_prompt(served, prompt, param)
+    return _answers(served, asked, ids, length, constraint)
 
-    def _answers(
-        self,
-        asked: schema.Completion | schema.Chat,
-        ids: list[list[int]],
-        length: int,
-        constraint: Constraint | None,
-    ) -> list[Answer]:
-        """Submit all prompts as often as the request wants. Answers to one prompt follow one another."""
-        count, first = asked.candidates(), self._sampling(asked, max(length, 1))
-        pairs = [
-            (prompt, replace(first, seed=first.seed + i, constraint=constraint and constraint.copy()))
-            for prompt in ids
-            for i in range(count)
-        ]
-        echoes = [text for text in prompts.texts(self.model.tokenizer, asked, ids) for _ in range(count)]
-        stops = asked.stops()
-        return [
-            Answer(
-                stream, TextStream(self.model.tokenizer, stops), echo, asked.scored() is not None, hidden=length == 0
-            )
-            for stream, echo in zip(self._submit(pairs), echoes, strict=True)
-        ]
 
-    def _submit(self, pairs: list[tuple[list[int], Sampling]]) -> list[Stream]:
-        try:
-            return self.scheduler.submit(pairs)
-        except BusyError:
-            wait = {"Retry-After": "1"}
-            raise ApiError(429, "too many requests are waiting: try again later", code="busy", headers=wait) from None
-        except ClosedError:
-            raise ending() from None
+def _prepare(served: Served, asked: schema.Completion | schema.Chat) -> tuple[list[list[int]], Constraint | None]:
+    """The tokens of each prompt, and what the answers are constrained to. Both may take long."""
+    ids = prompts.encode(served.model.tokenizer, asked, served.model.allow_special)
+    return ids, _constraint(served, asked)
 
-    def _check_model(self, name: str) -> None:
-        if name != self.model.name:
-            text = f"there is no model {name[:100]!r} here, only {self.model.name!r}"
-            raise ApiError(404, text, "model", "model_not_found")
 
-    def _check_prompt(self, prompt: list[int], param: str) -> None:
-        if not prompt:
-            raise ApiError(400, "the prompt is empty: give some text to continue", param, "invalid_value")
-        if len(prompt) > self.limits.prompt:
-            text = f"the prompt has {len(prompt)} tokens, but this server takes {self.limits.prompt}: shorten it"
-            raise ApiError(400, text, param, "context_length_exceeded")
+def _constraint(served: Served, asked: schema.Completion | schema.Chat) -> Constraint | None:
+    tools = tools_of(asked)
+    if tools is not None and (call := tools.schema()) is not None:
+        return served.grammars.schema(call, "tools")
+    wanted = None if asked.response_format is None else asked.response_format.wanted()
+    return None if wanted is None else served.grammars.schema(wanted)
 
-    def _length(self, asked: schema.Request) -> int:
-        """The longest answer to this request, in tokens: what it asks for, but no more than the server gives."""
-        length = asked.length()
-        if length is None:
-            length = SHORT if isinstance(asked, schema.Completion) else self.limits.answer
-        return min(length, self.limits.answer)
 
-    def _sampling(self, asked: schema.Completion | schema.Chat, length: int) -> Sampling:
-        return Sampling(
-            max_new_tokens=length,
-            temperature=asked.temperature,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            repetition_penalty=asked.repetition_penalty,
-            seed=secrets.randbits(64) if asked.seed is None else asked.seed,
-            stop_tokens=self.model.ends,
-            min_p=asked.min_p,
-            presence_penalty=asked.presence_penalty,
-            frequency_penalty=asked.frequency_penalty,
-            logit_bias=self._bias(asked),
-            logprobs=asked.scored() if asked.candidates() == asked.n else asked.scored() or 0,
-            score_prompt=isinstance(asked, schema.Completion) and asked.echo and asked.logprobs is not None,
-        )
+def _answers(
+    served: Served,
+    asked: schema.Completion | schema.Chat,
+    ids: list[list[int]],
+    length: int,
+    constraint: Constraint | None,
+) -> list[Answer]:
+    """Submit all prompts as often as the request wants. Answers to one prompt follow one another."""
+    count, first = asked.candidates(), _sampling(served, asked, max(length, 1))
+    pairs = [
+        (prompt, replace(first, seed=first.seed + i, constraint=constraint and constraint.copy()))
+        for prompt in ids
+        for i in range(count)
+    ]
+    tokenizer = served.model.tokenizer
+    echoes = [text for text in prompts.texts(tokenizer, asked, ids) for _ in range(count)]
+    stops, scored = asked.stops(), asked.scored() is not None
+    return [
+        Answer(stream, TextStream(tokenizer, stops), echo, scored, hidden=length == 0)
+        for stream, echo in zip(_submit(served, pairs), echoes, strict=True)
+    ]
 
-    def _bias(self, asked: schema.Completion | schema.Chat) -> dict[int, float]:
-        """Biases by token id. Raises ApiError 400 for a token that the vocabulary has not."""
-        bias, vocab = {int(token): value for token, value in asked.logit_bias.items()}, self.scheduler.engine.vocab
-        if odd := [token for token in bias if token >= vocab]:
-            text = f"logit_bias: token id {odd[0]}: the vocabulary has {vocab}"
-            raise ApiError(400, text, "logit_bias", "invalid_value")
-        return bias
 
-    def close(self) -> None:
-        """Stop the thread that tokenizes prompts."""
-        self._encoder.shutdown()
+def _submit(served: Served, pairs: list[tuple[list[int], Sampling]]) -> list[Stream]:
+    try:
+        return served.scheduler.submit(pairs)
+    except BusyError:
+        wait = {"Retry-After": "1"}
+        raise ApiError(429, "too many requests are waiting: try again later", code="busy", headers=wait) from None
+    except ClosedError:
+        raise ending() from None
+
+
+def _check_prompt(served: Served, prompt: list[int], param: str) -> None:
+    if not prompt:
+        raise ApiError(400, "the prompt is empty: give some text to continue", param, "invalid_value")
+    if len(prompt) > served.limits.prompt:
+        text = f"the prompt has {len(prompt)} tokens, but this server takes {served.limits.prompt}: shorten it"
+        raise ApiError(400, text, param, "context_length_exceeded")
+
+
+def _length(served: Served, asked: schema.Request) -> int:
+    """The longest answer to this request, in tokens: what it asks for, but no more than the server gives."""
+    length = asked.length()
+    if length is None:
+        length = SHORT if isinstance(asked, schema.Completion) else served.limits.answer
+    return min(length, served.limits.answer)
+
+
+def _sampling(served: Served, asked: schema.Completion | schema.Chat, length: int) -> Sampling:
+    return Sampling(
+        max_new_tokens=length,
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p,
+        repetition_penalty=asked.repetition_penalty,
+        seed=secrets.randbits(64) if asked.seed is None else asked.seed,
+        stop_tokens=served.model.ends,
+        min_p=asked.min_p,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        logit_bias=_bias(served, asked),
+        logprobs=asked.scored() if asked.candidates() == asked.n else asked.scored() or 0,
+        score_prompt=isinstance(asked, schema.Completion) and asked.echo and asked.logprobs is not None,
+    )
+
+
+def _bias(served: Served, asked: schema.Completion | schema.Chat) -> dict[int, float]:
+    """Biases by token id. Raises ApiError 400 for a token that the vocabulary has not."""
+    bias, vocab = {int(token): value for token, value in asked.logit_bias.items()}, served.scheduler.engine.vocab
+    if odd := [token for token in bias if token >= vocab]:
+        text = f"logit_bias: token id {odd[0]}: the vocabulary has {vocab}"
+        raise ApiError(400, text, "logit_bias", "invalid_value")
+    return bias
 
 
 class _Events(StreamingResponse):

@@ -3,6 +3,7 @@
 It is slow: a step runs the model once for each sequence, because each has its own KV cache.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from transformers.generation.logits_process import (
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.engine.engine import CHUNK
+from wrinklefree.engine.pace import Pace
 from wrinklefree.engine.sampling import Sampling
 from wrinklefree.engine.scores import Score, score
 
@@ -38,6 +40,15 @@ class _Sequence:
     finished: str | None = None
     scores: list[Score] = field(default_factory=list)  # that nobody has taken yet
 
+    @property
+    def answers(self) -> bool:
+        """Whether its prompt has been read."""
+        return len(self.tokens) > self.prompt
+
+    def unread(self) -> int:
+        """How many tokens are not in the cache."""
+        return len(self.tokens) - self.cache.get_seq_length()
+
 
 class TransformersEngine:
     """Has the methods of the native `Engine` that the scheduler calls."""
@@ -46,6 +57,7 @@ class TransformersEngine:
         self.model, self.context, self.slots = model, context, slots
         self.vocab = int(model.config.get_text_config().vocab_size)
         self._open: dict[int, _Sequence] = {}
+        self._pace = Pace(CHUNK)
 
     def open(self, prompt: Sequence[int], sampling: Sampling) -> int:
         """Begin a sequence and return its slot.
@@ -72,23 +84,40 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def step(self) -> dict[int, int]:
-        """Advance each open sequence, and return the new tokens by slot.
+        """Advance the open sequences, and return the new tokens by slot.
 
-        A sequence whose prompt has been read gets one token. Of the other prompts, the next `CHUNK` tokens are read.
+        A sequence whose prompt has been read gets one token. Of the shortest other prompt, the next tokens are read:
+        up to `CHUNK`, or fewer if a sequence waits for its token.
         """
-        new = {}
-        for slot, sequence in self._open.items():
-            if sequence.finished is None and (logits := self._read(sequence)) is not None:
-                new[slot] = _choose(sequence, logits)
-                if sequence.sampling.logprobs is not None:
-                    sequence.scores += score(logits, [new[slot]], sequence.sampling.logprobs)
-                _append(sequence, new[slot])
+        going = {slot: sequence for slot, sequence in self._open.items() if sequence.finished is None}
+        answering = {slot: sequence for slot, sequence in going.items() if sequence.answers}
+        reading = {slot: sequence for slot, sequence in going.items() if not sequence.answers}
+        start = time.perf_counter()
+        new = {slot: token for slot, sequence in answering.items() if (token := self._advance(sequence, 1)) is not None}
+        read, budget = 0, self._pace.budget(len(answering))
+        if reading and budget:
+            slot = min(reading, key=lambda slot: reading[slot].unread())
+            read = min(reading[slot].unread(), budget)
+            if (token := self._advance(reading[slot], read)) is not None:
+                new[slot] = token
+        self._pace.note(len(answering), read, time.perf_counter() - start)
         return new
 
-    def _read(self, sequence: _Sequence) -> Tensor | None:
-        """Read the next `CHUNK` tokens. Returns logits [1, vocab] after the last token, None while some are unread."""
+    def _advance(self, sequence: _Sequence, size: int) -> int | None:
+        """Read the next `size` tokens. Returns the token that follows them, None if some are still unread."""
+        logits = self._read(sequence, size)
+        if logits is None:
+            return None
+        token = _choose(sequence, logits)
+        if sequence.sampling.logprobs is not None:
+            sequence.scores += score(logits, [token], sequence.sampling.logprobs)
+        _append(sequence, token)
+        return token
+
+    def _read(self, sequence: _Sequence, size: int) -> Tensor | None:
+        """Read the next `size` tokens. Returns logits [1, vocab] after the last token, None while some are unread."""
         start = sequence.cache.get_seq_length()
-        piece = torch.tensor([sequence.tokens[start : start + CHUNK]], device=self.model.device)
+        piece = torch.tensor([sequence.tokens[start : start + size]], device=self.model.device)
         scored = sequence.sampling.logprobs is not None and sequence.sampling.score_prompt
         out = self.model(piece, past_key_values=sequence.cache, use_cache=True, logits_to_keep=0 if scored else 1)
         end = start + piece.shape[1]

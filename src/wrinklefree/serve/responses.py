@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import AfterValidator, Field, Tag
 
 from wrinklefree.serve import schema
 from wrinklefree.serve.answers import Answer, usage
@@ -58,6 +58,12 @@ class Text(schema._Strict):
     verbosity: str | None = None  # ignored
 
 
+def _no_tools(tools: list[Any]) -> list[Any]:
+    if tools:
+        raise ValueError("not supported here: /v1/chat/completions has tools")
+    return tools
+
+
 class Asked(schema.Body):
     """The body of a request."""
 
@@ -72,7 +78,7 @@ class Asked(schema.Body):
     top_p: float = 1.0
     stream: bool = False
     text: Text = Text()
-    tools: list[Any] = Field(default_factory=list, max_length=0)
+    tools: Annotated[list[Any], AfterValidator(_no_tools)] = Field(default_factory=list)
     truncation: Literal["auto", "disabled"] = "disabled"  # prompts are never cut
     reasoning: dict[str, Any] = Field(default_factory=dict)  # ignored
     background: Literal[False] = False

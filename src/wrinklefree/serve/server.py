@@ -1,4 +1,4 @@
-"""The server process: one thread runs the engine, and one asyncio loop handles the connections.
+"""The server process: a thread runs each engine, and one asyncio loop handles the connections.
 
 On SIGINT or SIGTERM no new requests are accepted. Open streams have `GRACE` seconds to finish; after that they get an
 error event and are cut off. If the engine fails, its requests fail and the server goes on.
@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
 
@@ -71,7 +70,7 @@ class _Server(uvicorn.Server):
 
 
 async def _run(service: Service, bound: socket.socket, announce: Callable[[], None]) -> None:
-    scheduler = service.scheduler
+    models = service.models
     config = uvicorn.Config(
         service.app(),
         log_config=None,
@@ -83,18 +82,11 @@ async def _run(service: Service, bound: socket.socket, announce: Callable[[], No
         backlog=1024,
         timeout_graceful_shutdown=round(GRACE) + LAST,
     )
-    server = _Server(config, announce, scheduler.close)
-    with ThreadPoolExecutor(1, "engine") as pool:
-        working = asyncio.get_running_loop().run_in_executor(pool, scheduler.run)
-        try:
-            serving = asyncio.ensure_future(server.serve([bound]))
-            await asyncio.wait({working, serving}, return_when=asyncio.FIRST_COMPLETED)
-            server.should_exit = True
-            await serving
-        finally:
-            scheduler.close()
-            service.close()
-        await working
+    try:
+        await _Server(config, announce, models.close).serve([bound])
+    finally:
+        models.close()
+        await asyncio.get_running_loop().run_in_executor(None, models.join)
 
 
 @contextmanager

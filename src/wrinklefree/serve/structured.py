@@ -20,6 +20,10 @@ log = logging.getLogger("wrinklefree")
 # As `json.dumps` writes it. Free white space would let a small model write spaces for ever.
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+COMPOSING = frozenset({"allOf", "not", "if", "dependentSchemas"})
+OTHERS = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties"})  # say what others are
+LITERAL = frozenset({"const", "enum", "default", "examples", "required"})  # values, not schemas
+
 
 class Grammars:
     """Makes constraints for one model. What llguidance knows of the tokenizer is made at the first use."""
@@ -34,7 +38,7 @@ class Grammars:
         """
         matcher = self._library.LLMatcher
         try:
-            grammar = matcher.grammar_from_json_schema(json.dumps(schema), defaults=STYLE)
+            grammar = matcher.grammar_from_json_schema(json.dumps(closed(schema)), defaults=STYLE)
         except ValueError as error:
             raise _refusal(str(error), param) from None
         if fault := matcher.validate_grammar(grammar, self._words):
@@ -58,6 +62,37 @@ class Grammars:
             return from_tokenizer(self._tokenizer, n_vocab=self._vocab, eos_token=sorted(self._ends) or None)
         except ValueError as error:
             raise _refusal(f"llguidance cannot use this model's tokenizer ({error})") from None
+
+
+def closed(schema: Any) -> Any:
+    """`schema` with objects that have no properties but those that it names, unless it says what others are.
+
+    By the letter of JSON Schema, others would be allowed, and small models then write them until there is no room left.
+    Schemas that put objects together from parts (`allOf` and such) stay as they are, because a part does not know the
+    properties of the others.
+    """
+    return schema if _composed(schema) else _closed(schema)
+
+
+def _composed(node: Any) -> bool:
+    if isinstance(node, list):
+        return any(map(_composed, node))
+    if not isinstance(node, dict):
+        return False
+    parts = COMPOSING & node.keys() or ("properties" in node and node.keys() & {"anyOf", "oneOf", "$ref"})
+    return bool(parts) or any(map(_composed, node.values()))
+
+
+def _closed(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_closed(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    named = node.get("properties")
+    whole = isinstance(named, dict) and named and set(node.get("required") or []) <= named.keys()
+    more = {"additionalProperties": False} if whole and not OTHERS & node.keys() else {}
+    values = {name: value if name in LITERAL else _closed(value) for name, value in node.items()}
+    return values | more
 
 
 class SchemaConstraint:
