@@ -703,6 +703,12 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 1,
     steps: Annotated[int | None, typer.Option(min=0, help="Steps of each run.")] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Time of each run, such as 2h or 90m.")] = None,
+    fit_bytes: Annotated[
+        str | None, typer.Option("--fit-bytes", help="Mix bits by layer so that the whole file has such a size: 60MB.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(min=0, help="Mix bits by layer to so many per quantized weight, such as 1.8.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: outputs/compare_MODEL.")] = None,
     force: Force = False,
     overrides: Overrides = None,
@@ -715,8 +721,10 @@ def compare(
     Example:
       wf compare -m tiny --budget 4m
       wf compare -m FOLDER --methods fairy2_w2,bitdistill --budget 2h --seeds 3
+      wf compare -m FOLDER --fit-bytes 60MB --budget 2h
     """
     chosen: dict[str, Any] = {"methods": methods, "references_named": references, "seeds": seeds, "steps": steps}
+    chosen |= {"fit_bytes": fit_bytes, "bits": bits}
     call("compare", model, **chosen, budget=budget, out=out, force=force, overrides=overrides or [])
 
 

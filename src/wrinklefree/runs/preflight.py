@@ -66,6 +66,14 @@ def check_model(config: Config, reads_text: bool) -> None:
         check_memory(config)
 
 
+def check_text(config: Config, reads_text: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError if the KD cache or the text of a model in memory is missing."""
+    if config.distillation.cache is not None:
+        KDCache(Path(config.distillation.cache))
+    elif reads_text and not is_unwritten(config.data):
+        preview(config.data, tokenizer)
+
+
 def check_disk(config: Config) -> None:
     """Raises UserError if the disk has no room for the checkpoints of this run."""
     model = skeleton(config)
