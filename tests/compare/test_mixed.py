@@ -21,12 +21,6 @@ from wrinklefree.packed.pack import packed_layers
 from wrinklefree.runs.setup import open_run
 
 
-@pytest.fixture(autouse=True)
-def _fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixed, "TOKENS", 128)
-    monkeypatch.setattr(mixed, "ROWS", 128)
-
-
 def costs(layers: int, seed: int) -> mixed.Costs:
     chance = random.Random(seed)
     found = {}
@@ -107,26 +101,27 @@ def test_a_name_that_is_no_layer_is_refused() -> None:
         find("fairy2")(per_layer=["num_stages=1 layers.9"]).prepare(llama())
 
 
-def test_a_damage_is_the_kl_of_one_quantized_layer(tmp_path: Path) -> None:
+def test_a_damage_is_the_kl_of_one_quantized_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_files(tmp_path)
     config = resolved(tmp_path)
     file = tmp_path / "table.json"
     with open_run(config) as opened:
         table = mixed.measured(opened, file)
-        assert len(table) == 14
+        assert len(table) == 8
+        assert "model.layers.1.mlp.gate_proj model.layers.1.mlp.up_proj" in table  # they have one input
         assert list(next(iter(table.values()))) == [1, 2, 3]
         for row in table.values():
             assert row[1].damage > row[3].damage >= 0
             assert row[1].bytes < row[3].bytes
-        fqn = "model.layers.1.mlp.up_proj"
-        method = find("fairy2")(
-            num_stages=1, rotate_inputs=True, exclude_names=["embed_tokens", "lm_head", *(set(table) - {fqn})]
-        )
-        alone = method.prepare(llama())
-        expected = opened.quality(alone.eval(), mixed._batches(opened), opened.model).kl
+        fqn = "model.layers.1.mlp.down_proj"
+        others = [name for group in table for name in group.split() if name != fqn]
+        exclude = ["embed_tokens", "lm_head", *others]
+        alone = find("fairy2")(num_stages=1, rotate_inputs=True, exclude_names=exclude).prepare(llama())
+        expected = mixed._Distance(opened, mixed._batches(opened)).of(alone.eval())
         assert table[fqn][1].damage == pytest.approx(expected, rel=1e-3)
         before = file.read_text()
-        opened.quality = None  # type: ignore[assignment,method-assign]  # nothing is measured again
+        opened.model = None  # type: ignore[assignment]  # nothing is measured again
+        monkeypatch.setattr(mixed, "_made_by", lambda *args: json.loads(before)["made_by"])
         assert mixed.measured(opened, file) == table
     assert file.read_text() == before
 

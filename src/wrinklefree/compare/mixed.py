@@ -1,7 +1,8 @@
 """Mixed precision: how much each layer suffers from few bits, and the best choice of bits within a number of bytes.
 
     damage(l, v)   the KL to the original, nats per token, if layer l alone is quantized with the value v of the
-                   method's ladder (such as 2 stages), and all others are in full precision
+                   method's ladder (such as 2 stages), and all others are in full precision. Layers with the same
+                   input, such as q, k and v, count as one
     chosen         v_l with  sum_l bytes(l, v_l) <= budget  and the least  sum_l damage(l, v_l)
 
 Damages of layers add up as long as they are small. The sum is minimized exactly but for the bytes, which are rounded up
@@ -14,21 +15,24 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wrinklefree.compare import references
 from wrinklefree.config.schema import Config
+from wrinklefree.core.batch import model_inputs
 from wrinklefree.core.effective import EffectiveWeight
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json, write_json
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
-from wrinklefree.core.method import QuantMethod, masters, quant_layers
+from wrinklefree.core.method import QuantLinear, QuantMethod, masters, quant_layers
 from wrinklefree.data.open import training_stream
 from wrinklefree.runs.setup import Run
 from wrinklefree.runs.stage import prepare_student
@@ -36,8 +40,9 @@ from wrinklefree.tracking.terminal import spoken_time
 
 log = logging.getLogger("wrinklefree")
 
-TOKENS = 1024  # of the training text, on which damages are measured; held-out text is for the comparison
-LENGTH, ROWS = 256, 512  # tokens of a row, and of all rows of a batch
+# Damages are measured on so many rows of the training text, each of so many tokens. Held-out text is for the comparison.
+ROWS, LENGTH = 4, 128
+SECONDS = 1200.0  # with fewer rows if it would take longer
 BUCKETS = 4096
 HEADER = 160  # bytes at most that a tensor takes in the header of a file: name, dtype, shape, place
 
@@ -50,7 +55,7 @@ class Cost:
     damage: float  # nats per token
 
 
-Costs = dict[str, dict[int, Cost]]  # by layer, then by value
+Costs = dict[str, dict[int, Cost]]  # by layer, or by the names of several with spaces between, then by value
 
 
 @dataclass(frozen=True)
@@ -70,58 +75,118 @@ def ladder(method: QuantMethod, name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def measured(run: Run, file: Path) -> Costs:
-    """Measure every layer with every value of the ladder, or take what `file` has of the same model and settings.
+    """Measure every group of layers with every value of the ladder, or take what `file` has of the same settings.
 
     The file is written after each value, so an interrupted measurement goes on.
     """
     key, values = ladder(run.config.method, run.config.method.name)
     made_by = _made_by(run.config, run.model)
     kept = read_json(file) if file.is_file() else {}
-    tables = kept["tables"] if kept.get("made_by") == made_by else {}
+    if kept.get("made_by") != made_by:
+        kept = {"made_by": made_by, "setting": key, "tables": {}}
+    tables = kept["tables"]
     for value in values:
         if str(value) not in tables:
             log.info("mixed precision: each layer with %s=%d", key, value)
-            tables[str(value)] = _table(run, dataclasses.replace(run.config.method, **{key: value}, per_layer=[]))
+            method = dataclasses.replace(run.config.method, **{key: value}, per_layer=[])
+            tables[str(value)] = _table(run, method, kept, len(values))
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"made_by": made_by, "setting": key, "tables": tables})
+            write_json(file, kept)
     layers = next(iter(tables.values()))
-    return {fqn: {value: Cost(*tables[str(value)][fqn]) for value in values} for fqn in layers}
+    return {layer: {value: Cost(*tables[str(value)][layer]) for value in values} for layer in layers}
 
 
 def _made_by(config: Config, model: PreTrainedModel) -> str:
     weights = dict(model.named_parameters())
     data = dataclasses.asdict(config.data)
-    return fingerprint([model_fingerprint(weights), dataclasses.asdict(config.method), data, config.seed, TOKENS])
+    return fingerprint([model_fingerprint(weights), dataclasses.asdict(config.method), data, config.seed])
 
 
-def _table(run: Run, method: QuantMethod) -> dict[str, tuple[int, float]]:
-    """(bytes, damage) of each layer with the settings `method`."""
+@torch.no_grad()
+def _table(run: Run, method: QuantMethod, kept: dict[str, Any], values: int) -> dict[str, tuple[int, float]]:
+    """(bytes, damage) of each group of layers with the settings `method`.
+
+    The first time it chooses how much text is affordable, and puts the number of batches into `kept`.
+    """
     config = dataclasses.replace(run.config, method=method)
     config.training = dataclasses.replace(config.training, start="plain")  # so that scales are fitted here
     config.training.blockwise = dataclasses.replace(config.training.blockwise, enabled=False)
     student = prepare_student(config, run.model)
-    layers, batches, found = quant_layers(student), _batches(run), dict[str, tuple[int, float]]()
-    began = run.clock()
+    layers, batches = quant_layers(student), _batches(run)
     with masters(layers.values()):
-        for number, (fqn, layer) in enumerate(layers.items()):
-            full, layer.effective = layer.effective, EffectiveWeight()
-            kl = run.quality(student, batches, run.model).kl
-            layer.effective = full
-            with torch.no_grad():
-                found[fqn] = (-(-layer.encode().num_bits() // 8), max(0.0, kl))
-            if number == len(layers) // 10:
-                left = (run.clock() - began) / (number + 1) * (len(layers) - number - 1)
-                log.info("mixed precision: %d layers, %s to go", len(layers), spoken_time(left))
-    return found
+        groups = _groups(run, student, layers, batches[0])
+        if "batches" not in kept:
+            began = run.clock()
+            _Distance(run, batches[:1]).of(student)
+            seconds = (run.clock() - began) / 2 * len(groups) * values
+            kept["batches"] = max(1, min(len(batches), int(SECONDS / max(seconds, 1e-9))))
+            spoken = spoken_time(seconds * kept["batches"])
+            log.info("mixed precision: %d groups of layers, about %s in all", len(groups), spoken)
+        distance = _Distance(run, batches[: kept["batches"]])
+        return {" ".join(group): _cost(student, [layers[fqn] for fqn in group], distance) for group in groups}
+
+
+def _cost(student: PreTrainedModel, group: Sequence[QuantLinear], distance: "_Distance") -> tuple[int, float]:
+    """The bytes of a group of layers, and the damage if these alone are quantized."""
+    before = [layer.effective for layer in group]
+    for layer in group:
+        layer.effective = EffectiveWeight()
+    damage = max(0.0, distance.of(student))
+    for layer, effective in zip(group, before, strict=True):
+        layer.effective = effective
+    return sum(-(-layer.encode().num_bits() // 8) for layer in group), damage
+
+
+def _groups(
+    run: Run, student: PreTrainedModel, layers: Mapping[str, QuantLinear], batch: Mapping[str, Tensor]
+) -> list[list[str]]:
+    """The layers that read the same input, such as q, k and v: engines multiply with them at once if they are alike."""
+    seen, kept = defaultdict[int, list[str]](list), list[Tensor]()
+
+    def see(fqn: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept.append(inputs[0])  # so that no other tensor gets its id
+        seen[id(inputs[0])].append(fqn)
+
+    handles = [layer.register_forward_pre_hook(partial(see, fqn)) for fqn, layer in layers.items()]
+    _logits(run, student, batch)
+    for handle in handles:
+        handle.remove()
+    found = [group for group in seen.values() if len(group) == len(set(group))]
+    used = {fqn for group in found for fqn in group}
+    return [*found, *([fqn] for fqn in layers if fqn not in used)]
+
+
+class _Distance:
+    """The KL from the original on some text, whose predictions are kept."""
+
+    def __init__(self, run: Run, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self.run, self.batches = run, batches
+        self.original = [_logits(run, run.model, batch) for batch in batches]
+
+    def of(self, model: PreTrainedModel) -> float:
+        """The mean KL(original || model), nats per token."""
+        total, tokens = 0.0, 0
+        for batch, original in zip(self.batches, self.original, strict=True):
+            total += float((original.exp() * (original - _logits(self.run, model, batch))).sum())
+            tokens += len(original)
+        return total / tokens
+
+
+@torch.no_grad()
+def _logits(run: Run, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The log-probabilities that a model gives, fp32 [tokens, words]."""
+    inputs = {name: tensor.to(model.device) for name, tensor in model_inputs(batch).items()}
+    with run.plan.autocast(model.device):
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits.float().flatten(0, 1).log_softmax(-1)
 
 
 def _batches(run: Run) -> list[dict[str, Any]]:
-    """The first rows of the training text."""
+    """The first rows of the training text, a batch for each."""
     data, seed = run.config.data, run.config.seed
     length = min(LENGTH, run.plan.length)
-    rows = max(1, ROWS // length)
-    stream = iter(training_stream(data, run.tokenizer, batch_size=rows, length=length, seed=seed, rank=0, world_size=1))
-    return [next(stream) for _ in range(max(1, TOKENS // (rows * length)))]
+    stream = iter(training_stream(data, run.tokenizer, batch_size=1, length=length, seed=seed, rank=0, world_size=1))
+    return [next(stream) for _ in range(ROWS)]
 
 
 def budget_of(run: Run, costs: Costs, fit_bytes: int | None, bits: float | None) -> Budget:
@@ -130,7 +195,7 @@ def budget_of(run: Run, costs: Costs, fit_bytes: int | None, bits: float | None)
     `fit_bytes` is for the whole file: embedding and head, norms, and the header are taken off. `bits` are per quantized
     weight, scales included. Raises UserError if no choice fits.
     """
-    layers = {fqn: run.model.get_submodule(fqn) for fqn in costs}
+    layers = {fqn: run.model.get_submodule(fqn) for group in costs for fqn in group.split()}
     weights = sum(layer.get_parameter("weight").numel() for layer in layers.values())
     least = sum(min(cost.bytes for cost in row.values()) for row in costs.values())
     if bits is not None:
@@ -205,8 +270,8 @@ def per_layer(key: str, chosen: Mapping[str, int]) -> list[str]:
 def described(key: str, costs: Costs, chosen: Mapping[str, int]) -> str:
     """How many layers have which value, and what damage is to be expected."""
     counts: dict[int, int] = defaultdict(int)
-    for value in chosen.values():
-        counts[value] += 1
+    for group, value in chosen.items():
+        counts[value] += len(group.split())
     parts = ", ".join(f"{count} layers with {key}={value}" for value, count in sorted(counts.items()))
     damage = sum(costs[fqn][value].damage for fqn, value in chosen.items())
     return f"{parts}; sum of damages {damage:.3f} nats"
