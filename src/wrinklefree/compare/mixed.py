@@ -40,7 +40,7 @@ from wrinklefree.tracking.terminal import spoken_time
 
 log = logging.getLogger("wrinklefree")
 
-# Damages are measured on so many rows of the training text, each of so many tokens. Held-out text is for the comparison.
+# Damages are measured on so many rows of the training text, each of so many tokens. Held-out text is for comparing.
 ROWS, LENGTH = 4, 128
 SECONDS = 1200.0  # with fewer rows if it would take longer
 BUCKETS = 4096
