@@ -226,7 +226,8 @@ def bitdistill(
     model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
     how: dict[str, Any],
     task: Annotated[
-        str | None, typer.Option(help="sst2, mnli, qnli, cnn_dailymail or stdlib_kind; default: the model config's.")
+        str | None,
+        typer.Option(help="A task, such as sst2, boolq or stdlib_kind; default: the model config's."),
     ] = None,
     stages: Annotated[str, typer.Option(help="Stages to run, of 0, 1, 1.9, 2 and 3.")] = "0,1,2,3",
     nproc: Processes = None,

@@ -52,10 +52,9 @@ def check_model(config: Config, reads_text: bool) -> None:
     source = model_source(config.model.pretrained)
     if Path(source).exists():
         check_folder(Path(source))
-    if config.distillation.teacher is not None:
-        teacher = model_source(prerequisites.stage_model(config, config.distillation.teacher))
-        if Path(teacher).exists():
-            check_folder(Path(teacher))
+    named = prerequisites.teacher(config)
+    if named is not None and Path(teacher := model_source(named)).exists():
+        check_folder(Path(teacher))
     if config.distillation.cache is not None:
         KDCache(Path(config.distillation.cache))
     elif reads_text and not is_unwritten(config.data):

@@ -215,11 +215,14 @@ def choose_teacher(
     """
     if not find_objective(config.training.objective).needs_teacher(config.distillation):
         return None
-    if config.distillation.teacher is None:
+    name, source = config.distillation.teacher, prerequisites.teacher(config)
+    if source is None:
+        if name is not None:
+            made_by = prerequisites.command(config, name)
+            log.warning("no %s: the teacher is the original model. To fine-tune one first: %s", name, made_by)
         return original
-    name = config.distillation.teacher
     teacher, theirs = load_model(
-        prerequisites.stage_model(config, name),
+        source,
         dtype=torch.float32,
         trust_remote_code=config.model.trust_remote_code,
     )
