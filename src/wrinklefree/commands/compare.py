@@ -41,6 +41,7 @@ def run(
     budget: str | None = None,
     fit_bytes: str | None = None,
     bits: float | None = None,
+    dry_run: bool = False,
     out: Path | None = None,
     force: bool = False,
     overrides: list[str],
@@ -64,6 +65,9 @@ def run(
     chosen = entries(model, names, seeds, steps, overrides, out)
     for entry in chosen[: len(names)] if mixes else ():
         mixed.ladder(entry.config().method, entry.method)
+    if dry_run:
+        _show(chosen, others, mixes, steps, budget)
+        return
     store = _open_store(out, force)
     rows = _measure_others(chosen[0], others, store, out)
     notes = list[str]()
@@ -79,6 +83,16 @@ def run(
         facts = [*_facts(opened, chosen, budget), *notes]
     ways = len({entry.method for entry in chosen})
     _write(out, f"{first.model.name}: {ways} ways to fewer bits", facts, rows)
+
+
+def _show(chosen: list[Entry], others: list[str], mixes: bool, steps: int | None, budget: str | None) -> None:
+    """Print what would run, and how long."""
+    length = f"{steps} steps" if steps is not None else budget or "the default time"
+    print(f"would measure the original{''.join(f', {name}' for name in others)}")
+    rows = [[entry.method, str(entry.seed), length, str(entry.folder)] for entry in chosen]
+    print_table(["training", "seed", "for", "into"], rows)
+    if mixes:
+        print("each of them twice: with bits by sensitivity, which is measured first, and with even bits")
 
 
 def _mixed(
