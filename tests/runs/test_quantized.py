@@ -96,3 +96,9 @@ def test_what_means_no_training_is_refused(method: str, bits: float | None, said
 def test_a_model_from_nowhere_needs_a_tokenizer() -> None:
     with pytest.raises(UserError, match="tokenizer="):
         wrinklefree.quantize(llama())
+
+
+def test_the_next_step_fits_the_model(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """No Python for a model that has learned prose."""
+    wrinklefree.quantize("./toy", "uniform", *settings, texts="text", folder="mine").train(steps=0)
+    assert "wf generate mine --prompt 'The '" in capsys.readouterr().out

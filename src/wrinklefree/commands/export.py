@@ -33,9 +33,10 @@ def run(
     check_package(format)
     target = out or default_out(run, format)
     refuse_existing(target, force)
-    table = write(opened(run, trust_remote_code), format, target, chosen)
+    source = opened(run, trust_remote_code)
+    table = write(source, format, target, chosen)
     print_table(["", str(target)], table)
-    hint = next_step(format, target)
+    hint = next_step(format, target, source.config)
     print(f"\nwrote {target}/" + (f"; next: {hint}" if hint else ""))
 
 
@@ -65,7 +66,7 @@ def write_all(run: Path, out: Path | None, force: bool, trust_remote_code: bool,
         else:
             size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
             top1 = table.get("same most likely token", "not run")
-            rows.append([format, f"{size:,}", lossless(table), top1, next_step(format, target)])
+            rows.append([format, f"{size:,}", lossless(table), top1, next_step(format, target, source.config)])
     if rows:
         print_table(["target", "bytes", "lossless", "top-1", "how to run it"], rows)
     if refusals:

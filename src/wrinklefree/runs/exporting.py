@@ -20,6 +20,7 @@ from wrinklefree.export.proof.certify import CERTIFY_TOKENS
 from wrinklefree.families.architectures import positions
 from wrinklefree.models.find import model_folder
 from wrinklefree.models.load import load_model
+from wrinklefree.runs.report import first_words
 from wrinklefree.runs.setup import resolved_length
 from wrinklefree.tracking.terminal import markdown_table
 from wrinklefree.training import checkpoint
@@ -67,10 +68,11 @@ def refuse_existing(target: Path, force: bool) -> None:
         raise UserError(f"{target}: exists already; choose another with --out or give --force to replace it")
 
 
-def next_step(format: str, target: Path) -> str:
+def next_step(format: str, target: Path, config: Config) -> str:
     """What to do with the written folder, as a line for a shell or for Python."""
     hint = constant(formats()[format], "NEXT", "")
-    return str(hint.format(target=target if "'{target}" in hint else shlex.quote(str(target))))
+    quoted = target if "'{target}" in hint else shlex.quote(str(target))
+    return str(hint.format(target=quoted, prompt=first_words(config)))
 
 
 def described(format: str, table: list[list[str]]) -> str:

@@ -35,7 +35,7 @@ from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.objectives.language_model import LanguageObjective, find_objective
 from wrinklefree.runs import folder, prerequisites, rebuilding, setup
-from wrinklefree.runs.report import RESULTS, Results
+from wrinklefree.runs.report import RESULTS, Results, first_words
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.tracking.plotting import plot_runs
 from wrinklefree.tracking.terminal import spoken_time
@@ -250,7 +250,7 @@ def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedMod
     wrote = [text for name, text in PARTS.items() if (out / name).exists()]
     print(f"\nwrote {out}/: {', '.join(wrote)}")
     best = shlex.quote(str(out / "packed" if (out / "packed").exists() else out))
-    print(f"next: wf generate {best} --prompt 'def '    wf eval {best}")
+    print(f"next: wf generate {best} --prompt {first_words(run.config)}    wf eval {best}")
 
 
 def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel) -> None:
