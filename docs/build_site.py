@@ -6,6 +6,7 @@
 Links that lead out of docs/ become links to the copied page. Those to source files become the file's name.
 """
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -63,12 +64,22 @@ def in_site(text: str, folder: Path) -> str:
     return LINK.sub(rewritten, text)
 
 
+def formulas(name: str) -> str:
+    """A section with the docstring of the method `name`, which has its formulas; "" for another page."""
+    file = ROOT / "src" / "wrinklefree" / "methods" / name / "__init__.py"
+    if not file.is_file():
+        return ""
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    return f"\n## Formulas\n\nFrom the top of the method's file:\n\n```text\n{docstring}\n```\n"
+
+
 def build(out: Path) -> None:
     """Copy all pages to `out`, with links that hold there."""
     out.mkdir(parents=True, exist_ok=True)
     pages = {page.name: page for page in DOCS.glob("*.md")} | {new: ROOT / old for old, new in MORE_PAGES.items()}
     for name, page in pages.items():
-        (out / name).write_text(in_site(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")
+        text = in_site(page.read_text(encoding="utf-8"), page.parent) + formulas(page.stem)
+        (out / name).write_text(text, encoding="utf-8")
     for picture in DOCS.glob("*.svg"):
         (out / picture.name).write_bytes(picture.read_bytes())
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import typer
+from _flags import Flags
 
 from wrinklefree import cli
 
@@ -15,7 +16,7 @@ SIZES = ("lut_bits", "attn_lut_bits", "scale_rank", "attn_scale_rank")
 
 def parser(description: str | None, writes: bool = True) -> argparse.ArgumentParser:
     """A parser with `--model-id`, and with `--force` for a script that writes."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Flags(description=description)
     flags.add_argument("--model-id", "--model", default=MODEL, help="a config's name, a local folder or a hub id")
     if writes:
         flags.add_argument("--force", action="store_true", help="replace the output if it exists")

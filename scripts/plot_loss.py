@@ -4,16 +4,16 @@ python scripts/plot_loss.py --run_dir runs/v2_output --save loss.png
 python scripts/plot_loss.py outputs/anemll_tiny_a_v1 outputs/anemll_tiny_a_v2 --save both.png
 """
 
-import argparse
 from pathlib import Path
 
 import _anemll
+from _flags import Flags
 
 from wrinklefree import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="*", help="run folders or CSV files")
     parser.add_argument("--run_dir", "--run-dir", type=Path, help="one run folder")
     parser.add_argument("--save", type=Path, help="PNG to write; default: plots/loss.png in the first run")

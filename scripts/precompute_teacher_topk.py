@@ -9,12 +9,14 @@ import os
 import sys
 from pathlib import Path
 
+from _flags import Flags
+
 from wrinklefree.cli import main
 
 
 def flags() -> argparse.ArgumentParser:
     """A parser of the guide's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(description=__doc__)
     add = parser.add_argument
     add("--teacher_model_name_or_path", default="Qwen/Qwen3-0.6B", help="hub id, folder or a config's name")
     add("--dataset_name", required=True, help="hub id, local file or folder, or stdlib")

@@ -5,13 +5,13 @@
 Prints `ALL TESTS PASSED!` and exits with 0, or says what failed and exits with 1.
 """
 
-import argparse
 import csv
 import math
 import sys
 from pathlib import Path
 
 import typer
+from _flags import Flags
 
 from wrinklefree.cli import call
 
@@ -27,7 +27,7 @@ SETTINGS = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(description=__doc__)
     parser.add_argument("--model", "-m", default="tiny", help="a config's name, a local folder or a hub id")
     parser.add_argument("--mode", choices=["w1", "w2"], default="w2")
     parser.add_argument("--steps", type=int, default=10)

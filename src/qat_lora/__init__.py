@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat_lora.files import layers_in, put, read_state
+from qat_lora.files import layers_in, put, read_state, said
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config as RunConfig
 from wrinklefree.core.errors import UserError
@@ -129,11 +129,15 @@ def convert_model_to_fp16_v2(model: nn.Module) -> nn.Module:
 def load_v2_checkpoint(model: nn.Module, path: str | Path) -> int:
     """Load a `.pt` state dict into a model whose layers have been replaced, and return the number of layers.
 
+    It prints how many of them have frozen codes.
+
     Raises UserError if the file is no state dict, or does not fit the model.
     """
     file = Path(path)
     state = read_state(file)
-    return put(model, state, layers_in(state, file), file)
+    layers = layers_in(state, file)
+    said(layers)
+    return put(model, state, layers, file)
 
 
 def _config(model: PreTrainedModel, cache_dir: str | Path, *settings: str) -> RunConfig:

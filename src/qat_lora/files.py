@@ -45,6 +45,8 @@ from wrinklefree.training import checkpoint
 
 State = dict[str, Tensor]
 
+BEST_FILE = "best_state_dict.pt"  # in a run's folder, where the guide's next lines expect it
+
 SOURCES = ("_indices", "_Q", "weight")  # tensors with a layer's codes; the first one that exists is used
 
 # All tensors that a layer may have.
@@ -77,9 +79,10 @@ def open_checkpoint(path: Path, base: str) -> Opened:
     If a `.pt` path does not exist, the checkpoint in its folder is opened: `RUN/best/` for `RUN/best_state_dict.pt`.
     Raises UserError if there is no checkpoint, or its model has no lookup tables.
     """
-    if path.is_file():
+    standing = standing_for(path)
+    if standing.is_file():
         return open_state(path, base)
-    folder = model_folder(standing_for(path))
+    folder = model_folder(standing)
     file = folder / checkpoint.CONFIG
     if not file.is_file():
         raise UserError(f"{path}: no such file, and no checkpoint of `wf anemll` or `wf train` there")
@@ -90,15 +93,17 @@ def open_checkpoint(path: Path, base: str) -> Opened:
 
 
 def standing_for(path: Path) -> Path:
-    """The checkpoint folder that stands for the path of a `.pt` file which does not exist; any other path as it is.
+    """The checkpoint folder that stands for the path of a `.pt` file; any other path as it is.
 
     | file | folder |
     |---|---|
-    | `RUN/best*.pt` | `RUN/best`, if it exists |
+    | `RUN/best_state_dict.pt`, written from `RUN/best` | `RUN/best`, which holds the same and more |
+    | one that does not exist: `RUN/best*.pt` | `RUN/best`, if it exists |
     | `RUN/*step_100*.pt` | `RUN/checkpoints/step_100` |
     | another | `RUN` |
     """
-    if path.suffix != ".pt" or path.exists():
+    ours = path.name == BEST_FILE and (path.parent / "best").is_dir()
+    if path.suffix != ".pt" or (path.exists() and not ours):
         return path
     run, step = path.parent, re.search(r"step_?(\d+)", path.stem)
     if path.stem.startswith("best") and (run / "best").is_dir():
@@ -136,6 +141,7 @@ def open_state(file: Path, base: str) -> Opened:
     """
     state = read_state(file)
     quantized = layers_in(state, file)
+    said(quantized)
     method = detect(quantized, file)
     names = [setting(f"method.{key}", value) for key, value in method.items()]
     config = load_config([f"model={base}", f"training=anemll_{'v2' if method['view'] == 'v2' else 'q2a4'}", *names])
@@ -314,6 +320,13 @@ def put(model: nn.Module, state: State, found: Mapping[str, Layer], file: Path) 
             raise UserError(f"{file}: {name} is {list(tensor.shape)}, the model's is {list(own[name].shape)}")
         own[name].copy_(tensor)
     return len(layers)
+
+
+def said(layers: Mapping[str, Layer]) -> None:
+    """Print how many layers' frozen codes were read, in the guide's words; its troubleshooting looks for them."""
+    frozen = sum(1 for layer in layers.values() if layer.weight is None)
+    if frozen:
+        print(f"Manually loaded {frozen} _Q buffers")
 
 
 def _codes(source: Layer, layer: LutLinear) -> Codes:

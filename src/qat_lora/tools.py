@@ -1,6 +1,8 @@
 """The work of the ANEMLL guide's scripts: train, convert, snap, generate text, and inspect layers."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 from qat_lora import evaluate_kd_loss, files, train_e2e
 from qat_lora.files import Opened
 from wrinklefree.config.compose import load_config, read_config
+from wrinklefree.config.schema import Config as RunConfig
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import coverage, quant_layers
@@ -19,9 +22,10 @@ from wrinklefree.generate import generate
 from wrinklefree.methods.anemll import Config, LutLinear, factored
 from wrinklefree.models.find import model_folder
 from wrinklefree.models.load import load_pretrained
-from wrinklefree.runs import launch, setup
+from wrinklefree.runs import folder, launch, setup
+from wrinklefree.runs.prerequisites import is_done
 from wrinklefree.tracking.terminal import print_table
-from wrinklefree.training.checkpoint import CONFIG
+from wrinklefree.training.checkpoint import CONFIG, step_folders
 
 PROMPTS = ("What is the capital of France?", "def fibonacci(n):", "What is 2+2?")
 DEBUG_STEPS = 20
@@ -37,15 +41,49 @@ def train(
     """Train with the settings in `overrides`, from `checkpoint` or, if it is None, from the pretrained model.
 
     If `sizes` is None, bits and ranks are the checkpoint's. A `.pt` file is first converted to a checkpoint folder,
-    `imported/` in the output folder. Raises UserError for anything that the user can fix.
+    `imported/` in the output folder. With frozen codes, the best model is also written as `BEST_FILE`.
+
+    A run that the output folder holds is kept: a finished one in `earlier_1/` (or the next free number), and one that
+    was interrupted goes on. `force` replaces it. Raises UserError for anything that the user can fix.
     """
     start: list[str] = []
     if checkpoint is not None:
-        folder = starting_folder(checkpoint, model_id, output)
-        start = [setting("training.start_from", [str(folder)])]
-        sizes = sizes or sizes_of(folder)
+        begun = starting_folder(checkpoint, model_id, output)
+        start = [setting("training.start_from", [str(begun)])]
+        sizes = sizes or sizes_of(begun)
     chosen = [f"method.{key}={value}" for key, value in zip(KEYS, sizes or (), strict=False)]
-    launch.run_stage([f"model={model_id}", *chosen, *overrides, *start, f"output_dir={output}"], force=force)
+    settings = [f"model={model_id}", *chosen, *overrides, *start, setting("output_dir", str(output))]
+    config = load_config(settings)
+    with _beside_earlier(config, force) as resume:
+        launch.run_stage([*settings, *resume], force=force)
+    if config.method.view == "v2":
+        best = files.open_checkpoint(output / files.BEST_FILE, model_id)
+        files.save(best, output / files.BEST_FILE, force=True)
+        print(f"wrote {output / files.BEST_FILE} (best model as a state dict)")
+
+
+@contextmanager
+def _beside_earlier(config: RunConfig, force: bool) -> Iterator[list[str]]:
+    """Make room in the output folder, and yield the setting that resumes the run there if it was interrupted.
+
+    A finished run is moved aside. It is moved back if the new one fails before it has written anything. If the new one
+    starts from it, the training moves it later.
+    """
+    out = Path(config.output_dir)
+    if force or not is_done(out) or folder.starts_within(config):
+        begun = not force and not is_done(out) and step_folders(out / "checkpoints")
+        yield ["training.resume_from=latest"] if begun else []
+        return
+    kept = folder.keep_earlier(out)
+    try:
+        yield []
+    except BaseException:
+        if not folder.outputs(out):
+            for path in list(kept.iterdir()):
+                path.rename(out / path.name)
+            kept.rmdir()
+        raise
+    print(f"{out}: the run that was there is now in {kept}")
 
 
 def sizes_of(folder: Path) -> Sizes:
@@ -61,14 +99,15 @@ def starting_folder(checkpoint: Path, model_id: str, output: Path) -> Path:
 
     Raises UserError if there is no checkpoint, or the file does not fit the model.
     """
-    if checkpoint.is_file():
+    standing = files.standing_for(checkpoint)
+    if standing.is_file():
         imported = output / "imported"
         files.save(files.open_state(checkpoint, model_id), imported, force=True)  # the same folder each time
         return imported
-    folder = model_folder(files.standing_for(checkpoint))
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{checkpoint}: no such file, and no run of ours in {folder}")
-    return folder
+    found = model_folder(standing)
+    if not (found / "config.json").is_file():
+        raise UserError(f"{checkpoint}: no such file, and no run of ours in {found}")
+    return found
 
 
 def v1_to_v2(checkpoint: Path, output: Path, model_id: str, force: bool) -> None:

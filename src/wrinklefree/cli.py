@@ -40,7 +40,46 @@ SECTIONS = {
 }
 
 
-class Verbs(TyperGroup):
+class Named(TyperGroup):
+    """A group whose verbs take their model as `-m NAME` and as `model=NAME`, whichever is theirs."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, rest if command is None else as_it_takes_it(command, rest)
+
+
+def as_it_takes_it(command: Any, args: list[str]) -> list[str]:
+    """The words of a verb with its model given in the verb's own way: an option, a setting, or the path of a folder."""
+    options = {name: parameter for parameter in command.params for name in parameter.opts}
+    arguments = {parameter.name for parameter in command.params if parameter.param_type_name == "argument"}
+    own = "option" if "--model" in options else "setting" if "overrides" in arguments else "path"
+    if own == "path" and not arguments & {"path", "run"}:
+        return args
+    words, rest = list[str](), list(args)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*words, word, *rest]
+        if own != "option" and word in ("-m", "--model") and word not in options and rest:
+            words.append(_setting(own, rest.pop(0)))
+        elif own != "option" and word.startswith("--model="):
+            words.append(_setting(own, word.removeprefix("--model=")))
+        elif own == "option" and word.startswith("model=") and not {"-m", "--model"} & set(args):
+            words += ["--model", word.removeprefix("model=")]
+        elif own == "path" and word.startswith("model="):
+            words.append(word.removeprefix("model="))
+        else:
+            words.append(word)
+            if word in options and not options[word].is_flag and rest:
+                words.append(rest.pop(0))  # the option's value, whatever it looks like
+    return words
+
+
+def _setting(own: str, model: str) -> str:
+    return f"model={model}" if own == "setting" else model
+
+
+class Verbs(Named):
     """The command tree, whose help lists the verbs by what one does with them."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -93,6 +132,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python that this folder or hub id brings.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Scale = Literal["dev", "small", "medium", "large", "xlarge"]
 
 DEFAULT_CLOUD = "nebius"
@@ -206,6 +246,7 @@ def fairy2(
     model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
     how: dict[str, Any],
     mode: Annotated[Literal["w1", "w2"], typer.Option(help="Bits per weight: 1 or 2.")] = "w2",
+    nproc: Processes = None,
     budget: Budget = None,
     force: Force = False,
     overrides: Overrides = None,
@@ -220,7 +261,7 @@ def fairy2(
       wf fairy2 -m smollm2_135m --cloud nebius --bucket gs://NAME --dry-run
     """
     chosen = [f"model={model}", f"training=fairy2_{mode}", *(overrides or [])]
-    call("train", chosen, force=force, budget=budget, **how)
+    call("train", chosen, force=force, processes=nproc, budget=budget, **how)
 
 
 @app.command(cls=Launchable)
@@ -229,7 +270,8 @@ def bitdistill(
     model: Annotated[str, typer.Option("--model", "-m", help="A config's name, a local folder or a hub id.")],
     how: dict[str, Any],
     task: Annotated[
-        str | None, typer.Option(help="sst2, mnli, qnli, cnn_dailymail or stdlib_kind; default: the model config's.")
+        str | None,
+        typer.Option(help="A task, such as sst2, boolq or stdlib_kind; default: the model config's."),
     ] = None,
     stages: Annotated[str, typer.Option(help="Stages to run, of 0, 1, 1.9, 2 and 3.")] = "0,1,2,3",
     nproc: Processes = None,
@@ -326,6 +368,7 @@ Example, offline and on a CPU:
   wf trm inject model=chains
   wf trm eval model=chains
 """,
+    cls=Named,
     rich_markup_mode=None,
     no_args_is_help=True,
 )
@@ -718,7 +761,14 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 1,
     steps: Annotated[int | None, typer.Option(min=0, help="Steps of each run.")] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Time of each run, such as 2h or 90m.")] = None,
+    fit_bytes: Annotated[
+        str | None, typer.Option("--fit-bytes", help="Mix bits by layer so that the whole file has such a size: 60MB.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(min=0, help="Mix bits by layer to so many per quantized weight, such as 1.8.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: outputs/compare_MODEL.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
@@ -730,8 +780,10 @@ def compare(
     Example:
       wf compare -m tiny --budget 4m
       wf compare -m FOLDER --methods fairy2_w2,bitdistill --budget 2h --seeds 3
+      wf compare -m FOLDER --fit-bytes 60MB --budget 2h
     """
     chosen: dict[str, Any] = {"methods": methods, "references_named": references, "seeds": seeds, "steps": steps}
+    chosen |= {"fit_bytes": fit_bytes, "bits": bits, "dry_run": dry_run}
     call("compare", model, **chosen, budget=budget, out=out, force=force, overrides=overrides or [])
 
 
@@ -758,19 +810,20 @@ def methods() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Check this machine: devices, compiler, extras, disk, hub.
 
     \b
     Example:
       wf doctor
     """
-    call("doctor")
+    call("doctor", as_json)
 
 
 @app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the runs are.")] = Path("outputs"),
+    as_json: AsJson = False,
 ) -> None:
     """List the runs in a folder with their last figures.
 
@@ -779,7 +832,7 @@ def runs(
       wf runs
       wf runs /data/outputs
     """
-    call("runs", folder)
+    call("runs", folder, as_json)
 
 
 @app.command()

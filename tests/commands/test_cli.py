@@ -13,11 +13,12 @@ import types
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from toyrun import toy_files
 from typer.testing import CliRunner
 
-from wrinklefree.cli import app, main
+from wrinklefree.cli import app, as_it_takes_it, main
 from wrinklefree.commands import doctor
 from wrinklefree.config.compose import CONFIGS, load_config
 from wrinklefree.core import files
@@ -459,3 +460,54 @@ def test_a_signal_outside_of_training_ends_a_command_as_ctrl_c_does(
     assert ended.value.code == 128 + number
     assert capsys.readouterr().err == "interrupted\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "expected"),
+    [
+        ("fairy2", "model=tiny --mode w1", "--model tiny --mode w1"),
+        ("fairy2", "-m tiny model=other", "-m tiny model=other"),  # a setting that follows wins, as before
+        ("train", "-m tiny training=fairy2_w2", "model=tiny training=fairy2_w2"),
+        ("train", "--nproc 2 --model=tiny", "--nproc 2 model=tiny"),
+        ("generate", "-m tiny --prompt model=x", "tiny --prompt model=x"),
+        ("generate", "--chat model=tiny", "--chat tiny"),
+        ("eval", "model=a/b", "a/b"),
+        ("config", "-m tiny", "model=tiny"),
+        ("plan", "model=tiny --gpus 2", "--model tiny --gpus 2"),
+        ("runs", "elsewhere", "elsewhere"),
+        ("methods", "", ""),
+    ],
+)
+def test_a_verb_takes_its_model_both_ways(verb: str, words: str, expected: str) -> None:
+    command = typer.main.get_command(app).commands[verb]
+    assert as_it_takes_it(command, words.split()) == expected.split()
+
+
+def test_phases_of_thinking_take_their_model_both_ways() -> None:
+    command = typer.main.get_command(app).commands["trm"].commands["compressor"]
+    assert as_it_takes_it(command, ["-m", "chains"]) == ["model=chains"]
+
+
+def test_a_comparison_is_listed_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = wf("compare", "model=tiny", "--methods", "fairy2_w1,ternary", "--steps", "3", "--dry-run")
+    assert code == 0, err
+    assert "would measure the original, int8, int4" in out
+    assert [line.split()[:4] for line in out.splitlines()[2:] if line] == [
+        ["fairy2_w1", "42", "3", "steps"],
+        ["ternary", "42", "3", "steps"],
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reports_are_also_one_json_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "a").mkdir(parents=True)
+    (tmp_path / "outputs" / "a" / "training_log.csv").write_text("step,train_loss,eval_loss\n3,1.5,\n")
+    code, out, _ = wf("runs", "--json")
+    assert code == 0
+    [run] = json.loads(out)["runs"]
+    assert (run["run"], run["steps"], run["loss"], run["status"]) == ("a", "3", "1.500", "stopped")
+    code, out, _ = wf("doctor", "--json")
+    assert code == 0
+    assert {"python", "torch", "disk"} <= {check["name"] for check in json.loads(out)["checks"]}

@@ -24,18 +24,27 @@ ROWS: dict[str, dict[str, Any]] = {
     "sst2": {"sentence": "a fine film ", "idx": 3},
     "mnli": {"premise": "It rains.", "hypothesis": " the sun shines", "idx": 3},
     "qnli": {"question": "Who?", "sentence": "Ada did.", "idx": 3},
+    "boolq": {"passage": "It rains.", "question": "does it rain", "idx": 3},
+    "cb": {"premise": "It rains.", "hypothesis": "the sun shines", "idx": 3},
+    "rte": {"premise": "It rains.", "hypothesis": "The sun shines.", "idx": 3},
     "cnn_dailymail": {"article": "Much happened.", "highlights": "Things .\nMore things .", "id": "x"},
 }
 PROMPTS = {
     "sst2": "a fine film \nQuestion: Is this sentence positive or negative?\nAnswer:",
     "mnli": "It rains.\nQuestion: the sun shines. True, False or Neither?\nAnswer:",
     "qnli": "Who?\nAda did.\nQuestion: Does this response answer the question?\nAnswer:",
+    "boolq": "It rains.\nQuestion: does it rain?\nAnswer:",
+    "cb": "It rains.\nQuestion: the sun shines. True, False, or Neither?\nAnswer:",
+    "rte": "It rains.\nQuestion: The sun shines. True or False?\nAnswer:",
     "cnn_dailymail": "Summarize the following article:\n\nMuch happened.\n\nSummary:",
 }
 LABELS = {
     "sst2": {"negative": " negative", "positive": " positive"},
     "mnli": {"entailment": " True", "neutral": " Neither", "contradiction": " False"},
     "qnli": {"entailment": " yes", "not_entailment": " no"},
+    "boolq": {"False": " no", "True": " yes"},
+    "cb": {"entailment": " True", "contradiction": " False", "neutral": " Neither"},
+    "rte": {"entailment": " True", "not_entailment": " False"},
 }
 LABELLED = [(task, number, name) for task, names in LABELS.items() for number, name in enumerate(names)]
 
@@ -108,6 +117,9 @@ HARNESS = {
     "sst2": "glue/sst2/default.yaml",
     "mnli": "glue/mnli/default.yaml",
     "qnli": "glue/qnli/default.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "cb": "super_glue/cb/default.yaml",
+    "rte": "super_glue/rte/default.yaml",
     "cnn_dailymail": "cnn_dailymail/cnn_dailymail.yaml",
 }
 

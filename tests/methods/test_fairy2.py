@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from fairy2.models import convert_to_fairy2
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.inputs import int8_per_token
-from wrinklefree.core.method import quant_layers
+from wrinklefree.core.method import find, masters, quant_layers
 from wrinklefree.core.ste import round_fp16
 from wrinklefree.methods import fairy2
 from wrinklefree.methods.fairy2 import Config, Fairy2Linear, fitting
@@ -318,12 +318,31 @@ def test_names_are_matched_by_whole_components() -> None:
     assert quant_layers(convert_to_fairy2(model, exclude_names=["wte"])).keys() == {"wte_proj"}
 
 
-def test_save_pretrained_is_a_plain_checkpoint_of_the_masters(tmp_path: Path) -> None:
-    original = llama()
-    convert_to_fairy2(llama()).save_pretrained(tmp_path)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not quant_layers(plain)
-    assert torch.equal(plain(ids()).logits, original(ids()).logits)
+def test_save_pretrained_reloads_as_quantized_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = convert_to_fairy2(llama(), num_stages=1)
+    with torch.no_grad():
+        for layer in quant_layers(model).values():
+            layer.log_scales.add_(0.1)  # as a training would
+    with caplog.at_level("INFO", "wrinklefree"):
+        model.save_pretrained(tmp_path)
+    assert "full-precision masters and scales of a quantized model" in caplog.text
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(quant_layers(again)) == 14
+    assert torch.equal(again(ids()).logits, model(ids()).logits)
+    again.save_pretrained(tmp_path / "twice")
+    twice = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", dtype=torch.bfloat16)
+    assert torch.equal(twice(ids()).logits, model(ids()).logits)  # masters stay in fp32
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half"])
+def test_a_cast_keeps_masters_and_scales_in_fp32(cast: str) -> None:
+    model = convert_to_fairy2(llama())
+    codes = {fqn: layer.encode() for fqn, layer in quant_layers(model).items()}
+    getattr(model, cast)()
+    assert model.model.embed_tokens.weight.dtype != torch.float32
+    for fqn, layer in quant_layers(model).items():
+        assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
+        assert torch.equal(layer.encode().index, codes[fqn].index)
 
 
 def test_tied_weights_stay_tied_when_the_head_is_quantized() -> None:
@@ -351,6 +370,44 @@ def test_lora_trains_beside_the_quantized_layers() -> None:
                 p.fill_(0.1)
     assert not torch.equal(lora(input_ids=ids()).logits, before)
     assert len(quant_layers(lora)) == 14
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+@pytest.mark.parametrize("rotate", [False, True])
+def test_merging_lora_reaches_the_master_as_the_layer_sees_it(rotate: bool) -> None:
+    model = Config(rotate_inputs=rotate).prepare(llama())
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, p in lora.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.02)
+    layer = lora.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(5, 64)
+    with masters([layer.base_layer]), torch.no_grad():
+        beside = layer(x)
+    quantized = layer(x)
+    with pytest.warns(UserWarning, match="train on"):
+        layer.merge()
+    with masters([layer.base_layer]), torch.no_grad():
+        assert torch.allclose(layer(x), beside, atol=1e-4)
+    assert not torch.equal(layer(x), quantized)  # its codes are those of the new master, not of a cache
+    layer.unmerge()
+    assert torch.allclose(layer(x), quantized, atol=1e-3)
+    with pytest.warns(UserWarning, match="train on"):
+        merged = lora.merge_and_unload()
+    merged.requires_grad_(True)
+    merged(input_ids=ids(), labels=ids()).loss.backward()
+    assert all(layer.weight.grad is not None for layer in quant_layers(merged).values())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+def test_lora_is_not_merged_where_the_sum_is_no_such_layer() -> None:
+    frozen = find("anemll")(view="v2", train="scales", attn_rank=2, rank=2)
+    normed = find("bitdistill")(norm_mode="per_linear")
+    for method, said in ((frozen, "codes are frozen"), (normed, "normalizes its inputs")):
+        lora = peft.get_peft_model(method.prepare(llama()), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        with pytest.raises(UserError, match=said):
+            lora.merge_and_unload()
 
 
 def test_error_of_four_stages_is_small() -> None:

@@ -176,8 +176,28 @@ def test_a_run_may_start_from_a_file_in_its_own_folder_twice(
     assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "nocache") == 2
     assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "cache") == 0, capsys.readouterr().err
     assert model_folder(Path("run")) == Path("run/final")
-    assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "cache") == 2
-    assert "--force" in capsys.readouterr().err
+    assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "nocache") == 2
+    assert model_folder(Path("run")) == Path("run/final")  # moved back
+    assert not Path("run/earlier_1").exists()
+    assert script(monkeypatch, "train_v2_simple.py", *start, "--cache-dir", "cache") == 0, capsys.readouterr().err
+    assert len(plain_codes(Path("run/earlier_1"))) == 14
+
+
+def test_the_best_model_lies_where_the_next_lines_of_the_guide_look(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """`cp runs/v2_output/*.pt` and `load_v2_checkpoint("RUN/best_state_dict.pt")`."""
+    common = ["--model-id", "./toy", "--cache-dir", "cache", *SMALL, *SHORT, "--output-dir", "runs/v2_output"]
+    assert script(monkeypatch, "train_v2_simple.py", "--from-scratch", *common) == 0, capsys.readouterr().err
+    assert [path.name for path in Path("runs/v2_output").glob("*.pt")] == ["best_state_dict.pt"]
+    capsys.readouterr()
+    model = llama()
+    qat_lora.replace_linear_with_anemll_v2(model)
+    assert qat_lora.load_v2_checkpoint(model, "runs/v2_output/best_state_dict.pt") == 14
+    assert "Manually loaded 14 _Q buffers" in capsys.readouterr().out
+    trained = load_model(Path("runs/v2_output/best"))[0]
+    ids = torch.arange(12).unsqueeze(0)
+    assert torch.allclose(model(ids).logits, trained(ids).logits, atol=1e-5)
 
 
 ONE_STEP = ["--model-id", "./toy", "--max-steps", "1", "--batch-size", "2", "--force", *SHORT]

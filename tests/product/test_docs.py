@@ -94,6 +94,7 @@ def test_all_pages_of_the_site_are_in_its_menu(tmp_path: Path) -> None:
     menu = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert {page.name for page in tmp_path.glob("*.md")} == menu
     assert set(MORE_PAGES.values()) <= menu
+    assert "arXiv 2512.02901" in (tmp_path / "fairy2.md").read_text(encoding="utf-8").partition("## Formulas")[2]
     assert not any("](../" in page.read_text(encoding="utf-8") for page in tmp_path.glob("*.md"))
 
 

@@ -48,7 +48,6 @@ PROBLEMS: dict[str, tuple[list[str], Callable[[pytest.MonkeyPatch], None], str]]
     "driver": (["training.upload_to=ftpx://bucket/run"], nothing, "use gs://, s3:// or a local path"),
     "access": (["training.upload_to=memory://bucket/run"], refusing, r"memory://\.\.\./run: read-only; is the service"),
     "teacher": (["distillation.teacher=./none"], nothing, r"\./none: no such folder"),
-    "stage": (["distillation.teacher=stage0_sft"], nothing, "needs stage0_sft"),
     "cache": (["training.objective=cached_kd", "distillation.cache=none"], nothing, "none: "),
     "data": (["data.path=nowhere"], nothing, "nowhere"),
     "heldout": (["data.heldout_path=nowhere"], nothing, "nowhere"),

@@ -72,7 +72,8 @@ def run(
     summary(finished, table)
     print(f"\nwrote {last}/anemll/ (for ANEMLL's converters) and {last}/packed/ (for transformers)")
     packed, run_folder = shlex.quote(f"{last}/packed"), shlex.quote(str(last))
-    print(f"next: wf generate {packed} --prompt 'def '    wf export {run_folder} --format coreml")
+    words = report.first_words(finished[-1])
+    print(f"next: wf generate {packed} --prompt {words}    wf export {run_folder} --format coreml")
 
 
 def _meant_for(step: str, names: list[str], overrides: list[str]) -> list[str]:

@@ -109,4 +109,4 @@ def summary(finished: list[Config]) -> None:
         rows.append([config.training.stage, f"{figures['trained']['ppl']:.2f}", task])
     print_table(["stage", "held-out perplexity", "accuracy"], rows)
     last = shlex.quote(finished[-1].output_dir)
-    print(f"\nnext: wf generate {last} --prompt 'def '    wf export {last}")
+    print(f"\nnext: wf generate {last} --prompt {report.first_words(finished[-1])}    wf export {last}")

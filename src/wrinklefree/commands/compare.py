@@ -10,8 +10,8 @@ from pathlib import Path
 
 import transformers
 
-from wrinklefree.compare import page, references
-from wrinklefree.compare.entries import METHODS, Entry, entries
+from wrinklefree.compare import mixed, page, references
+from wrinklefree.compare.entries import METHODS, Entry, entries, with_bits
 from wrinklefree.compare.quality import Test
 from wrinklefree.compare.rows import Row, Store, grouped
 from wrinklefree.compare.trained import source, trained
@@ -24,6 +24,10 @@ from wrinklefree.tracking.terminal import print_table
 
 log = logging.getLogger("wrinklefree")
 
+MIXED = ("fairy2_w2",)  # by default, if bits are mixed
+SENSITIVITY = "sensitivity"  # what each layer suffers from few bits
+KINDS = {"mixed": mixed.best, "even": mixed.even}
+
 PAGE, TABLE, FIGURES = "index.html", "comparison.md", "comparison.json"
 
 
@@ -35,23 +39,40 @@ def run(
     seeds: int = 1,
     steps: int | None = None,
     budget: str | None = None,
+    fit_bytes: str | None = None,
+    bits: float | None = None,
+    dry_run: bool = False,
     out: Path | None = None,
     force: bool = False,
     overrides: list[str],
 ) -> None:
     """Compare `methods`, names separated by commas, on `model`, and write the results into `out`.
 
-    Each run has the time `budget`, such as `2h`, or `steps` steps. Raises UserError for anything that the user can fix.
+    Each run has the time `budget`, such as `2h`, or `steps` steps. With `fit_bytes`, such as `60MB`, or with `bits`,
+    methods are trained in mixed precision of that size, and with bits that are evenly spread.
+    Raises UserError for anything that the user can fix.
     """
     if steps is not None and budget is not None:
         raise UserError("--steps and --budget: give one of them; each says how long a run is")
-    names = list(METHODS) if methods is None else methods.split(",")
+    if fit_bytes is not None and bits is not None:
+        raise UserError("--fit-bytes and --bits: give one of them; each says how large a model may be")
+    size = None if fit_bytes is None else mixed.parse_bytes(fit_bytes)
+    mixes = size is not None or bits is not None
+    names = list(MIXED if mixes else METHODS) if methods is None else methods.split(",")
     others = _references(references_named)
     first = entries(model, names[:1], 1, steps, overrides, Path("outputs"))[0].config()
     out = out or Path(first.output_root) / f"compare_{first.model.name}"
     chosen = entries(model, names, seeds, steps, overrides, out)
+    for entry in chosen[: len(names)] if mixes else ():
+        mixed.ladder(entry.config().method, entry.method)
+    if dry_run:
+        _show(chosen, others, mixes, steps, budget)
+        return
     store = _open_store(out, force)
     rows = _measure_others(chosen[0], others, store, out)
+    notes = list[str]()
+    if mixes:
+        chosen, notes = _mixed(chosen, len(names), out, size, bits)
     for number, entry in enumerate(chosen):
         log.info("== %d of %d: %s, seed %d", number + 1, len(chosen), entry.method, entry.seed)
         launch.run_chain([list(entry.overrides)], force, None, budget)
@@ -59,8 +80,41 @@ def run(
         test = Test(opened)
         for entry in chosen:
             rows.append(_kept(store, entry.name, test, source(entry)) or _measured(store, entry, test))
-        facts = _facts(opened, chosen, budget)
-    _write(out, f"{first.model.name}: {len(names)} ways to fewer bits", facts, rows)
+        facts = [*_facts(opened, chosen, budget), *notes]
+    ways = len({entry.method for entry in chosen})
+    _write(out, f"{first.model.name}: {ways} ways to fewer bits", facts, rows)
+
+
+def _show(chosen: list[Entry], others: list[str], mixes: bool, steps: int | None, budget: str | None) -> None:
+    """Print what would run, and how long."""
+    length = f"{steps} steps" if steps is not None else budget or "the default time"
+    print(f"would measure the original{''.join(f', {name}' for name in others)}")
+    rows = [[entry.method, str(entry.seed), length, str(entry.folder)] for entry in chosen]
+    print_table(["training", "seed", "for", "into"], rows)
+    if mixes:
+        print("each of them twice: with bits by sensitivity, which is measured first, and with even bits")
+
+
+def _mixed(
+    chosen: list[Entry], number: int, out: Path, size: int | None, bits: float | None
+) -> tuple[list[Entry], list[str]]:
+    """The runs with bits by layer in place of the `chosen` ones, and what was chosen, in sentences.
+
+    The first `number` runs are those of the first seed. Raises UserError if no choice of bits is small enough.
+    """
+    changes, notes = dict[str, dict[str, list[str]]](), list[str]()
+    for entry in chosen[:number]:
+        with _opened(entry, out) as opened:
+            key, _ = mixed.ladder(opened.config.method, entry.method)
+            costs = mixed.measured(opened, out / SENSITIVITY / f"{entry.method}.json")
+            budget = mixed.budget_of(opened, costs, size, bits)
+        layers = {kind: choose(costs, budget.bytes) for kind, choose in KINDS.items()}
+        names = {kind: f"{entry.method}_{kind}_{budget.label}" for kind in KINDS}
+        changes[entry.method] = {names[kind]: mixed.per_layer(key, layers[kind]) for kind in KINDS}
+        for kind, name in names.items():
+            notes.append(f"{name}: {mixed.described(key, costs, layers[kind])}.")
+            log.info(notes[-1])
+    return [with_bits(e, name, layers) for e in chosen for name, layers in changes[e.method].items()], notes
 
 
 def _open_store(out: Path, force: bool) -> Store:

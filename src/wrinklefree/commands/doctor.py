@@ -2,12 +2,13 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -49,13 +50,16 @@ class Check:
     needed: bool = False
 
 
-def run() -> None:
+def run(as_json: bool = False) -> None:
     """Print one line per check. Raises UserError if something is missing that every command needs."""
-    broken = []
+    found = []
     for check in checks():
-        print_hanging(f"{'OK' if check.ok else 'missing':7} {check.name:12} ", check.text)
-        if check.needed and not check.ok:
-            broken.append(check.name)
+        found.append(check)
+        if not as_json:
+            print_hanging(f"{'OK' if check.ok else 'missing':7} {check.name:12} ", check.text)
+    if as_json:
+        print(json.dumps({"checks": [asdict(check) for check in found]}))
+    broken = [check.name for check in found if check.needed and not check.ok]
     if broken:
         raise UserError(f"needed and missing: {', '.join(broken)}; the lines above say what to do")
 

@@ -1,29 +1,14 @@
 """`wf export`: write a trained run in another format, read it back with that format's own library, and compare."""
 
-import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from wrinklefree.config.base import LARGEST
-from wrinklefree.config.compose import read_config
-from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.files import written_aside
-from wrinklefree.core.find import EXPORT_FORMATS, constant, find_module
 from wrinklefree.core.text import did_you_mean
-from wrinklefree.data.open import heldout_batches
-from wrinklefree.export.card import card
-from wrinklefree.export.flags import check_package, formats, module_name, options
-from wrinklefree.export.proof.certify import CERTIFY_TOKENS, CertificateError
-from wrinklefree.families.architectures import positions
-from wrinklefree.models.find import model_folder
-from wrinklefree.models.load import load_model
-from wrinklefree.runs.setup import resolved_length
-from wrinklefree.tracking.terminal import markdown_table, print_table
-from wrinklefree.training import checkpoint
+from wrinklefree.export.flags import check_package, formats, options
+from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.runs.exporting import default_out, next_step, opened, refuse_existing, write
+from wrinklefree.tracking.terminal import print_table
 
 ALL = "all"  # the word for every format
 SAME = 1e-6  # nats of KL that sums in another order may cause
@@ -48,46 +33,11 @@ def run(
     check_package(format)
     target = out or default_out(run, format)
     refuse_existing(target, force)
-    table = write(opened(run, trust_remote_code), format, target, chosen)
+    source = opened(run, trust_remote_code)
+    table = write(source, format, target, chosen)
     print_table(["", str(target)], table)
-    hint = next_step(format, target)
+    hint = next_step(format, target, source.config)
     print(f"\nwrote {target}/" + (f"; next: {hint}" if hint else ""))
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A trained model, and the held-out text on which exports of it are compared."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    config: Config
-    batches: list[Any]
-
-
-def opened(run: Path, trust_remote_code: bool) -> Opened:
-    """Load the model of a run. Raises UserError if it has none that was quantized."""
-    folder = model_folder(run)
-    config = _config(folder)
-    model, tokenizer = load_model(folder, trust_remote_code=trust_remote_code)
-    length = min(resolved_length(config), positions(model.config) or LARGEST)
-    batches = heldout_batches(config.data, tokenizer, batch_size=1, length=length, max_tokens=CERTIFY_TOKENS)
-    return Opened(model, tokenizer, config, list(batches))
-
-
-def write(source: Opened, format: str, target: Path, chosen: dict[str, Any]) -> list[list[str]]:
-    """Write one format into `target` with its card, and return rows of what was read back and compared.
-
-    Raises UserError if the format cannot hold the model, CertificateError if it is another one than was trained.
-    """
-    module = vars(find_module(EXPORT_FORMATS, module_name(formats()[format])))
-    if "from_run" in module:
-        chosen = module["from_run"](source.config, target) | chosen
-    with written_aside(target) as aside:
-        table: list[list[str]] = module["write"](source.model, source.tokenizer, aside, source.batches, **chosen)
-        readme = aside / "README.md"
-        if not readme.exists():
-            readme.write_text(f"{card(source.config)}\n{described(format, table)}", encoding="utf-8")
-    return table
 
 
 def write_all(run: Path, out: Path | None, force: bool, trust_remote_code: bool, chosen: dict[str, Any]) -> None:
@@ -116,7 +66,7 @@ def write_all(run: Path, out: Path | None, force: bool, trust_remote_code: bool,
         else:
             size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
             top1 = table.get("same most likely token", "not run")
-            rows.append([format, f"{size:,}", lossless(table), top1, next_step(format, target)])
+            rows.append([format, f"{size:,}", lossless(table), top1, next_step(format, target, source.config)])
     if rows:
         print_table(["target", "bytes", "lossless", "top-1", "how to run it"], rows)
     if refusals:
@@ -140,18 +90,6 @@ def lossless(table: dict[str, str]) -> str:
     return "yes" if float(found) <= SAME else f"KL {found}"
 
 
-def refuse_existing(target: Path, force: bool) -> None:
-    """Raise UserError if there is something at `target` that may not be replaced."""
-    if target.exists() and not force:  # checked first, because loading a large model takes minutes
-        raise UserError(f"{target}: exists already; choose another with --out or give --force to replace it")
-
-
-def next_step(format: str, target: Path) -> str:
-    """What to do with the written folder, as a line for a shell or for Python."""
-    hint = constant(formats()[format], "NEXT", "")
-    return str(hint.format(target=target if "'{target}" in hint else shlex.quote(str(target))))
-
-
 def refuse_foreign(format: str, chosen: dict[str, Any]) -> None:
     """Raise UserError for an option that belongs to another format."""
     for name in chosen:
@@ -159,30 +97,3 @@ def refuse_foreign(format: str, chosen: dict[str, Any]) -> None:
         if owner != format:
             flag = f"--{name}".replace("_", "-")
             raise UserError(f"{flag}: has no effect with --format {format}, it is for --format {owner}")
-
-
-def described(format: str, table: list[list[str]]) -> str:
-    """The comparison `table` as a section of the model card."""
-    return f"## Exported as {format}\n\n{markdown_table(['read back and compared', 'value'], table)}\n"
-
-
-def default_out(run: Path, format: str) -> Path:
-    """The default folder of an export: `RUN/packed`, `RUN/gguf` and so on.
-
-    For a checkpoint folder it is a sibling, such as `step_100-gguf`.
-    """
-    name = module_name(formats()[format]).replace("_", "-")
-    return run / name if model_folder(run) != run else run.with_name(f"{run.name}-{name}")
-
-
-def _config(folder: Path) -> Config:
-    """The config that trained this checkpoint. Raises UserError if there is none, or it has no quantization method."""
-    file = folder / checkpoint.CONFIG
-    if not file.is_file():
-        raise UserError(f"{folder}: no {checkpoint.CONFIG}, so not a checkpoint that `wf train` wrote")
-    config = read_config(file)
-    if config.method is None:
-        raise UserError(
-            f"{folder}: trained without quantization, so there is nothing to pack: {folder} is a plain model already"
-        )
-    return config

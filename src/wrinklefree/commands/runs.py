@@ -1,5 +1,6 @@
 """`wf runs`: list the runs in a folder, from the files that each has written, and the jobs that run elsewhere."""
 
+import json
 import time
 from pathlib import Path
 
@@ -15,16 +16,29 @@ from wrinklefree.tracking.terminal import print_table
 NEWEST = 10  # jobs that are listed
 
 
-def run(folder: Path) -> None:
+RUNS, JOBS = ["run", "method", "steps", "loss", "eval", "date", "status"], ["job", "where", "launched"]
+
+
+def run(folder: Path, as_json: bool = False) -> None:
     """Print a table of the run folders in `folder` and one of jobs, newest first. Raises UserError if there is none."""
     logs = sorted(folder.glob(f"*/{CSV_NAME}"), key=lambda path: path.stat().st_mtime, reverse=True)
     launched = job.jobs()[:NEWEST]
     if not logs and not launched:
         raise UserError(f"{folder}: no runs here (a run is a folder with {CSV_NAME})")
-    if logs:
-        print_table(["run", "method", "steps", "loss", "eval", "date", "status"], [_row(path) for path in logs])
-    if launched:
-        print_table(["job", "where", "launched"], [[one.name, one.cloud, job.age(one)] for one in launched])
+    rows = [_row(path) for path in logs]
+    others = [[one.name, one.cloud, job.age(one)] for one in launched]
+    if as_json:
+        found = {"runs": [_named(RUNS, row) for row in rows], "jobs": [_named(JOBS, row) for row in others]}
+        print(json.dumps(found))
+        return
+    if rows:
+        print_table(RUNS, rows)
+    if others:
+        print_table(JOBS, others)
+
+
+def _named(names: list[str], row: list[str]) -> dict[str, str]:
+    return dict(zip(names, row, strict=True))
 
 
 def _row(log: Path) -> list[str]:

@@ -8,11 +8,9 @@ from wrinklefree.config.compose import load_config, options
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
+from wrinklefree.runs.quantized import TRAININGS
 
 METHODS = ("fairy2_w2", "fairy2_w1", "bitdistill", "anemll_q2a4")  # by default
-
-# Names that people know, and the trainings that stand for them: one stage each, from the original, with one objective.
-TRAININGS = {"bitdistill": "ternary", "fairy2": "fairy2_w2", "anemll": "anemll_q2a4"}
 
 # Settings that all runs share unless the user says otherwise: a small file needs a small embedding too.
 COMMON = ("distillation=logits", "export.head_bits=8")
@@ -59,6 +57,13 @@ def entries(
     for entry in found[: len(methods)]:
         _check(entry)
     return found
+
+
+def with_bits(entry: Entry, name: str, per_layer: Sequence[str]) -> Entry:
+    """The run of `entry` under another name, with bits by layer."""
+    folder = entry.folder.with_name(f"{name}-{entry.seed}")
+    more = (setting("method.per_layer", list(per_layer)), setting("output_dir", str(folder)))
+    return Entry(name, entry.seed, (*entry.overrides, *more), folder)
 
 
 def _training(method: str) -> str:

@@ -109,17 +109,19 @@ def reference(name: str, test: Test) -> Row:
     )
 
 
-def file_bytes(model: PreTrainedModel, linears: Mapping[str, nn.Linear], bits: float) -> int:
-    """The bytes of a file with `bits` in all for its `linears`, and 8 for each number of the embedding and the head.
+def file_bytes(model: PreTrainedModel, linears: Mapping[str, nn.Module], bits: float, head_bits: int = 8) -> int:
+    """The bytes of a file with `bits` in all for its `linears`, and `head_bits` a number of embedding and head.
 
-    Embedding and an untied head have an fp16 scale per row; everything else is bf16. The header is not counted.
+    With 8 bits these have an fp16 scale per row, with 4 one per 32 columns. Everything else is bf16. The header is not
+    counted.
     """
-    inside = {id(linear.weight) for linear in linears.values()}
+    inside = {id(linear.get_parameter("weight")) for linear in linears.values()}
     tables = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     total = bits / 8
     for parameter in model.parameters():  # a tied head comes once
         if id(parameter) in tables:
-            total += parameter.numel() + 2 * parameter.shape[0]
+            scales = {8: parameter.shape[0], 4: parameter.numel() / 32}.get(head_bits, 0)
+            total += parameter.numel() * head_bits / 8 + 2 * scales
         elif id(parameter) not in inside:
             total += 2 * parameter.numel()
     return math.ceil(total)

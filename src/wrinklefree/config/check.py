@@ -10,7 +10,7 @@ from wrinklefree.config.schema import Config, QuantizationConfig
 from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import DATA_FORMATS, OBJECTIVES, SCHEDULES, find_named, names, unknown
-from wrinklefree.core.method import find
+from wrinklefree.core.method import find, per_layer_entry
 from wrinklefree.core.text import did_you_mean
 
 NAMED = (OBJECTIVES, SCHEDULES, DATA_FORMATS)  # the kinds that a setting chooses by name
@@ -27,6 +27,8 @@ def check_config(values: Mapping[str, Any], presets: Collection[str] | None = No
     config: Config = _check(Config, dict(values) | {"method": None}, "", problems)
     section = values.get("method")
     method = _check(find(section["name"]), section, "method.", problems) if _is_chosen(section) else None
+    if not problems and method is not None:
+        problems += _per_layer_problems(method)
     if not problems:
         problems += _thinker_problems(config, method)
     if not problems and presets is not None:
@@ -36,6 +38,20 @@ def check_config(values: Mapping[str, Any], presets: Collection[str] | None = No
     if problems:
         raise UserError("\n".join(problems))
     return config
+
+
+def _per_layer_problems(method: Any) -> list[str]:
+    """One message for each mistake in `method.per_layer`."""
+    problems: list[str] = []
+    for entry in method.per_layer:
+        try:
+            change, _ = per_layer_entry(entry)
+        except ValueError as error:
+            problems.append(f"method.per_layer: {error}")
+        else:
+            values = dataclasses.asdict(method) | {"per_layer": []} | change
+            _check(type(method), values, "method.per_layer.", problems)
+    return problems
 
 
 def _is_chosen(section: Any) -> TypeGuard[Mapping[str, Any]]:

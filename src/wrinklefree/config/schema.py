@@ -64,7 +64,7 @@ class DataConfig(Node):
     """The text to train on. docs/configuration.md says what each source reads."""
 
     source: Literal["stdlib", "local", "hub", "downstream", "self"]
-    task: str | None = None  # downstream: sst2, mnli, qnli, cnn_dailymail, stdlib_kind or mod7_chains
+    task: str | None = None  # downstream: a name in data/tasks.py, such as sst2
     tests: bool = False  # stdlib: with the library's own tests, if this Python has them
     path: str | None = (
         None  # local: file or folder; hub: dataset id; self: `auto`, or a file that the model wrote before

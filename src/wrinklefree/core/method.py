@@ -7,7 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +27,7 @@ from wrinklefree.core.norm import RMSNorm
 from wrinklefree.core.rotation import rotated
 from wrinklefree.core.ste import straight_through
 from wrinklefree.core.stored import is_stored, widened
+from wrinklefree.core.surgery import matches
 from wrinklefree.core.turned import TurnedLinear, store_turned
 
 log = logging.getLogger("wrinklefree")
@@ -86,6 +87,11 @@ class QuantLinear(nn.Linear):
         It also needs scales that stay as they are while the weight changes.
         """
         return type(self).nearest is not QuantLinear.nearest
+
+    @property
+    def follows_weight(self) -> bool:
+        """Whether the codes are those of `weight`, and not frozen."""
+        return True
 
     def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
         """The codes of a weight [out, columns] for given scales and tables, as `encode` chooses them."""
@@ -171,9 +177,11 @@ class QuantMethod:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # a ConfigDict; packed folders have no pydantic
 
     layer: ClassVar[type[QuantLinear]]
+    ladder: ClassVar[tuple[str, tuple[int, ...]] | None] = None  # a setting and its values, by bits; for `wf compare`
 
     name: str
     exclude_names: list[str] = field(default_factory=lambda: ["embed_tokens", "lm_head"])
+    per_layer: list[str] = field(default_factory=list)  # mixed precision: "KEY=VALUE GLOB ...", the first that matches
     # Turn inputs and weights by signs and a Hadamard transform, against outliers. `auto` is as a quantized model was
     # trained, and for any other yes, unless a weight is shared. `prepare` puts the answer in its place.
     rotate_inputs: bool | Literal["auto"] = False
@@ -189,7 +197,11 @@ class QuantMethod:
         return self.layer.decode(codes)
 
     def config_for(self, fqn: str) -> Self:
-        """The config for the layer `fqn`. Override it to give layers different settings (mixed precision)."""
+        """The config for the layer `fqn`: this one, changed as `per_layer` says (mixed precision)."""
+        for entry in self.per_layer:
+            change, globs = per_layer_entry(entry)
+            if matches(fqn, globs):
+                return replace(self, **change, per_layer=[])
         return self
 
     @property
@@ -209,10 +221,14 @@ class QuantMethod:
         """
         self.keep_rotation(model)
         sites = self.sites(model)
-        if not sites and not quant_layers(model):
+        known = [*sites, *quant_layers(model)]
+        if not known:
             raise UserError(
                 f"{self.name}: no linear layer to quantize in {type(model).__name__} (exclude_names excludes all?)"
             )
+        for entry in self.per_layer:
+            if not any(matches(fqn, per_layer_entry(entry)[1]) for fqn in known):
+                raise UserError(f"method.per_layer: {entry[:80]!r} matches no layer, such as {known[0]}")
         shared = _shared(model, sites) if self.rotate_inputs else ""
         if self.rotate_inputs == "auto":
             self.rotate_inputs = not shared
@@ -261,6 +277,18 @@ class QuantMethod:
 
     def on_step(self, model: nn.Module, step: int) -> None:
         """Update schedules that live inside the model. Training calls it before optimizer step `step` (from 0)."""
+
+
+def per_layer_entry(entry: str) -> tuple[dict[str, Any], list[str]]:
+    """The change of settings and the globs of layers in an entry of `per_layer`, such as `num_stages=1 layers.0`.
+
+    Raises ValueError if the entry has another form. The setting itself is not checked.
+    """
+    change, *globs = entry.split() or [""]
+    key, equals, text = change.partition("=")
+    if not equals or not globs:
+        raise ValueError(f"{entry!r} is not KEY=VALUE and names of layers")
+    return {key: int(text) if text.isdigit() else text}, globs
 
 
 def _shared(model: nn.Module, sites: Mapping[str, nn.Linear]) -> str:

@@ -1,6 +1,7 @@
 """Tasks to fine-tune on. A row becomes a question and an answer, with the prompts of lm-evaluation-harness.
 
     sst2, mnli, qnli     GLUE: the answer is a class, named by a word
+    boolq, cb, rte       SuperGLUE: the same
     cnn_dailymail        the answer is a summary of a news article
     stdlib_kind          which package of Python's standard library is this code from? Needs no download
     mod7_chains          arithmetic in steps, with and without a written thought; needs no download
@@ -40,6 +41,12 @@ def _glue(name: str, heldout: str, columns: tuple[str, ...], prompt: Callable[[R
     return Task(name, "nyu-mll/glue", name, "train", heldout, columns, prompt, "label", classes, words)
 
 
+def _superglue(name: str, columns: tuple[str, ...], prompt: Callable[[Row], str], labels: dict[str, str]) -> Task:
+    """Return a task of SuperGLUE. `labels` maps each class to the word that answers it, in the dataset's order."""
+    classes, words = tuple(labels), tuple(labels.values())
+    return Task(name, "aps/super_glue", name, "train", "validation", columns, prompt, "label", classes, words)
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -71,6 +78,24 @@ TASKS = {
             ),
             entailment="yes",
             not_entailment="no",
+        ),
+        _superglue(
+            "boolq",
+            ("passage", "question"),
+            lambda row: f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:",
+            {"False": "no", "True": "yes"},
+        ),
+        _superglue(
+            "cb",
+            ("premise", "hypothesis"),
+            lambda row: f"{row['premise']}\nQuestion: {row['hypothesis']}. True, False, or Neither?\nAnswer:",
+            {"entailment": "True", "contradiction": "False", "neutral": "Neither"},
+        ),
+        _superglue(
+            "rte",
+            ("premise", "hypothesis"),
+            lambda row: f"{row['premise']}\nQuestion: {row['hypothesis']} True or False?\nAnswer:",
+            {"entailment": "True", "not_entailment": "False"},
         ),
         Task(
             "cnn_dailymail",

@@ -5,7 +5,7 @@ Each format states these literals in its file:
 FLAG      its name for `--format`; by default the file's name, with dashes
 NEEDS     the package that it imports, which comes with the extra of its flag; by default none
 OPTIONS   options of its `write`: {name: {"help": ..., "choices": [...] or "min": ...}}
-NEXT      what to do with the written folder `{target}`
+NEXT      what to do with the written folder `{target}`; `{prompt}` is a text that fits the model
 
 If its `write` needs more from the run, it also defines `from_run(config, target)`, which returns keyword arguments.
 """

@@ -1,6 +1,7 @@
 """Finds the folder or hub model that a name means."""
 
 import logging
+import re
 from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
@@ -14,6 +15,8 @@ log = logging.getLogger("wrinklefree")
 
 
 BUILTIN = Path(__file__).parent / "builtin"
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 OFFER = "use -m tiny, or -m FOLDER with a local copy"
 
@@ -78,7 +81,7 @@ def _builtin(name: str) -> str:
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+    return HUB_ID.fullmatch(name) is not None
 
 
 def _hub(name: str) -> str:

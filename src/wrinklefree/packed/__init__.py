@@ -1,5 +1,6 @@
 """Rank 2: packed layers inside transformers; importing this package registers the plug-in."""
 
-from wrinklefree.packed.plugin import register
+from wrinklefree.packed import masters, plugin
 
-register()
+plugin.register()
+masters.register()

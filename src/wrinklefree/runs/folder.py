@@ -57,7 +57,7 @@ def resume_point(config: Config, force: bool) -> Path | None:
 def _refuse_held(config: Config, force: bool) -> None:
     """Raises UserError if the output folder holds a run that is neither to be replaced nor started from."""
     out = Path(config.output_dir)
-    if outputs(out) and not force and not _starts_within(config) and not _between_blocks(config):
+    if outputs(out) and not force and not starts_within(config) and not _between_blocks(config):
         begun = checkpoint.step_folders(out / "checkpoints") or (out / BLOCKS).is_dir()
         offer = "go on with training.resume_from=latest, " if begun else ""
         raise UserError(f"{out} already holds a run: {offer}choose another output_dir=..., or start over with --force")
@@ -116,11 +116,15 @@ def clear(config: Config) -> None:
     out = Path(config.output_dir)
     if not outputs(out) or _between_blocks(config):
         return
-    if _starts_within(config):
-        kept = replaced.move(outputs(out), _unused(out, "earlier"))
-        log.info("%s: the run that this one starts from is now in %s", out, kept)
+    if starts_within(config):
+        log.info("%s: the run that this one starts from is now in %s", out, keep_earlier(out))
     else:
         replaced.set_aside(out, outputs(out))
+
+
+def keep_earlier(out: Path) -> Path:
+    """Move the run in `out` to `earlier_1/` in it, or the next free number, and return that folder."""
+    return replaced.move(outputs(out), _unused(out, "earlier"))
 
 
 @contextmanager
@@ -187,7 +191,7 @@ def _unused(out: Path, name: str) -> Path:
     return next(path for n in itertools.count(1) if not (path := out / f"{name}_{n}").exists())
 
 
-def _starts_within(config: Config) -> bool:
+def starts_within(config: Config) -> bool:
     """Whether this run starts from a model that lies in its own output folder."""
     start = prerequisites.starting_folder(config)
     held = [path.resolve() for path in outputs(Path(config.output_dir))]

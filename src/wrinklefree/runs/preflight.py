@@ -52,10 +52,9 @@ def check_model(config: Config, reads_text: bool) -> None:
     source = model_source(config.model.pretrained)
     if Path(source).exists():
         check_folder(Path(source))
-    if config.distillation.teacher is not None:
-        teacher = model_source(prerequisites.stage_model(config, config.distillation.teacher))
-        if Path(teacher).exists():
-            check_folder(Path(teacher))
+    named = prerequisites.teacher(config)
+    if named is not None and Path(teacher := model_source(named)).exists():
+        check_folder(Path(teacher))
     if config.distillation.cache is not None:
         KDCache(Path(config.distillation.cache))
     elif reads_text and not is_unwritten(config.data):
@@ -64,6 +63,14 @@ def check_model(config: Config, reads_text: bool) -> None:
         if config.training.max_steps != 0 or config.rebuilds:
             check_disk(config)
         check_memory(config)
+
+
+def check_text(config: Config, reads_text: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError if the KD cache or the text of a model in memory is missing."""
+    if config.distillation.cache is not None:
+        KDCache(Path(config.distillation.cache))
+    elif reads_text and not is_unwritten(config.data):
+        preview(config.data, tokenizer)
 
 
 def check_disk(config: Config) -> None:

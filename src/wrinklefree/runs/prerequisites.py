@@ -56,6 +56,17 @@ def stage_model(config: Config, name: str) -> str:
     return str(run / "final")
 
 
+def teacher(config: Config) -> str | None:
+    """The folder or hub id of the model to distil from; None means the original, as for a stage that was not run.
+
+    The BitDistill guide goes from stage 2 to 3 without the stage that fine-tunes a teacher.
+    """
+    name = config.distillation.teacher
+    if name is None or (name in options("training") and not is_done(stage_folder(config, name))):
+        return None
+    return stage_model(config, name)
+
+
 def command(config: Config, stage: str, *more: str) -> str:
     """The command line that runs `stage` in this experiment, such as `wf train model=tiny training=...`.
 

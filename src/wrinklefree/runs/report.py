@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json, write_json
 from wrinklefree.evaluate.accuracy import Accuracy
 from wrinklefree.evaluate.perplexity import Quality
 from wrinklefree.tracking.terminal import markdown_table, print_table, short_number, short_size
+
+CODE, PROSE = "def ", "The "  # how the model is asked to begin in the commands that a report offers
 
 RESULTS = "results.json"  # written after all else, so a run that has it is done
 
@@ -96,6 +99,12 @@ def _kl(quality: Quality | None) -> str:
 
 def _share(accuracy: Accuracy | None) -> str:
     return "" if accuracy is None else f"{accuracy.value:.1%}"
+
+
+def first_words(config: Config) -> str:
+    """What a model of this run may go on with, quoted for a shell: code if it has learned the library's, else prose."""
+    is_code = config.data.source == "stdlib" or config.model.name == "tiny"
+    return f"'{CODE if is_code else PROSE}'"
 
 
 def read_figures(path: Path) -> dict[str, Any]:

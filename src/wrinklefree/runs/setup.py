@@ -176,6 +176,7 @@ def open_run(
     force: bool = False,
     *,
     load: Callable[[Config], Loaded] | None = None,
+    given: Loaded | None = None,
     reads_text: bool = True,
     world: World | None = None,
     clock: Clock = time.monotonic,
@@ -190,7 +191,7 @@ def open_run(
     The minutes of the stage, if it has such, begin with this call; `clock` measures them.
 
     `load` makes the model and its tokenizer, after the random numbers have been seeded. By default it loads the
-    pretrained ones.
+    pretrained ones. `given` are a model and its tokenizer that are in memory already, in place of the pretrained ones.
 
     Raises UserError for anything that the user can fix, such as
     - an output folder that already holds a run, unless `force` is given,
@@ -199,10 +200,10 @@ def open_run(
     """
     started = clock()
     joined, world = world is None, world or join_world()
-    checked = _checked(config, force, reads_text, own_model=load is not None) if world.is_main else None
+    checked = _checked(config, force, reads_text, load is not None, given) if world.is_main else None
     resume = gather(checked, world)[0]
     torch.manual_seed(config.seed)
-    model, tokenizer = (load or load_original)(config)
+    model, tokenizer = given or (load or load_original)(config)
     t = config.training
     minutes = choose_minutes(t, config.model, world.device)
     t.max_seq_length = length = choose_length(t.max_seq_length, model, config.distillation.cache, minutes)
@@ -243,11 +244,13 @@ def choose_rows(config: Config, model: PreTrainedModel) -> Literal["packed", "on
     return "one_document"
 
 
-def _checked(config: Config, force: bool, reads_text: bool, own_model: bool) -> Path | None:
+def _checked(config: Config, force: bool, reads_text: bool, own_model: bool, given: Loaded | None) -> Path | None:
     """Return the checkpoint to resume from. Raises UserError for all that can be known before the model is loaded."""
     resume = folder.resume_point(config, force)
     preflight.check_places(config)
-    if not own_model:
+    if given is not None:
+        preflight.check_text(config, reads_text, given[1])
+    elif not own_model:
         preflight.check_model(config, reads_text)
     elif reads_text:
         check_written(config.data)

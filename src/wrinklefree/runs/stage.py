@@ -35,7 +35,7 @@ from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.objectives.language_model import LanguageObjective, find_objective
 from wrinklefree.runs import folder, prerequisites, rebuilding, setup
-from wrinklefree.runs.report import RESULTS, Results
+from wrinklefree.runs.report import RESULTS, Results, first_words
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.tracking.plotting import plot_runs
 from wrinklefree.tracking.terminal import spoken_time
@@ -70,23 +70,30 @@ def train_stage(config: Config, force: bool) -> None:
     start = prerequisites.starting_folder(config)
     refuse_packed(start or at_hand(config.model.pretrained))
     with open_run(config, force) as run:
-        _train(run, start)
+        train_opened(run, start)
 
 
-def _train(run: Run, start: Path | None) -> None:
+def train_opened(run: Run, start: Path | None = None, made: PreTrainedModel | None = None) -> Results:
+    """Train the stage of an opened run, and report its results.
+
+    It trains `made` if that is given, which is quantized already; else a copy of the original, or of the model in the
+    folder `start`. Raises UserError for anything that the user can fix.
+    """
     config, original = run.config, run.model
     stream = run.stream()  # opened early, so that errors in the data are reported before the work begins
     teacher = choose_teacher(config, original, run.tokenizer)
     reference = original if teacher is None else teacher
     measured = Measured(run, reference)
-    student = prepare_student(config, original, calibration(config, run.tokenizer), start, run.tokenizer)
+    batches = calibration(config, run.tokenizer)
+    student = made or prepare_student(config, original, batches, start, run.tokenizer)
     objective = choose_objective(config, student, teacher)
     objective.words = len(run.tokenizer)
     run.begin()
     # Blocks are rebuilt before a model is sharded. Those of a resumed run may be gone, and then nothing is one-shot.
     shows_start = config.method is not None or start is not None
     if config.rebuilds:
-        shows_start = measured.results.rebuilt = rebuilding.rebuild(run, original, student)
+        rebuilt = made is not None or rebuilding.rebuild(run, original, student)
+        shows_start = measured.results.rebuilt = rebuilt
     run.placement.place(reference)
     run.placement.place(student)
     measured.measure_state("full_precision", reference)
@@ -101,6 +108,7 @@ def _train(run: Run, start: Path | None) -> None:
             original, _ = load_pretrained(config.model)
             student, _ = load_model(run.out / "final", trust_remote_code=config.model.trust_remote_code)
         finish(measured, original, student)
+    return measured.results
 
 
 class Measured:
@@ -207,11 +215,14 @@ def choose_teacher(
     """
     if not find_objective(config.training.objective).needs_teacher(config.distillation):
         return None
-    if config.distillation.teacher is None:
+    name, source = config.distillation.teacher, prerequisites.teacher(config)
+    if source is None:
+        if name is not None:
+            made_by = prerequisites.command(config, name)
+            log.warning("no %s: the teacher is the original model. To fine-tune one first: %s", name, made_by)
         return original
-    name = config.distillation.teacher
     teacher, theirs = load_model(
-        prerequisites.stage_model(config, name),
+        source,
         dtype=torch.float32,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -239,7 +250,7 @@ def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedMod
     wrote = [text for name, text in PARTS.items() if (out / name).exists()]
     print(f"\nwrote {out}/: {', '.join(wrote)}")
     best = shlex.quote(str(out / "packed" if (out / "packed").exists() else out))
-    print(f"next: wf generate {best} --prompt 'def '    wf eval {best}")
+    print(f"next: wf generate {best} --prompt {first_words(run.config)}    wf eval {best}")
 
 
 def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel) -> None:

@@ -37,7 +37,7 @@ from wrinklefree.gguf.values import read_weight
 from wrinklefree.tracking.terminal import short_size
 
 NEEDS = "gguf"
-NEXT = "wf generate {target}/model.gguf --prompt 'def ', or llama-cli -m {target}/model.gguf -p 'def '"
+NEXT = "wf generate {target}/model.gguf --prompt {prompt}, or llama-cli -m {target}/model.gguf -p {prompt}"
 OPTIONS = {
     "gguf_type": {
         "choices": ["auto", "q2_0", "q1_0", "tq2_0", "tq1_0"],

@@ -42,7 +42,7 @@ from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WITH_ROTA
 from wrinklefree.tracking.terminal import markdown_table, short_size
 
 FLAG = "hf"
-NEXT = "wf generate {target} --prompt 'def '"
+NEXT = "wf generate {target} --prompt {prompt}"
 OPTIONS = {
     "head_bits": {
         "choices": [8, 4],

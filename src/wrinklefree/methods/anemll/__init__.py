@@ -84,6 +84,10 @@ class LutLinear(QuantLinear):
         index = self.codes if self.config.view == "v2" else self.nearest(self.weight.detach(), tensors)
         return Codes(index, self.config.bits, tensors, (self.out_features, self.in_features))
 
+    @property
+    def follows_weight(self) -> bool:
+        return self.config.view == "v1"
+
     def nearest(self, weight: Tensor, tensors: Tensors) -> Tensor:
         table, scales = tensors["lut"].detach(), tensors["a"].detach() @ tensors["b"].detach()
         if fused.serves(weight):
@@ -242,6 +246,7 @@ class Config(QuantMethod):
     """Settings of ANEMLL. Layers in `attn_names` have `attn_bits` and `attn_rank`, all others `bits` and `rank`."""
 
     layer: ClassVar[type[QuantLinear]] = LutLinear
+    ladder: ClassVar[tuple[str, tuple[int, ...]] | None] = ("bits", (2, 3, 4))
 
     name: Literal["anemll"] = "anemll"
     view: Literal["v1", "v2"] = "v1"
@@ -276,8 +281,9 @@ class Config(QuantMethod):
             raise ValueError("g_only needs view=v2: v1 has no magnitudes of its own")
 
     def config_for(self, fqn: str) -> Self:
-        if not self.is_attention(fqn):
-            return self
+        own = super().config_for(fqn)
+        if own is not self or not self.is_attention(fqn):
+            return own
         return replace(self, bits=self.attn_bits, rank=self.attn_rank)
 
     def is_attention(self, fqn: str) -> bool:

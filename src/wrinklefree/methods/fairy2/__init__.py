@@ -23,7 +23,7 @@ stands for i^k; scales [2 (p), T, 2 (axis), R, G], R 1 or n, G 1 or m / group_si
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -166,6 +166,7 @@ class Config(QuantMethod):
     """Settings of Fairy2i. `preset: paper` sets `scale_granularity: tensor`, `scale_mode: mean`, and no rotation."""
 
     layer: ClassVar[type[QuantLinear]] = Fairy2Linear
+    ladder: ClassVar[tuple[str, tuple[int, ...]] | None] = ("num_stages", (1, 2, 3))
 
     name: Literal["fairy2"] = "fairy2"
     num_stages: Annotated[int, Field(ge=1, le=4)] = 2
@@ -205,13 +206,3 @@ class Config(QuantMethod):
         if odd:
             log.info("odd width, padded inside: %s", ", ".join(odd))
         return model
-
-
-def convert_to_fairy2(
-    model: nn.Module, num_stages: int = 2, exclude_names: Iterable[str] = ("embed_tokens", "lm_head")
-) -> nn.Module:
-    """Swap the linear layers of `model` for Fairy2i ones, in place, and return it.
-
-    Layers that match one of the globs `exclude_names` stay as they are. Raises UserError if there is no linear layer.
-    """
-    return Config(num_stages=num_stages, exclude_names=list(exclude_names)).prepare(model)

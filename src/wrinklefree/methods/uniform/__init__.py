@@ -105,6 +105,7 @@ class Config(QuantMethod):
     """Settings of uniform integers with `bits` bits."""
 
     layer: ClassVar[type[QuantLinear]] = UniformLinear
+    ladder: ClassVar[tuple[str, tuple[int, ...]] | None] = ("bits", (2, 3, 4, 8))
 
     name: Literal["uniform"] = "uniform"
     bits: Literal[2, 3, 4, 8] = 4
