@@ -170,12 +170,12 @@ def test_yaml_is_bounded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for file in ("wrinklefree.yaml", "local.yaml"):
         (tmp_path / file).write_text(text)
     monkeypatch.chdir(tmp_path)
-    start = time.monotonic()
+    start = time.process_time()  # others on the same cores do not count
     with pytest.raises(UserError, match=said):
         read_yaml(tmp_path / "wrinklefree.yaml")
     with pytest.raises(UserError, match=said):
         local_settings([])
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_json_is_bounded(tmp_path: Path) -> None:

@@ -54,7 +54,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("ternary", "rotated")  # the others take minutes together
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
+)
 def test_a_model_that_stays_in_its_file_gives_the_same_bits(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
