@@ -17,7 +17,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/wf fairy2 -m tiny --mode w2 --budget 4m --force
+	$(BIN)/wf fairy2 -m tiny --mode w2 --budget 3m --force
 
 lint: docs
 	$(BIN)/ruff check .

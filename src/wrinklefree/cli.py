@@ -50,7 +50,7 @@ class Named(TyperGroup):
 
 def as_it_takes_it(command: Any, args: list[str]) -> list[str]:
     """The words of a verb with its model given in the verb's own way: an option, a setting, or the path of a folder."""
-    options = {name: parameter for parameter in command.params for name in parameter.opts}
+    options = {name: p for p in command.params if p.param_type_name == "option" for name in p.opts}
     arguments = {parameter.name for parameter in command.params if parameter.param_type_name == "argument"}
     own = "option" if "--model" in options else "setting" if "overrides" in arguments else "path"
     if own == "path" and not arguments & {"path", "run"}:
@@ -817,7 +817,7 @@ def doctor(as_json: AsJson = False) -> None:
     Example:
       wf doctor
     """
-    call("doctor", as_json)
+    call("doctor", as_json=as_json)
 
 
 @app.command()
@@ -904,16 +904,21 @@ def call(command: str, *args: Any, **kwargs: Any) -> None:
 
     An address such as gs://bucket/run among `args` becomes the path of its copy.
     """
-    reported(lambda: importlib.import_module(f"wrinklefree.commands.{command}").run(*map(local_copy, args), **kwargs))
+
+    def work() -> None:
+        given = [here(arg) for arg in args]
+        importlib.import_module(f"wrinklefree.commands.{command}").run(*given, **kwargs)
+
+    reported(work)
 
 
-def local_copy(value: Any) -> Any:
-    """The path of the copy that was made, if `value` is an address; else `value`."""
-    if not isinstance(value, str) or "://" not in value:
-        return value
+def here(argument: Any) -> Any:
+    """`argument`, with the paths of copies in place of addresses."""
+    if "://" not in str(argument):
+        return argument  # without an import of torch
     from wrinklefree.training import storage
 
-    return str(storage.fetch(value))
+    return storage.local_copies(argument)
 
 
 def reported(work: Callable[[], None]) -> None:

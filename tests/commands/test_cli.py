@@ -85,7 +85,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[object, ...], 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Let `wf doctor` raise."""
 
-    def run() -> None:
+    def run(**options: object) -> None:
         raise error
 
     monkeypatch.setitem(sys.modules, "wrinklefree.commands.doctor", types.SimpleNamespace(run=run))
@@ -137,7 +137,9 @@ def test_fairy2_is_train_with_two_overrides_first(received) -> None:
     )
     assert (code, err) == (0, "")
     overrides = ["model=org/name", "training=fairy2_w1", "training.lr=1e-4", "a.b=c"]
-    assert received == [((overrides,), {"dry_run": True, "force": False, "scale": "dev", "budget": None})]
+    assert received == [
+        ((overrides,), {"dry_run": True, "force": False, "processes": None, "scale": "dev", "budget": None})
+    ]
 
 
 def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
@@ -147,7 +149,7 @@ def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
     assert received == [
         ((["model=tiny"],), {"force": True, "processes": 2, "budget": None}),
         ((["seed=1"],), {"force": True, "processes": None}),
-        ((Path("run"), "hf", Path("small"), False, False), dict.fromkeys(options())),
+        (("run", "hf", Path("small"), False, False), dict.fromkeys(options())),
     ]
 
 
@@ -349,10 +351,10 @@ NEEDING = {flag: constant(path, "NEEDS", None) for flag, path in formats().items
 def test_an_export_without_its_package_names_the_extra_before_the_model_is_loaded(
     random_model: Path, monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
-    from wrinklefree.commands import export
+    from wrinklefree.runs import exporting
 
     monkeypatch.setitem(sys.modules, NEEDING[flag], None)
-    monkeypatch.setattr(export, "load_model", lambda *given, **more: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(exporting, "load_model", lambda *given, **more: pytest.fail("the model was loaded"))
     code, _, err = wf("export", str(random_model), "--format", flag)
     assert code == 2
     assert f"pip install 'wrinklefree[{flag}]'" in err
@@ -432,6 +434,7 @@ def test_smoke_script_judges_the_log(tmp_path: Path, monkeypatch, capsys, last: 
     monkeypatch.setitem(sys.modules, "wrinklefree.commands.train", types.SimpleNamespace(run=run))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["smoke_test.py", "--model", "tiny", "--mode", "w1", "--steps", "2"])
+    monkeypatch.syspath_prepend(str(script.parent))  # as Python does for a script
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(script), run_name="__main__")
     assert stopped.value.code == code
@@ -444,7 +447,7 @@ def test_smoke_script_judges_the_log(tmp_path: Path, monkeypatch, capsys, last: 
 def test_a_signal_outside_of_training_ends_a_command_as_ctrl_c_does(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def write_and_be_ended() -> None:
+    def write_and_be_ended(**options: object) -> None:
         with files.written_aside(tmp_path / "packed") as aside:
             (aside / "half").touch()
             signal.raise_signal(number)

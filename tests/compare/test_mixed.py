@@ -13,7 +13,7 @@ from toyrun import overrides, resolved, toy_files
 
 from wrinklefree.commands import compare
 from wrinklefree.compare import mixed
-from wrinklefree.compare.mixed import Cost, best, even, parse_bytes, per_layer, spent
+from wrinklefree.compare.mixed import Cost, best, even, per_layer, spent
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import find, quant_layers
 from wrinklefree.models.load import load_model
@@ -58,19 +58,6 @@ def test_even_bits_fill_the_budget_with_two_neighbours(share: float) -> None:
     assert values[-1] - values[0] <= 1
     if share <= 1:
         assert spent(table, chosen) >= budget - 900
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("60MB", 60_000_000), ("1.5GB", 1_500_000_000), ("800kB", 800_000), ("9", 9)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["60 miles", "-1MB", "nanMB", "", "1e400MB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="--fit-bytes"):
-        parse_bytes(text)
 
 
 def test_a_layer_has_the_settings_of_the_first_entry_that_names_it() -> None:

@@ -12,7 +12,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTraine
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantMethod, coverage, find, masters, quant_layers
-from wrinklefree.core.products import output_head
+from wrinklefree.core.products import output_head, role
 from wrinklefree.core.stack import as_one
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.export.formats.packed import export_packed
@@ -162,6 +162,20 @@ def test_attention_to_an_encoder_that_is_not_there_is_packed_all_the_same(caplog
             if "encoder_attn" in fqn:
                 layer.weight.zero_()
     torch.testing.assert_close(logits(prepared), logits(toy().prepare(original)))
+
+
+def test_a_weight_that_is_joined_with_others_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that multiplies with its three weights at once calls none of them, and needs them all."""
+
+    def attend(self: Any, hidden_states: torch.Tensor, *args: Any, **more: Any) -> tuple[torch.Tensor, None]:
+        joined = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        return self.o_proj((hidden_states @ joined.T)[..., : self.o_proj.in_features]), None
+
+    model = family("llama")
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", attend)
+    found = {role(fqn).rpartition(".")[2] for fqn in quant_layers(toy().prepare(model))}
+    assert "o_proj" in found
+    assert not found & {"q_proj", "k_proj", "v_proj"}
 
 
 @pytest.mark.parametrize(("name", "values"), [("biogpt", {}), ("phi", {}), ("gpt_neox", {})])

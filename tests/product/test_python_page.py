@@ -17,7 +17,7 @@ SMALL = {
     "training": {"batch_size": 2, "precision": "fp32", "eval_tokens": 64, "final_eval_tokens": 64, "start": "plain"},
     "data": {"max_passes": 100},
 }
-TOY = {'"tiny"': '"./toy"', '"TEXTS"': '"text"', "steps=100": "steps=2", "minutes=60": "steps=2"}
+TOY = {'"tiny"': '"./toy"', '"PATH"': '"./toy"', '"TEXTS"': '"text"', "steps=100": "steps=2", "minutes=60": "steps=2"}
 
 
 def snippets(page: str) -> list[str]:
@@ -32,13 +32,12 @@ def snippets(page: str) -> list[str]:
 def test_the_lines_of_a_page_make_a_packed_model(
     page: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, text = toy_files(tmp_path)
+    toy_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     small = {**SMALL, "training": {**SMALL["training"], "blockwise": {"enabled": False}}}
     Path("local.yaml").write_text(yaml.safe_dump(small))
     [code] = snippets(page)
     for there, here in TOY.items():
         code = code.replace(there, here)
-    texts = [file.read_text() for file in sorted(text.iterdir())]
-    exec(code, {"wrinklefree": wrinklefree, "folder_or_model": "./toy", "texts": texts})
+    exec(code, {"wrinklefree": wrinklefree})
     assert len(packed_layers(AutoModelForCausalLM.from_pretrained(written))) == 14

@@ -51,8 +51,10 @@ def test_what_is_no_address_stays(url: str) -> None:
 
 
 def test_commands_read_a_copy_too(url: str) -> None:
-    assert (Path(cli.local_copy(url)) / "config.json").read_text() == "{}"
-    assert cli.local_copy("org/name") == "org/name"
+    first, second = cli.here([url, "org/name"])
+    assert cli.here(url) == first
+    assert (Path(first) / "config.json").read_text() == "{}"
+    assert cli.here("org/name") == second == "org/name"
 
 
 def test_no_message_names_the_bucket_or_the_server(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

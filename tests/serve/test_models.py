@@ -11,7 +11,7 @@ import openai
 import pytest
 from serving import PROMPT, served
 
-from wrinklefree.commands.serve import _names, parse_size
+from wrinklefree.commands.serve import _names
 from wrinklefree.core.errors import UserError
 from wrinklefree.engine.engine import Engine
 from wrinklefree.engine.sampling import Sampling
@@ -189,17 +189,6 @@ def test_what_is_needed_is_about_what_the_engine_then_takes(folder: Path) -> Non
     while engine.step() or any(slot.open and not slot.open.finished for slot in engine._slots):
         pass
     assert need.cache == engine.bytes() - before
-
-
-@pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 10**9), ("500 mb", 5 * 10**8), ("1.5g", 15 * 10**8), ("7", 7)])
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size("--max-memory", text) == size
-
-
-@pytest.mark.parametrize("text", ["", "much", "-1GB", "0", "4 PB", "1e9"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"--max-memory .*no size; write 500MB or 4GB"):
-        parse_size("--max-memory", text)
 
 
 def test_names() -> None:

@@ -18,6 +18,7 @@ from wrinklefree.compare.trained import source, trained
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside, write_json
 from wrinklefree.core.processor import processor
+from wrinklefree.core.text import parse_bytes
 from wrinklefree.runs import launch
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.tracking.terminal import print_table
@@ -56,7 +57,7 @@ def run(
         raise UserError("--steps and --budget: give one of them; each says how long a run is")
     if fit_bytes is not None and bits is not None:
         raise UserError("--fit-bytes and --bits: give one of them; each says how large a model may be")
-    size = None if fit_bytes is None else mixed.parse_bytes(fit_bytes)
+    size = None if fit_bytes is None else parse_bytes("--fit-bytes", fit_bytes)
     mixes = size is not None or bits is not None
     names = list(MIXED if mixes else METHODS) if methods is None else methods.split(",")
     others = _references(references_named)

@@ -2,20 +2,19 @@
 
 import importlib
 import logging
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import parse_bytes
 
 log = logging.getLogger("wrinklefree")
 
 EXTRA = ("starlette", "uvicorn")
 
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 EngineName = Literal["auto", "native", "transformers"]
 
 
@@ -67,7 +66,7 @@ def run(
     show_log_lines()
     if host not in LOOPBACK and api_key is None:
         log.warning("--host %s without --api-key: anyone who can reach this address can use it", host)
-    names, most = _names(paths, name or []), None if max_memory is None else parse_size("--max-memory", max_memory)
+    names, most = _names(paths, name or []), None if max_memory is None else parse_bytes("--max-memory", max_memory)
     with server.bind(host, port) as bound:
         context = max_prompt_tokens + max_tokens
         options = _Options(engine, threads, max_concurrent, context, half_cache, trust_remote_code, allow_special)
@@ -91,14 +90,6 @@ def _check_extra() -> None:
         if error.name not in EXTRA:
             raise
         raise UserError("wf serve needs two more libraries: pip install 'wrinklefree[serve]'") from None
-
-
-def parse_size(option: str, text: str) -> int:
-    """Bytes of a text such as 4GB, 500 MB or 1.5g, in decimal units. Raises UserError if it is no size."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    if not found or not float(found[1]):
-        raise UserError(f"{option} {text}: no size; write 500MB or 4GB")
-    return int(float(found[1]) * UNITS[f"{found[2]}B" if found[2] else ""])
 
 
 def _names(paths: list[str], given: list[str]) -> list[str]:

@@ -275,17 +275,3 @@ def described(key: str, costs: Costs, chosen: Mapping[str, int]) -> str:
     parts = ", ".join(f"{count} layers with {key}={value}" for value, count in sorted(counts.items()))
     damage = sum(costs[fqn][value].damage for fqn, value in chosen.items())
     return f"{parts}; sum of damages {damage:.3f} nats"
-
-
-def parse_bytes(text: str) -> int:
-    """The bytes of `60MB`, `1.5GB`, `800kB` or a plain number. Raises UserError if it is none of these."""
-    units: Sequence[tuple[str, float]] = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("KB", 1e3), ("B", 1))
-    unit, factor = next(((name, factor) for name, factor in units if text.endswith(name)), ("", 1.0))
-    number = text.removesuffix(unit).strip()
-    try:
-        value = float(number) * factor
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 2**53:
-        raise UserError(f"--fit-bytes {text}: not a size such as 60MB, 800kB or 1.5GB")
-    return int(value)

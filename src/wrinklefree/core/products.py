@@ -146,7 +146,8 @@ class Uses(TorchFunctionMode):
         if func is Tensor.__getitem__ and id(args[0]) in self.tensors and result.ndim == 2:
             self.slices[id(result)] = self.tensors[id(args[0])], result
             return result
-        self.seen.update(map(id, (*args, *(kwargs or {}).values())))
+        for value in (*args, *(kwargs or {}).values()):
+            self.seen.update(map(id, value if isinstance(value, list | tuple) else [value]))
         for place, value in enumerate(args):
             whole = self.tensors.get(id(value))
             fqn = whole or self.slices.get(id(value), (None,))[0]

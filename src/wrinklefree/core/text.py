@@ -1,7 +1,12 @@
-"""Helpers for texts: the closest known word, the first line of an error, halves of surrogate pairs, addresses."""
+"""Helpers for texts: known words, the first line of an error, halves of surrogate pairs, addresses, sizes."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+from wrinklefree.core.errors import UserError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -40,3 +45,11 @@ def without_bucket(url: str) -> str:
     scheme, mark, rest = url.partition("://")
     bucket, slash, path = rest.partition("/")
     return f"{scheme}://...{slash}{path}" if mark and bucket else url
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Bytes of a text such as 4GB, 500 MB or 1.5g, in decimal units. Raises UserError if it is no size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if not found or not float(found[1]):
+        raise UserError(f"{option} {text}: no size; write 500MB or 4GB")
+    return int(float(found[1]) * UNITS[found[2]])

@@ -26,6 +26,7 @@ from wrinklefree.core.codes import Codes, pack
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json, written_aside
 from wrinklefree.core.fingerprint import fingerprint
+from wrinklefree.export.formats import bitnet
 from wrinklefree.models.check import LARGEST_CONFIG, Contents, check_folder
 from wrinklefree.models.headers import Header, weight_files
 from wrinklefree.models.load import checkpoint_config, meta_model
@@ -180,7 +181,7 @@ class _Folder:
                 raise UserError(f"{self.path}: {fqn}.weight_scale is missing")
             scale = read(f"{fqn}.weight_scale").float().reshape(1, 1)
             divides = self.section.get("linear_class", "bitlinear") == "bitlinear"
-            return quarters(read(f"{fqn}.weight")), 1 / scale if divides else scale, 2
+            return bitnet.unpack(read(f"{fqn}.weight")), 1 / scale if divides else scale, 2
         spared = self.section.get("modules_to_not_convert") or ["lm_head"]
         online = self.section.get("quantization_mode") == "online" and fqn not in spared
         if stored is None or not online:
@@ -200,11 +201,6 @@ class _Folder:
         scales = read(f"{fqn}.weight_scale")
         scales = scales.unsqueeze(-1) if scales.ndim == 1 else scales
         return in_words(read(f"{fqn}.weight_packed"), bits, self.linear[fqn].in_features), scales, bits
-
-
-def quarters(packed: Tensor) -> Tensor:
-    """Unpack BitNet's uint8 [out / 4, in] into codes int8 [out, in] in {-1, 0, 1}."""
-    return torch.cat([(packed >> shift) & 3 for shift in (0, 2, 4, 6)]).to(torch.int8) - 1
 
 
 def in_words(words: Tensor, bits: int, columns: int) -> Tensor:

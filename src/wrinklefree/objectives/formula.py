@@ -17,6 +17,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.inputs import compute_dtype
 from wrinklefree.core.method import QuantLinear
 from wrinklefree.core.numbers import first_not_numbers
+from wrinklefree.families.foreign import refused_in_one_line
 
 TOKENS = 8  # on which a model is tried
 REAL = 50.0  # the size of logits at which a cap shows; those of real models come close to it
@@ -149,7 +150,8 @@ def _split(model: PreTrainedModel) -> tuple[nn.Module | None, Formula]:
     trace = Trace(model)
     outside = [module for called in trace.calls if called is not trace.body for module in called.modules()]
     formula = Formula(model, trace.body, [model, *dict.fromkeys(outside)], trace.logits.shape[-1])
-    found = formula.logits(trace.states[0])
+    with refused_in_one_line(f"{type(model).__name__}: its logits need more than the last hidden state of its body"):
+        found = formula.logits(trace.states[0])
     if not _close(found, trace.logits[0]):
         raise UserError(
             f"{type(model).__name__}: its logits do not follow from the last hidden state of its body alone, which is "

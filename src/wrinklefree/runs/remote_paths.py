@@ -21,18 +21,10 @@ LISTS = {"training.start_from": list[str]}
 def fetched(overrides: list[str]) -> list[str]:
     """The overrides, followed by those that name the copies. Raises UserError if there is nothing to copy."""
     given = {key: _entries(key, value) for key, value in all_settings(overrides) if key in READ}
-    copies = {key: _local(value) for key, value in given.items()}
+    copies = {key: storage.local_copies(value) for key, value in given.items()}
     return [*overrides, *(setting(key, value) for key, value in copies.items() if value != given[key])]
 
 
 def _entries(key: str, value: object) -> object:
     """What a list's text stands for; other values as they are."""
     return parse_value(key, value, LISTS) if key in LISTS and isinstance(value, str) else value
-
-
-def _local(value: object) -> object:
-    """An address, or each one in a list, as the path of its copy; all else unchanged."""
-    if isinstance(value, list):
-        return [_local(entry) for entry in value]
-    # builtin:NAME has no slashes, and hub ids have no scheme.
-    return str(storage.fetch(value)) if isinstance(value, str) and storage.is_remote(value) else value

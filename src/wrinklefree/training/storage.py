@@ -69,6 +69,14 @@ def fetch(url: str, cache: Path | None = None) -> Path:
     return target
 
 
+def local_copies(value: Any) -> Any:
+    """An address, or each one in a list, as the path of its copy; all else unchanged. Raises UserError as `fetch`."""
+    if isinstance(value, list):
+        return [local_copies(entry) for entry in value]
+    # builtin:NAME has no slashes, and hub ids have no scheme.
+    return str(fetch(value)) if isinstance(value, str) and is_remote(value) else value
+
+
 def push(local: Path, url: str) -> None:
     """Upload a file or folder to the address `url`, replacing files that are there.
 
