@@ -79,7 +79,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"num_hidden_layers": 3},  # the third has attention
     "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 48)},
-    "xlstm": {"qk_dim_factor": 1.0},  # its cache rounds widths of keys up to 64
+    "xlstm": {"qk_dim_factor": 1.0, "num_blocks": 2},  # its cache rounds widths of keys up to 64
     "xmod": {"default_language": "en_XX"},
     "qwen4_exp_text": SPARSE_QWEN,
     "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": None},
