@@ -16,8 +16,10 @@ from wrinklefree.data.kd_cache.read import KDCache
 
 def script(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
     monkeypatch.setattr(sys, "argv", ["precompute_teacher_topk.py", *args])
+    scripts = Path(__file__).parents[2] / "scripts"
+    monkeypatch.syspath_prepend(str(scripts))  # as Python does for a script
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "precompute_teacher_topk.py"), run_name="__main__")
+        runpy.run_path(str(scripts / "precompute_teacher_topk.py"), run_name="__main__")
     return int(stopped.value.code or 0)
 
 

@@ -67,7 +67,8 @@ class Page:
 
     def go(self, url: str) -> None:
         self.call("Page.navigate", url=url)
-        self.until("document.readyState === 'complete' && document.querySelector('#choice').value !== ''")
+        # The page gets the title when it knows its model and the engine, which it asks for after the names.
+        self.until("document.readyState === 'complete' && document.title === document.querySelector('#choice').value")
 
     def write(self, text: str) -> None:
         """Type a text where the cursor is."""
