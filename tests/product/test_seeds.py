@@ -132,6 +132,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def script(monkeypatch: pytest.MonkeyPatch, name: str, *args: str) -> int:
     """Run a file of `scripts/` with a command line; its exit code."""
     monkeypatch.setattr(sys, "argv", [name, *args])
+    monkeypatch.syspath_prepend(str(SCRIPTS))  # as Python does for a script
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPTS / name), run_name="__main__")
     return int(stopped.value.code or 0)

@@ -26,6 +26,8 @@ from wrinklefree.core.text import first_line, without_bucket
 
 MANIFEST = ".wrinklefree-manifest.json"
 
+SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
+
 LARGEST_MANIFEST = 1 << 26  # bytes
 
 PROBE = ".wrinklefree-probe"
@@ -41,8 +43,8 @@ _REFUSALS = [
 
 
 def is_remote(url: str) -> bool:
-    """Whether `url` has a scheme, as local paths have not."""
-    return "://" in url
+    """Whether `url` begins with a scheme, as neither a local path does nor a setting such as data.path=gs://bucket."""
+    return bool(SCHEME.match(url))
 
 
 def cache_folder() -> Path:
