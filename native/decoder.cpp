@@ -5,8 +5,9 @@
 //     n = norm(x)    x += o(attention(q(n), k(n), v(n)))
 //     m = norm(x)    x += down(act(gate(m)) * up(m))
 //
-// Threads are started five times for it: for q, k and v together, for attention, for o, for gate and up together, and
-// for down. The loops in between run on the calling thread if there are few rows, else on all threads.
+// Some models norm what is added to x, too. With experts, the MLP is a sum over those that a router chooses. Threads are
+// started five times for a layer: for q, k and v together, for attention, for o, for gate and up together, and for
+// down; and twice for each expert. The loops in between run on the calling thread if there are few rows, else on all threads.
 #include "decoder.h"
 
 #include <algorithm>
@@ -37,11 +38,30 @@ struct Linear {
     int out, in;
 };
 
+// A norm of [hidden]; it does nothing if there is no gain.
+struct Norm {
+    std::vector<float> gain, shift;
+};
+
+struct Mlp {
+    Linear gate, up, down;  // `up` has no matrix if `gate` holds both, or if there is none
+    int intermediate;
+};
+
 struct Layer {
-    Linear q, k, v, o, gate, up, down;
-    std::vector<float> attention_norm, mlp_norm, q_norm, k_norm;
-    bool rope;
-    int window;
+    Linear q, k, v, o, router;
+    Mlp mlp;
+    std::vector<Mlp> experts;
+    Norm attention_norm, mlp_norm, post_attention_norm, post_mlp_norm;
+    std::vector<float> q_norm, k_norm;
+    int rope, window;
+    float scale;
+};
+
+// Rows that go to an expert, with their probabilities.
+struct Choice {
+    int row;
+    float share;
 };
 
 struct Sequence {
@@ -91,6 +111,12 @@ struct wf_decoder {
     void run_layers();
     void attention_block(const Layer& layer, int index, bool last);
     void mlp_block(const Layer& layer);
+    void run_mlp(const Mlp& mlp, const float* x, int rows, float* y);
+    void run_experts(const Layer& layer);
+    void choose_experts(const float* scores, int row);
+    void norm_row(const Norm& norm, const float* x, float* y) const;
+    void add_row(const Norm& norm, float* from, float* to) const;
+    void split_fused(int row);
     void keep_wanted();
     void finish(const wf_append* appends, int count);
     static int wanted_of(const wf_append& a) { return a.logits ? std::max(a.num_logits, 1) : a.next ? 1 : 0; }
@@ -101,6 +127,7 @@ struct wf_decoder {
     void rotate_and_store(const Layer& layer, int index, int row);
     void attend(const Layer& layer, int index, const Task& task);
     void list_tasks(bool last);
+    size_t fused_width() const;
     template <class F>
     void each(int tasks, int64_t work, const F& f);
 
@@ -108,19 +135,24 @@ struct wf_decoder {
     wf_pool* pool_;
     CacheShape shape_;
     std::vector<Layer> layers_;
-    std::vector<float> frequencies_, norm_;
+    std::vector<float> frequencies_;
+    Norm norm_;
     Linear head_;
     Sampler sampler_;
-    int q_width_, kv_width_;
+    int q_width_, kv_width_, inner_width_;
 
     // What belongs to the step that runs.
     std::vector<Row> rows_;
     std::vector<int> wanted_;  // rows whose logits or next tokens are asked for
     std::vector<Task> tasks_;
+    std::vector<std::vector<Choice>> chosen_;  // of each expert
+    std::vector<int> order_;                   // of experts, by their probabilities
     int64_t attention_work_ = 0;
     int num_rows_ = 0;
     // private_inputs_: inputs of layers that norm, rotate or round them.
     Buffer<float> x_, n_, private_inputs_, q_, k_, v_, a_, gate_, up_, cosine_, sine_, logits_;
+    Buffer<float> fused_;                            // what one matrix gives for several
+    Buffer<float> scores_, given_, expert_, mixed_;  // of experts: their probabilities, inputs, results and sums
 };
 
 namespace {
@@ -141,25 +173,41 @@ std::vector<float> signs_of(int width) {
 }
 
 Linear linear_of(const wf_linear& l) {
+    if (!l.matrix) return {};
     int in = l.matrix->k, out = l.matrix->n;
     std::vector<float> signs = l.rotated ? signs_of(in) : std::vector<float>();
     return {l.matrix, copied(l.gain, in), std::move(signs), l.eps, l.rounded != 0, out, in};
 }
 
+Mlp mlp_of(const wf_linear& gate, const wf_linear& up, const wf_linear& down) {
+    return {linear_of(gate), linear_of(up), linear_of(down), down.matrix ? down.matrix->k : 0};
+}
+
 Layer layer_of(const wf_layer& l, const wf_model& m) {
-    return {linear_of(l.q),
-            linear_of(l.k),
-            linear_of(l.v),
-            linear_of(l.o),
-            linear_of(l.gate),
-            linear_of(l.up),
-            linear_of(l.down),
-            copied(l.attention_norm, m.hidden),
-            copied(l.mlp_norm, m.hidden),
-            copied(l.q_norm, m.head_dim),
-            copied(l.k_norm, m.head_dim),
-            l.rope != 0,
-            l.window};
+    const auto norm_of = [&](const float* gain, const float* shift) {
+        return Norm{copied(gain, m.hidden), copied(shift, m.hidden)};
+    };
+    Layer layer{linear_of(l.q),
+                linear_of(l.k),
+                linear_of(l.v),
+                linear_of(l.o),
+                linear_of(l.router),
+                mlp_of(l.gate, l.up, l.down),
+                {},
+                norm_of(l.attention_norm, l.attention_shift),
+                norm_of(l.mlp_norm, l.mlp_shift),
+                norm_of(l.post_attention_norm, nullptr),
+                norm_of(l.post_mlp_norm, nullptr),
+                copied(l.q_norm, m.head_dim),
+                copied(l.k_norm, m.head_dim),
+                l.rope,
+                l.window,
+                l.scale};
+    for (int e = 0; l.experts && e < m.num_experts; e++) {
+        const wf_linear* expert = l.experts + 3 * e;
+        layer.experts.push_back(mlp_of(expert[0], expert[1], expert[2]));
+    }
+    return layer;
 }
 
 // What is wrong with the sizes of a model, or nullptr.
@@ -170,13 +218,19 @@ const char* size_fault(const wf_model& m) {
         if (size < 1 || size > most) return "decoder: a size is not between 1 and 2^26";
     if (m.num_layers > 4096 || m.slots > 4096 || m.max_rows > 65536) return "decoder: too many layers, slots or rows";
     if (m.head_dim % 2 || m.head_dim > MAX_HEAD_DIM) return "decoder: head_dim has to be even and at most 256";
+    if (m.rotary < 0 || m.rotary % 2 || m.rotary > m.head_dim) return "decoder: rotary has to be even, in a head";
+    if (m.num_experts < 0 || m.num_experts > 65536 || m.expert_intermediate < 0 || m.expert_intermediate > most ||
+        m.top_k < 0 || m.top_k > m.num_experts || (m.num_experts && (!m.top_k || !m.expert_intermediate)))
+        return "decoder: the numbers of experts do not go together";
+    if (m.num_ropes < 0 || m.num_ropes > 2) return "decoder: num_ropes is not 0 to 2";
     if (m.heads % m.kv_heads || m.heads / m.kv_heads > QUERIES)
         return "decoder: heads have to be 1 to 32 times kv_heads";
     if (static_cast<int64_t>(m.heads) * m.head_dim > most) return "decoder: heads are too wide";
-    if (!(m.eps >= 0) || !std::isfinite(m.rope_scale)) return "decoder: eps and rope_scale have to be numbers";
-    if (m.activation != WF_SILU && m.activation != WF_RELU2) return "decoder: unknown activation";
+    for (float number : {m.eps, m.rope_scale[0], m.rope_scale[1], m.embedding_scale})
+        if (!std::isfinite(number) || m.eps < 0) return "decoder: eps and scales have to be numbers";
+    if (m.activation < WF_SILU || m.activation > WF_GELU_TANH) return "decoder: unknown activation";
     if (m.mode != WF_INT8 && m.mode != WF_EXACT) return "decoder: unknown mode";
-    if (!m.frequencies || !m.embedding || !m.norm || !m.layers) return "decoder: a pointer is NULL";
+    if ((m.num_ropes && !m.frequencies) || !m.embedding || !m.norm || !m.layers) return "decoder: a pointer is NULL";
     return nullptr;
 }
 
@@ -184,14 +238,35 @@ bool fits(const wf_linear& l, int out, int in) {
     return l.matrix && l.matrix->n == out && l.matrix->k == in && (!l.gain || l.eps >= 0);
 }
 
+bool mlp_fits(const wf_linear& gate, const wf_linear& up, const wf_linear& down, int inner, int hidden) {
+    const bool apart = up.matrix ? fits(gate, inner, hidden) && fits(up, inner, hidden)
+                                 : fits(gate, inner, hidden) || fits(gate, 2 * inner, hidden);
+    return apart && fits(down, hidden, inner);
+}
+
+bool attention_fits(const wf_layer& l, const wf_model& m) {
+    const int q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+    const bool apart = fits(l.q, q, m.hidden) && fits(l.k, kv, m.hidden) && fits(l.v, kv, m.hidden);
+    const bool fused = !l.k.matrix && !l.v.matrix && fits(l.q, q + 2 * kv, m.hidden);
+    return (apart || fused) && fits(l.o, m.hidden, q);
+}
+
+bool experts_fit(const wf_layer& l, const wf_model& m) {
+    bool fit = fits(l.router, m.num_experts, m.hidden) && !l.gate.matrix && !l.up.matrix && !l.down.matrix;
+    for (int e = 0; e < m.num_experts; e++) {
+        const wf_linear* expert = l.experts + 3 * e;
+        fit = fit && mlp_fits(expert[0], expert[1], expert[2], m.expert_intermediate, m.hidden);
+    }
+    return fit;
+}
+
 const char* layer_fault(const wf_layer& l, const wf_model& m) {
-    int q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
-    const bool shapes = fits(l.q, q, m.hidden) && fits(l.k, kv, m.hidden) && fits(l.v, kv, m.hidden) &&
-                        fits(l.o, m.hidden, q) && fits(l.gate, m.intermediate, m.hidden) &&
-                        fits(l.up, m.intermediate, m.hidden) && fits(l.down, m.hidden, m.intermediate);
-    if (!shapes) return "decoder: a layer's matrix is missing or has the wrong shape";
+    const bool inner = l.experts ? experts_fit(l, m) : mlp_fits(l.gate, l.up, l.down, m.intermediate, m.hidden);
+    if (!attention_fits(l, m) || !inner) return "decoder: a layer's matrix is missing or has the wrong shape";
     if (!l.attention_norm || !l.mlp_norm) return "decoder: a layer has no norm";
     if (l.window < 0) return "decoder: a layer's window is below 0";
+    if (l.rope < 0 || l.rope > m.num_ropes) return "decoder: a layer's rope has no frequencies";
+    if (!std::isfinite(l.scale)) return "decoder: a layer's scale has to be a number";
     return nullptr;
 }
 
@@ -201,8 +276,11 @@ const char* model_fault(const wf_model& m) {
         if (const char* fault = layer_fault(m.layers[i], m)) return fault;
     if (!fits(m.head, m.vocab, m.hidden)) return "decoder: the head is missing or has the wrong shape";
     if (m.embedding->n != m.vocab || m.embedding->k != m.hidden) return "decoder: the embedding has the wrong shape";
+    if (m.positions && (m.positions->n < m.context || m.positions->k != m.hidden))
+        return "decoder: the positions have the wrong shape";
     std::vector<float> row(m.hidden);
     if (wf_matrix_row(m.embedding, 0, row.data())) return "decoder: the embedding's matrix has no rows to read";
+    if (m.positions && wf_matrix_row(m.positions, 0, row.data())) return "decoder: the positions have no rows to read";
     return nullptr;
 }
 
@@ -213,29 +291,49 @@ wf_decoder::wf_decoder(wf_pool* pool, const wf_model& model)
       loops_(vectors()),
       pool_(pool),
       shape_{model.num_layers, model.kv_heads, model.head_dim, model.half_cache != 0},
-      frequencies_(copied(model.frequencies, model.head_dim / 2)),
-      norm_(copied(model.norm, model.hidden)),
+      frequencies_(copied(model.frequencies, model.num_ropes * (model.rotary / 2))),
+      norm_{copied(model.norm, model.hidden), copied(model.shift, model.hidden)},
       head_(linear_of(model.head)),
       sampler_(model.vocab),
       q_width_(model.heads * model.head_dim),
-      kv_width_(model.kv_heads * model.head_dim) {
+      kv_width_(model.kv_heads * model.head_dim),
+      inner_width_(std::max(model.intermediate, model.expert_intermediate)) {
     for (int i = 0; i < m.num_layers; i++) layers_.push_back(layer_of(m.layers[i], m));
     sequences.reserve(m.slots);
     for (int i = 0; i < m.slots; i++) sequences.emplace_back(shape_);
     size_t rows = m.max_rows;
     for (Buffer<float>* b : {&x_, &n_}) b->reset(rows * m.hidden);
-    private_inputs_.reset(rows * std::max({m.hidden, m.intermediate, q_width_}));
+    private_inputs_.reset(rows * std::max({m.hidden, inner_width_, q_width_}));
     for (Buffer<float>* b : {&q_, &a_}) b->reset(rows * q_width_);
     for (Buffer<float>* b : {&k_, &v_}) b->reset(rows * kv_width_);
-    for (Buffer<float>* b : {&gate_, &up_}) b->reset(rows * m.intermediate);
-    for (Buffer<float>* b : {&cosine_, &sine_}) b->reset(rows * (m.head_dim / 2));
+    for (Buffer<float>* b : {&gate_, &up_}) b->reset(rows * inner_width_);
+    for (Buffer<float>* b : {&cosine_, &sine_}) b->reset(rows * m.num_ropes * (m.rotary / 2));
+    fused_.reset(rows * fused_width());
+    chosen_.resize(m.num_experts);
+    order_.resize(m.num_experts);
+    scores_.reset(rows * m.num_experts);
+    for (Buffer<float>* b : {&given_, &expert_, &mixed_}) b->reset(m.num_experts ? rows * m.hidden : 0);
     logits_.reset(static_cast<size_t>(m.slots) * m.vocab);
+}
+
+// The most that one matrix gives for several, 0 if there is no such matrix.
+size_t wf_decoder::fused_width() const {
+    int most = 0;
+    const auto widen = [&](const Mlp& mlp) {
+        if (mlp.gate.matrix && mlp.gate.out > mlp.intermediate) most = std::max(most, mlp.gate.out);
+    };
+    for (const Layer& layer : layers_) {
+        if (!layer.k.matrix) most = std::max(most, layer.q.out);
+        widen(layer.mlp);
+        for (const Mlp& expert : layer.experts) widen(expert);
+    }
+    return most;
 }
 
 size_t wf_decoder::bytes() const {
     size_t total = 0;
-    for (const Buffer<float>* b :
-         {&x_, &n_, &private_inputs_, &q_, &k_, &v_, &a_, &gate_, &up_, &cosine_, &sine_, &logits_})
+    for (const Buffer<float>* b : {&x_, &n_, &private_inputs_, &q_, &k_, &v_, &a_, &gate_, &up_, &cosine_, &sine_,
+                                   &logits_, &fused_, &scores_, &given_, &expert_, &mixed_})
         total += b->bytes();
     for (const Sequence& s : sequences) total += s.cache.bytes();
     return total;
@@ -290,12 +388,12 @@ void wf_decoder::lay_out(const wf_append* appends, int count) {
     }
     num_rows_ = static_cast<int>(rows_.size());
     logits_.grow(wanted_.size() * m.vocab);
-    int half = m.head_dim / 2;
-    each(num_rows_, static_cast<int64_t>(num_rows_) * half * 64, [&](int row) {
-        for (int j = 0; j < half; j++) {
+    const int half = m.rotary / 2, angles = m.num_ropes * half;
+    each(num_rows_, static_cast<int64_t>(num_rows_) * angles * 64, [&](int row) {
+        for (int j = 0; j < angles; j++) {
             float angle = static_cast<float>(rows_[row].position) * frequencies_[j];
-            cosine_.data()[row * half + j] = std::cos(angle) * m.rope_scale;
-            sine_.data()[row * half + j] = std::sin(angle) * m.rope_scale;
+            cosine_.data()[row * angles + j] = std::cos(angle) * m.rope_scale[j / half];
+            sine_.data()[row * angles + j] = std::sin(angle) * m.rope_scale[j / half];
         }
     });
     list_tasks(false);
@@ -326,10 +424,17 @@ void wf_decoder::step(const wf_append* appends, int count) {
 }
 
 void wf_decoder::embed(const wf_append* appends, int count) {
-    float* x = x_.data();
+    float *x = x_.data(), *position = n_.data();
+    const Row* row = rows_.data();
     for (int i = 0; i < count; i++)
-        for (int t = 0; t < appends[i].length; t++, x += m.hidden)
+        for (int t = 0; t < appends[i].length; t++, x += m.hidden, row++) {
             check_call(wf_matrix_row(m.embedding, appends[i].tokens[t], x));
+            if (m.embedding_scale != 1)
+                for (int j = 0; j < m.hidden; j++) x[j] *= m.embedding_scale;
+            if (!m.positions) continue;
+            check_call(wf_matrix_row(m.positions, row->position, position));
+            loops_.add(position, m.hidden, x);
+        }
 }
 
 void wf_decoder::run_layers() {
@@ -341,37 +446,120 @@ void wf_decoder::run_layers() {
     }
 }
 
+void wf_decoder::norm_row(const Norm& norm, const float* x, float* y) const {
+    if (m.layer_norm)
+        loops_.layer_norm(x, norm.gain.data(), norm.shift.empty() ? nullptr : norm.shift.data(), m.eps, m.hidden, y);
+    else
+        loops_.norm(x, norm.gain.data(), m.eps, m.hidden, y);
+}
+
+// to += from, normed if there is a norm for it.
+void wf_decoder::add_row(const Norm& norm, float* from, float* to) const {
+    if (!norm.gain.empty()) norm_row(norm, from, from);
+    loops_.add(from, m.hidden, to);
+}
+
 void wf_decoder::attention_block(const Layer& layer, int index, bool last) {
     int64_t work = static_cast<int64_t>(num_rows_) * m.hidden * 2;
     each(num_rows_, work, [&](int row) {
         size_t at = static_cast<size_t>(row) * m.hidden;
-        loops_.norm(x_.data() + at, layer.attention_norm.data(), m.eps, m.hidden, n_.data() + at);
+        norm_row(layer.attention_norm, x_.data() + at, n_.data() + at);
     });
-    apply({&layer.q, &layer.k, &layer.v}, n_.data(), num_rows_, {q_.data(), k_.data(), v_.data()});
-    each(num_rows_, work * 4, [&](int row) { rotate_and_store(layer, index, row); });
+    const bool fused = !layer.k.matrix;
+    if (fused)
+        apply({&layer.q}, n_.data(), num_rows_, {fused_.data()});
+    else
+        apply({&layer.q, &layer.k, &layer.v}, n_.data(), num_rows_, {q_.data(), k_.data(), v_.data()});
+    each(num_rows_, work * 4, [&](int row) {
+        if (fused) split_fused(row);
+        rotate_and_store(layer, index, row);
+    });
     if (last) keep_wanted();
     each(static_cast<int>(tasks_.size()), attention_work_, [&](int i) { attend(layer, index, tasks_[i]); });
     if (num_rows_ == 0) return;
     apply({&layer.o}, a_.data(), num_rows_, {n_.data()});
     each(num_rows_, work, [&](int row) {
         size_t at = static_cast<size_t>(row) * m.hidden;
-        loops_.add(n_.data() + at, m.hidden, x_.data() + at);
-        loops_.norm(x_.data() + at, layer.mlp_norm.data(), m.eps, m.hidden, n_.data() + at);
+        add_row(layer.post_attention_norm, n_.data() + at, x_.data() + at);
+        norm_row(layer.mlp_norm, x_.data() + at, n_.data() + at);
     });
 }
 
+// Puts queries, keys and values where they would be if each had a matrix.
+void wf_decoder::split_fused(int row) {
+    const float* from = fused_.data() + static_cast<size_t>(row) * (q_width_ + 2 * kv_width_);
+    std::copy_n(from, q_width_, q_.data() + static_cast<size_t>(row) * q_width_);
+    std::copy_n(from + q_width_, kv_width_, k_.data() + static_cast<size_t>(row) * kv_width_);
+    std::copy_n(from + q_width_ + kv_width_, kv_width_, v_.data() + static_cast<size_t>(row) * kv_width_);
+}
+
 void wf_decoder::mlp_block(const Layer& layer) {
-    apply({&layer.gate, &layer.up}, n_.data(), num_rows_, {gate_.data(), up_.data()});
-    auto act = m.activation == WF_SILU ? loops_.silu_times : loops_.relu2_times;
-    each(num_rows_, static_cast<int64_t>(num_rows_) * m.intermediate * 4, [&](int row) {
-        size_t at = static_cast<size_t>(row) * m.intermediate;
-        act(gate_.data() + at, up_.data() + at, m.intermediate, gate_.data() + at);
-    });
-    apply({&layer.down}, gate_.data(), num_rows_, {n_.data()});
+    if (layer.experts.empty())
+        run_mlp(layer.mlp, n_.data(), num_rows_, n_.data());
+    else
+        run_experts(layer);
     each(num_rows_, static_cast<int64_t>(num_rows_) * m.hidden, [&](int row) {
         size_t at = static_cast<size_t>(row) * m.hidden;
-        loops_.add(n_.data() + at, m.hidden, x_.data() + at);
+        add_row(layer.post_mlp_norm, n_.data() + at, x_.data() + at);
     });
+}
+
+// y = down(act(gate x) * up x) for so many rows; y may be x.
+void wf_decoder::run_mlp(const Mlp& mlp, const float* x, int rows, float* y) {
+    const int inner = mlp.intermediate, width = mlp.gate.out;
+    const bool fused = width > inner, gated = fused || mlp.up.matrix;
+    float* gate = fused ? fused_.data() : gate_.data();
+    if (mlp.up.matrix)
+        apply({&mlp.gate, &mlp.up}, x, rows, {gate, up_.data()});
+    else
+        apply({&mlp.gate}, x, rows, {gate});
+    auto act = m.activation == WF_SILU    ? loops_.silu_times
+               : m.activation == WF_RELU2 ? loops_.relu2_times
+                                          : loops_.gelu_times;
+    each(rows, static_cast<int64_t>(rows) * inner * 4, [&](int row) {
+        const float* from = gate + static_cast<size_t>(row) * width;
+        const size_t at = static_cast<size_t>(row) * inner;
+        act(from, !gated ? nullptr : fused ? from + inner : up_.data() + at, inner, gate_.data() + at);
+    });
+    apply({&mlp.down}, gate_.data(), rows, {y});
+}
+
+// n = the sum over each row's experts. They come in the order of their numbers, so a row's sum has the same bits
+// whatever other rows there are.
+void wf_decoder::run_experts(const Layer& layer) {
+    const size_t hidden = m.hidden;
+    for (auto& rows : chosen_) rows.clear();
+    apply({&layer.router}, n_.data(), num_rows_, {scores_.data()});
+    for (int row = 0; row < num_rows_; row++) choose_experts(scores_.data() + static_cast<size_t>(row) * m.num_experts, row);
+    std::fill_n(mixed_.data(), num_rows_ * hidden, 0.0f);
+    for (int e = 0; e < m.num_experts; e++) {
+        const int rows = static_cast<int>(chosen_[e].size());
+        if (!rows) continue;
+        for (int i = 0; i < rows; i++)
+            std::copy_n(n_.data() + chosen_[e][i].row * hidden, hidden, given_.data() + i * hidden);
+        run_mlp(layer.experts[e], given_.data(), rows, expert_.data());
+        for (int i = 0; i < rows; i++)
+            loops_.add_times(expert_.data() + i * hidden, chosen_[e][i].share, m.hidden,
+                             mixed_.data() + chosen_[e][i].row * hidden);
+    }
+    std::copy_n(mixed_.data(), num_rows_ * hidden, n_.data());
+}
+
+// Lists the row at the `top_k` experts with the largest scores, the lower number first if two are alike. NaN comes last.
+void wf_decoder::choose_experts(const float* scores, int row) {
+    for (int e = 0; e < m.num_experts; e++) order_[e] = e;
+    const auto before = [&](int a, int b) {
+        const bool number_a = !std::isnan(scores[a]), number_b = !std::isnan(scores[b]);
+        if (number_a != number_b) return number_a;
+        return number_a && scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+    };
+    std::partial_sort(order_.begin(), order_.begin() + m.top_k, order_.end(), before);
+    const float peak = scores[order_[0]];
+    float total = 0;
+    const int counted = m.share_of_chosen ? m.top_k : m.num_experts;
+    for (int i = 0; i < counted; i++) total += std::exp(scores[m.share_of_chosen ? order_[i] : i] - peak);
+    for (int i = 0; i < m.top_k; i++)
+        chosen_[order_[i]].push_back({row, std::exp(scores[order_[i]] - peak) / total});
 }
 
 // Drops all rows but the wanted ones. In the last layer nothing more is needed of the others: their keys and values are
@@ -424,11 +612,12 @@ const float* wf_decoder::prepared(const Linear& linear, const float* x, int rows
 
 // Norms the heads of q and k, rotates them by the row's position, and stores k and v in the cache.
 void wf_decoder::rotate_and_store(const Layer& layer, int index, int row) {
-    int d = m.head_dim, half = d / 2, place = rows_[row].position % PAGE;
+    const int d = m.head_dim, half = m.rotary / 2, place = rows_[row].position % PAGE;
     float* q = q_.data() + static_cast<size_t>(row) * q_width_;
     float* k = k_.data() + static_cast<size_t>(row) * kv_width_;
     const float* v = v_.data() + static_cast<size_t>(row) * kv_width_;
-    const float *cosine = cosine_.data() + row * half, *sine = sine_.data() + row * half;
+    const size_t angles = static_cast<size_t>(row) * m.num_ropes * half + std::max(layer.rope - 1, 0) * half;
+    const float *cosine = cosine_.data() + angles, *sine = sine_.data() + angles;
     auto prepare = [&](float* head, const std::vector<float>& gain) {
         if (!gain.empty()) loops_.norm(head, gain.data(), m.eps, d, head);
         if (layer.rope) loops_.rotate(cosine, sine, half, head);
@@ -446,11 +635,10 @@ void wf_decoder::attend(const Layer& layer, int index, const Task& task) {
     alignas(64) float q[QUERIES * MAX_HEAD_DIM], out[QUERIES * MAX_HEAD_DIM];
     int begin[QUERIES], end[QUERIES];
     int d = m.head_dim, group = m.heads / m.kv_heads, padded = shape_.padded_dim(), n = 0;
-    float scale = 1 / std::sqrt(static_cast<float>(d));
     for (int r = 0; r < task.count; r++)
         for (int g = 0; g < group; g++, n++) {
             const float* from = q_.data() + static_cast<size_t>(task.row + r) * q_width_ + (task.head * group + g) * d;
-            for (int i = 0; i < d; i++) q[n * d + i] = from[i] * scale;
+            for (int i = 0; i < d; i++) q[n * d + i] = from[i] * layer.scale;
             end[n] = rows_[task.row + r].position + 1;
             begin[n] = layer.window && layer.window < end[n] ? end[n] - layer.window : 0;
         }
@@ -480,7 +668,7 @@ void wf_decoder::attend(const Layer& layer, int index, const Task& task) {
 void wf_decoder::finish(const wf_append* appends, int count) {
     for (int i = 0; i < num_rows_; i++) {
         float* x = x_.data() + static_cast<size_t>(i) * m.hidden;
-        loops_.norm(x, norm_.data(), m.eps, m.hidden, x);
+        norm_row(norm_, x, x);
     }
     if (num_rows_) apply({&head_}, x_.data(), num_rows_, {logits_.data()});
     float* logits = logits_.data();

@@ -1,4 +1,5 @@
-// The C interface of the native decoder: from token ids to logits or to the next token, for models of the Llama family.
+// The C interface of the native decoder: from token ids to logits or to the next token, for models of the Llama family
+// and its neighbours: Gemma 3, Phi-3, GPT-2, experts.
 //
 // A decoder borrows its matrices and its pool, which have to outlive it. It has `slots` sequences. Each has a cache of
 // keys and values that grows by pages of 64 positions, up to `context`. A step appends tokens to any number of
@@ -17,7 +18,7 @@ extern "C" {
 
 typedef struct wf_decoder wf_decoder;
 
-enum wf_activation { WF_SILU = 0, WF_RELU2 = 1 };
+enum wf_activation { WF_SILU = 0, WF_RELU2 = 1, WF_GELU_TANH = 2 };
 
 // A linear layer, and what happens to its inputs. They are normed if `gain` [k] is not NULL. If `rotated` is 1, they
 // then get signs, and a Hadamard transform of each block (core/rotation.py). In WF_EXACT they are then rounded to 8 bits
@@ -30,27 +31,47 @@ typedef struct wf_linear {
     int rotated;
 } wf_linear;
 
+// Layers may be one matrix: if `k` and `v` have none, the rows of `q` are queries, keys and values; if `up` has none, the
+// rows of `gate` are gate and up, or, if they are as many as `intermediate`, gate alone: down(act(gate x)).
+//
+// With `experts`, the MLP is a sum over the `top_k` experts with the largest probability, each times its probability,
+// and `gate`, `up` and `down` have no matrix.
 typedef struct wf_layer {
     wf_linear q, k, v, o, gate, up, down;
-    const float* attention_norm;  // [hidden]
-    const float* mlp_norm;        // [hidden]
-    const float* q_norm;          // [head_dim], the same for all heads, or NULL
-    const float* k_norm;          // [head_dim] or NULL
-    int rope;                     // 0: this layer does not rotate queries and keys by their positions
-    int window;                   // how many positions a token sees, its own included; 0: all
+    wf_linear router;                  // [num_experts, hidden]
+    const wf_linear* experts;          // [num_experts][3]: gate, up and down of each; NULL if there are none
+    const float* attention_norm;       // [hidden]
+    const float* mlp_norm;             // [hidden]
+    const float* attention_shift;      // [hidden], added by a LayerNorm, or NULL
+    const float* mlp_shift;            // [hidden] or NULL
+    const float* post_attention_norm;  // [hidden], of what attention gives, or NULL
+    const float* post_mlp_norm;        // [hidden], of what the MLP gives, or NULL
+    const float* q_norm;               // [head_dim], the same for all heads, or NULL
+    const float* k_norm;               // [head_dim] or NULL
+    int rope;                          // number of its frequencies, from 1; 0: positions do not rotate queries and keys
+    int window;                        // how many positions a token sees, its own included; 0: all
+    float scale;                       // of the products of queries and keys
 } wf_layer;
 
 typedef struct wf_model {
     int vocab, hidden, intermediate, num_layers, heads, kv_heads, head_dim;
-    int context, slots, max_rows;  // max_rows: the most tokens that one step takes
-    float eps;                     // of all norms except those of wf_linear
-    float rope_scale;              // factor of sine and cosine
+    int rotary;                                   // how many numbers of a head are rotated, the first ones
+    int num_experts, top_k, expert_intermediate;  // 0 if no layer has experts
+    int context, slots, max_rows;                 // max_rows: the most tokens that one step takes
+    int layer_norm;                               // 1: `*_norm` of [hidden] are LayerNorms, which take the mean off
+    int share_of_chosen;                          // 1: the probabilities of the experts chosen are made to add up to 1
+    int num_ropes;                                // 0 to 2
+    float eps;                                    // of all norms except those of wf_linear
+    float rope_scale[2];                          // factors of sine and cosine
+    float embedding_scale;                        // factor of the rows of the embedding
     enum wf_activation activation;
     enum wf_mode mode;
     int half_cache;              // 1: keys and values in bf16, half of the memory; 0: in fp32
-    const float* frequencies;    // [head_dim / 2], radians per position
+    const float* frequencies;    // [num_ropes, rotary / 2], radians per position
     const wf_matrix* embedding;  // dense [vocab, hidden]
+    const wf_matrix* positions;  // [context or more, hidden], added to the embedding, or NULL
     const float* norm;           // [hidden]
+    const float* shift;          // [hidden] or NULL
     wf_linear head;              // [vocab, hidden]
     const wf_layer* layers;      // [num_layers]
 } wf_model;

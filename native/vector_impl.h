@@ -113,18 +113,49 @@ void add(const float* x, int n, float* y) {
     for (int i = 0; i < n; i += W) store_some(y + i, load_some(y + i, n - i) + load_some(x + i, n - i), n - i);
 }
 
-void silu_times(const float* gate, const float* up, int n, float* y) {
+void add_times(const float* x, float factor, int n, float* y) {
+    for (int i = 0; i < n; i += W)
+        store_some(y + i, load_some(y + i, n - i) + load_some(x + i, n - i) * factor, n - i);
+}
+
+void layer_norm(const float* x, const float* gain, const float* shift, float eps, int n, float* y) {
+    vf total = {}, squares = {};
+    for (int i = 0; i < n; i += W) total += load_some(x + i, n - i);
+    float means[W];
+    store(means, all(sum(total) / n));
+    const auto centred = [&](int i) { return load_some(x + i, n - i) - load_some(means, n - i); };
+    for (int i = 0; i < n; i += W) squares += centred(i) * centred(i);
+    const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / n + eps);
     for (int i = 0; i < n; i += W) {
-        vf g = load_some(gate + i, n - i);
-        store_some(y + i, g / (1.0f + exponential(-g)) * load_some(up + i, n - i), n - i);
+        vf v = centred(i) * inverse * load_some(gain + i, n - i);
+        store_some(y + i, shift ? v + load_some(shift + i, n - i) : v, n - i);
     }
 }
 
-void relu2_times(const float* gate, const float* up, int n, float* y) {
+template <class F>
+inline void times(const F& act, const float* gate, const float* up, int n, float* y) {
     for (int i = 0; i < n; i += W) {
-        vf g = larger(load_some(gate + i, n - i), vf{});
-        store_some(y + i, g * g * load_some(up + i, n - i), n - i);
+        vf g = act(load_some(gate + i, n - i));
+        store_some(y + i, up ? g * load_some(up + i, n - i) : g, n - i);
     }
+}
+
+void silu_times(const float* gate, const float* up, int n, float* y) {
+    times([](vf g) { return g / (1.0f + exponential(-g)); }, gate, up, n, y);
+}
+
+void relu2_times(const float* gate, const float* up, int n, float* y) {
+    const auto act = [](vf g) {
+        vf above = larger(g, vf{});
+        return above * above;
+    };
+    times(act, gate, up, n, y);
+}
+
+// g (1 + tanh u) / 2 is g / (1 + exp(-2 u)), with u = sqrt(2 / pi) (g + 0.044715 g^3).
+void gelu_times(const float* gate, const float* up, int n, float* y) {
+    const auto act = [](vf g) { return g / (1.0f + exponential(g * (g * g * 0.044715f + 1.0f) * -1.5957691216f)); };
+    times(act, gate, up, n, y);
 }
 
 void round8(const float* x, int n, float* y) {
@@ -408,8 +439,9 @@ double exp_sum(const float* x, float peak, float scale, int n, float* y, float* 
 }  // namespace
 
 const Vectors& WF_VECTORS() {
-    static const Vectors table = {WF_NAME, norm,      add,         silu_times,   relu2_times, round8, hadamard,
-                                  rotate,  store_key, store_value, attend_float, attend_bf16, argmax, exp_sum};
+    static const Vectors table = {WF_NAME,    norm,       layer_norm, add,          add_times,    silu_times, relu2_times,
+                                  gelu_times, round8,     hadamard,   rotate,       store_key,    store_value,
+                                  attend_float, attend_bf16, argmax,  exp_sum};
     return table;
 }
 

@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define WF_ABI 6
+#define WF_ABI 7
 
 enum wf_mode { WF_INT8 = 0, WF_EXACT = 1 };
 

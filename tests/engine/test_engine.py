@@ -13,15 +13,25 @@ from tiny import VOCAB, batches, llama, qwen, shipped_methods, tokenizer, toy, w
 from transformers import (
     BitNetConfig,
     BitNetForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -50,6 +60,7 @@ pytestmark = [
 torch.set_num_threads(1)
 CONTEXT = 300
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 22, "norm_topk_prob": True}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 75, "rope_theta": 1e4}
 
 
@@ -60,9 +71,12 @@ def build(model: type[PreTrainedModel], config: type[Any], **values: Any) -> Pre
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
     ends = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False}
     built = model(config(**(shape | ends | values))).eval()
+    if built.config.model_type in ("qwen3_moe", "mixtral"):
+        built.set_experts_implementation("eager")  # the fast one wants widths in steps of 16 bytes
     for name, parameter in built.named_parameters():
         if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+            gain = "norm" in name or name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
+            torch.nn.init.normal_(parameter, mean=1.0 if gain else 0.0, std=0.3)
     return built
 
 
@@ -86,6 +100,28 @@ FAMILY = {
     "smollm3": lambda: build(SmolLM3ForCausalLM, SmolLM3Config),
     "mistral": lambda: build(MistralForCausalLM, MistralConfig, sliding_window=20),
     "bitnet": lambda: build(BitNetForCausalLM, BitNetConfig),
+    "gemma3": lambda: build(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        tie_word_embeddings=True,
+        sliding_window=30,
+        query_pre_attn_scalar=24,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    ),
+    "phi3": lambda: build(Phi3ForCausalLM, Phi3Config, sliding_window=30),
+    "phi3, three quarters of a head rotated": lambda: build(
+        Phi3ForCausalLM, Phi3Config, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.75, "rope_theta": 1e4}
+    ),
+    "gpt2": lambda: build(GPT2LMHeadModel, GPT2Config, hidden_size=66, num_attention_heads=3, head_dim=22, tie_word_embeddings=True),
+    "qwen3_moe": lambda: build(Qwen3MoeForCausalLM, Qwen3MoeConfig, **EXPERTS),
+    "qwen3_moe, some layers without experts, shares as they are": lambda: build(
+        Qwen3MoeForCausalLM, Qwen3MoeConfig, **EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [1]}
+    ),
+    "mixtral": lambda: build(MixtralForCausalLM, MixtralConfig, num_local_experts=4),
 }
 
 
@@ -181,6 +217,27 @@ def test_packed_folders_say_what_transformers_says(name: str, head_bits: Any, tm
     assert isinstance(method, QuantMethod)
     options = {"dense_dtype": "float32", "head_bits": head_bits}
     folder = export(method.prepare(base(initializer_range=0.3), batches()), tmp_path / "packed", **options)
+    packed = read_exactly(folder)
+    from_folder = Engine.from_folder(folder, threads=1, mode="exact")
+    assert same(from_folder, packed, ids(20), 30)
+    assert said(Engine.from_model(packed, threads=1, mode="exact"), ids(20), 30) == said(from_folder, ids(20), 30)
+
+
+BEYOND_LLAMA = ("gemma3", "phi3", "gpt2", "qwen3_moe", "mixtral")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", BEYOND_LLAMA)
+def test_packed_folders_of_other_families_say_what_transformers_says(name: str, method: str, tmp_path: Path) -> None:
+    base = FAMILY[name]()
+    for parameter in base.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 10  # so that tokens differ
+    head_bits = 8 if base.config.tie_word_embeddings else None
+    chosen = METHODS[method]
+    if "norm_mode" in vars(chosen):
+        chosen = replace(chosen, norm_mode="none")  # SubLN is for layers that these do not have
+    folder = export(chosen.prepare(base, batches()), tmp_path / "packed", dense_dtype="float32", head_bits=head_bits)
     packed = read_exactly(folder)
     from_folder = Engine.from_folder(folder, threads=1, mode="exact")
     assert same(from_folder, packed, ids(20), 30)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ABI = 6
+ABI = 7
 NAMES = {"win32": "wf.dll", "darwin": "libwf.dylib"}
 FOLDER = Path(__file__).parents[1] / "packed" / "lib"
 

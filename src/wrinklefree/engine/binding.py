@@ -19,9 +19,13 @@ from wrinklefree.packed.products import native
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Mask = np.ndarray[Any, np.dtype[np.uint32]]
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-NORMS = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
-ACTIVATIONS = {"silu": 0, "relu2": 1}
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down", "router")
+EXPERT = ("gate", "up", "down")
+NORMS = (
+    *("attention_norm", "mlp_norm", "attention_shift", "mlp_shift"),
+    *("post_attention_norm", "post_mlp_norm", "q_norm", "k_norm"),
+)
+ACTIVATIONS = {"silu": 0, "relu2": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2}
 Mode = Literal["int8", "exact"]
 MODES: dict[Mode, int] = {"int8": native.INT8, "exact": native.EXACT}
 MASK = 2**64 - 1  # keeps the bits of a seed that C has room for
@@ -34,27 +38,34 @@ class _Linear(Structure):
 class _Layer(Structure):
     _fields_ = (
         *((name, _Linear) for name in LINEARS),
+        ("experts", POINTER(_Linear)),
         *((name, c_void_p) for name in NORMS),
         ("rope", c_int),
         ("window", c_int),
+        ("scale", c_float),
     )
 
 
-SIZES = ("vocab", "hidden", "intermediate", "num_layers", "heads", "kv_heads", "head_dim")
+SIZES = ("vocab", "hidden", "intermediate", "num_layers", "heads", "kv_heads", "head_dim", "rotary")
+EXPERT_SIZES = ("num_experts", "top_k", "expert_intermediate")
 
 
 class _Model(Structure):
     _fields_ = (
-        *((name, c_int) for name in SIZES),
+        *((name, c_int) for name in SIZES + EXPERT_SIZES),
         *((name, c_int) for name in ("context", "slots", "max_rows")),
+        *((name, c_int) for name in ("layer_norm", "share_of_chosen", "num_ropes")),
         ("eps", c_float),
-        ("rope_scale", c_float),
+        ("rope_scale", c_float * 2),
+        ("embedding_scale", c_float),
         ("activation", c_int),
         ("mode", c_int),
         ("half_cache", c_int),
         ("frequencies", c_void_p),
         ("embedding", c_void_p),
+        ("positions", c_void_p),
         ("norm", c_void_p),
+        ("shift", c_void_p),
         ("head", _Linear),
         ("layers", POINTER(_Layer)),
     )
@@ -106,27 +117,37 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer."""
+    """One decoder layer.
+
+    `k` and `v` may be missing if `q` holds all three, and `up` if `gate` holds both or there is none (native/decoder.h).
+    """
 
     linears: Mapping[str, Linear]  # by the names in LINEARS
-    norms: Mapping[str, Floats]  # gains by the names in NORMS; q_norm and k_norm may be missing
-    rope: bool = True  # whether positions are told by RoPE
+    norms: Mapping[str, Floats]  # gains and shifts by the names in NORMS; only attention_norm and mlp_norm have to be there
+    scale: float  # of the products of queries and keys
+    rope: int = 1  # number of its frequencies, from 1; 0 if positions do not rotate queries and keys
     window: int = 0  # how many of the last tokens it sees; 0 means all
+    experts: Sequence[Mapping[str, Linear]] = ()  # each by the names in EXPERT
 
 
 @dataclass(frozen=True)
 class Model:
     """The sizes and weights of a model, as the decoder needs them."""
 
-    sizes: Mapping[str, int]  # by the names in SIZES
+    sizes: Mapping[str, int]  # by the names in SIZES, and in EXPERT_SIZES if it has experts
     eps: float  # of the norms
-    frequencies: Floats  # of RoPE [head_dim / 2], radians per position
-    rope_scale: float  # factor on sine and cosine
+    frequencies: Sequence[Floats]  # of each RoPE [rotary / 2], radians per position
+    rope_scales: Sequence[float]  # factors on sine and cosine
     activation: str  # one of ACTIVATIONS
     embedding: native.Matrix
     norm: Floats
     head: Linear
     layers: Sequence[Layer]
+    shift: Floats | None = None  # of the last norm, if it is a LayerNorm with a bias
+    layer_norm: bool = False  # whether norms take the mean off
+    embedding_scale: float = 1.0  # factor of the embedding's rows
+    positions: native.Matrix | None = None  # [context or more, hidden], added to the embedding
+    share_of_chosen: bool = False  # whether the probabilities of the experts chosen are made to add up to 1
 
 
 @dataclass
@@ -213,9 +234,12 @@ class Decoder:
 
     def weight_bytes(self) -> int:
         """The memory of the model's matrices, in bytes. A matrix that is both embedding and head counts once."""
-        linears = [self._model.head, *(linear for layer in self._model.layers for linear in layer.linears.values())]
+        linears = [self._model.head]
+        for layer in self._model.layers:
+            linears += [*layer.linears.values(), *(one for expert in layer.experts for one in expert.values())]
         matrices = {id(m): m for m in (self._model.embedding, *(linear.matrix for linear in linears))}
-        return sum(matrix.nbytes for matrix in matrices.values())
+        positions = 0 if self._model.positions is None else self._model.positions.nbytes
+        return sum(matrix.nbytes for matrix in matrices.values()) + positions
 
     def close(self) -> None:
         """Free all memory. No other method may be called afterwards."""
@@ -293,19 +317,31 @@ def _model_struct(model: Model, mode: int) -> tuple[_Model, Any]:
         kept.append(np.ascontiguousarray(values, dtype=np.float32))
         return int(kept[-1].ctypes.data)
 
-    def linear(one: Linear) -> _Linear:
+    def linear(one: Linear | None) -> _Linear:
+        if one is None:
+            return _Linear()
         return _Linear(one.matrix.handle, address(one.gain), one.eps, one.rounded, one.rotated)
 
     layers = (_Layer * len(model.layers))()
     for to, layer in zip(layers, model.layers, strict=True):
         for name in LINEARS:
-            setattr(to, name, linear(layer.linears[name]))
+            setattr(to, name, linear(layer.linears.get(name)))
         for name in NORMS:
             setattr(to, name, address(layer.norms.get(name)))
-        to.rope, to.window = layer.rope, layer.window
-    struct = _Model(eps=model.eps, rope_scale=model.rope_scale, activation=ACTIVATIONS[model.activation], mode=mode)
-    for name in SIZES:
-        setattr(struct, name, model.sizes[name])
-    struct.frequencies, struct.norm = address(model.frequencies), address(model.norm)
+        if layer.experts:
+            to.experts = (_Linear * (3 * len(layer.experts)))(
+                *(linear(expert.get(name)) for expert in layer.experts for name in EXPERT)
+            )
+        to.rope, to.window, to.scale = layer.rope, layer.window, layer.scale
+    struct = _Model(eps=model.eps, activation=ACTIVATIONS[model.activation], mode=mode)
+    for name, size in model.sizes.items():
+        setattr(struct, name, size)
+    struct.layer_norm, struct.share_of_chosen = model.layer_norm, model.share_of_chosen
+    struct.num_ropes = len(model.frequencies)
+    struct.rope_scale[: len(model.rope_scales)] = model.rope_scales
+    struct.embedding_scale = model.embedding_scale
+    struct.frequencies = address(np.concatenate(model.frequencies)) if model.frequencies else None
+    struct.norm, struct.shift = address(model.norm), address(model.shift)
+    struct.positions = None if model.positions is None else model.positions.handle
     struct.embedding, struct.head, struct.layers = model.embedding.handle, linear(model.head), layers
     return struct, (layers, kept)

@@ -155,7 +155,7 @@ class Engine:
         reason = supports(source.config)
         if reason is not None:
             raise UserError(f"the native loop cannot run this model: {reason}")
-        most = int(source.config.to_dict()["max_position_embeddings"])
+        most = int(family.settings(source.config)["max_position_embeddings"])
         if context is not None and not 1 <= context <= most:
             raise UserError(f"context={context}: this model's context is {most}")
         if slots < 1:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.inputs import PlainRMSNorm
@@ -37,8 +38,14 @@ class Source(Protocol):
     def numbers(self, name: str, shape: Sequence[int]) -> Tensor:
         """The parameter `name`. Raises UserError for the same reasons, and if its values are not finite numbers."""
 
-    def linear(self, fqn: str, shape: Sequence[int], bias: bool) -> nn.Linear | PackedLinear:
-        """The linear layer `fqn` of shape [out, in]. `bias` says whether it has a bias, if it is not packed."""
+    def linear(self, fqn: str, shape: Sequence[int], bias: bool, turned: bool = False) -> nn.Linear | PackedLinear:
+        """The linear layer `fqn` of shape [out, in].
+
+        If it is not packed, `bias` says whether it has a bias, and `turned` whether its weight is stored as [in, out].
+        """
+
+    def expert(self, fqn: str, number: int, shape: Sequence[int]) -> nn.Linear | PackedLinear:
+        """Matrix [out, in] of one expert from the tensor `fqn` [experts, out, in]."""
 
     def has(self, name: str) -> bool:
         """Whether there is a parameter `name`."""
@@ -66,11 +73,18 @@ class ModelSource:
             return None
         return layer if isinstance(layer, PackedLinear) else self.tensor(f"{fqn}.weight", shape)
 
-    def linear(self, fqn: str, shape: Sequence[int], bias: bool) -> nn.Linear | PackedLinear:
+    def linear(self, fqn: str, shape: Sequence[int], bias: bool, turned: bool = False) -> nn.Linear | PackedLinear:
         layer = self._model.get_submodule(fqn)
+        if isinstance(layer, Conv1D):
+            return _plain(layer.weight.detach().T, layer.bias)
         if not isinstance(layer, (nn.Linear, PackedLinear)):
             raise UserError(f"{fqn}: a {type(layer).__name__} is not a linear layer")
         return layer
+
+    def expert(self, fqn: str, number: int, shape: Sequence[int]) -> nn.Linear | PackedLinear:
+        if fqn in self._parameters:
+            return _plain(self.tensor(fqn, shape)[number])
+        return self.linear(f"{fqn}.{number}", shape, bias=False)
 
     def has(self, name: str) -> bool:
         return name in self._parameters
@@ -91,9 +105,13 @@ class RoundedSource(ModelSource):
         found = super().embedding(fqn, shape)
         return self._rounded(found, None) if isinstance(found, Tensor) else found
 
-    def linear(self, fqn: str, shape: Sequence[int], bias: bool) -> nn.Linear | PackedLinear:
+    def linear(self, fqn: str, shape: Sequence[int], bias: bool, turned: bool = False) -> nn.Linear | PackedLinear:
         layer = super().linear(fqn, shape, bias)
         return layer if isinstance(layer, PackedLinear) else self._rounded(layer.weight, layer.bias)
+
+    def expert(self, fqn: str, number: int, shape: Sequence[int]) -> nn.Linear | PackedLinear:
+        layer = super().expert(fqn, number, shape)
+        return layer if isinstance(layer, PackedLinear) else self._rounded(layer.weight, None)
 
     @torch.no_grad()
     def _rounded(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -145,15 +163,23 @@ class FolderSource:
             return None
         return self._packed(fqn, shape) if fqn in self._section.layers else self.numbers(f"{fqn}.weight", shape)
 
-    def linear(self, fqn: str, shape: Sequence[int], bias: bool) -> nn.Linear | PackedLinear:
+    def linear(self, fqn: str, shape: Sequence[int], bias: bool, turned: bool = False) -> nn.Linear | PackedLinear:
         if fqn in self._section.layers:
             return self._packed(fqn, shape)
-        with torch.device("meta"):
-            layer = nn.Linear(shape[1], shape[0], bias=bias)
-        layer.weight = _frozen(self.numbers(f"{fqn}.weight", shape))
-        if bias:
-            layer.bias = _frozen(self.numbers(f"{fqn}.bias", shape[:1]))
-        return layer
+        weight = self.numbers(f"{fqn}.weight", shape[::-1] if turned else shape)
+        return _plain(weight.T if turned else weight, self.numbers(f"{fqn}.bias", shape[:1]) if bias else None)
+
+    def expert(self, fqn: str, number: int, shape: Sequence[int]) -> nn.Linear | PackedLinear:
+        if f"{fqn}.{number}" in self._section.layers:
+            return self._packed(f"{fqn}.{number}", shape)
+        stored = self._file_of[fqn].get_slice(fqn).get_shape() if self.has(fqn) else []
+        if stored[1:] != list(shape) or number >= stored[0]:
+            raise UserError(f"{self.folder}: {fqn} has the shape {stored}, config.json says [..., {shape[0]}, {shape[1]}]")
+        weight = self._file_of[fqn].get_slice(fqn)[number]
+        problem = not_numbers(weight)
+        if problem:
+            raise UserError(f"{self.folder}: {fqn} {problem}")
+        return _plain(weight)
 
     def _packed(self, fqn: str, shape: Sequence[int]) -> PackedLinear:
         """Read the packed layer `fqn`. Raises UserError if its shape or a dtype is not the expected one."""
@@ -187,6 +213,16 @@ def open_files(folder: Path) -> list[Any]:
     if not files:
         raise UserError(f"{folder}: no safetensors files in it")
     return files
+
+
+def _plain(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer with this weight [out, in], which is not copied if it is contiguous."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = _frozen(weight.detach().contiguous())
+    if bias is not None:
+        layer.bias = _frozen(bias.detach())
+    return layer
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

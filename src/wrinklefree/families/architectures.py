@@ -28,6 +28,7 @@ class Family:
     coreml: bool = False  # whether `--format coreml` writes it
     skips_positions: bool = False  # whether some layers have no RoPE
     window_everywhere: bool = False  # whether a window of the last tokens is that of every layer
+    like_llama: bool = True  # whether its layers are Llama's, but for what the table says
 
     @property
     def causal_lm(self) -> str:
@@ -35,7 +36,7 @@ class Family:
         return f"{self.stem}ForCausalLM"
 
 
-# The native loop runs all of these, and their MLPs and norms are fused in transformers.
+# MLPs and norms of those like Llama are fused in transformers. The native loop runs more: engine/layouts.py.
 FAMILIES = (
     Family("llama", "Llama", gguf="llama", coreml=True),
     Family("mistral", "Mistral", window_everywhere=True),

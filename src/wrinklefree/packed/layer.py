@@ -150,6 +150,7 @@ class PackedEmbedding(PackedLinear):
     """An embedding [vocabulary, width] that decodes the rows it needs. Results have the dtype the model is cast to."""
 
     like: Tensor
+    scale = 1.0  # of the embedding that it replaces: `scale_of`
 
     def __init__(self, method: Method, spec: LayerSpec, dtype: torch.dtype | None = None) -> None:
         """`dtype` is the dtype of the results. None means torch's default."""
@@ -157,13 +158,14 @@ class PackedEmbedding(PackedLinear):
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return rows(self, ids).to(self.like.dtype)
+        return rows(self, ids).to(self.like.dtype) * self.like.new_tensor(self.scale)
 
 
 class TiedEmbedding(nn.Module):
     """An embedding that reads its rows from the packed output head, which owns the tensors."""
 
     like: Tensor
+    scale = 1.0
 
     def __init__(self, head: PackedLinear, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -171,7 +173,13 @@ class TiedEmbedding(nn.Module):
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return rows(self.head[0], ids).to(self.like.dtype)
+        return rows(self.head[0], ids).to(self.like.dtype) * self.like.new_tensor(self.scale)
+
+
+def scale_of(embedding: nn.Module) -> float:
+    """The factor of an embedding's rows. Gemma's and BART's classes multiply by the root of their width."""
+    values = vars(embedding)
+    return float(values.get("scalar_embed_scale", values.get("embed_scale", 1.0)))
 
 
 def rows(layer: PackedLinear, ids: Tensor) -> Tensor:

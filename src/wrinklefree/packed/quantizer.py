@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from wrinklefree.packed.layer import LayerSpec, Method, PackedEmbedding, PackedLinear, TiedEmbedding
+from wrinklefree.packed.layer import LayerSpec, Method, PackedEmbedding, PackedLinear, TiedEmbedding, scale_of
 
 QUANT_METHOD = "wrinklefree"
 # A folder is written in the oldest format that can hold it, so older versions can read it: 2 if layers have norms of
@@ -64,11 +64,14 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
             with torch.device("meta"):
                 if isinstance(replaced, nn.Embedding):
                     layer: PackedLinear = PackedEmbedding(method, spec, replaced.weight.dtype)
+                    layer.scale = scale_of(replaced)
                 else:
                     layer = PackedLinear(method, spec)
             model.set_submodule(fqn, layer, strict=True)
         for fqn, head in self.quantization_config.tied.items():
-            tied = TiedEmbedding(model.get_submodule(head), model.get_submodule(fqn).weight.dtype)
+            replaced = model.get_submodule(fqn)
+            tied = TiedEmbedding(model.get_submodule(head), replaced.weight.dtype)
+            tied.scale = scale_of(replaced)
             model.set_submodule(fqn, tied, strict=True)
         vars(model.config).pop("auto_map", None)  # saving again does not copy the loader, so it must not point there
 

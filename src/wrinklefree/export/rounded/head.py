@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, QuantMethod, find
-from wrinklefree.packed.layer import PackedEmbedding, PackedLinear, TiedEmbedding
+from wrinklefree.packed.layer import PackedEmbedding, PackedLinear, TiedEmbedding, scale_of
 from wrinklefree.packed.pack import pack_layer
 
 HeadBits = Literal[8, 4]
@@ -37,14 +37,18 @@ class Head:
     def put_into(self, packed: PreTrainedModel) -> None:
         """Replace a model's embedding and head by packed ones."""
         for fqn, codes in self.codes.items():
-            kind = PackedEmbedding if isinstance(packed.get_submodule(fqn), nn.Embedding) else PackedLinear
-            layer = pack_layer(kind, self.method, codes)
+            replaced = packed.get_submodule(fqn)
+            layer = pack_layer(PackedEmbedding if isinstance(replaced, nn.Embedding) else PackedLinear, self.method, codes)
+            if isinstance(layer, PackedEmbedding):
+                layer.scale = scale_of(replaced)
             layer.spec = dataclasses.replace(layer.spec, method=dataclasses.asdict(self.method))
             packed.set_submodule(fqn, layer)
         for fqn, head in self.tied.items():
             owner = packed.get_submodule(head)
             assert isinstance(owner, PackedLinear)
-            packed.set_submodule(fqn, TiedEmbedding(owner))
+            tied = TiedEmbedding(owner)
+            tied.scale = scale_of(packed.get_submodule(fqn))
+            packed.set_submodule(fqn, tied)
 
 
 def method_of(bits: HeadBits, width: int) -> QuantMethod:
@@ -60,7 +64,8 @@ def quantize(model: PreTrainedModel, bits: HeadBits) -> Head:
     """Round a model's embedding and head. Raises UserError if either is quantized, has a bias, or is no plain table."""
     names = {id(module): fqn for fqn, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or type(embedding) is not nn.Embedding:
+    plain = type(embedding) is nn.Embedding or (isinstance(embedding, nn.Embedding) and scale_of(embedding) != 1)
+    if type(head) is not nn.Linear or head.bias is not None or not plain:
         raise UserError(
             f"export.head_bits={bits}: the embedding or the head of {type(model).__name__} is quantized already, has a "
             f"bias, or is no plain table; leave it out"
