@@ -530,7 +530,8 @@ void wf_decoder::run_experts(const Layer& layer) {
     const size_t hidden = m.hidden;
     for (auto& rows : chosen_) rows.clear();
     apply({&layer.router}, n_.data(), num_rows_, {scores_.data()});
-    for (int row = 0; row < num_rows_; row++) choose_experts(scores_.data() + static_cast<size_t>(row) * m.num_experts, row);
+    for (int row = 0; row < num_rows_; row++)
+        choose_experts(scores_.data() + static_cast<size_t>(row) * m.num_experts, row);
     std::fill_n(mixed_.data(), num_rows_ * hidden, 0.0f);
     for (int e = 0; e < m.num_experts; e++) {
         const int rows = static_cast<int>(chosen_[e].size());
@@ -558,8 +559,7 @@ void wf_decoder::choose_experts(const float* scores, int row) {
     float total = 0;
     const int counted = m.share_of_chosen ? m.top_k : m.num_experts;
     for (int i = 0; i < counted; i++) total += std::exp(scores[m.share_of_chosen ? order_[i] : i] - peak);
-    for (int i = 0; i < m.top_k; i++)
-        chosen_[order_[i]].push_back({row, std::exp(scores[order_[i]] - peak) / total});
+    for (int i = 0; i < m.top_k; i++) chosen_[order_[i]].push_back({row, std::exp(scores[order_[i]] - peak) / total});
 }
 
 // Drops all rows but the wanted ones. In the last layer nothing more is needed of the others: their keys and values are

@@ -32,13 +32,13 @@ struct Vectors {
     void (*norm)(const float* x, const float* gain, float eps, int n, float* y);  // y may be x
     // y = (x - mean) / deviation * gain + shift; shift may be NULL, y may be x.
     void (*layer_norm)(const float* x, const float* gain, const float* shift, float eps, int n, float* y);
-    void (*add)(const float* x, int n, float* y);                                 // y += x
-    void (*add_times)(const float* x, float factor, int n, float* y);             // y += x * factor
+    void (*add)(const float* x, int n, float* y);                      // y += x
+    void (*add_times)(const float* x, float factor, int n, float* y);  // y += x * factor
     // act(gate) * up, or act(gate) if `up` is NULL; y may be gate.
     void (*silu_times)(const float* gate, const float* up, int n, float* y);
     void (*relu2_times)(const float* gate, const float* up, int n, float* y);  // relu(gate)^2
     void (*gelu_times)(const float* gate, const float* up, int n, float* y);   // GELU with the tanh in it
-    void (*round8)(const float* x, int n, float* y);                              // to 8 bits and back, as in training
+    void (*round8)(const float* x, int n, float* y);                           // to 8 bits and back, as in training
     // y = H (signs * x) with the Hadamard matrix of +1 and -1 for each `block` numbers, a power of 2; y may be x.
     void (*hadamard)(const float* x, const float* signs, int n, int block, float* y);
     void (*rotate)(const float* cosine, const float* sine, int half, float* x);  // x [2 half]: pairs (j, j + half)

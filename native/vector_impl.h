@@ -114,8 +114,7 @@ void add(const float* x, int n, float* y) {
 }
 
 void add_times(const float* x, float factor, int n, float* y) {
-    for (int i = 0; i < n; i += W)
-        store_some(y + i, load_some(y + i, n - i) + load_some(x + i, n - i) * factor, n - i);
+    for (int i = 0; i < n; i += W) store_some(y + i, load_some(y + i, n - i) + load_some(x + i, n - i) * factor, n - i);
 }
 
 void layer_norm(const float* x, const float* gain, const float* shift, float eps, int n, float* y) {
@@ -439,9 +438,9 @@ double exp_sum(const float* x, float peak, float scale, int n, float* y, float* 
 }  // namespace
 
 const Vectors& WF_VECTORS() {
-    static const Vectors table = {WF_NAME,    norm,       layer_norm, add,          add_times,    silu_times, relu2_times,
-                                  gelu_times, round8,     hadamard,   rotate,       store_key,    store_value,
-                                  attend_float, attend_bf16, argmax,  exp_sum};
+    static const Vectors table = {WF_NAME,     norm,         layer_norm,  add,      add_times, silu_times,
+                                  relu2_times, gelu_times,   round8,      hadamard, rotate,    store_key,
+                                  store_value, attend_float, attend_bf16, argmax,   exp_sum};
     return table;
 }
 

@@ -62,11 +62,14 @@ struct Net {
     const wf_matrix* embedding();
     const float* numbers(int size, float spread);
     wf_linear linear(int n, int k);
+    void mlp(wf_linear& gate, wf_linear& up, wf_linear& down, int inner);
+    void experts(wf_layer& l);
     wf_layer layer();
 
     std::vector<wf_matrix*> matrices;
     std::deque<std::vector<float>> kept;
     std::vector<wf_layer> layers;
+    std::deque<std::vector<wf_linear>> kept_experts;
 };
 
 const wf_matrix* Net::matrix(int n, int k) {
@@ -94,18 +97,51 @@ wf_linear Net::linear(int n, int k) {
     return {matrix(n, k), below(3) ? nullptr : numbers(k, 1 / std::sqrt(static_cast<float>(k))), 1e-6f, below(2)};
 }
 
+// With a gate beside it, with both in one matrix, or without a gate.
+void Net::mlp(wf_linear& gate, wf_linear& up, wf_linear& down, int inner) {
+    const int kind = below(3);
+    gate = linear(kind == 1 ? 2 * inner : inner, model.hidden);
+    if (kind == 0) up = linear(inner, model.hidden);
+    down = linear(model.hidden, inner);
+}
+
+void Net::experts(wf_layer& l) {
+    const wf_model& m = model;
+    l.gate = l.up = l.down = wf_linear{};
+    matrices.push_back(dense(m.num_experts, m.hidden));  // a matrix of complex codes has an even number of rows
+    l.router.matrix = matrices.back();
+    kept_experts.emplace_back(3 * m.num_experts);
+    for (int e = 0; e < m.num_experts; ++e) {
+        wf_linear* expert = &kept_experts.back()[3 * e];
+        mlp(expert[0], expert[1], expert[2], m.expert_intermediate);
+    }
+    l.experts = kept_experts.back().data();
+}
+
 wf_layer Net::layer() {
     const int hidden = model.hidden, inner = model.intermediate, d = model.head_dim;
     const int q = model.heads * d, kv = model.kv_heads * d;
     const float spread =
         1 / std::sqrt(static_cast<float>(hidden));  // queries and keys are then near 1, so that no key gets all weight
     wf_layer l{};
-    l.q = linear(q, hidden), l.k = linear(kv, hidden), l.v = linear(kv, hidden), l.o = linear(hidden, q);
-    l.gate = linear(inner, hidden), l.up = linear(inner, hidden), l.down = linear(hidden, inner);
+    if (below(3))
+        l.q = linear(q, hidden), l.k = linear(kv, hidden), l.v = linear(kv, hidden);
+    else
+        l.q = linear(q + 2 * kv, hidden);
+    l.o = linear(hidden, q);
+    if (model.num_experts && below(3))
+        experts(l);
+    else
+        mlp(l.gate, l.up, l.down, inner);
     l.attention_norm = numbers(hidden, spread), l.mlp_norm = numbers(hidden, spread);
     if (below(2)) l.q_norm = numbers(d, 1);
     if (below(2)) l.k_norm = numbers(d, 1);
-    l.rope = below(4) > 0;
+    if (below(3) == 0) l.post_attention_norm = numbers(hidden, 1);
+    if (below(3) == 0) l.post_mlp_norm = numbers(hidden, 1);
+    if (model.layer_norm && below(2))
+        l.attention_shift = numbers(hidden, spread), l.mlp_shift = numbers(hidden, spread);
+    l.rope = below(model.num_ropes + 1);
+    l.scale = 1 / std::sqrt(static_cast<float>(d));
     l.window = pick({0, 0, 1, 5, 40});
     return l;
 }
@@ -123,13 +159,23 @@ Net::Net(bool wide) {
     m.slots = 2 + below(3);
     m.max_rows = m.slots * m.context - 1;
     m.eps = 1e-5f;
-    m.rope_scale = pick({1, 2});
-    m.activation = below(2) ? WF_SILU : WF_RELU2;
+    m.rope_scale[0] = pick({1, 2});
+    m.rope_scale[1] = 1;
+    m.embedding_scale = pick({1, 1, 3});
+    m.layer_norm = below(3) == 0;
+    m.num_ropes = below(3);
+    m.rotary = m.num_ropes ? 2 * (1 + below(m.head_dim / 2)) : 0;
+    if (below(2))
+        m.num_experts = 1 + below(5), m.top_k = 1 + below(m.num_experts), m.expert_intermediate = 2 * (1 + below(20));
+    m.share_of_chosen = below(2);
+    m.activation = static_cast<wf_activation>(below(3));
     m.mode = below(2) ? WF_INT8 : WF_EXACT;
     m.half_cache = below(2);
-    m.frequencies = numbers(m.head_dim / 2, 0.3f);
+    m.frequencies = numbers(m.head_dim, 0.3f);
     m.embedding = embedding();
+    if (below(4) == 0) m.positions = matrix(2 * ((m.context + 1) / 2 + below(3)), m.hidden);
     m.norm = numbers(m.hidden, 1);
+    if (m.layer_norm && below(2)) m.shift = numbers(m.hidden, 1);
     m.head = linear(m.vocab, m.hidden);
     for (int i = 0; i < m.num_layers; ++i) layers.push_back(layer());
     m.layers = layers.data();
@@ -350,20 +396,25 @@ void refuse_models(wf_pool* pool, const Net& net) {
     for (const auto size : sizes)
         for (const int value : {0, -1, INT32_MIN, INT32_MAX, (1 << 26) + 1})
             refused([&](wf_model& w) { w.*size = value; });
-    for (const auto size : {&wf_model::vocab, &wf_model::hidden, &wf_model::intermediate, &wf_model::head_dim})
+    for (const auto size : {&wf_model::vocab, &wf_model::hidden, &wf_model::head_dim})
         refused([&](wf_model& w) { w.*size += 2; });
+    if (!layer.experts) refused([&](wf_model& w) { w.intermediate += 2; });
     refused([&](wf_model& w) { w.heads = 33 * w.kv_heads; });
     refused([&](wf_model& w) { w.head_dim = 258; });
     refused([&](wf_model& w) { w.eps = NAN; });
-    refused([&](wf_model& w) { w.rope_scale = INFINITY; });
-    refused([&](wf_model& w) { w.frequencies = nullptr; });
+    refused([&](wf_model& w) { w.rope_scale[0] = INFINITY; });
+    refused([&](wf_model& w) { w.num_ropes = 1, w.rotary = 2, w.frequencies = nullptr; });
+    refused([&](wf_model& w) { w.rotary = w.head_dim + 2; });
+    refused([&](wf_model& w) { w.num_ropes = 3; });
+    refused([&](wf_model& w) { w.num_experts = 2, w.top_k = 3; });
     refused([&](wf_model& w) { w.embedding = nullptr; });
     refused([&](wf_model& w) { w.norm = nullptr; });
     refused([&](wf_model& w) { w.layers = nullptr; });
     refused([&](wf_model& w) { w.head.matrix = nullptr; });
     refused([&](wf_model& w) { w.embedding = layer.gate.matrix == w.embedding ? nullptr : layer.down.matrix; });
-    for (wf_linear wf_layer::* const linear :
-         {&wf_layer::q, &wf_layer::k, &wf_layer::v, &wf_layer::o, &wf_layer::gate, &wf_layer::up, &wf_layer::down}) {
+    for (wf_linear wf_layer::* const linear : {&wf_layer::q, &wf_layer::k, &wf_layer::v, &wf_layer::o, &wf_layer::gate,
+                                               &wf_layer::down, &wf_layer::router}) {
+        if (!(layer.*linear).matrix) continue;  // which another holds
         (layer.*linear).matrix = nullptr;
         refused([](wf_model&) {});
         layer = m.layers[0];

@@ -48,6 +48,7 @@ def test_any_method_trains_on_a_cache_and_resumes_to_the_same_bits(folder: Path,
     assert float(logged[-1]["eval_loss"]) < float(logged[0]["eval_loss"])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(folder: Path, tmp_path: Path) -> None:
     """Whole models and sharded ones, each process with half of every batch."""
     toy_files(tmp_path)

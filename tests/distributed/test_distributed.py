@@ -334,6 +334,7 @@ def test_when_one_process_dies_all_end(tmp_path: Path) -> None:
     assert ranks_of(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_nproc_trains_and_packs(tmp_path: Path) -> None:
     """`wf train --nproc 2`: the whole of a stage, sharded, its figures those of one process."""
     toy_files(tmp_path)

@@ -114,9 +114,13 @@ FAMILY = {
     ),
     "phi3": lambda: build(Phi3ForCausalLM, Phi3Config, sliding_window=30),
     "phi3, three quarters of a head rotated": lambda: build(
-        Phi3ForCausalLM, Phi3Config, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.75, "rope_theta": 1e4}
+        Phi3ForCausalLM,
+        Phi3Config,
+        rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.75, "rope_theta": 1e4},
     ),
-    "gpt2": lambda: build(GPT2LMHeadModel, GPT2Config, hidden_size=66, num_attention_heads=3, head_dim=22, tie_word_embeddings=True),
+    "gpt2": lambda: build(
+        GPT2LMHeadModel, GPT2Config, hidden_size=66, num_attention_heads=3, head_dim=22, tie_word_embeddings=True
+    ),
     "qwen3_moe": lambda: build(Qwen3MoeForCausalLM, Qwen3MoeConfig, **EXPERTS),
     "qwen3_moe, some layers without experts, shares as they are": lambda: build(
         Qwen3MoeForCausalLM, Qwen3MoeConfig, **EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [1]}

@@ -229,6 +229,7 @@ def test_packages_are_for_ios_18_and_hold_states(tmp_path: Path) -> None:
     assert [list(i.type.multiArrayType.shape) for i in functions["prefill"].input] == [[1, 64], [1]]
 
 
+@pytest.mark.slow
 def test_a_package_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sign error in the rotation, which no code shows; a layer with other codes; a weight stored twice."""
     model = table_model(llama(initializer_range=0.2))  # attention that looks at something

@@ -333,6 +333,7 @@ def test_an_export_proves_its_loader(tmp_path: Path, loader_proofs: object) -> N
     export(find("fairy2")(name="fairy2").prepare(family("gpt_neox")), tmp_path / "packed")
 
 
+@pytest.mark.slow
 def test_a_folder_whose_loader_does_not_give_the_model_is_refused(
     tmp_path: Path, loader_proofs: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

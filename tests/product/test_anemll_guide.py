@@ -74,7 +74,14 @@ def plain_codes(folder: Path) -> dict[str, Tensor]:
     return {fqn: layer.encode().index for fqn, layer in quant_layers(load_model(folder)[0]).items()}
 
 
-@pytest.mark.parametrize(("workflow", "last"), [("a", "a_v2"), ("b", "b_v2"), ("c", "c_q2")])
+@pytest.mark.parametrize(
+    ("workflow", "last"),
+    [
+        pytest.param("a", "a_v2", marks=pytest.mark.slow),
+        pytest.param("b", "b_v2", marks=pytest.mark.slow),
+        ("c", "c_q2"),
+    ],
+)
 def test_a_workflow_is_one_command(folder: Path, workflow: str, last: str) -> None:
     arguments = ["anemll", "-m", "./toy", "--workflow", workflow, "--cache", "cache", *SHORT]
     arguments += ["training.max_steps=2", "training.batch_size=2"]
@@ -90,6 +97,7 @@ def test_a_workflow_is_one_command(folder: Path, workflow: str, last: str) -> No
     assert "done, in" in again.output
 
 
+@pytest.mark.slow
 def test_frozen_codes_are_those_of_the_first_step(folder: Path) -> None:
     arguments = ["anemll", "-m", "./toy", "--workflow", "a", "--cache", "cache", *SHORT, "training.max_steps=2"]
     assert CliRunner().invoke(app, [*arguments, "training.lr=1e-3"]).exit_code == 0
@@ -97,6 +105,7 @@ def test_frozen_codes_are_those_of_the_first_step(folder: Path) -> None:
     assert all(torch.equal(before[fqn], after[fqn]) for fqn in before)
 
 
+@pytest.mark.slow
 def test_a_setting_may_be_for_one_step(folder: Path) -> None:
     arguments = ["anemll", "-m", "./toy", "--workflow", "a", "--cache", "cache", *SHORT, "v1:training.max_steps=2"]
     assert CliRunner().invoke(app, [*arguments, "v2:training.max_steps=0"]).exit_code == 0
@@ -150,6 +159,7 @@ def test_the_guide_from_end_to_end(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert Path("loss.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_the_run_is_and_keeps_what_was_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -167,6 +177,7 @@ def test_training_goes_on_where_the_run_is_and_keeps_what_was_there(
     assert all(torch.equal(codes, before[1][fqn]) for fqn, codes in plain_codes(Path("runs/v2")).items())
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_a_file_in_its_own_folder_twice(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -183,6 +194,7 @@ def test_a_run_may_start_from_a_file_in_its_own_folder_twice(
     assert len(plain_codes(Path("run/earlier_1"))) == 14
 
 
+@pytest.mark.slow
 def test_the_best_model_lies_where_the_next_lines_of_the_guide_look(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

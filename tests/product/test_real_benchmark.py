@@ -296,6 +296,7 @@ def test_runs_of_one_name_are_seeds() -> None:
         table.name_and_seed("w3")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_measured_as_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_files(tmp_path)
     with pytest.raises(UserError, match="No such file"):

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,6 +38,7 @@ def test_every_row_of_the_page_names_a_test() -> None:
     assert all(re.search(r"`(tests|benchmarks)/", row) for row in rows)
 
 
+@pytest.mark.slow
 def test_the_benchmark_finds_nothing() -> None:
     command = [sys.executable, "-m", "benchmarks.reliability", "--quick", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -118,6 +118,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         gc.unfreeze()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "prove", lambda *given: None)  # in a process of its own

@@ -213,6 +213,7 @@ def test_a_method_that_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
         train_stage(load_config(settings(tmp_path, "method.preset=paper")), force=False)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_a_checkpoint_shows_how_its_training_began(tmp_path: Path) -> None:
     toy_files(tmp_path)
     run = tmp_path / "run"
@@ -238,6 +239,7 @@ def test_a_plain_start_has_fitted_scales(tmp_path: Path) -> None:
     assert final(tmp_path / "run") == final(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_a_plain_start_fits_scales_to_the_turned_weight(tmp_path: Path) -> None:
     """The weight lies in a file until its block is rebuilt, and turns only then."""
     model = llama()

@@ -110,6 +110,7 @@ def test_steps_that_are_made_for_gpus_are_smaller_on_a_cpu(folder: Path, ran: li
     assert sizes == [(8, 1), (64, 16), (32, 16)]
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_done_gives_its_share_to_the_others(folder: Path, ran: list[Config]) -> None:
     command = ["anemll", "-m", "./toy", "--workflow", "c", "--budget", "2h", "q4:training.max_minutes=5"]
     with pytest.MonkeyPatch.context() as patch:

@@ -60,6 +60,7 @@ def test_a_model_in_memory_stays_as_it_is(settings: list[str], tmp_path: Path) -
         student.export("small")
 
 
+@pytest.mark.slow
 def test_a_second_run_asks_before_it_replaces_the_first(settings: list[str]) -> None:
     wrinklefree.quantize("./toy", "fairy2", *settings, texts="text", folder="mine")
     with pytest.raises(UserError, match="already holds a run"):

@@ -63,6 +63,7 @@ def test_other_text_is_refused_at_a_resume(folder: Path) -> None:
         run(resolved(folder, *settings(folder, *more)))
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_known_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="wrinklefree")
     overrides = [f"model={folder / 'toy'}", "training=stage1_subln", *settings(folder), "training.max_seq_length=16"]

@@ -254,6 +254,7 @@ def test_a_window_of_special_tokens_still_gives_a_prompt() -> None:
     assert prompts([window, {"input_ids": torch.arange(16)[None]}], tokenizer()) == ["w0 w1 w2 w3 w4 w5 w6 w7"]
 
 
+@pytest.mark.slow
 def test_the_shipped_model_goes_all_the_way(tmp_path: Path) -> None:
     """The demo at two steps."""
     settings = ["training.max_steps=2", "training.batch_size=2", "training.max_seq_length=64"]

@@ -87,8 +87,15 @@ def kill(*args: object, **more: object) -> None:
     raise KilledError
 
 
-@pytest.mark.parametrize("moment", ["results.json", "the first checkpoint"])
-@pytest.mark.parametrize("chain", ["bitdistill", "auto_prereq"])
+@pytest.mark.parametrize(
+    ("moment", "chain"),
+    [
+        ("results.json", "bitdistill"),
+        pytest.param("the first checkpoint", "bitdistill", marks=pytest.mark.slow),
+        pytest.param("results.json", "auto_prereq", marks=pytest.mark.slow),
+        pytest.param("the first checkpoint", "auto_prereq", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_chain_goes_on_with_the_same_command(
     folder: Path, moment: str, chain: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +118,7 @@ def test_a_killed_chain_goes_on_with_the_same_command(
     assert all((run(stage) / "results.json").is_file() for stage in ("stage1_subln", "stage2_pretrain"))
 
 
+@pytest.mark.slow
 def test_a_killed_force_leaves_a_finished_stage_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [*CHAIN, *SHORT, *STEPS, "--stages", "1"]
     assert wf(*command)[0] == 0
@@ -174,6 +182,7 @@ def test_an_earlier_stage_is_shared_among_the_same_processes(folder: Path) -> No
     assert "training=stage1_subln distributed=fsdp_multi data=local data.path=text training.max_seq_length=32" in said
 
 
+@pytest.mark.slow
 def test_auto_prereq_runs_what_is_missing(folder: Path) -> None:
     (folder / "local.yaml").write_text("output_root: here\n")
     code, said = train("stage2_pretrain", *STEPS, "auto_prereq=true")

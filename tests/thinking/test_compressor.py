@@ -149,6 +149,7 @@ def test_an_interrupted_pass_goes_on_and_has_the_bits_of_an_unbroken_one(
     assert read[0] == 9
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(folder: Path) -> None:
     """The same moments and weights from two CPU processes with 2 sequences each as from one with 4, trained too."""
     words = toy_script("--num_epochs", "1", "training.gradient_accumulation_steps=1", "training.save_interval=8")

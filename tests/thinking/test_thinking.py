@@ -112,6 +112,7 @@ os._exit(0)  # as `wf` does it, and why
 """  # two commands in one group of processes, for to start them takes longer than what they do
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_pairs_of_one_and_train_alike(toy: Path, tmp_path: Path) -> None:
     """Each of two processes writes half of the thoughts, and sees half of every batch."""
     for name in ("lm", "toy_trm_compressor"):

@@ -236,6 +236,7 @@ run(resolved(Path({folder!r}), "training.save_interval=2"))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_save_leaves_only_whole_checkpoints(folder: Path) -> None:
     program = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(folder))
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)

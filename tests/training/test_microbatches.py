@@ -60,6 +60,7 @@ def test_the_gradient_is_the_same_however_a_step_is_cut(
     assert_same(gradients(name, CUTS[cut]), whole[name])
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(whole: dict[str, list[dict[str, Tensor]]], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])

@@ -91,6 +91,7 @@ def test_the_steps_are_those_that_fit(folder: Path, clock: Clock, monkeypatch: p
     assert float(log[-1]["lr"]) < 0.1 * float(log[len(log) // 2]["lr"]) == 0.1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [2.5, 0.3])
 def test_the_end_is_chosen_anew_if_the_machine_gets_slower_or_faster(
     folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, factor: float

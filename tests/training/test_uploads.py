@@ -131,6 +131,7 @@ def test_closing_waits_only_so_long(tmp_path: Path, store: Store) -> None:
     store.held.set()
 
 
+@pytest.mark.slow
 def test_what_is_gone_is_not_said_to_be_there(tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
     """A store that hangs: meanwhile an old checkpoint is pruned."""
     for step in (1, 2):

@@ -119,11 +119,11 @@ class Linear:
 class Layer:
     """One decoder layer.
 
-    `k` and `v` may be missing if `q` holds all three, and `up` if `gate` holds both or there is none (native/decoder.h).
+    Without `k` and `v`, `q` holds all three. Without `up`, `gate` holds both, or there is none (native/decoder.h).
     """
 
     linears: Mapping[str, Linear]  # by the names in LINEARS
-    norms: Mapping[str, Floats]  # gains and shifts by the names in NORMS; only attention_norm and mlp_norm have to be there
+    norms: Mapping[str, Floats]  # by the names in NORMS; only attention_norm and mlp_norm have to be there
     scale: float  # of the products of queries and keys
     rope: int = 1  # number of its frequencies, from 1; 0 if positions do not rotate queries and keys
     window: int = 0  # how many of the last tokens it sees; 0 means all

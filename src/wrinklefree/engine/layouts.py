@@ -1,4 +1,4 @@
-"""Where each family keeps what the native decoder needs: names of its weights and of its settings, and what it does otherwise.
+"""What the native decoder needs to know of each family: names of weights and settings, and what it does otherwise.
 
 A family that computes what native/decoder.h can say needs a `Layout` here, and nothing else.
 """

@@ -174,7 +174,9 @@ class FolderSource:
             return self._packed(f"{fqn}.{number}", shape)
         stored = self._file_of[fqn].get_slice(fqn).get_shape() if self.has(fqn) else []
         if stored[1:] != list(shape) or number >= stored[0]:
-            raise UserError(f"{self.folder}: {fqn} has the shape {stored}, config.json says [..., {shape[0]}, {shape[1]}]")
+            raise UserError(
+                f"{self.folder}: {fqn} has the shape {stored}, config.json says [..., {shape[0]}, {shape[1]}]"
+            )
         weight = self._file_of[fqn].get_slice(fqn)[number]
         problem = not_numbers(weight)
         if problem:

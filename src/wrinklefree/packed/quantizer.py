@@ -62,11 +62,10 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
             spec, replaced = LayerSpec(**values), model.get_submodule(fqn)
             method = self.method_of(spec.method or self.quantization_config.method, fqn)
             with torch.device("meta"):
+                layer = PackedLinear(method, spec)
                 if isinstance(replaced, nn.Embedding):
-                    layer: PackedLinear = PackedEmbedding(method, spec, replaced.weight.dtype)
-                    layer.scale = scale_of(replaced)
-                else:
-                    layer = PackedLinear(method, spec)
+                    layer = embedding = PackedEmbedding(method, spec, replaced.weight.dtype)
+                    embedding.scale = scale_of(replaced)
             model.set_submodule(fqn, layer, strict=True)
         for fqn, head in self.quantization_config.tied.items():
             replaced = model.get_submodule(fqn)

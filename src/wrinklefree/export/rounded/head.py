@@ -38,7 +38,9 @@ class Head:
         """Replace a model's embedding and head by packed ones."""
         for fqn, codes in self.codes.items():
             replaced = packed.get_submodule(fqn)
-            layer = pack_layer(PackedEmbedding if isinstance(replaced, nn.Embedding) else PackedLinear, self.method, codes)
+            layer = pack_layer(
+                PackedEmbedding if isinstance(replaced, nn.Embedding) else PackedLinear, self.method, codes
+            )
             if isinstance(layer, PackedEmbedding):
                 layer.scale = scale_of(replaced)
             layer.spec = dataclasses.replace(layer.spec, method=dataclasses.asdict(self.method))
