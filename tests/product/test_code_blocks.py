@@ -30,6 +30,7 @@ from click import Command, Context, Group
 from pages import ROOT, Block, blocks, commands, fenced, put
 from serve.serving import served
 from toyrun import toy_files
+from transformers import AutoTokenizer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -123,7 +124,7 @@ SIZES = {
     r"--context 128": "--context 16",
     r"layers\.0\]": "layers.0] method.allow_partial=true",
 }
-TRAINS = ("fairy2", "bitdistill", "anemll", "train", "compare")
+TRAINS = r"wf (fairy2|bitdistill|anemll|train|compare|trm compressor) |python scripts/train.py "
 
 
 def reason(table: dict[str, str], command: str) -> str | None:
@@ -141,8 +142,11 @@ def changed(command: str, *tables: dict[str, str]) -> str:
 def at_toy_size(command: str) -> str:
     """The command on a toy, and on the toy's text if it names none."""
     small = changed(command, NAMES, SIZES)
-    own_text = re.search(r"\b(data=|--task|task=|data\.path=|auto_prereq)", small) or small.split()[1] not in TRAINS
-    return small if own_text else f"{small} data=local data.path=text"
+    if not re.match(TRAINS, small):
+        return small
+    own_text = re.search(r"\b(data=|--task|task=|data\.path=|--cache)", small)
+    # Lines of a page may be alternatives that write the same folder, so each replaces what is there.
+    return f"{small} --force" if own_text else f"{small} data=local data.path=text --force"
 
 
 def script(words: list[str]) -> int:
@@ -151,6 +155,7 @@ def script(words: list[str]) -> int:
     arguments = words[2:] if words[0] == "-m" else words[1:]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(file), *arguments])
+        patch.setattr(sys, "stdin", io.StringIO())
         patch.syspath_prepend(str(file.parent))
         try:
             runpy.run_path(str(file), run_name="__main__")
@@ -176,6 +181,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages take for granted: a model, text, a run at 2 bits and a ternary one."""
     folder = tmp_path_factory.mktemp("pages")
     toy_files(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "toy")
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder / "toy")
+    put(folder, "questions.jsonl", '{"question": "w1 w2"}\n')
     for name in ("tiny", "smollm2_135m"):
         shutil.copytree(folder / "toy", folder / name)
     (folder / "local.yaml").write_text(yaml.safe_dump(SMALL))
@@ -336,7 +345,7 @@ def test_the_page_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("llguidance")
     monkeypatch.chdir(tmp_path)
     Path("local.yaml").write_text(yaml.safe_dump(SMALL))
-    run("wf train model=tiny training=fairy2_w2 method.scale_mode=mean")
+    run("wf train model=tiny training=fairy2_w2")
     names: dict[str, Any] = {}
     with served(Path("outputs/fairy2_tiny_w2/packed")) as server:
         for block in fenced("docs/serve.md"):
