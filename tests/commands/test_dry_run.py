@@ -35,7 +35,7 @@ def test_a_cache_is_as_large_as_its_dry_run_says(here: Path) -> None:
     [size] = re.findall(r"writes at most ([\d.]+) kB into cache/", said)
     ran(*CACHE)
     written = sum(file.stat().st_size for file in (here / "cache").glob("*.safetensors"))
-    assert written == pytest.approx(1000 * float(size), rel=0.05)
+    assert 0.9 * 1000 * float(size) < written <= 1000 * float(size)
     assert "where 28 sequences are already; it is complete" in ran(*CACHE, "--dry-run").stderr
 
 
