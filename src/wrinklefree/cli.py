@@ -39,6 +39,15 @@ SECTIONS = {
     "Think in latent vectors": ["trm"],
 }
 
+EXAMPLES = {  # one line for each section of the help
+    "Quantize": "wf fairy2 -m FOLDER --mode w2 --budget 2h",
+    "Prepare": "wf cache -m FOLDER --out caches/text data=local data.path=TEXTS",
+    "Use and share": "wf generate outputs/RUN/packed --prompt 'Once upon a time'",
+    "Look": "wf plot outputs/RUN outputs/OTHER -o compare.png",
+    "Elsewhere": "wf plan -m qwen3_4b training=fairy2_w2 --gpus 8 --cloud gcp",
+    "Think in latent vectors": "wf trm compressor model=tiny thinking.d_compressed=64",
+}
+
 
 class Named(TyperGroup):
     """A group whose verbs take their model as `-m NAME` and as `model=NAME`, whichever is theirs."""
@@ -87,6 +96,7 @@ class Verbs(Named):
         for title, verbs in SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([(f"{verb:{width}}", self.commands[verb].get_short_help_str(60)) for verb in verbs])
+                formatter.write_text(f"$ {EXAMPLES[title]}")
 
 
 # Help is plain text, because importing rich's help formatter takes longer than everything else together.
@@ -501,7 +511,7 @@ def cache(
       wf cache -m tiny --out caches/tiny --topk 64 --length 128 --sequences 2000
       wf cache -m qwen3_0_6b --out caches/alpaca \\
         data=hub data.path=tatsu-lab/alpaca data.format=alpaca_chat
-      wf cache -m qwen3_0_6b --out caches/text data=local data.path=TEXTS --dry-run
+      wf cache -m FOLDER --out caches/text data=local data.path=TEXTS --dry-run
       wf cache --import caches/their_cache --out caches/imported -m qwen3_0_6b
     """
     if import_from is not None:
