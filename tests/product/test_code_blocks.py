@@ -20,7 +20,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +178,8 @@ def run(command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages take for granted: a model, text, a run at 2 bits and a ternary one."""
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages take for granted: models and text."""
     folder = tmp_path_factory.mktemp("pages")
     _, text = toy_files(folder, llama(vocab_size=300))
     documents = [file.read_text() for file in text.iterdir()]
@@ -188,18 +187,32 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put(folder, "questions.jsonl", '{"question": "w1 w2"}\n')
     for name in ("tiny", "smollm2_135m"):
         shutil.copytree(folder / "toy", folder / name)
-    (folder / "local.yaml").write_text(yaml.safe_dump(SMALL))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run("wf fairy2 -m ./tiny --mode w2 data=local data.path=text")
-        run("wf train model=./tiny training=ternary data=local data.path=text output_dir=outputs/ternary")
     return folder
 
 
+@pytest.fixture(scope="module")
+def quantized(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """And a run at 2 bits."""
+    folder = tmp_path_factory.mktemp("quantized")
+    shutil.copytree(toys, folder, dirs_exist_ok=True)
+    put(folder, "local.yaml", yaml.safe_dump(SMALL))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("wf fairy2 -m ./tiny --mode w2 data=local data.path=text")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(quantized: Path) -> Path:
+    """And a ternary run, for formats that others read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(quantized)
+        run("wf train model=./tiny training=ternary data=local data.path=text output_dir=outputs/ternary")
+    return quantized
+
+
 @pytest.fixture
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of it, to work in."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -272,7 +285,8 @@ def read(command: str) -> None:
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(("block", "command"), COMMANDS)
-def test_a_command_is_read(block: Block, command: str, here: Path) -> None:
+def test_a_command_is_read(block: Block, command: str, toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(toys)
     if reason(NOT_RUN, command):
         extras = set(re.findall(r"[\[,]([a-z][\w-]*)(?=[\],])", command))
         assert extras <= set(importlib.metadata.metadata("wrinklefree").get_all("Provides-Extra") or [])
@@ -281,13 +295,13 @@ def test_a_command_is_read(block: Block, command: str, here: Path) -> None:
         assert result.exit_code == 2
         assert result.stderr.splitlines() == block.code.splitlines()[1:]
     else:
-        (here / "local.yaml").unlink()
         read(changed(command, {r"(?<=[ =])(PATH|FOLDER)(?= |$)": "./tiny", r"(?<==)TEXTS(?= |$)": "text"}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(commands(block) for block in fenced(page))])
-def test_the_commands_of_a_page_run(page: str, here: Path) -> None:
+def test_the_commands_of_a_page_run(page: str, made: Path, here: Path) -> None:
+    shutil.copytree(made, here, dirs_exist_ok=True)
     for command in (command for block in fenced(page) for command in commands(block)):
         if not reason(NOT_RUN | READ_ONLY, command):
             run(at_toy_size(command))
@@ -304,9 +318,10 @@ def code_blocks(language: str) -> list[Any]:
 
 
 @pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
-@pytest.mark.usefixtures("here", "offline")
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("block", code_blocks("python"))
-def test_python_runs(block: Block) -> None:
+def test_python_runs(block: Block, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(quantized)
     names: dict[str, Any] = {"path": "tiny", "folder": "outputs/fairy2_tiny_w2/packed"}
     exec(block.code, names)
     assert packed_or_quantized(names["model"]) == 14
@@ -317,9 +332,9 @@ def packed_or_quantized(model: Any) -> int:
 
 
 @pytest.mark.parametrize("block", code_blocks("json"))
-def test_the_settings_of_a_packed_folder_are_as_the_page_shows_them(block: Block, made: Path) -> None:
+def test_the_settings_of_a_packed_folder_are_as_the_page_shows_them(block: Block, quantized: Path) -> None:
     shown = json.loads(block.code)
-    packed = json.loads((made / "outputs" / "fairy2_tiny_w2" / "packed" / "config.json").read_text())
+    packed = json.loads((quantized / "outputs" / "fairy2_tiny_w2" / "packed" / "config.json").read_text())
     written = packed["quantization_config"]
     assert {name: type(value) for name, value in shown.items()}.items() <= {
         name: type(value) for name, value in written.items()
