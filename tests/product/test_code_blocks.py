@@ -112,7 +112,7 @@ SIZES = {
     r" 3:training.budget_share=2": "",
     r"--steps \d+": "--steps 2",
     r"--seeds 3": "--seeds 1",
-    r"--fit-bytes 60MB": "--fit-bytes 40kB",
+    r"--fit-bytes 60MB": "--fit-bytes 50kB",
     r"--(length|max_length) 128": r"--\1 16",
     r"--topk \d+": "--topk 8",
     r"--(sequences|num_sequences) \d+": r"--\1 24",
