@@ -4,6 +4,7 @@
     python docs/build_site.py            write docs/commands.md, which a test compares with the commands
 
 Links that lead out of docs/ become links to the copied page. Those to source files become the file's name.
+Formulas become MathML, so that the site needs no script from elsewhere.
 """
 
 import ast
@@ -11,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -24,6 +26,8 @@ MORE_PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "native/README.md": "native.md",
 }
+CODE = re.compile(r"(^ *```.*?^ *```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)  # blocks and words of it
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.DOTALL)
 LINK = re.compile(r"\[([^]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")  # not those to other hosts
 
 
@@ -64,13 +68,28 @@ def in_site(text: str, folder: Path) -> str:
     return LINK.sub(rewritten, text)
 
 
-def formulas(name: str) -> str:
-    """A section with the docstring of the method `name`, which has its formulas; "" for another page."""
+def with_mathml(text: str) -> str:
+    """Put MathML in place of formulas in LaTeX, `$...$` and `$$...$$`, which browsers show without a script or a font.
+
+    Code stays as it is.
+    """
+    parts = CODE.split(text)
+    return "".join(part if place % 2 else FORMULA.sub(_mathml, part) for place, part in enumerate(parts))
+
+
+def _mathml(formula: re.Match[str]) -> str:
+    if formula[1] is not None:
+        return convert(formula[1].strip(), display="block")
+    return f"<span>{convert(formula[2])}</span>"  # without it, Markdown takes one that begins a line for a block
+
+
+def docstring_of(name: str) -> str:
+    """A section with the docstring of the method `name`, which also has the shapes; "" for another page."""
     file = ROOT / "src" / "wrinklefree" / "methods" / name / "__init__.py"
     if not file.is_file():
         return ""
     docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-    return f"\n## Formulas\n\nFrom the top of the method's file:\n\n```text\n{docstring}\n```\n"
+    return f"\n## In the code\n\nThe top of the method's file:\n\n```text\n{docstring}\n```\n"
 
 
 def build(out: Path) -> None:
@@ -78,7 +97,8 @@ def build(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     pages = {page.name: page for page in DOCS.glob("*.md")} | {new: ROOT / old for old, new in MORE_PAGES.items()}
     for name, page in pages.items():
-        text = in_site(page.read_text(encoding="utf-8"), page.parent) + formulas(page.stem)
+        text = in_site(page.read_text(encoding="utf-8"), page.parent) + docstring_of(page.stem)
+        text = with_mathml(text) if page.parent == DOCS else text
         (out / name).write_text(text, encoding="utf-8")
     for picture in DOCS.glob("*.svg"):
         (out / picture.name).write_bytes(picture.read_bytes())

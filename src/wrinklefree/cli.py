@@ -39,6 +39,15 @@ SECTIONS = {
     "Think in latent vectors": ["trm"],
 }
 
+EXAMPLES = {  # one line for each section of the help
+    "Quantize": "wf fairy2 -m FOLDER --mode w2 --budget 2h",
+    "Prepare": "wf cache -m FOLDER --out caches/text data=local data.path=TEXTS",
+    "Use and share": "wf generate outputs/RUN/packed --prompt 'Once upon a time'",
+    "Look": "wf plot outputs/RUN outputs/OTHER -o compare.png",
+    "Elsewhere": "wf plan -m qwen3_4b training=fairy2_w2 --gpus 8 --cloud gcp",
+    "Think in latent vectors": "wf trm compressor model=tiny thinking.d_compressed=64",
+}
+
 
 class Named(TyperGroup):
     """A group whose verbs take their model as `-m NAME` and as `model=NAME`, whichever is theirs."""
@@ -87,6 +96,7 @@ class Verbs(Named):
         for title, verbs in SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([(f"{verb:{width}}", self.commands[verb].get_short_help_str(60)) for verb in verbs])
+                formatter.write_text(f"$ {EXAMPLES[title]}")
 
 
 # Help is plain text, because importing rich's help formatter takes longer than everything else together.
@@ -132,6 +142,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python that this folder or hub id brings.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be read and written, and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Scale = Literal["dev", "small", "medium", "large", "xlarge"]
 
@@ -346,14 +357,17 @@ def train(
 
 
 @app.command()
-def pretrain(overrides: Overrides = None, nproc: Processes = None, force: Force = False) -> None:
+def pretrain(
+    overrides: Overrides = None, nproc: Processes = None, dry_run: DryRun = False, force: Force = False
+) -> None:
     """Train a small model from scratch, on Python's own text.
 
     \b
     Example:
       wf pretrain model=tiny training.max_steps=200
+      wf pretrain model=tiny --dry-run
     """
-    call("pretrain", overrides or [], force=force, processes=nproc)
+    call("pretrain", overrides or [], force=force, processes=nproc, dry_run=dry_run)
 
 
 trm = typer.Typer(
@@ -483,6 +497,7 @@ def cache(
     import_from: Annotated[
         Path | None, typer.Option("--import", help="Convert a cache of .pt files; -m names its tokenizer.")
     ] = None,
+    dry_run: DryRun = False,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
@@ -496,6 +511,7 @@ def cache(
       wf cache -m tiny --out caches/tiny --topk 64 --length 128 --sequences 2000
       wf cache -m qwen3_0_6b --out caches/alpaca \\
         data=hub data.path=tatsu-lab/alpaca data.format=alpaca_chat
+      wf cache -m FOLDER --out caches/text data=local data.path=TEXTS --dry-run
       wf cache --import caches/their_cache --out caches/imported -m qwen3_0_6b
     """
     if import_from is not None:
@@ -507,7 +523,8 @@ def cache(
         call("cache", out, import_from=import_from, model=model, force=force)
         return
     sizes = {"length": length, "topk": topk, "negatives": rand_neg, "num_train": sequences, "num_heldout": heldout}
-    call("cache", out, model=model, force=force, overrides=overrides or [], shard_size=shard_size, **sizes)
+    chosen: dict[str, Any] = {"overrides": overrides or [], "dry_run": dry_run, "shard_size": shard_size}
+    call("cache", out, model=model, force=force, **chosen, **sizes)
 
 
 @app.command()
@@ -516,6 +533,7 @@ def selftext(
     tokens: Annotated[str, typer.Option(help="How much to write, such as 50000, 200k or 2M.")] = "200k",
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so many minutes of writing.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl file that gets a copy.")] = None,
+    dry_run: DryRun = False,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
@@ -527,9 +545,11 @@ def selftext(
     \b
     Example:
       wf selftext -m tiny --tokens 20k
+      wf selftext -m tiny --tokens 20k --dry-run
       wf selftext -m smollm2_135m --tokens 200k -o own.jsonl data.self_chat=0.8
     """
-    call("selftext", model, tokens, minutes=minutes, out=out, force=force, overrides=overrides or [])
+    chosen: dict[str, Any] = {"minutes": minutes, "out": out, "dry_run": dry_run}
+    call("selftext", model, tokens, **chosen, force=force, overrides=overrides or [])
 
 
 @app.command("eval")
@@ -842,6 +862,7 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
     cloud: Annotated[str, typer.Option("--cloud", "-c", help="Whose GPUs, links and prices.")] = DEFAULT_CLOUD,
     spot: Annotated[bool, typer.Option("--spot", help="Machines that may be taken away.")] = False,
+    as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
     """Estimate hours, memory, links and cost of a training.
@@ -851,7 +872,8 @@ def plan(
       wf plan -m qwen3_4b training=fairy2_w2 distributed=fsdp_multi \\
         --gpus 8 --nodes 4
     """
-    call("plan", [f"model={model}", *(overrides or [])], cloud=cloud, gpus=gpus, nodes=nodes, spot=spot)
+    chosen: dict[str, Any] = {"cloud": cloud, "gpus": gpus, "nodes": nodes, "spot": spot, "as_json": as_json}
+    call("plan", [f"model={model}", *(overrides or [])], **chosen)
 
 
 @app.command()

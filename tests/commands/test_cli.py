@@ -14,18 +14,17 @@ from pathlib import Path
 
 import pytest
 import typer
-import yaml
 from toyrun import toy_files
 from typer.testing import CliRunner
 
-from wrinklefree.cli import app, as_it_takes_it, main
+from wrinklefree.cli import SECTIONS, app, as_it_takes_it, main
 from wrinklefree.commands import doctor
-from wrinklefree.config.compose import CONFIGS, load_config
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.compose import options as options_of
 from wrinklefree.core import files
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import constant
 from wrinklefree.core.lock import locked
-from wrinklefree.core.method import available
 from wrinklefree.export.flags import formats, options
 
 VERBS = [
@@ -96,7 +95,9 @@ def test_help_lists_every_verb() -> None:
     assert code == 0
     assert "Example" in out
     verbs = out.partition("Quantize:")[2]
-    assert {line.split()[0] for line in verbs.splitlines() if line.startswith("  ")} == set(VERBS)
+    first = [line.split()[0] for line in verbs.splitlines() if line.startswith("  ")]
+    assert sorted(word for word in first if word != "$") == sorted(VERBS)
+    assert first.count("$") == len(SECTIONS)  # an example in each
     assert "..." not in verbs
 
 
@@ -212,14 +213,11 @@ def test_methods_names_every_training_config_that_chooses_one() -> None:
     shown = re.split(r"^  (\w+) ", out.partition("\n\n")[0], flags=re.MULTILINE)  # name, text, name, text, ...
     listed = dict(zip(shown[1::2], shown[2::2], strict=True))
     trainings = {name: re.findall(r"\w+", text.partition("training=")[2]) for name, text in listed.items()}
-    files = sorted((CONFIGS / "training").glob("*.yaml"))
-    defaults = {file.stem: yaml.safe_load(file.read_text()).get("defaults", []) for file in files}
-    chosen: dict[str, list[str]] = {name: [] for name in available()}
-    for training, choices in defaults.items():
-        for choice in choices:
-            if isinstance(choice, dict) and choice.get("override /method"):
-                chosen[choice["override /method"]].append(training)
-    assert trainings == chosen
+    assert {name: sorted(chosen) for name, chosen in trainings.items()} == trainings
+    resolved = {training: load_config([f"training={training}"]).method for training in options_of("training")}
+    others = ("blockwise", "pretrain")  # blocks of any method, and no method at all
+    chosen = {name: method.name for name, method in resolved.items() if method is not None and name not in others}
+    assert {training: name for name, chosen in trainings.items() for training in chosen} == chosen
 
 
 def test_doctor_reports_line_by_line(monkeypatch) -> None:

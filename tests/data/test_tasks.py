@@ -27,6 +27,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "boolq": {"passage": "It rains.", "question": "does it rain", "idx": 3},
     "cb": {"premise": "It rains.", "hypothesis": "the sun shines", "idx": 3},
     "rte": {"premise": "It rains.", "hypothesis": "The sun shines.", "idx": 3},
+    "wic": {
+        "sentence1": "We sat on a bank.",
+        "sentence2": "The bank is shut.",
+        "start1": 12,
+        "end1": 16,
+        "word": "bank",
+    },
+    "copa": {"premise": "It rained. ", "question": "effect", "choice1": "I got wet.", "choice2": "I sang.", "idx": 3},
     "cnn_dailymail": {"article": "Much happened.", "highlights": "Things .\nMore things .", "id": "x"},
 }
 PROMPTS = {
@@ -36,6 +44,9 @@ PROMPTS = {
     "boolq": "It rains.\nQuestion: does it rain?\nAnswer:",
     "cb": "It rains.\nQuestion: the sun shines. True, False, or Neither?\nAnswer:",
     "rte": "It rains.\nQuestion: The sun shines. True or False?\nAnswer:",
+    "wic": "Sentence 1: We sat on a bank.\nSentence 2: The bank is shut.\n"
+    "Question: Is the word 'bank' used in the same way in the two sentences above?\nAnswer:",
+    "copa": "It rained therefore",
     "cnn_dailymail": "Summarize the following article:\n\nMuch happened.\n\nSummary:",
 }
 LABELS = {
@@ -45,6 +56,8 @@ LABELS = {
     "boolq": {"False": " no", "True": " yes"},
     "cb": {"entailment": " True", "contradiction": " False", "neutral": " Neither"},
     "rte": {"entailment": " True", "not_entailment": " False"},
+    "wic": {"False": " no", "True": " yes"},
+    "copa": {"choice1": " I got wet.", "choice2": " I sang."},
 }
 LABELLED = [(task, number, name) for task, names in LABELS.items() for number, name in enumerate(names)]
 
@@ -120,6 +133,7 @@ HARNESS = {
     "boolq": "super_glue/boolq/default.yaml",
     "cb": "super_glue/cb/default.yaml",
     "rte": "super_glue/rte/default.yaml",
+    "copa": "super_glue/copa/default.yaml",
     "cnn_dailymail": "cnn_dailymail/cnn_dailymail.yaml",
 }
 
@@ -141,7 +155,9 @@ def test_prompts_are_those_of_the_harness(name: str) -> None:
     Loader.add_constructor("!function", lambda loader, node: _function(path.parent, loader.construct_scalar(node)))
     theirs, ours = yaml.load(path.read_text(), Loader), tasks.TASKS[name]
     assert (theirs["dataset_path"], theirs["dataset_name"]) == (ours.path, ours.subset)
-    assert theirs.get("doc_to_choice", []) == list(ours.words)
+    choices = theirs.get("doc_to_choice", [])
+    choices = yaml.safe_load(Template(choices).render(ROWS[name])) if isinstance(choices, str) else choices
+    assert choices == list(ours.words or [ROWS[name][column] for column in ours.answers])
     assert theirs.get("validation_split", ours.heldout) == ours.heldout
     ask = theirs["doc_to_text"]
     assert (Template(ask).render(ROWS[name]) if isinstance(ask, str) else ask(ROWS[name])) == ours.prompt(ROWS[name])
@@ -295,6 +311,11 @@ BAD_ROWS = {
     "label": ("sst2", {"sentence": "a", "label": 2}, "row 2: label 2; sst2 has negative, positive, or 0 to 1"),
     "name": ("sst2", {"sentence": "a", "label": "good"}, "row 2: label 'good'; sst2 has negative, positive"),
     "none": ("sst2", {"sentence": None, "label": 1}, "row 2: column 'sentence' holds NoneType, not text"),
+    "number": (
+        "wic",
+        ROWS["wic"] | {"start1": None, "label": 1},
+        "row 2: column 'start1' holds NoneType, not a whole number",
+    ),
     "summary": ("cnn_dailymail", {"article": "a", "highlights": 3}, "row 2: column 'highlights' holds int, not text"),
 }
 
@@ -344,6 +365,7 @@ def test_bad_settings(config: DataConfig, message: str, tokenizer: PreTrainedTok
         heldout_batches(config, tokenizer, batch_size=1, length=8)
 
 
+FORMATS = ["jsonl", "json", "parquet", "csv"]
 SPLITS: list[stdlib.Split] = ["train", "heldout"]
 
 
@@ -383,6 +405,26 @@ def test_stdlib_kind_streams(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_other_data_has_no_examples(tokenizer: PreTrainedTokenizerFast) -> None:
     assert heldout_examples(DataConfig(source="stdlib"), tokenizer) == []
+
+
+@pytest.mark.parametrize("task", ["wic", "copa"])
+def test_a_task_reads_the_same_from_every_format(task: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    rows = [ROWS[task] | {"label": number % 2} for number in range(3)]
+    write(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    pa.csv.write_csv(pa.Table.from_pylist(rows), tmp_path / "a.csv")
+    read = [heldout_examples(downstream(tmp_path / f"a.{kind}", task), tokenizer) for kind in FORMATS]
+    assert all(examples == [tasks.render(tasks.TASKS[task], rows[0], "here")] for examples in read)
+
+
+def test_the_question_of_copa_is_asked_for_causes_too() -> None:
+    row = ROWS["copa"] | {"question": "cause", "label": 0}
+    assert tasks.render(tasks.TASKS["copa"], row, "here").prompt == "It rained because"
 
 
 def test_a_csv_has_labels_as_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

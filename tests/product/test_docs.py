@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from build_site import MORE_PAGES, build, commands
+from build_site import MORE_PAGES, build, commands, with_mathml
 
 from wrinklefree.cli import SECTIONS, app
 from wrinklefree.config.check import key_paths
@@ -94,8 +94,23 @@ def test_all_pages_of_the_site_are_in_its_menu(tmp_path: Path) -> None:
     menu = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert {page.name for page in tmp_path.glob("*.md")} == menu
     assert set(MORE_PAGES.values()) <= menu
-    assert "arXiv 2512.02901" in (tmp_path / "fairy2.md").read_text(encoding="utf-8").partition("## Formulas")[2]
+    assert "arXiv 2512.02901" in (tmp_path / "fairy2.md").read_text(encoding="utf-8").partition("## In the code")[2]
     assert not any("](../" in page.read_text(encoding="utf-8") for page in tmp_path.glob("*.md"))
+
+
+@pytest.mark.parametrize("name", method.available())
+def test_every_method_has_a_page_whose_formulas_are_mathml(name: str) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    formulas = page.partition("\n## Formulas\n")[2]
+    assert formulas.count("$$") >= 4
+    shown = with_mathml(formulas)
+    assert shown.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == formulas.count("$$") // 2
+    assert not re.search(r"\$|\\[a-z]|^<math[^>]*inline", shown, re.MULTILINE)  # nothing of LaTeX is left
+
+
+def test_code_is_no_formula() -> None:
+    code = "`$HOME` and `$PATH`\n\n```bash\n$ wf methods $X\n```\n"
+    assert with_mathml(code) == code
 
 
 def test_the_citation_has_the_packages_version() -> None:

@@ -144,8 +144,9 @@ def final(run: Path) -> bytes:
 
 @pytest.fixture
 def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a run that was interrupted behind its first block."""
+    """The folder of a run that was interrupted behind its first block, and said how to go on."""
     toy_files(tmp_path)
+    said = list[str]()
     rebuild = Rebuilding.rebuild
 
     def dies(self: Rebuilding, number: int) -> object:
@@ -155,8 +156,10 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     with monkeypatch.context() as patch:
         patch.setattr(Rebuilding, "rebuild", dies)
+        patch.setattr(rebuilding.log, "info", lambda text, *values: said.append(text))
         with pytest.raises(KeyboardInterrupt):
             train_stage(load_config(settings(tmp_path)), force=False)
+    assert "go on with training.resume_from=latest" in said[-1]
     return tmp_path
 
 

@@ -1,6 +1,8 @@
 """Prints estimates for a person to decide by: each figure, and how it comes about."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -46,6 +48,31 @@ def show(
             sizes = f"{short_size(stage.peak)} of each GPU, which has {short_size(gpu.memory)}"
             better = "no scale of this cloud has room" if scale is None else other
             print(f"warning: {stage.stage} takes {sizes}: {better}")
+
+
+def figures(
+    config: Config,
+    stages: Sequence[Estimate],
+    model: PreTrainedModel | None,
+    cloud: Cloud,
+    gpus: int,
+    nodes: int,
+    spot: bool,
+) -> dict[str, Any]:
+    """What `show` prints, as plain values: bytes, hours and US dollars. What is not known is None, stages are none."""
+    gpu, spent = places.gpus()[cloud.gpu], money(stages, cloud, gpus * nodes, spot) if stages else None
+    return {
+        "model": config.model.pretrained,
+        "parameters": None if model is None else int(model.num_parameters()),
+        "cloud": cloud.name,
+        "gpu": {"name": cloud.gpu, "memory": gpu.memory, "number": gpus},
+        "nodes": nodes,
+        "spot": spot,
+        "price": cloud.spot if spot else cloud.price,  # of a GPU for an hour
+        "prices_read": str(cloud.read),
+        "cost": None if spent is None else list(spent),
+        "stages": [{**asdict(stage), "peak": stage.peak, "fits": fits(stage, gpu)} for stage in stages],
+    }
 
 
 def _show_stage(stage: Estimate, cloud: Cloud) -> None:

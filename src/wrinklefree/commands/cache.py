@@ -12,6 +12,7 @@ import pickle
 import shlex
 import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from wrinklefree.config.base import first_problem
 from wrinklefree.config.compose import load_config
@@ -27,16 +29,17 @@ from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
-from wrinklefree.data.kd_cache.manifest import IDENTITY, Manifest
+from wrinklefree.data.kd_cache.manifest import IDENTITY, MANIFEST, Manifest, read_manifest
 from wrinklefree.data.kd_cache.read import batch_of, sequences
 from wrinklefree.data.kd_cache.write import append, begin, finish
-from wrinklefree.data.open import heldout_batches, training_stream
+from wrinklefree.data.open import heldout_batches, is_unwritten, training_stream
 from wrinklefree.data.packing import BatchStream
+from wrinklefree.data.preview import preview
 from wrinklefree.data.sources import Split
 from wrinklefree.data.tokenizer import tokenizer_fingerprint
 from wrinklefree.distributed.world import join_world, leave_world
-from wrinklefree.models.find import resolve_pretrained
-from wrinklefree.models.load import load_pretrained, open_tokenizer
+from wrinklefree.models.find import model_source, resolve_pretrained
+from wrinklefree.models.load import load_pretrained, meta_model, open_tokenizer
 from wrinklefree.objectives.language_model import SplitModel
 from wrinklefree.objectives.losses import CHUNK, NEVER
 from wrinklefree.runs import prerequisites, self_text
@@ -62,11 +65,14 @@ def run(
     *,
     model: str | None = None,
     import_from: Path | None = None,
+    dry_run: bool = False,
     force: bool = False,
     overrides: list[str] | None = None,
     **sizes: Any,
 ) -> None:
     """Write a cache into `out`, or convert the cache in `import_from`. `sizes` are fields of `Manifest`, and `length`.
+
+    With `dry_run`, say what would be read and written.
 
     Raises UserError for anything that the user can fix.
     """
@@ -75,6 +81,9 @@ def run(
         chosen = [setting("model", model or finished.tokenizer)]
     else:
         config = settings(model or "tiny", sizes.pop("length"), overrides or [])
+        if dry_run:
+            show(config, out, **sizes)
+            return
         finished = write(config, out, force, **sizes)
         chosen = prerequisites.prerequisite(config, "fairy2_w2")
     total = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -94,6 +103,57 @@ def settings(model: str, length: int | None, overrides: list[str]) -> Config:
     return load_config([f"model={model}", "training=full_precision", *sized, *overrides])
 
 
+def show(config: Config, out: Path, **sizes: Any) -> None:
+    """Say what `write` would read and write, and how large it gets. The model's weights are not loaded."""
+    source = model_source(config.model.pretrained)
+    teacher = meta_model(source, config.model.trust_remote_code)
+    tokenizer = open_tokenizer(source, config.model.trust_remote_code)
+    length = choose_length(config.training.max_seq_length, teacher, None)
+    _check_words(teacher, sizes)
+    if is_unwritten(config.data):
+        log.info("%s", self_text.describe(config, tokenizer))
+    else:
+        preview(config.data, tokenizer)
+    num_train, num_heldout = sizes["num_train"], sizes["num_heldout"]
+    tokens = (num_train + num_heldout) * length
+    asked = _manifest(
+        teacher=config.model.pretrained,
+        teacher_fingerprint="",
+        precision="",
+        tokenizer=tokenizer.name_or_path,
+        tokenizer_fingerprint="",
+        data={},
+        data_fingerprint="",
+        vocab_size=teacher.config.vocab_size,
+        length=length,
+        tail="exact",
+        seed=config.seed,
+        **sizes,
+    )
+    log.info("reads %s (%s parameters)", config.model.pretrained, f"{teacher.num_parameters():,}")
+    log.info(
+        "asks it about at most %s tokens: %s sequences of %d to train on, %s held out, if there is so much text",
+        *(f"{tokens:,}", f"{num_train:,}", length, f"{num_heldout:,}"),
+    )
+    size = short_size(asked.predicted_bytes(num_train, num_heldout))
+    log.info("writes at most %s into %s/%s", size, out, _what_is_there(out))
+    log.info("how long that takes is shown with the first sequences")
+    log.info("dry run: nothing was written")
+
+
+def _what_is_there(out: Path) -> str:
+    if not (out / MANIFEST).exists():
+        return ""
+    present = read_manifest(out)
+    there = present.count("train") + present.count("heldout")
+    return f", where {there:,} sequences are already{'; it is complete' if present.complete else ''}"
+
+
+def _check_words(teacher: PreTrainedModel, sizes: Mapping[str, int]) -> None:
+    if sizes["topk"] + sizes["negatives"] > teacher.config.vocab_size:
+        raise UserError(f"--topk, --rand-neg: more tokens than the {teacher.config.vocab_size} of the vocabulary")
+
+
 def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
     """Write a cache of the teacher `config.model` on `config.data`, or continue an unfinished one in `out`."""
     world = join_world()
@@ -106,8 +166,7 @@ def write(config: Config, out: Path, force: bool, **sizes: Any) -> Manifest:
     held_out = heldout_batches(config.data, tokenizer, batch_size=size, length=length, max_tokens=wanted_tokens)
     heldout = _joined([sequences(batch) for batch in held_out])
     stream = training_stream(config.data, tokenizer, batch_size=1, length=length, seed=config.seed)
-    if sizes["topk"] + sizes["negatives"] > teacher.config.vocab_size:
-        raise UserError(f"--topk, --rand-neg: more tokens than the {teacher.config.vocab_size} of the vocabulary")
+    _check_words(teacher, sizes)
     dtype = choose_dtype(config.training.precision, world.device)
     wanted = _manifest(
         teacher=config.model.pretrained,

@@ -1,9 +1,10 @@
 """`wf methods`: list everything that is chosen by name, with the first sentence of its file."""
 
-import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+
+import yaml
 
 from wrinklefree.config.compose import option_files
 from wrinklefree.core.find import EXPORT_FORMATS, KINDS, METHODS, Kind, files, summary
@@ -34,7 +35,20 @@ def _beside(label: str, text: str, wide: int) -> list[str]:
 
 
 def trainings(name: str) -> list[str]:
-    """The names of the training configs whose defaults list chooses this method."""
-    chooses = re.compile(rf"override /method:\s*{re.escape(name)}\s*$", re.MULTILINE)
-    paths: list[Path] = [path for path in option_files("training") if chooses.search(path.read_text(encoding="utf-8"))]
-    return [path.stem for path in paths]
+    """The training configs that use this method, because their defaults or those that they build on choose it."""
+    chosen = {path.stem: _defaults(path) for path in option_files("training")}
+    return [training for training in chosen if _method(training, chosen) == name]
+
+
+def _defaults(path: Path) -> list[str | dict[str, str | None]]:
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return list(found.get("defaults", []))
+
+
+def _method(training: str, chosen: dict[str, list[str | dict[str, str | None]]]) -> str | None:
+    """The method that a training names, or the training that it builds on; None if it goes with any."""
+    for entry in chosen.get(training, []):
+        if isinstance(entry, dict) and "override /method" in entry:
+            return entry["override /method"]
+    builds_on = [entry for entry in chosen.get(training, []) if isinstance(entry, str) and entry in chosen]
+    return next((found for base in builds_on if (found := _method(base, chosen))), None)

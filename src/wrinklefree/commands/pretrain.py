@@ -10,21 +10,26 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree.config.compose import load_config
+from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.schema import ArchitectureConfig, Config
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
 from wrinklefree.data import chains, stdlib
+from wrinklefree.data.sources import Split
 from wrinklefree.data.tokenizer import train_tokenizer
+from wrinklefree.distributed.world import World, own_device
 from wrinklefree.evaluate.perplexity import Quality, measure
 from wrinklefree.models.load import Loaded, load_model
 from wrinklefree.objectives.kinds.language_modelling import Objective as LanguageModelling
 from wrinklefree.runs import launch
 from wrinklefree.runs.report import RESULTS, Results
 from wrinklefree.runs.setup import Run, open_run, open_stream
+from wrinklefree.training.plan import choose_length, make_plan
 
 log = logging.getLogger("wrinklefree")
+
+SPLITS: tuple[Split, Split] = ("train", "heldout")
 
 CARD = """\
 # {name}: a small Llama for trying things out
@@ -45,8 +50,8 @@ Byte-level BPE of {vocab:,} tokens with a ChatML template. The text is under the
 """
 
 
-def run(overrides: list[str], *, force: bool = False, processes: int | None = None) -> None:
-    """Pretrain a model of the sizes in `model.architecture`.
+def run(overrides: list[str], *, force: bool = False, processes: int | None = None, dry_run: bool = False) -> None:
+    """Pretrain a model of the sizes in `model.architecture`. With `dry_run`, only say what would be done.
 
     Writes `final/` in fp32. For the library's text it also writes `shipped/` in bf16, with a model card.
     Raises UserError if the model config has no architecture.
@@ -59,10 +64,35 @@ def run(overrides: list[str], *, force: bool = False, processes: int | None = No
             "training.max_minutes: not for `wf pretrain`, whose text changes at a step that is known before"
         )
     number = launch.count_processes(config, processes)
-    if number > 1:
+    if dry_run:
+        show(config, number)
+    elif number > 1:
         launch.torchrun("pretrain", number, overrides, force)
     else:
         train(config, force)
+
+
+def show(config: Config, processes: int) -> None:
+    """Print the settings, and say what would be read, trained and written."""
+    assert config.model.architecture is not None
+    print(config_yaml(config), end="")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama_config(config.model.architecture, config.model.architecture.vocab_size))
+    length = choose_length(config.training.max_seq_length, model, None)
+    log.info("a new Llama of %s parameters and its tokenizer", f"{model.num_parameters():,}")
+    if config.data.source == "stdlib":
+        log.info(
+            "reads %d files of Python's standard library, and %d held out",
+            *(len(stdlib.files(split)) for split in SPLITS),
+        )
+    plan = make_plan(config.training, config.model, model, length, World(0, processes, own_device()))
+    log.info(
+        "trains on %s tokens; how long that takes is shown with the first steps",
+        f"{plan.max_steps * plan.tokens_per_step:,}",
+    )
+    shipped = ", and shipped/ in bf16 with a model card" if config.data.source == "stdlib" else ""
+    log.info("writes %s/: final/ (checkpoint)%s", config.output_dir, shipped)
+    log.info("dry run: nothing was trained or written")
 
 
 def train(config: Config, force: bool) -> None:
@@ -138,8 +168,19 @@ class Curriculum(Iterator[Batch]):
 
 def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """A Llama with random weights. The last projection of each block starts at zero."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    special |= {"pad_token_id": tokenizer.pad_token_id}
+    model = LlamaForCausalLM(llama_config(architecture, len(tokenizer), **special))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # so each block starts as the identity
+            nn.init.zeros_(parameter)
+    return model
+
+
+def llama_config(architecture: ArchitectureConfig, vocab_size: int, **ids: int | None) -> LlamaConfig:
+    """The sizes as transformers names them. `ids` are those of special tokens."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=architecture.hidden_size,
         intermediate_size=architecture.intermediate_size,
         num_hidden_layers=architecture.num_hidden_layers,
@@ -148,15 +189,8 @@ def build(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) 
         max_position_embeddings=architecture.max_position_embeddings,
         attention_dropout=architecture.dropout,
         tie_word_embeddings=architecture.tie_word_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
-    model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):  # so each block starts as the identity
-            nn.init.zeros_(parameter)
-    return model
 
 
 def ship(run: Run, model: PreTrainedModel) -> Quality:

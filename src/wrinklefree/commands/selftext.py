@@ -10,7 +10,8 @@ from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import file_aside
 from wrinklefree.distributed.world import join_world
-from wrinklefree.models.load import load_pretrained
+from wrinklefree.models.find import model_source
+from wrinklefree.models.load import load_pretrained, open_tokenizer
 from wrinklefree.runs import self_text
 
 log = logging.getLogger("wrinklefree")
@@ -26,10 +27,14 @@ def run(
     *,
     minutes: float | None = None,
     out: Path | None = None,
+    dry_run: bool = False,
     force: bool = False,
     overrides: list[str],
 ) -> None:
-    """Write the text, unless it is kept already, and copy it to `out`. Raises UserError for what the user can fix."""
+    """Write the text, unless it is kept already, and copy it to `out`. With `dry_run`, only say so.
+
+    Raises UserError for what the user can fix.
+    """
     for override in overrides:
         if not override.startswith(TAKEN):
             raise UserError(f"{override}: wf selftext takes {', '.join(key.rstrip('=') for key in TAKEN)}")
@@ -37,6 +42,12 @@ def run(
     chosen = [setting("model", model), "training=full_precision", "data=self", f"data.self_tokens={count(tokens)}"]
     chosen += [] if minutes is None else [f"data.self_minutes={minutes}"]
     config = load_config([*chosen, *overrides])
+    if dry_run:
+        source = model_source(config.model.pretrained)
+        log.info("%s", self_text.describe(config, open_tokenizer(source, config.model.trust_remote_code)))
+        log.info("how long that takes is shown with the first tokens; --minutes ends it")
+        log.info("dry run: nothing was written%s", "" if out is None else f", neither {out}")
+        return
     world = join_world()
     log.info("loading %s", config.model.pretrained)
     original, tokenizer = load_pretrained(config.model)

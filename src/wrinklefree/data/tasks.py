@@ -1,7 +1,8 @@
 """Tasks to fine-tune on. A row becomes a question and an answer, with the prompts of lm-evaluation-harness.
 
     sst2, mnli, qnli     GLUE: the answer is a class, named by a word
-    boolq, cb, rte       SuperGLUE: the same
+    boolq, cb, rte, wic  SuperGLUE: the same
+    copa                 SuperGLUE: the answer is one of the row's two sentences
     cnn_dailymail        the answer is a summary of a news article
     stdlib_kind          which package of Python's standard library is this code from? Needs no download
     mod7_chains          arithmetic in steps, with and without a written thought; needs no download
@@ -33,6 +34,8 @@ class Task:
     target: str  # the column with the answer
     classes: tuple[str, ...] = ()  # label names in the dataset's order
     words: tuple[str, ...] = ()  # the answer for each class
+    answers: tuple[str, ...] = ()  # or the columns that hold it, if each row has its own
+    numbers: tuple[str, ...] = ()  # columns of whole numbers that the prompt is made from, too
 
 
 def _glue(name: str, heldout: str, columns: tuple[str, ...], prompt: Callable[[Row], str], **labels: str) -> Task:
@@ -98,6 +101,27 @@ TASKS = {
             {"entailment": "True", "not_entailment": "False"},
         ),
         Task(
+            *("wic", "aps/super_glue", "wic", "train", "validation"),
+            ("sentence1", "sentence2"),
+            lambda row: (
+                f"Sentence 1: {row['sentence1']}\nSentence 2: {row['sentence2']}\nQuestion: Is the word "
+                f"'{row['sentence1'][row['start1'] : row['end1']]}' used in the same way in the two sentences above?\n"
+                "Answer:"
+            ),
+            "label",
+            ("False", "True"),
+            ("no", "yes"),
+            numbers=("start1", "end1"),
+        ),
+        Task(
+            *("copa", "aps/super_glue", "copa", "train", "validation"),
+            ("premise", "question", "choice1", "choice2"),
+            lambda row: f"{row['premise'].strip()[:-1]} {'because' if row['question'] == 'cause' else 'therefore'}",
+            "label",
+            ("choice1", "choice2"),
+            answers=("choice1", "choice2"),
+        ),
+        Task(
             "cnn_dailymail",
             "abisee/cnn_dailymail",
             "3.0.0",
@@ -134,20 +158,24 @@ def render(task: Task, row: Row, where: str) -> Example:
 
     Raises UserError, beginning with `where`, if a column is missing or holds no text, or if a label is unknown.
     """
-    missing = [column for column in (*task.columns, task.target) if column not in row]
+    missing = [column for column in (*task.columns, *task.numbers, task.target) if column not in row]
     if missing:
         raise UserError(f"{where}: no column {missing[0]!r}, which {task.name} needs; there are {columns(row)}")
+    row = dict(row) | {column: _number(row[column]) for column in task.numbers}
     texts = task.columns if task.classes else (*task.columns, task.target)
     wrong = [column for column in texts if not isinstance(row[column], str)]
     if wrong:
         raise UserError(f"{where}: column {wrong[0]!r} holds {type(row[wrong[0]]).__name__}, not text")
+    wrong = [column for column in task.numbers if not isinstance(row[column], int)]
+    if wrong:
+        raise UserError(f"{where}: column {wrong[0]!r} holds {type(row[wrong[0]]).__name__}, not a whole number")
     # The space before the answer belongs to the answer, as the harness scores it: training sees the same tokens.
     if not task.classes:
         return Example(task.prompt(row), f" {row[task.target]}")
     label = _number(row[task.target])
     if label == -1:
         return Example("", "")
-    choices = tuple(f" {word}" for word in task.words)
+    choices = tuple(f" {word}" for word in task.words or [row[column] for column in task.answers])
     return Example(task.prompt(row), choices[_class(task, label, where)], choices)
 
 

@@ -7,7 +7,8 @@ NEEDS     the package that it imports, which comes with the extra of its flag; b
 OPTIONS   options of its `write`: {name: {"help": ..., "choices": [...] or "min": ...}}
 NEXT      what to do with the written folder `{target}`; `{prompt}` is a text that fits the model
 
-If its `write` needs more from the run, it also defines `from_run(config, target)`, which returns keyword arguments.
+If its `write` needs more from the run, it also defines `from_run(config, card, target)`, which returns its keyword
+arguments.
 """
 
 import importlib.util

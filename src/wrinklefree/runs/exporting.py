@@ -20,7 +20,7 @@ from wrinklefree.export.proof.certify import CERTIFY_TOKENS
 from wrinklefree.families.architectures import positions
 from wrinklefree.models.find import model_folder
 from wrinklefree.models.load import load_model
-from wrinklefree.runs.report import first_words
+from wrinklefree.runs.report import RESULTS, first_words, read_results, training_rows
 from wrinklefree.runs.setup import resolved_length
 from wrinklefree.tracking.terminal import markdown_table
 from wrinklefree.training import checkpoint
@@ -34,6 +34,7 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     config: Config
     batches: list[Any]
+    card: str  # the beginning of README.md
 
 
 def opened(run: Path, trust_remote_code: bool) -> Opened:
@@ -43,7 +44,17 @@ def opened(run: Path, trust_remote_code: bool) -> Opened:
     model, tokenizer = load_model(folder, trust_remote_code=trust_remote_code)
     length = min(resolved_length(config), positions(model.config) or LARGEST)
     batches = heldout_batches(config.data, tokenizer, batch_size=1, length=length, max_tokens=CERTIFY_TOKENS)
-    return Opened(model, tokenizer, config, list(batches))
+    return Opened(model, tokenizer, config, list(batches), card_of(folder, config))
+
+
+def card_of(folder: Path, config: Config) -> str:
+    """The beginning of the model card: with the figures of the training, if `folder` is what a finished run left."""
+    figures = folder.parent / RESULTS
+    if folder.name != "final" or not figures.exists():  # a checkpoint is not the model that was measured
+        return card(config)
+    results = read_results(figures)
+    measured = f"\n{results.markdown()}" if results.full_precision else ""
+    return f"{card(config, training_rows(results.training))}{measured}"
 
 
 def write(source: Opened, format: str, target: Path, chosen: dict[str, Any]) -> list[list[str]]:
@@ -53,12 +64,12 @@ def write(source: Opened, format: str, target: Path, chosen: dict[str, Any]) -> 
     """
     module = vars(find_module(EXPORT_FORMATS, module_name(formats()[format])))
     if "from_run" in module:
-        chosen = module["from_run"](source.config, target) | chosen
+        chosen = module["from_run"](source.config, source.card, target) | chosen
     with written_aside(target) as aside:
         table: list[list[str]] = module["write"](source.model, source.tokenizer, aside, source.batches, **chosen)
         readme = aside / "README.md"
         if not readme.exists():
-            readme.write_text(f"{card(source.config)}\n{described(format, table)}", encoding="utf-8")
+            readme.write_text(f"{source.card}\n{described(format, table)}", encoding="utf-8")
     return table
 
 

@@ -129,6 +129,14 @@ def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made
     tokens = f"{sum(batch['input_ids'].numel() for batch in batches):,}"
     log.info("rebuilding %d blocks, %d steps each, with %s tokens of the text", len(blocks), steps, tokens)
     work = _work(run, original, student, batches, steps, calibrate)
+    try:
+        _rebuild_each(blocks, work, made, steps)
+    except KeyboardInterrupt:
+        log.info("blocks that are done are kept; go on with training.resume_from=latest")
+        raise
+
+
+def _rebuild_each(blocks: nn.ModuleList, work: Rebuilding, made: Path, steps: int) -> None:
     for number, block in enumerate(blocks):
         if _take(block, made, number):
             work.pass_by(number)

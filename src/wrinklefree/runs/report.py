@@ -1,10 +1,14 @@
 """The results of a run: the measured figures, and how they are shown as a table and in the model card."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from wrinklefree.config.base import first_problem
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json, write_json
@@ -36,6 +40,7 @@ class Results:
     quantized_share: float = 0.0  # of the blocks' weights
     bits_per_weight: float = 0.0
     rebuilt: bool = False  # whether `one_shot` is the model after its blocks were rebuilt, not a plain quantization
+    training: dict[str, Any] = field(default_factory=dict)  # what `training_facts` collects
     minutes: float = 0.0  # of the process that wrote this, all included
     tokens_per_second: dict[str, float] = field(default_factory=dict)  # greedy decoding, batch 1
 
@@ -87,6 +92,34 @@ class Results:
         assert self.full_precision is not None
         measured_on = f"On {self.full_precision.tokens:,} held-out tokens in windows of {self.context}."
         return "\n".join(["## Quality", "", measured_on, "", table, ""])
+
+
+def training_rows(training: Mapping[str, Any]) -> dict[str, str]:
+    """Rows of the model card on a training, from `Results.training`."""
+    if not training:
+        return {}
+    if not training["steps"]:
+        return {"training": "blocks, one by one"}
+    rows = {
+        "training": "{steps:,} steps, {tokens:,} tokens in rows of {length}".format_map(training),
+        "learning rate": "{lr:.2g}, schedule {schedule}".format_map(training),
+        "precision": training["precision"],
+    }
+    return rows if training["loss"] is None else rows | {"last training loss": f"{training['loss']:.4f}"}
+
+
+def read_results(path: Path) -> Results:
+    """Read the `results.json` of a finished run, of this version or an earlier one.
+
+    Raises UserError if it is missing or broken.
+    """
+    values = read_figures(path)
+    try:
+        return TypeAdapter(Results).validate_python(
+            {f.name: values[f.name] for f in fields(Results) if f.name in values}
+        )
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}: not the results of a run") from error
 
 
 def _ppl(quality: Quality | None) -> str:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,9 +36,10 @@ from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.objectives.language_model import LanguageObjective, find_objective
 from wrinklefree.runs import folder, prerequisites, rebuilding, setup
-from wrinklefree.runs.report import RESULTS, Results, first_words
+from wrinklefree.runs.report import RESULTS, Results, first_words, training_rows
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.tracking.plotting import plot_runs
+from wrinklefree.tracking.run_log import CSV_NAME, read_rows
 from wrinklefree.tracking.terminal import spoken_time
 from wrinklefree.training.budget import Budget
 
@@ -239,6 +241,7 @@ def choose_objective(config: Config, student: PreTrainedModel, teacher: PreTrain
 def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedModel) -> None:
     """Plot the losses, pack the model, and print and save the results."""
     run, results, out = measured.run, measured.results, measured.run.out
+    results.training = training_facts(run)
     if run.config.training.max_steps != 0:
         plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
     if run.config.method is not None and run.config.training.pack:
@@ -263,7 +266,7 @@ def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel
         tokenizer,
         config.method,
         folder,
-        card=f"{card(config, training_facts(run))}\n{results.markdown()}",
+        card=f"{card(config, training_rows(results.training))}\n{results.markdown()}",
         force=True,
         batches=some,
         head_bits=config.export.head_bits,
@@ -285,16 +288,20 @@ def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel
     print(f"sample of the packed model:\n\n{samples[0]}\n")
 
 
-def training_facts(run: Run) -> dict[str, str]:
-    """What the card tells of the training, besides the settings of the method."""
+def training_facts(run: Run) -> dict[str, Any]:
+    """What `results.json` and the card tell of the training, besides the settings; nothing if nothing was trained."""
     plan, steps = run.plan, run.plan.max_steps
-    if steps == 0:
-        return {"training": "blocks, one by one"} if run.config.rebuilds else {}
-    tokens = steps * plan.tokens_per_step
+    if not steps and not run.config.rebuilds:
+        return {}
+    losses = [row["train_loss"] for row in read_rows(run.out / CSV_NAME) if row["train_loss"]] if steps else []
     return {
-        "training": f"{steps:,} steps, {tokens:,} tokens in rows of {plan.length}",
-        "learning rate": f"{plan.lr:.2g}, schedule {run.config.training.scheduler.name}",
+        "steps": steps,
+        "tokens": steps * plan.tokens_per_step,
+        "length": plan.length,
+        "lr": plan.lr,
+        "schedule": run.config.training.scheduler.name,
         "precision": str(plan.dtype).removeprefix("torch."),
+        "loss": float(losses[-1]) if losses else None,
     }
 
 

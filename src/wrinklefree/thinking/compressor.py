@@ -21,7 +21,7 @@ from wrinklefree.thinking import gathering, loading, results
 from wrinklefree.thinking.bench import Bench, Made, open_bench
 from wrinklefree.thinking.gathering import Gathered
 from wrinklefree.thinking.network import LatentThinker
-from wrinklefree.thinking.reconstruction import Figures, Reconstruction
+from wrinklefree.thinking.reconstruction import TRAINED_METRICS, Figures, Reconstruction
 
 log = logging.getLogger("wrinklefree")
 
@@ -137,7 +137,9 @@ def _make(bench: Bench, thinker: LatentThinker, found: Gathered, anew: bool = Tr
 
     def evaluate(model: nn.Module) -> Figures:
         figures = objective.measure(bench.watched, {"": thinker.compressor})[0][""]
-        return {f"eval_{name}": value for name, value in figures.items()}
+        shown = {f"eval_{name}": value for name, value in figures.items()}
+        # Batches give a curve of each, under its plain name. Without a step, these are the only figures.
+        return shown if steps else shown | {name: figures[name] for name in TRAINED_METRICS}
 
     final = bench.run.fit(thinker, objective, stream=bench.stream(), evaluate=evaluate)
     if bench.run.is_main:

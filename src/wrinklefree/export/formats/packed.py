@@ -22,7 +22,6 @@ from wrinklefree.core.files import written_aside
 from wrinklefree.core.method import Coverage, QuantLinear, QuantMethod, coverage, keeps_effective, quant_layers
 from wrinklefree.core.stack import Stack, open_stacks
 from wrinklefree.export import bundle
-from wrinklefree.export.card import card
 from wrinklefree.export.proof import loader
 from wrinklefree.export.proof.agreement import Agreement, compare
 from wrinklefree.export.proof.certify import (
@@ -163,10 +162,10 @@ def export_packed(
         )
 
 
-def from_run(config: Config, target: Path) -> dict[str, Any]:
+def from_run(config: Config, card: str, target: Path) -> dict[str, Any]:
     """Return the keyword arguments of `write` that come from a run; `target` is the final folder."""
     rounding = {"head_bits": config.export.head_bits, "snap_scales": config.export.snap_scales}
-    return {"method": config.method, "card": card(config), "name": target.name, **rounding}
+    return {"method": config.method, "card": card, "name": target.name, **rounding}
 
 
 def write(
