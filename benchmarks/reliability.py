@@ -550,7 +550,8 @@ def _soon() -> None:
 
 # Machines that are lost
 
-MACHINES = ("ce", "best", "muon")  # the cases that run there
+MACHINES = ("ce", "best", "muon")  # the cases that run there, without what comes before the steps: no upload is in it
+PLAIN = ("training.start=plain", "training.blockwise.enabled=false")
 
 
 @contextlib.contextmanager
@@ -622,8 +623,7 @@ def lost_machines(root: Path, count: int, draw: random.Random) -> Figures:
     """Kill runs `count` times and remove their folders, on each store; count those that end with the right bits."""
     figures: Figures = {"store_kills": 0, "store_kills_same_bits": 0, "store_resumes": 0, "store_broken": 0}
     for name in MACHINES:
-        if not (root / f"whole_{name}").exists():
-            must(command(CASES[name], root, root / f"whole_{name}"), root / "stores.log")
+        must([*command(CASES[name], root, root / f"lost_{name}"), *PLAIN], root / "stores.log")
     for store in (amazon, google):
         with store() as bucket:
             _lose_machines(root, bucket, count, draw, figures)
@@ -637,10 +637,10 @@ def _lose_machines(root: Path, bucket: str, count: int, draw: random.Random, fig
         out = root / f"machine_{bucket[:2]}_{number}"
         log = root / f"{out.name}.log"
         plain = command(CASES[name], root, out)
-        arguments = [*plain, f"training.upload_to={bucket}/{out.name}", "training.resume_from=latest"]
+        arguments = [*plain, *PLAIN, f"training.upload_to={bucket}/{out.name}", "training.resume_from=latest"]
         times, number = 0, number + 1
         while times < min(2, count - killed) and _lost(
-            arguments, out, log, draw.random() * 1.5 * _length(root / f"whole_{name}")
+            arguments, out, log, draw.random() * 1.5 * _length(root / f"lost_{name}")
         ):
             times += 1
         if not times:
@@ -649,7 +649,7 @@ def _lose_machines(root: Path, bucket: str, count: int, draw: random.Random, fig
         must(arguments, log)
         said = log.read_text()
         figures["store_kills"] += times
-        figures["store_kills_same_bits"] += times * same(root / f"whole_{name}", out)
+        figures["store_kills_same_bits"] += times * same(root / f"lost_{name}", out)
         figures["store_resumes"] += said.count("fetched from its store")
         figures["store_broken"] += said.count("an earlier one is tried")
 
