@@ -1,6 +1,6 @@
 """What is promised about runs and files, tried at random: kills, resumes, hostile files, failing stores.
 
-    python -m benchmarks.reliability [--quick] [--json] [--parts kills,resumes,mutants,code,uploads,folders] [--seed 0]
+    python -m benchmarks.reliability [--quick] [--json] [--parts kills,resumes,...] [--seed 0]
 
 kills     Runs of every objective and some methods get SIGKILL or SIGTERM at random moments, and are started again with
           the same command. `kills_same_bits` counts kills after which the run ended with the bits of an unbroken one.
@@ -10,6 +10,10 @@ mutants   Damaged and forged files of every kind (benchmarks/hostile.py): each i
 code      Folders and pickles that would write a file if their code ran.
 uploads   A store on loopback that answers 500, refuses, or is gone. Runs go on; a later one uploads what is missing.
 folders   A second run in a folder, with `--force` and with `resume_from=latest`.
+stores    Machines that are lost: runs that upload to an S3 server (moto) and a GCS emulator get SIGKILL at random
+          moments, their folders are removed, and the same command goes on with what the store has. With `--quick` only
+          if it is named. `store_resumes` counts runs that found a checkpoint there, `store_broken` checkpoints there
+          that were not whole.
 
 Everything happens on this machine, in a temporary folder. One process has imported the package, and runs are its forks.
 """
@@ -22,6 +26,8 @@ import pickle
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -542,6 +548,124 @@ def _soon() -> None:
     uploads.FIRST_WAIT, uploads.LONGEST_WAIT, uploads.LAST_TRY, mirror.FINAL_WAIT = 0.05, 0.1, 2.0, 2.0
 
 
+# Machines that are lost
+
+MACHINES = ("ce", "best", "muon")  # the cases that run there, without what comes before the steps: no upload is in it
+PLAIN = ("training.start=plain", "training.blockwise.enabled=false")
+
+
+@contextlib.contextmanager
+def amazon() -> Iterator[str]:
+    """An S3 server in a process of its own; the address of a bucket there."""
+    port = _free_port()
+    values = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    with (
+        _environment(AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", **values),
+        _server("moto.server", "-H", "127.0.0.1", "-p", str(port), port=port),
+    ):
+        urlopen(Request(f"http://127.0.0.1:{port}/machines", method="PUT"), timeout=10).close()
+        yield "s3://machines"
+
+
+@contextlib.contextmanager
+def google() -> Iterator[str]:
+    """A GCS emulator in a process of its own; the address of a bucket there."""
+    port = _free_port()
+    words = ("start", "--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=machines")
+    with (
+        _environment(STORAGE_EMULATOR_HOST=f"http://127.0.0.1:{port}", GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false"),
+        _server("gcp_storage_emulator", *words, port=port),
+    ):
+        yield "gs://machines"
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _server(module: str, *words: str, port: int) -> Iterator[None]:
+    """Run `python -m MODULE WORDS` until the block ends. Raises RuntimeError if nothing listens within a minute."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        end = time.monotonic() + 60
+        while not _listens(port):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{module} does not start; it comes with the extra `dev`")
+            time.sleep(0.1)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
+
+
+def lost_machines(root: Path, count: int, draw: random.Random) -> Figures:
+    """Kill runs `count` times and remove their folders, on each store; count those that end with the right bits."""
+    figures: Figures = {"store_kills": 0, "store_kills_same_bits": 0, "store_resumes": 0, "store_broken": 0}
+    for name in MACHINES:
+        must([*command(CASES[name], root, root / f"lost_{name}"), *PLAIN], root / "stores.log")
+    for store in (amazon, google):
+        with store() as bucket:
+            _lose_machines(root, bucket, count, draw, figures)
+    return figures
+
+
+def _lose_machines(root: Path, bucket: str, count: int, draw: random.Random, figures: Figures) -> None:
+    killed = number = 0
+    while killed < count:
+        name = MACHINES[number % len(MACHINES)]
+        out = root / f"machine_{bucket[:2]}_{number}"
+        log = root / f"{out.name}.log"
+        plain = command(CASES[name], root, out)
+        arguments = [*plain, *PLAIN, f"training.upload_to={bucket}/{out.name}", "training.resume_from=latest"]
+        times, number = 0, number + 1
+        while times < min(2, count - killed) and _lost(
+            arguments, out, log, draw.random() * 1.5 * _length(root / f"lost_{name}")
+        ):
+            times += 1
+        if not times:
+            continue
+        killed += times
+        must(arguments, log)
+        said = log.read_text()
+        figures["store_kills"] += times
+        figures["store_kills_same_bits"] += times * same(root / f"lost_{name}", out)
+        figures["store_resumes"] += said.count("fetched from its store")
+        figures["store_broken"] += said.count("an earlier one is tried")
+
+
+def _lost(arguments: Sequence[str], out: Path, log: Path, seconds: float) -> bool:
+    """Kill a run `seconds` after its first step, and remove its folder. Returns whether it was killed in time."""
+    pid = start(arguments, log)
+    _until_begun(out, pid)
+    time.sleep(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    killed = wait(pid) == -signal.SIGKILL
+    shutil.rmtree(out)
+    return killed
+
+
 # Two runs in one folder
 
 
@@ -583,11 +707,13 @@ def workplace() -> Iterator[tuple[Path, dict[str, Path]]]:
         yield root, {path.name: path for path in sorted(root.iterdir()) if path.name in hostile.READERS}
 
 
-PARTS = ("kills", "resumes", "mutants", "code", "uploads", "folders")
+QUICK = ("kills", "resumes", "mutants", "code", "uploads", "folders")
+PARTS = (*QUICK, "stores")
 
 
-def measure(quick: bool = False, parts: Sequence[str] = PARTS, seed: int = 0) -> Figures:
-    """All figures by name. With `quick`, few of everything."""
+def measure(quick: bool = False, parts: Sequence[str] = (), seed: int = 0) -> Figures:
+    """All figures by name, or those of `parts`. With `quick`, few of everything."""
+    parts = parts or (QUICK if quick else PARTS)
     figures: Figures = {}
     draw = random.Random(seed)
     with workplace() as (root, samples):
@@ -598,6 +724,7 @@ def measure(quick: bool = False, parts: Sequence[str] = PARTS, seed: int = 0) ->
             "code": lambda: code(samples, root),
             "uploads": lambda: failing_uploads(root),
             "folders": lambda: folders(root),
+            "stores": lambda: lost_machines(root, 3 if quick else 20, draw),
         }
         for part in parts:
             began = time.monotonic()
@@ -610,12 +737,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few of everything, in a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    figures = measure(args.quick, args.parts.split(","), args.seed)
+    figures = measure(args.quick, args.parts.split(",") if args.parts else (), args.seed)
     if args.json:
         print(json.dumps(figures))
     else:

@@ -7,6 +7,8 @@
 | `streams_8_over_1`, `streams_16_over_1` | tokens per second of so many streams over those of one |
 | `p95_over_median_mixed` | of the times from token to token, while long prompts come and half of their clients go |
 | `second_prompt_over_first` | times to the first token, for the same system prompt |
+| `structured_over_plain` | time from token to token of an answer by a JSON schema, over that of plain text |
+| `structured_short_over_plain` | the same if the schema's texts have at most 12 characters (`maxLength`) |
 | `soak_*` | `--soak`: requests of all kinds, half of them aborted; memory of the server before and after |
 
 Without FOLDER, it serves a ternary Llama with 1.1 B random parameters and an int8 head. The client is a process of its
@@ -29,6 +31,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
@@ -55,10 +58,11 @@ class Server:
     pid: int
     ends: tuple[int, ...]  # token ids that end an answer: with a bias, so that all answers have their full length
 
-    async def events(self, prompt: str | list[int], length: int) -> AsyncIterator[bytes]:
+    async def events(self, prompt: str | list[int], length: int, **more: Any) -> AsyncIterator[bytes]:
         """The events of one streamed completion, as they come. Whoever leaves early closes the connection."""
         values = {"model": "bench", "prompt": prompt, "max_tokens": length, "temperature": 0, "stream": True}
         values |= {"stream_options": {"include_usage": True}, "logit_bias": {str(end): -100 for end in self.ends}}
+        values |= more
         body = json.dumps(values).encode()
         lines = (b"POST /v1/completions HTTP/1.1", b"Host: localhost", b"Connection: close")
         about = (b"Content-Type: application/json", b"Content-Length: %d" % len(body))
@@ -81,12 +85,21 @@ class Server:
         last = b""
         async for event in self.events(prompt, length):
             last = event
-        return int(re.findall(rb'"completion_tokens":(\d+)', last)[-1])
+        return _tokens_of(last)
 
-    async def first(self, prompt: str | list[int]) -> float:
+    async def first(self, prompt: str | list[int], **more: Any) -> float:
         """Seconds to the first token of an answer."""
         start = time.perf_counter()
-        return (await self.times(prompt, 1))[0] - start
+        await anext(self.events(prompt, 1, **more))
+        return time.perf_counter() - start
+
+    async def pace(self, prompt: str | list[int], length: int, **more: Any) -> float:
+        """Seconds from token to token of one answer, without those to the first."""
+        times, last = [], b""
+        async for event in self.events(prompt, length, **more):
+            times.append(time.perf_counter())
+            last = event
+        return (times[-1] - times[0]) / (_tokens_of(last) - 1)
 
     def memory(self) -> float:
         """Memory that the process holds, in MB."""
@@ -110,6 +123,11 @@ def served(folder: Path, *options: str) -> Iterator[Server]:
         process.terminate()
         process.wait()
         process.stderr.close()
+
+
+def _tokens_of(event: bytes) -> int:
+    """How many tokens an answer has, by its last event."""
+    return int(re.findall(rb'"completion_tokens":(\d+)', event)[-1])
 
 
 def _ends(folder: Path) -> tuple[int, ...]:
@@ -197,6 +215,27 @@ async def prefixes(server: Server, rounds: int, draw: random.Random) -> dict[str
     }
 
 
+async def structured(server: Server, length: int, rounds: int) -> dict[str, float]:
+    """Time from token to token of answers by JSON schemas, and over that of plain text: medians of rounds in turns."""
+    await server.tokens(PROMPT, 4)
+    figures = {"structured_first_ms": 1000 * await server.first(PROMPT, response_format=form({}))}
+    forms: list[dict[str, Any]] = [{}, {"response_format": form({})}, {"response_format": form({"maxLength": 12})}]
+    rows = [[await server.pace(PROMPT, length, **more) for more in forms] for _ in range(rounds)]
+    for name, column in (("structured", 1), ("structured_short", 2)):
+        figures[f"{name}_over_plain"] = statistics.median(row[column] / row[0] for row in rows)
+        figures[f"{name}_us_more"] = 1e6 * statistics.median(row[column] - row[0] for row in rows)
+    return figures | {"plain_us": 1e6 * statistics.median(row[0] for row in rows)}
+
+
+def form(limits: dict[str, int]) -> dict[str, Any]:
+    """The format of an answer that is longer than any measurement. Its texts have `limits`."""
+    name, kind = {"type": "string", **limits}, {"enum": ["small", "large"]}
+    properties = {"name": name, "kind": kind, "count": {"type": "integer", "minimum": 0, "maximum": 999}}
+    item = {"type": "object", "properties": properties, "required": [*properties]}
+    schema = {"type": "array", "minItems": 10_000, "items": item}
+    return {"type": "json_schema", "json_schema": {"name": "list", "schema": schema}}
+
+
 async def soak(server: Server, seconds: float, draw: random.Random) -> dict[str, float]:
     """Requests of all kinds for some time, half of them aborted. Memory before it, in the middle and after it.
 
@@ -241,6 +280,7 @@ def measure(folder: Path, length: int, rounds: int, threads: int | None, soak_se
         figures |= {"tokens_per_s_1": one[0], "tokens_per_s_8": eight[0], "tokens_per_s_16": sixteen[0]}
         figures |= asyncio.run(mixed(server, 2 * length, draw))
         figures |= asyncio.run(prefixes(server, 2 * rounds + 1, draw))
+        figures |= asyncio.run(structured(server, length, 2 * rounds + 1))
         if soak_seconds:
             figures |= asyncio.run(soak(server, soak_seconds, draw))
     return figures

@@ -52,3 +52,17 @@ def test_the_benchmark_finds_nothing() -> None:
     assert figures["second_runs_refused"] == 2
     wrong = ("internal_errors", "hangs", "written_outside", "code_run", "runs_ended_by_upload", "uploads_missing")
     assert {name: figures[name] for name in wrong} == dict.fromkeys(wrong, 0)
+
+
+@pytest.mark.slow
+def test_a_lost_machine_is_followed_by_another_that_ends_with_the_same_bits() -> None:
+    """Runs are killed and their folders removed, with an S3 server and a GCS emulator as the store."""
+    for module in ("moto.server", "gcp_storage_emulator", "s3fs", "gcsfs"):
+        pytest.importorskip(module)
+    command = [sys.executable, "-m", "benchmarks.reliability", "--quick", "--parts", "stores", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["store_kills_same_bits"] == figures["store_kills"] == 6
+    assert figures["store_resumes"] > 0

@@ -20,7 +20,7 @@ from wrinklefree.serve.fallback import TransformersEngine
 from wrinklefree.serve.models import Limits, Model, Models, Offer, Opened
 
 torch.set_num_threads(1)
-CONTEXT = 200
+CONTEXT = 320
 PROMPT = "def main(arguments):\n    return"
 
 

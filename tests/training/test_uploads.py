@@ -1,5 +1,6 @@
 """Uploads beside a training: a store that fails ends nothing and loses nothing."""
 
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -143,3 +144,12 @@ def test_what_is_gone_is_not_said_to_be_there(tmp_path: Path, store: Store, capl
     store.held.set()
     assert "step_1: removed before it could be uploaded" in caplog.text
     assert "not uploaded to s3://.../run: step_2; they are in" in caplog.text
+
+
+def test_the_log_in_the_store_has_all_rows_before_its_checkpoints(folder: Path, store: Store) -> None:
+    """A machine may be lost between the two; rows past a checkpoint are left out by a resume, missing ones stay so."""
+    run(resolved(folder, "training.save_interval=2", "training.upload_to=s3://bucket/run"))
+    first = [name.rpartition("/")[2] for name in store.names]
+    assert first[0] == "training_log.csv"
+    assert any(checkpoint.is_step(name) for name in first)
+    assert all(before == "training_log.csv" for before, name in itertools.pairwise(first) if checkpoint.is_step(name))

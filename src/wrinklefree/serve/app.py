@@ -142,9 +142,13 @@ class Service:
         self.access.check_key(request)
         check_type(request)
         asked = schema.parse(responses.Asked, await _read(request, self.models.limits.body))
-        async with self.models.use(asked.model) as served:
-            answers = await _begin(served, asked.chat(), "input")
-        envelope = responses.ResponseEnvelope(asked)
+        try:
+            chat = asked.chat()
+            async with self.models.use(asked.model) as served:
+                answers = await _begin(served, chat, "input")
+        except ApiError as error:
+            raise responses.renamed(error) from None
+        envelope = responses.ResponseEnvelope(asked, tools_of(chat))
         if await self._finish(request, answers, asked.stream):
             return _Events(answers, envelope.events(answers[0]))
         return JSONResponse(envelope.whole(answers[0]))

@@ -6,6 +6,8 @@ are more than `training.save_total_limit` checkpoints in the store, the oldest a
 """
 
 import logging
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -30,7 +32,8 @@ REMOVED = "%s: removed before it could be uploaded"
 LAST_TRY = 60.0  # seconds that the end of a run waits for what is still missing
 
 
-# Files of the run folder that a run goes on with elsewhere. They are uploaded after each checkpoint.
+# Files of the run folder that a run goes on with elsewhere. They are uploaded before each checkpoint: a resume leaves
+# out rows of the log that are past its checkpoint, but could not make up for rows that are missing.
 ALONGSIDE = (CSV_NAME, WANDB_ID)
 
 
@@ -115,6 +118,7 @@ class Uploads:
                 self._waiting.remove(name)
             return True
         try:
+            self._send_log()
             storage.push(self.folder / name, f"{self.url}/{name}")
             self._after_checkpoint(name)
         except UserError as error:
@@ -130,17 +134,24 @@ class Uploads:
             self._done.add(name)
         return True
 
+    def _send_log(self) -> None:
+        """Upload a copy of the log, because the training writes on. Raises UserError if the store refuses."""
+        if self._record is None:
+            return
+        with tempfile.TemporaryDirectory() as aside:
+            for file in ALONGSIDE:
+                if (self._record.parent / file).is_file():
+                    copy = Path(shutil.copy2(self._record.parent / file, aside))
+                    storage.push(copy, f"{self.url}/{file}")
+
     def _after_checkpoint(self, name: str) -> None:
-        """Write down that a checkpoint is there, upload the log, and remove checkpoints that are too many.
+        """Write down that a checkpoint is there, and remove checkpoints that are too many.
 
         Raises UserError if the store refuses.
         """
         if self._record is None:
             return
         write_json(self._record, {"store": fingerprint(self.url), "done": sorted({*self._done, name})})
-        for file in ALONGSIDE:
-            if (self._record.parent / file).is_file():
-                storage.push(self._record.parent / file, f"{self.url}/{file}")
         if self.keep is not None:
             there = sorted((n for n in storage.names(self.url) if checkpoint.is_step(n)), key=checkpoint.number_of)
             for old in there[: -self.keep]:
