@@ -1,7 +1,7 @@
 """`--format compressed-tensors`: ternary weights as 2-bit symmetric integers, which vLLM reads.
 
 Each linear layer becomes `weight_packed` (int32, 16 codes per word), `weight_scale` and `weight_shape`. There is one
-scale per tensor, per row ("channel") or per group. Int8 activations become dynamic rounding per token.
+scale per row ("channel") or per group of columns. Int8 activations become dynamic rounding per token.
 """
 
 import copy
@@ -75,9 +75,7 @@ def _save(
 
     state = unquantized_state(model, layers) | packed
     for fqn, layer in layers.items():
-        state[f"{fqn}.weight_scale"] = (
-            layer.scales.contiguous() if layer.scales.numel() > 1 else layer.scales.reshape(1)
-        )
+        state[f"{fqn}.weight_scale"] = layer.scales.expand(len(layer.codes), -1).contiguous()
         state[f"{fqn}.weight_shape"] = torch.tensor(layer.codes.shape)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = copy.deepcopy(model.config)
@@ -112,8 +110,9 @@ def scheme(model: PreTrainedModel, layers: dict[str, Ternary]) -> dict[str, Any]
 
 
 def _weights(layer: Ternary) -> dict[str, Any]:
-    rows, groups = layer.scales.shape
-    kind: dict[str, Any] = {"strategy": "tensor"} if rows == 1 else {"strategy": "channel"}
+    # A scale for the whole tensor is repeated for each row: vLLM knows pack-quantized weights by channel or group only.
+    groups = layer.scales.shape[1]
+    kind: dict[str, Any] = {"strategy": "channel"}
     if groups > 1:
         kind = {"strategy": "group", "group_size": layer.codes.shape[1] // groups}
     return {"num_bits": 2, "type": "int", "symmetric": True, "dynamic": False, **kind}
