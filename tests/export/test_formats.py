@@ -152,6 +152,13 @@ def test_compressed_tensors_opens_in_plain_transformers(tmp_path: Path, granular
     assert group["weights"]["strategy"] == ("group" if granularity == "group" else "channel")
 
 
+def test_compressed_tensors_holds_rows_of_one_group_beside_rows_of_several(tmp_path: Path) -> None:
+    """Three groups of 32 columns in `down_proj`, whose inputs are 96 wide here, and one of 32 everywhere else."""
+    model = prepared(llama(hidden_size=32), norm_mode="none", granularity="group", group_size=32, activation_bits=None)
+    compressed_tensors.write(model, WORDS, tmp_path, BATCHES)
+    torch.testing.assert_close(logits(open_plainly(tmp_path)), logits(model), atol=1e-5, rtol=1e-4)
+
+
 def test_compressed_tensors_states_int8_activations(tmp_path: Path) -> None:
     compressed_tensors.write(prepared(llama(), norm_mode="none"), WORDS, tmp_path, BATCHES)
     group = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]

@@ -173,7 +173,7 @@ class Palettized(Linear):
 
     def __init__(self, layer: Palette, norms: list[Norm], bias: Tensor | None) -> None:
         super().__init__(norms, bias)
-        # The converter packs 1, 2, 4, 6 or 8 bits, so codes of 3 bits take 4, and the table gets entries that none names.
+        # The converter packs 1, 2, 4, 6 or 8 bits, so codes of 3 bits take 4, and the table is filled up with zeros.
         table = F.pad(layer.lut, (0, 2 ** stored_bits(layer.bits) - len(layer.lut)))
         self.palette = PalettizeModule(layer.index, table.reshape(1, 1, -1, 1))
         self.register_buffer("a", layer.a.T.reshape(layer.rank, 1, -1).contiguous())  # [r, 1, out]

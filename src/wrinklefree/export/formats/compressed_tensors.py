@@ -88,7 +88,8 @@ def _save(
 
 def scheme(model: PreTrainedModel, layers: dict[str, Ternary]) -> dict[str, Any]:
     """Return the `quantization_config`. Raises UserError if layers differ in the granularity of their scales."""
-    kinds = {json.dumps(_weights(layer), sort_keys=True) for layer in layers.values()}
+    sizes = {layer.codes.shape[1] // layer.scales.shape[1] for layer in layers.values() if layer.scales.shape[1] > 1}
+    kinds = {json.dumps(_weights(layer, sizes), sort_keys=True) for layer in layers.values()}
     if len(kinds) > 1:
         raise UserError(
             "--format compressed-tensors: layers differ in the granularity of their scales: use --format hf"
@@ -109,10 +110,11 @@ def scheme(model: PreTrainedModel, layers: dict[str, Ternary]) -> dict[str, Any]
     }
 
 
-def _weights(layer: Ternary) -> dict[str, Any]:
+def _weights(layer: Ternary, group_sizes: set[int]) -> dict[str, Any]:
+    """Return the arguments of a layer's integers. `group_sizes` are those of the layers with several groups a row."""
     # A scale for the whole tensor is repeated for each row: vLLM knows pack-quantized weights by channel or group only.
-    groups = layer.scales.shape[1]
+    columns, groups = layer.codes.shape[1], layer.scales.shape[1]
     kind: dict[str, Any] = {"strategy": "channel"}
-    if groups > 1:
-        kind = {"strategy": "group", "group_size": layer.codes.shape[1] // groups}
+    if groups > 1 or columns in group_sizes:  # a row that is one group wide
+        kind = {"strategy": "group", "group_size": columns // groups}
     return {"num_bits": 2, "type": "int", "symmetric": True, "dynamic": False, **kind}
