@@ -143,6 +143,8 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """A linear layer with the norms before it and its bias: [1, S, in] -> [1, S, out]."""
 
+    bias: Tensor | None
+
     def __init__(self, norms: list[Norm], bias: Tensor | None) -> None:
         super().__init__()
         self.norms = nn.Sequential(*norms)
@@ -171,13 +173,15 @@ class Dense(Linear):
 class Palettized(Linear):
     """A table, codes and low-rank scales; the table is looked up when the program runs."""
 
+    b: Tensor | None  # [r, 1, in]; none if it is all ones
+
     def __init__(self, layer: Palette, norms: list[Norm], bias: Tensor | None) -> None:
         super().__init__(norms, bias)
         # The converter packs 1, 2, 4, 6 or 8 bits, so codes of 3 bits take 4, and the table is filled up with zeros.
         table = F.pad(layer.lut, (0, 2 ** stored_bits(layer.bits) - len(layer.lut)))
         self.palette = PalettizeModule(layer.index, table.reshape(1, 1, -1, 1))
         self.register_buffer("a", layer.a.T.reshape(layer.rank, 1, -1).contiguous())  # [r, 1, out]
-        self.register_buffer("b", layer.b.reshape(layer.rank, 1, -1) if layer.has_b() else None)  # [r, 1, in]
+        self.register_buffer("b", layer.b.reshape(layer.rank, 1, -1) if layer.has_b() else None)
 
     def product(self, x: Tensor) -> Tensor:
         a, b = self.get_buffer("a"), self.b
