@@ -5,7 +5,7 @@ PYTHON ?= python3
 NATIVE := $(wildcard native/*.cpp native/*.h native/*.inc native/tests/*.cpp native/tests/*.h)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo docs test test-all test-gguf sanitize wheels lint format clean
+.PHONY: demo docs test test-all test-gguf test-coreai sanitize wheels lint format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,11 @@ test-all: lint
 test-gguf: $(VENV)/installed-dev
 	$(PIP) 'llama-cpp-python>=0.3.36'
 	$(PYTEST) -m llamacpp
+
+# Installs Apple's converter and runtime (wheels for Linux and macOS), writes assets and runs them on this CPU.
+test-coreai: $(VENV)/installed-dev
+	$(PIP) --editable '.[coreai]'
+	$(PYTEST) tests/export/test_coreai.py
 
 # The native library's own tests under the address and undefined-behaviour sanitizers, with the fastest and the plainest kernels.
 sanitize: $(VENV)/installed-dev

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import family, ids, llama, qwen, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -143,6 +144,19 @@ def test_compressed_tensors_opens_in_plain_transformers(tmp_path: Path, granular
     torch.testing.assert_close(logits(open_plainly(tmp_path)), logits(model), atol=1e-5, rtol=1e-4)
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size < 0.5 * sum(p.numel() * 4 for p in model.parameters())
+    # vLLM makes room for [out, groups] scales, and takes no strategy but these two.
+    fqn, layer = next(iter(quant_layers(model).items()))
+    scales = load_file(tmp_path / "model.safetensors")[f"{fqn}.weight_scale"]
+    assert scales.shape == (layer.out_features, layer.in_features // 32 if granularity == "group" else 1)
+    group = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert group["weights"]["strategy"] == ("group" if granularity == "group" else "channel")
+
+
+def test_compressed_tensors_holds_rows_of_one_group_beside_rows_of_several(tmp_path: Path) -> None:
+    """Three groups of 32 columns in `down_proj`, whose inputs are 96 wide here, and one of 32 everywhere else."""
+    model = prepared(llama(hidden_size=32), norm_mode="none", granularity="group", group_size=32, activation_bits=None)
+    compressed_tensors.write(model, WORDS, tmp_path, BATCHES)
+    torch.testing.assert_close(logits(open_plainly(tmp_path)), logits(model), atol=1e-5, rtol=1e-4)
 
 
 def test_compressed_tensors_states_int8_activations(tmp_path: Path) -> None:

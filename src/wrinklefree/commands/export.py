@@ -51,7 +51,7 @@ def write_all(run: Path, out: Path | None, force: bool, trust_remote_code: bool,
     source = opened(run, trust_remote_code)
     rows, refusals, failed = [], [], None
     for format, target in targets.items():
-        own = {name: value for name, value in chosen.items() if options()[name][0] == format}
+        own = {name: value for name, value in chosen.items() if format in options()[name][0]}
         print(f"{format} ...", flush=True)
         try:
             check_package(format)
@@ -93,7 +93,7 @@ def lossless(table: dict[str, str]) -> str:
 def refuse_foreign(format: str, chosen: dict[str, Any]) -> None:
     """Raise UserError for an option that belongs to another format."""
     for name in chosen:
-        owner = options()[name][0]
-        if owner != format:
+        owners = options()[name][0]
+        if format not in owners:
             flag = f"--{name}".replace("_", "-")
-            raise UserError(f"{flag}: has no effect with --format {format}, it is for --format {owner}")
+            raise UserError(f"{flag}: has no effect with --format {format}, it is for --format {' and '.join(owners)}")

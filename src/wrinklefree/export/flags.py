@@ -39,9 +39,13 @@ def module_name(path: Path) -> str:
     return path.parent.name if path.stem == "__init__" else path.stem
 
 
-def options() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return {option: (flag of its format, its entry in OPTIONS)} for all formats."""
-    return {name: (flag, spec) for flag, path in formats().items() for name, spec in options_of(path).items()}
+def options() -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """Return {option: (flags of the formats that have it, its entry in OPTIONS)} for all formats."""
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for flag, path in formats().items():
+        for name, spec in options_of(path).items():
+            found.setdefault(name, ([], spec))[0].append(flag)
+    return found
 
 
 def options_of(path: Path) -> Options:

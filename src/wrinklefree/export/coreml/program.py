@@ -14,7 +14,6 @@ Padding after the end of a text does no harm: its columns are overwritten before
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import coremltools as ct
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wrinklefree.core.method import QuantLinear
+from wrinklefree.export.views.decoder import Sizes
 from wrinklefree.export.views.lut import Palette
 from wrinklefree.families.bitnet import norm_beside
 
@@ -35,17 +35,6 @@ Array = npt.NDArray[Any]
 
 HIDDEN_LOGIT = -3e4  # added to the scores of later columns; fp16 ends at -65504
 INDEX_TYPES = {2: types.np_uint2_dtype, 3: types.np_uint3_dtype, 4: types.np_uint4_dtype}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the attention and of its cache."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    context: int  # columns of the cache
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """`--format compressed-tensors`: ternary weights as 2-bit symmetric integers, which vLLM reads.
 
 Each linear layer becomes `weight_packed` (int32, 16 codes per word), `weight_scale` and `weight_shape`. There is one
-scale per tensor, per row ("channel") or per group. Int8 activations become dynamic rounding per token.
+scale per row ("channel") or per group of columns. Int8 activations become dynamic rounding per token.
 """
 
 import copy
@@ -75,9 +75,7 @@ def _save(
 
     state = unquantized_state(model, layers) | packed
     for fqn, layer in layers.items():
-        state[f"{fqn}.weight_scale"] = (
-            layer.scales.contiguous() if layer.scales.numel() > 1 else layer.scales.reshape(1)
-        )
+        state[f"{fqn}.weight_scale"] = layer.scales.expand(len(layer.codes), -1).contiguous()
         state[f"{fqn}.weight_shape"] = torch.tensor(layer.codes.shape)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = copy.deepcopy(model.config)
@@ -90,7 +88,8 @@ def _save(
 
 def scheme(model: PreTrainedModel, layers: dict[str, Ternary]) -> dict[str, Any]:
     """Return the `quantization_config`. Raises UserError if layers differ in the granularity of their scales."""
-    kinds = {json.dumps(_weights(layer), sort_keys=True) for layer in layers.values()}
+    sizes = {layer.codes.shape[1] // layer.scales.shape[1] for layer in layers.values() if layer.scales.shape[1] > 1}
+    kinds = {json.dumps(_weights(layer, sizes), sort_keys=True) for layer in layers.values()}
     if len(kinds) > 1:
         raise UserError(
             "--format compressed-tensors: layers differ in the granularity of their scales: use --format hf"
@@ -111,9 +110,11 @@ def scheme(model: PreTrainedModel, layers: dict[str, Ternary]) -> dict[str, Any]
     }
 
 
-def _weights(layer: Ternary) -> dict[str, Any]:
-    rows, groups = layer.scales.shape
-    kind: dict[str, Any] = {"strategy": "tensor"} if rows == 1 else {"strategy": "channel"}
-    if groups > 1:
-        kind = {"strategy": "group", "group_size": layer.codes.shape[1] // groups}
+def _weights(layer: Ternary, group_sizes: set[int]) -> dict[str, Any]:
+    """Return the arguments of a layer's integers. `group_sizes` are those of the layers with several groups a row."""
+    # A scale for the whole tensor is repeated for each row: vLLM knows pack-quantized weights by channel or group only.
+    columns, groups = layer.codes.shape[1], layer.scales.shape[1]
+    kind: dict[str, Any] = {"strategy": "channel"}
+    if groups > 1 or columns in group_sizes:  # a row that is one group wide
+        kind = {"strategy": "group", "group_size": columns // groups}
     return {"num_bits": 2, "type": "int", "symmetric": True, "dynamic": False, **kind}

@@ -20,37 +20,29 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import quant_layers, rounds_inputs
 from wrinklefree.export.proof.agreement import Agreement, compare, judge
 from wrinklefree.export.proof.certify import CertificateError
+from wrinklefree.export.views.decoder import Sizes, attention_sizes, refuse_other_decoders
 from wrinklefree.export.views.lut import Palette, palettes
-from wrinklefree.export.views.settings import refuse_settings
-from wrinklefree.families.architectures import FAMILIES, FIXED_ROPES, head_dim
 from wrinklefree.tracking.terminal import short_size
-
-if TYPE_CHECKING:
-    from wrinklefree.export.coreml.program import Sizes
 
 NEEDS = "coremltools"
 NEXT = "on macOS 15, coremltools.models.MLModel('{target}/model.mlpackage', function_name='prefill')"
 OPTIONS = {
     "factored_rank": {
         "min": 0,
-        "help": "Core ML: layers with more scale products than this (default 8) become fp16 weights.",
+        "help": "Core ML, Core AI: layers with more scale products than this (default 8) become fp16 weights.",
     }
 }
 
-ARCHITECTURES = tuple(family.causal_lm for family in FAMILIES if family.coreml)
-
 PREFILL = 64  # ids at a time
-CONTEXT = 2048  # columns of the cache, if the model has so many positions
 SEQUENCES, TOKENS = 4, 256  # texts that are compared, and tokens of each
 KL_CONSTANTS = 1e-5  # nats allowed for embeddings, norms and rotary tables in fp16; measured on `tiny`: 1e-7
 KL_ACTIVATIONS = 0.05  # nats allowed for activations that are no longer rounded to int8
@@ -68,7 +60,7 @@ def write(
     Raises UserError if the program cannot express the model, CertificateError if the package is not the trained model.
     """
     require_coremltools()
-    refuse(model)
+    refuse_other_decoders(model, "coreml")
     layers = palettes(model, "coreml")
     sizes = attention_sizes(model)
     package = folder / "model.mlpackage"
@@ -104,32 +96,7 @@ def require_coremltools() -> None:
     import coremltools  # noqa: F401
 
 
-def refuse(model: PreTrainedModel) -> None:
-    """Raises UserError if the program would not compute what the model does."""
-    name, config = type(model).__name__, model.config
-    if name not in ARCHITECTURES:
-        raise UserError(f"--format coreml: {name} is none of {', '.join(ARCHITECTURES)}: use --format dense or hf")
-    if config.hidden_act != "silu":
-        raise UserError(f"--format coreml: activation {config.hidden_act}; the program has silu: use --format dense")
-    if config.rope_parameters["rope_type"] not in FIXED_ROPES:
-        raise UserError(
-            f"--format coreml: rotary positions of type {config.rope_parameters['rope_type']} depend on the length of "
-            f"the text: use --format dense"
-        )
-    # The rotary tables are the model's own, whatever made them.
-    refuse_settings(model, "coreml", ("attention_bias", "mlp_bias"), rope=config.rope_parameters)
-
-
-def attention_sizes(model: PreTrainedModel) -> "Sizes":
-    """Return the sizes of the model's attention and of its cache."""
-    from wrinklefree.export.coreml.program import Sizes
-
-    c = model.config
-    context = min(c.max_position_embeddings, CONTEXT)
-    return Sizes(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, head_dim(c.to_dict()), context)
-
-
-def save(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", package: Path, factored: int) -> None:
+def save(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: Sizes, package: Path, factored: int) -> None:
     """Write a package with the functions `prefill` and `decode`, which share one copy of the weights."""
     import coremltools as ct
 
@@ -199,7 +166,7 @@ def _same_palette(operations: Mapping[str, Any], name: str, layer: Palette) -> b
     )
 
 
-def predicted_bytes(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: "Sizes", factored: int) -> int:
+def predicted_bytes(model: PreTrainedModel, layers: Mapping[str, Palette], sizes: Sizes, factored: int) -> int:
     """Return the size of the weights file in bytes. It may be smaller, because equal constants are stored once."""
     # The file has a header of 64 bytes. Each constant has one too, and is padded to a multiple of 64 (except the last).
     # Constants of fewer than 10 entries are in the program instead.

@@ -1,0 +1,1 @@
+"""Core AI programs: a decoder that converts, and what is read back from the file."""
