@@ -1,10 +1,11 @@
-"""Writes a byte-level BPE tokenizer into a GGUF file, and reads it from there.
+"""Writes a tokenizer into a GGUF file, and reads it from there: byte-level BPE, or pieces as of SentencePiece.
 
 llama.cpp knows ways of cutting text before BPE by name. A tokenizer is written if each of its parts is one that such a
-name stands for, compared by value. Any other part is refused.
+name stands for, compared by value. Any other part is refused. gguf/pieces.py has the other kind.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.families.foreign import refused_in_one_line
+from wrinklefree.gguf import pieces
 from wrinklefree.gguf.header import Header, read_header
 
 SPLIT = (
@@ -75,20 +77,15 @@ def add(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
     """Write the tokenizer into a file. Raises UserError if a part of it changes ids, and llama.cpp does not know it."""
     import gguf
 
-    pieces = json.loads(tokenizer.backend_tokenizer.to_str())
-    cut = cut_of(pieces)
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}
     if max(by_id) >= vocab_size:
         raise UserError(f"--format gguf: the tokenizer has {max(by_id) + 1} tokens, the model {vocab_size} embeddings")
     kinds = [gguf.TokenType.NORMAL if i in by_id else gguf.TokenType.UNUSED for i in range(vocab_size)]
-    for entry in pieces["added_tokens"]:
+    for entry in parts["added_tokens"]:
         kinds[entry["id"]] = gguf.TokenType.CONTROL if entry["special"] else gguf.TokenType.USER_DEFINED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(cut)
-    writer.add_token_list([by_id.get(i, f"[PAD{i}]") for i in range(vocab_size)])
-    writer.add_token_types(kinds)
-    merges = pieces["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    tokens = [by_id.get(i, f"[PAD{i}]") for i in range(vocab_size)]
+    (_add_pieces if pieces.has_pieces(parts) else _add_bytes)(writer, parts, tokens, kinds)
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     if tokenizer.eos_token_id is not None:
@@ -102,6 +99,41 @@ def add(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         writer.add_chat_template(tokenizer.chat_template)
 
 
+def _add_bytes(writer: Any, parts: dict[str, Any], tokens: list[str], kinds: list[int]) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(cut_of(parts))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    merges = parts["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+
+
+def _add_pieces(writer: Any, parts: dict[str, Any], tokens: list[str], kinds: list[int]) -> None:
+    fault = pieces.fault(parts)
+    if fault is not None:
+        raise _refused(*fault)
+    _refuse_stripping(parts)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(pieces.scores_of(parts, tokens))
+    writer.add_token_types(pieces.kinds_of(parts, tokens, kinds))
+    writer.add_add_space_prefix(bool(pieces.space_in_front(parts)))
+    unknown = parts["model"].get("unk_token")
+    if unknown in tokens:
+        writer.add_unk_token_id(tokens.index(unknown))
+
+
+def probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts that have to have the same ids in the file: all of `PROBES`, and each special token within a text.
+
+    Without those that Metaspace puts no space in front of, where llama.cpp puts one (gguf/pieces.py).
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    texts = [*PROBES, *(f"x{token}y {token}" for token in tokenizer.all_special_tokens)]
+    return [text for text in texts if not pieces.lacks_space(parts, text)]
+
+
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether BOS and EOS stand around every text. Raises UserError if other tokens do."""
     bare, ids = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
@@ -112,12 +144,12 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     return bool(before), bool(after)
 
 
-def cut_of(pieces: dict[str, Any]) -> str:
+def cut_of(parts: dict[str, Any]) -> str:
     """Return llama.cpp's name for the way text is cut before BPE.
 
     Raises UserError for the first part of the tokenizer that llama.cpp does not know.
     """
-    model, steps = pieces["model"], pieces["pre_tokenizer"] or {}
+    model, steps = parts["model"], parts["pre_tokenizer"] or {}
     for name, allowed in MODEL.items():
         if model.get(name, allowed[0]) not in allowed:
             raise _refused(f"model.{name}", model[name])
@@ -130,21 +162,25 @@ def cut_of(pieces: dict[str, Any]) -> str:
         raise _refused("pre_tokenizer", json.dumps(found, ensure_ascii=False))
     if model.get("ignore_merges", False) != (cut in WHOLE_WORDS):
         raise _refused("model.ignore_merges", model.get("ignore_merges", False))
-    if pieces["normalizer"] is not None and not (pieces["normalizer"] == {"type": "NFC"} and cut in COMPOSED):
-        raise _refused("normalizer", json.dumps(pieces["normalizer"], ensure_ascii=False))
-    if (pieces["decoder"] or {}).get("type") != "ByteLevel":
-        raise _refused("decoder", json.dumps(pieces["decoder"], ensure_ascii=False))
-    for entry in pieces["added_tokens"]:
+    if parts["normalizer"] is not None and not (parts["normalizer"] == {"type": "NFC"} and cut in COMPOSED):
+        raise _refused("normalizer", json.dumps(parts["normalizer"], ensure_ascii=False))
+    if (parts["decoder"] or {}).get("type") != "ByteLevel":
+        raise _refused("decoder", json.dumps(parts["decoder"], ensure_ascii=False))
+    _refuse_stripping(parts)
+    return cut
+
+
+def _refuse_stripping(parts: dict[str, Any]) -> None:
+    for entry in parts["added_tokens"]:
         odd = [flag for flag in STRIPPING if entry[flag]]
         if odd:
             raise _refused(f"added token {entry['content']!r}", odd[0])
-    return cut
 
 
 def _refused(part: str, value: Any) -> UserError:
     return UserError(
         f"--format gguf: the tokenizer's {part} ({value}) is not written, only byte-level BPE as of GPT-2, SmolLM, "
-        f"Qwen2 and Llama 3: use --format dense and llama.cpp's own converter"
+        f"Qwen2 and Llama 3, and pieces as of Llama 2: use --format dense and llama.cpp's own converter"
     )
 
 
@@ -221,31 +257,45 @@ def _template(header: Header, named: Mapping[str, str | None], tokens: list[str]
 
 
 def _rebuilt(header: Header) -> Tokenizer:
-    """Raises UserError for a tokenizer that is no byte-level BPE of a known kind, or whose lists do not fit."""
-    kind, cut = (header.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if kind != "gpt2" or cut not in CUTS:
-        raise UserError(
-            f"{header.file}: its tokenizer is {str(kind)[:99]!r}, cut as {str(cut)[:99]!r}: only byte-level BPE of "
-            f"{', '.join(CUTS)} is read"
-        )
+    """Raises UserError for a tokenizer of a kind that is not known, or whose lists do not fit."""
+    kind = header.metadata.get("tokenizer.ggml.model")
     tokens, kinds = _field(header, "tokens", list), _field(header, "token_type", list)
-    merges = header.metadata.get("tokenizer.ggml.merges", [])
-    vocabulary = {token: i for i, token in enumerate(tokens) if isinstance(token, str)}
-    if not len(vocabulary) == len(tokens) == len(kinds):
-        raise UserError(f"{header.file}: {len(tokens)} tokens, {len(vocabulary)} of them different, {len(kinds)} types")
-    pairs = [(m.partition(" ")[0], m.partition(" ")[2]) for m in merges if isinstance(m, str)]
+    different = len({token for token in tokens if isinstance(token, str)})
+    if not different == len(tokens) == len(kinds):
+        raise UserError(f"{header.file}: {len(tokens)} tokens, {different} of them different, {len(kinds)} types")
     with refused_in_one_line(f"{header.file}: its tokenizer cannot be used"):
-        inner = Tokenizer(BPE(vocabulary, pairs, ignore_merges=cut in WHOLE_WORDS))
-        steps = [step | ({"trim_offsets": True} if step["type"] == "ByteLevel" else {}) for step in CUTS[cut]]
-        pieces = json.loads(inner.to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
-        inner = Tokenizer.from_str(json.dumps(pieces))
-        inner.decoder = ByteLevelDecoder()
-        for number, special in ((CONTROL, True), (USER_DEFINED, False)):
+        inner = _of_pieces(header, tokens, kinds) if kind == "llama" else _of_bytes(header, tokens)
+        for number, special in ((CONTROL, True), (pieces.UNKNOWN, True), (USER_DEFINED, False)):
             inner.add_tokens(
                 [
                     AddedToken(token, special=special, normalized=False)
-                    for token, kind in zip(tokens, kinds, strict=True)
-                    if kind == number
+                    for token, found in zip(tokens, kinds, strict=True)
+                    if found == number
                 ]
             )
     return inner
+
+
+def _of_bytes(header: Header, tokens: list[str]) -> Tokenizer:
+    kind, cut = (header.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if kind != "gpt2" or cut not in CUTS:
+        raise UserError(
+            f"{header.file}: its tokenizer is {str(kind)[:99]!r}, cut as {str(cut)[:99]!r}: only pieces as of Llama 2 "
+            f"and byte-level BPE of {', '.join(CUTS)} are read"
+        )
+    merges = header.metadata.get("tokenizer.ggml.merges", [])
+    pairs = [(m.partition(" ")[0], m.partition(" ")[2]) for m in merges if isinstance(m, str)]
+    inner = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, pairs, ignore_merges=cut in WHOLE_WORDS))
+    steps = [step | ({"trim_offsets": True} if step["type"] == "ByteLevel" else {}) for step in CUTS[cut]]
+    parts = json.loads(inner.to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    inner = Tokenizer.from_str(json.dumps(parts))
+    inner.decoder = ByteLevelDecoder()
+    return inner
+
+
+def _of_pieces(header: Header, tokens: list[str], kinds: list[int]) -> Tokenizer:
+    scores = _field(header, "scores", list)
+    if len(scores) != len(tokens) or not all(isinstance(score, float) and math.isfinite(score) for score in scores):
+        raise UserError(f"{header.file}: {len(tokens)} tokens, and {len(scores)} scores, not all of them numbers")
+    in_front = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    return pieces.rebuilt(tokens, kinds, scores, in_front is not False)

@@ -105,7 +105,7 @@ def write(
         ["bits per quantized weight", f"{bits(plan, layers):.4f}"],
         ["embeddings and head", gguf_embedding.upper()],
         *([["runs with", "llama.cpp of July 2026 or newer"]] if set(used) & set(NEW) else []),
-        ["texts with the same token ids", f"{len(tokens.PROBES)} of {len(tokens.PROBES)}"],
+        ["texts with the same token ids", _same_ids(tokenizer)],
         *measured(file, model, list(batches), gguf_embedding).rows(),
         *read_back(file, model, arch, set(plan.values())),
     ]
@@ -282,11 +282,17 @@ def check(file: Path, model: PreTrainedModel, layers: Mapping[str, Levels]) -> N
 def check_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises CertificateError if the tokenizer in the file gives other ids for a probe or a special token."""
     inside = tokens.read(file)
-    special = [f"x{token}y {token}" for token in tokenizer.all_special_tokens]
-    for text in (*tokens.PROBES, *special):
+    for text in tokens.probes(tokenizer):
         expected = tokenizer(text, add_special_tokens=False).input_ids
         if inside.encode(text, add_special_tokens=False).ids != expected:
             raise CertificateError(f"{file.name}: the tokenizer in it gives other ids for {text!r}")
+
+
+def _same_ids(tokenizer: PreTrainedTokenizerBase) -> str:
+    """For how many texts `check_tokens` has found the same ids, and which it has left out."""
+    tried, all_of_them = len(tokens.probes(tokenizer)), len(tokens.PROBES) + len(tokenizer.all_special_tokens)
+    left_out = "" if tried == all_of_them else "; in front of the others llama.cpp puts a space"
+    return f"{tried} of {all_of_them}{left_out}"
 
 
 @torch.no_grad()
