@@ -15,7 +15,29 @@ from tiny import family, ids, llama, qwen, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from toyrun import overrides, toy_files
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
 from typer.testing import CliRunner
 
 from wrinklefree.cli import app
@@ -294,6 +316,66 @@ def test_qwen_has_its_own_architecture_with_biases_and_norms(tmp_path: Path) -> 
         assert {extra, "output.weight"} <= stored_tensors(out / "model.gguf").keys()
 
 
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 32, "sliding_window": 20, "head_dim": 32}
+OTHERS = {
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 40}, "llama", "blk.1.ffn_gate.weight"),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {}, "smollm3", "blk.1.ffn_gate.weight"),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {}, "phi3", "blk.1.attn_qkv.weight"),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, GEMMA, "gemma2", "blk.1.post_ffw_norm.weight"),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, GEMMA, "gemma3", "blk.1.attn_q_norm.weight"),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {}, "olmo2", "blk.1.post_attention_norm.weight"),
+    "granite": (GraniteForCausalLM, GraniteConfig, {"residual_multiplier": 0.5}, "granite", "blk.1.attn_norm.weight"),
+    "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, {}, "starcoder2", "blk.1.attn_norm.bias"),
+}
+HALF_ROTATED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+READ_BY_TRANSFORMERS = ("mistral", "phi3", "gemma2", "gemma3", "starcoder2")
+
+
+def other(name: str, **changed: Any) -> PreTrainedModel:
+    """A random toy of a family, with gains and biases that matter."""
+    model_class, config, values, *_ = OTHERS[name]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 262, "max_position_embeddings": 64}
+    ends = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    model = model_class(config(**(sizes | ends | values | changed))).eval()
+    for fqn, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm" in fqn and "gemma" not in name), std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_are_written_and_read_back(name: str, tmp_path: Path) -> None:
+    *_, arch, tensor = OTHERS[name]
+    rows = dict(gguf_export.write(prepared(other(name), norm_mode="none"), bytes_tokenizer(), tmp_path, [], "tq1_0"))
+    assert field(tmp_path / "model.gguf", "general.architecture") == arch
+    assert tensor in stored_tensors(tmp_path / "model.gguf")
+    assert rows["read back by transformers"].startswith("yes" if name in READ_BY_TRANSFORMERS else "no")
+
+
+def test_a_mistral_says_no_longer_context_than_its_window(tmp_path: Path) -> None:
+    gguf_export.write(prepared(other("mistral"), norm_mode="none"), bytes_tokenizer(), tmp_path, [], "tq1_0")
+    assert field(tmp_path / "model.gguf", "llama.context_length") == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "words"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 31}, "query_pre_attn_scalar is 31"),
+        ("gemma3", {"layer_types": ["full_attention"] * 7}, "layer_types"),
+        ("smollm3", {"no_rope_layers": [1] * 7}, "no_rope_layers"),
+        ("phi3", {"rope_parameters": HALF_ROTATED}, "partial_rotary_factor"),
+        ("olmo2", {"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_what_an_architecture_takes_for_granted_is_compared(
+    name: str, changed: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        gguf_export.write(prepared(other(name, **changed), norm_mode="none"), bytes_tokenizer(), tmp_path, [])
+
+
 def test_the_tokenizer_is_in_the_file(tmp_path: Path) -> None:
     words = bytes_tokenizer()
     gguf_export.write(prepared(llama(**WIDE)), words, tmp_path, [])
@@ -474,7 +556,7 @@ def test_a_tokenizer_that_differs_in_the_file_is_noticed(tmp_path: Path, monkeyp
 
 
 def test_a_file_that_transformers_reads_otherwise_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_export, "refuse_settings", lambda *args: None)
+    monkeypatch.setattr(gguf_export, "refuse_model", lambda *args: None)
     model = prepared(windowed_wide(), norm_mode="none")
     with pytest.raises(CertificateError, match="KL to the trained model"):
         gguf_export.write(model, bytes_tokenizer(), tmp_path, [])

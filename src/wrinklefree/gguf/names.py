@@ -19,19 +19,33 @@ LAYER_PARTS = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_BEHIND = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+# Parts of a layer, by llama.cpp's name of the architecture. Those that are missing here have LAYER_PARTS.
+PARTS = {
+    "phi3": LAYER_PARTS | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
+    "gemma2": LAYER_PARTS | _BEHIND | {"pre_feedforward_layernorm": "ffn_norm"},
+    "gemma3": LAYER_PARTS | _BEHIND | {"pre_feedforward_layernorm": "ffn_norm"},
+    "olmo2": LAYER_PARTS | _BEHIND,
+    "starcoder2": LAYER_PARTS | {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+}
+# llama.cpp pairs the rotary dimensions (i, i + 1) in these, transformers pairs (i, i + d/2).
+PAIRED = ("llama", "smollm3", "granite")
+# Files have 1 + the weight of these norms, with which llama.cpp multiplies.
+ABOVE_ONE = ("gemma2", "gemma3")
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 OURS = {theirs: ours for ours, theirs in LAYER_PARTS.items()}
 OURS_TOP = {theirs: ours for ours, theirs in TOP.items()}
 
 
-def gguf_name(name: str) -> str | None:
+def gguf_name(name: str, arch: str = "llama") -> str | None:
     """Return llama.cpp's name for a tensor that transformers calls `name`, or None if it has none."""
+    parts = PARTS.get(arch, LAYER_PARTS)
     module, _, kind = name.rpartition(".")
     if module in TOP:
         return f"{TOP[module]}.{kind}"
     number, _, part = module.removeprefix("model.layers.").partition(".")
-    return f"blk.{number}.{LAYER_PARTS[part]}.{kind}" if part in LAYER_PARTS else None
+    return f"blk.{number}.{parts[part]}.{kind}" if part in parts else None
 
 
 def own_name(name: str) -> str | None:
@@ -45,9 +59,13 @@ def own_name(name: str) -> str | None:
 
 def heads_of(name: str, arch: str, heads: int, kv_heads: int) -> int | None:
     """How many heads the rows of the tensor `name` (transformers') belong to, if llama.cpp wants them in its order."""
-    # llama.cpp's `llama` pairs the rotary dimensions (i, i + 1), transformers pairs (i, i + d/2).
     part = name.split(".")[-2]
-    return {"q_proj": heads, "k_proj": kv_heads}.get(part) if arch == "llama" else None
+    return {"q_proj": heads, "k_proj": kv_heads}.get(part) if arch in PAIRED else None
+
+
+def above_one(name: str, arch: str) -> float:
+    """What llama.cpp's tensor has more than that which transformers calls `name`."""
+    return 1.0 if arch in ABOVE_ONE and name.endswith("norm.weight") else 0.0
 
 
 def paired(rows: Tensor, heads: int | None) -> Tensor:

@@ -37,7 +37,7 @@ Merge = tuple[str, str]
 
 def has_pieces(parts: Mapping[str, Any]) -> bool:
     """Whether a tokenizer.json is of this kind."""
-    return bool(parts["model"].get("byte_fallback"))
+    return bool(parts["model"].get("byte_fallback")) and "ByteLevel" not in json.dumps(parts["pre_tokenizer"])
 
 
 def fault(parts: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from wrinklefree.core.errors import UserError
 from wrinklefree.gguf.blocks import INTEGERS, Array, decoded
 from wrinklefree.gguf.header import Header
-from wrinklefree.gguf.names import gguf_name, halved
+from wrinklefree.gguf.names import above_one, gguf_name, halved
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -17,7 +17,8 @@ def read_weight(header: Header, name: str, heads: int | None = None) -> Tensor:
 
     Raises UserError if the file has none, if the package `gguf` is needed for its type, or if it does not know it.
     """
-    theirs = gguf_name(name)
+    arch = str(header.metadata.get("general.architecture"))
+    theirs = gguf_name(name, arch)
     if theirs is None or theirs not in header.tensors:
         raise UserError(f"{header.file}: {theirs or name} is missing")
     tensor = header.tensors[theirs]
@@ -28,7 +29,7 @@ def read_weight(header: Header, name: str, heads: int | None = None) -> Tensor:
         values = torch.from_numpy(decoded(tensor.kind, np.array(data)))
     else:
         values = torch.from_numpy(_by_the_library(header, tensor.kind, np.array(data)))
-    return halved(values.reshape(tensor.shape), heads)
+    return halved(values.reshape(tensor.shape), heads) - above_one(name, arch)
 
 
 def _by_the_library(header: Header, kind: str, data: Array) -> Array:

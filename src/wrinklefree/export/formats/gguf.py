@@ -7,8 +7,9 @@
 | embeddings, head | F16, or rounded to Q8_0 or Q6_K | 16, 8.5, 6.5625 |
 | norms, biases | F32 | 32 |
 
-A model with SubLN becomes llama.cpp's arch `bitnet`; others become `llama`, `qwen2` or `qwen3`. Logits are close to
-the trained ones, not equal: llama.cpp rounds activations to int8 in blocks of 32 or 256, not per token.
+A model with SubLN becomes llama.cpp's arch `bitnet`, Mistral becomes `llama`; others have an architecture of their own
+(export/views/llamacpp.py). Logits are close to the trained ones, not equal: llama.cpp rounds activations to int8 in
+blocks of 32 or 256, not per token.
 """
 
 import copy
@@ -27,12 +28,12 @@ from wrinklefree.export.proof.agreement import Agreement, compare, judge
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import dense_model, refuse_norms, refuse_rotation, unquantized_state
 from wrinklefree.export.views.levels import Levels, levels_of
-from wrinklefree.export.views.settings import refuse_settings
-from wrinklefree.families.architectures import FAMILIES, head_dim
+from wrinklefree.export.views.llamacpp import ARCHITECTURES, describe_more, refuse_model, told_by_hand
+from wrinklefree.families.architectures import head_dim
 from wrinklefree.gguf import tokens
 from wrinklefree.gguf.blocks import FLOATS, INTEGERS, Q6_K, Array, Kind, pack, rounded_q6_k, rounded_q8_0
 from wrinklefree.gguf.header import read_header
-from wrinklefree.gguf.names import gguf_name, heads_of, paired
+from wrinklefree.gguf.names import above_one, gguf_name, heads_of, paired
 from wrinklefree.gguf.values import read_weight
 from wrinklefree.tracking.terminal import short_size
 
@@ -53,12 +54,8 @@ OPTIONS = {
 GgufType = Literal["auto", "q2_0", "q1_0", "tq2_0", "tq1_0"]
 EmbeddingType = Literal["f16", "q8_0", "q6_k"]
 
-ARCHITECTURES = {family.causal_lm: family.gguf for family in FAMILIES if family.gguf is not None}
-# Classes whose biases are a setting, and llama.cpp's architecture has a place for them.
-BIASES = {"LlamaForCausalLM": ("attention_bias", "mlp_bias"), "BitNetForCausalLM": ("attention_bias",)}
-
 # Architectures that transformers reads from GGUF files.
-READ_BACK = ("llama", "qwen2", "qwen3")
+READ_BACK = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "starcoder2")
 KL = 1e-3  # nats allowed for scales and embeddings in fp16
 PROBE = 64  # token ids whose logits are compared with those of transformers
 MEASURED = 2048  # tokens of text on which the file is compared with the trained model
@@ -122,14 +119,7 @@ def architecture(model: PreTrainedModel) -> str:
             "--format gguf: llama.cpp's bitnet takes its output matrix from the embeddings, and this model has one of "
             "its own: train with method.norm_mode=none, or use --format bitnet"
         )
-    if config.hidden_act != "silu":
-        raise UserError(f"--format gguf: activation {config.hidden_act}; llama.cpp's {ARCHITECTURES[name]} has silu")
-    refuse_settings(model, "gguf", BIASES.get(name, ()))
-    if config.rope_parameters["rope_type"] != "default":
-        raise UserError(
-            f"--format gguf: rotary positions of type {config.rope_parameters['rope_type']} are not written: "
-            f"use --format dense and llama.cpp's own converter"
-        )
+    refuse_model(model)
     return ARCHITECTURES[name]
 
 
@@ -210,7 +200,6 @@ def describe(writer: Any, model: PreTrainedModel, file_type: int) -> None:
     writer.add_name(f"{type(model).__name__} by wrinklefree")
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(c.num_hidden_layers)
     writer.add_feed_forward_length(c.intermediate_size)
@@ -220,9 +209,8 @@ def describe(writer: Any, model: PreTrainedModel, file_type: int) -> None:
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_vocab_size(c.vocab_size)
+    describe_more(writer, model)
 
 
 def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -236,7 +224,7 @@ def _write_tensors(writer: Any, model: PreTrainedModel, layers: Mapping[str, Lev
     kinds = INTEGERS | FLOATS | {"Q6_K": Q6_K}
     found = tensors(model)
     for name, tensor in found.items():
-        kind, place = kinds[plan[name]], gguf_name(name)
+        kind, place = kinds[plan[name]], gguf_name(name, ARCHITECTURES[type(model).__name__])
         if place is None:
             raise UserError(f"--format gguf: llama.cpp has no place for {name}")
         nbytes = tensor.numel() // kind.columns * kind.size
@@ -257,7 +245,8 @@ def _data(name: str, tensor: Tensor, model: PreTrainedModel, layers: Mapping[str
     if layer is not None and kind in INTEGERS:
         scales = layer.scales_of(INTEGERS[kind].columns)
         return pack(kind, paired(layer.integers, heads).numpy(), paired(scales, heads).numpy())
-    values = paired(tensor if layer is None else layer.weight(), heads).detach().float().cpu().numpy()
+    more = above_one(name, ARCHITECTURES[type(model).__name__])
+    values = (paired(tensor if layer is None else layer.weight(), heads).detach().float() + more).cpu().numpy()
     if kind == "F16":
         return values.astype(np.float16)
     rounding = {"Q8_0": rounded_q8_0, "Q6_K": rounded_q6_k}.get(kind)
@@ -324,6 +313,10 @@ def _runnable(model: PreTrainedModel) -> PreTrainedModel:
     """The model without quantization and on its own device; `dense_model` is made to be saved, not to run."""
     plain = dense_model(model)
     plain.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    for fqn, buffer in plain.named_buffers():
+        if buffer.is_meta:  # it is not saved, as the factor of Gemma's embedding
+            owner, _, name = fqn.rpartition(".")
+            setattr(plain.get_submodule(owner), name, model.get_buffer(fqn).clone())
     return plain.to(model.device)
 
 
@@ -349,10 +342,8 @@ def read_back(file: Path, model: PreTrainedModel, arch: str, kinds: set[str]) ->
     unknown = sorted(kinds & set(NEW))
     if arch not in READ_BACK or unknown:
         return [["read back by transformers", f"no, it knows no {unknown[0] if unknown else arch}"]]
-    # transformers does not read the width of a qwen3's heads.
-    width = {name: value for name, value in model.config.to_dict().items() if name == "head_dim"}
     theirs = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, **width
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, **told_by_hand(model)
     )
     ours = _filled(_runnable(model), file, model)
     judge(compare(ours, theirs.to(model.device), [_probe(model)]), KL, "--format gguf, read by transformers")

@@ -65,25 +65,39 @@ NEUTRAL = frozenset(
 WINDOW = frozenset({"sliding_window", "use_sliding_window", "max_window_layers"})
 
 
-def refuse_settings(model: PreTrainedModel, target: str, written: Collection[str], rope: Collection[str] = ()) -> None:
+def refuse_settings(
+    model: PreTrainedModel,
+    target: str,
+    written: Collection[str],
+    rope: Collection[str] = (),
+    layers: Collection[str] = ("full_attention",),
+) -> None:
     """Raises UserError for the first setting that the format `target` has no place for, by its name.
 
     written   settings that it writes beside SIZES
     rope      settings of rotary positions that it writes beside their type and base
+    layers    kinds of layers that it has
     """
     config = model.config.to_dict()
     default = type(model.config)().to_dict()
-    windowed = "sliding_attention" in (config.get("layer_types") or [])
-    if windowed or set(config.get("layer_types") or []) - {"full_attention"}:
-        raise _refused(target, "layer_types", "attention in a sliding window" if windowed else config["layer_types"][0])
+    odd = sorted(set(config.get("layer_types") or []) - set(layers))
+    if odd:
+        windowed = "sliding_attention" in odd
+        raise _refused(target, "layer_types", "attention in a sliding window" if windowed else odd[0])
     known = SIZES | NEUTRAL | WINDOW | set(written)
     for name, value in config.items():
         if name not in known and value != default.get(name) and not _is_note(name, value, default):
             raise _refused(target, name, value)
-    positions: dict[str, Any] = config["rope_parameters"]
-    odd = sorted(positions.keys() - {"rope_type", "rope_theta", *rope})
-    if odd:
-        raise _refused(target, f"rope_parameters.{odd[0]}", positions[odd[0]])
+    for positions in ropes(config):
+        odd = sorted(positions.keys() - {"rope_type", "rope_theta", *rope})
+        if odd:
+            raise _refused(target, f"rope_parameters.{odd[0]}", positions[odd[0]])
+
+
+def ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings of each RoPE of a model: Gemma 3 has one for each kind of layer."""
+    found = config["rope_parameters"]
+    return [found] if "rope_type" in found else list(found.values())
 
 
 def _is_note(name: str, value: Any, default: dict[str, Any]) -> bool:
