@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from ggufs import OTHERS, other
 from safetensors.torch import load_file
 from tiny import family, ids, llama, qwen, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -17,26 +18,10 @@ from torch import Tensor
 from toyrun import overrides, toy_files
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GraniteConfig,
-    GraniteForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-    Starcoder2Config,
-    Starcoder2ForCausalLM,
 )
 from typer.testing import CliRunner
 
@@ -316,33 +301,8 @@ def test_qwen_has_its_own_architecture_with_biases_and_norms(tmp_path: Path) -> 
         assert {extra, "output.weight"} <= stored_tensors(out / "model.gguf").keys()
 
 
-GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 32, "sliding_window": 20, "head_dim": 32}
-OTHERS = {
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 40}, "llama", "blk.1.ffn_gate.weight"),
-    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {}, "smollm3", "blk.1.ffn_gate.weight"),
-    "phi3": (Phi3ForCausalLM, Phi3Config, {}, "phi3", "blk.1.attn_qkv.weight"),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, GEMMA, "gemma2", "blk.1.post_ffw_norm.weight"),
-    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, GEMMA, "gemma3", "blk.1.attn_q_norm.weight"),
-    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {}, "olmo2", "blk.1.post_attention_norm.weight"),
-    "granite": (GraniteForCausalLM, GraniteConfig, {"residual_multiplier": 0.5}, "granite", "blk.1.attn_norm.weight"),
-    "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, {}, "starcoder2", "blk.1.attn_norm.bias"),
-}
-HALF_ROTATED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 READ_BY_TRANSFORMERS = ("mistral", "phi3", "gemma2", "gemma3", "starcoder2")
-
-
-def other(name: str, **changed: Any) -> PreTrainedModel:
-    """A random toy of a family, with gains and biases that matter."""
-    model_class, config, values, *_ = OTHERS[name]
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 262, "max_position_embeddings": 64}
-    ends = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    torch.manual_seed(0)
-    model = model_class(config(**(sizes | ends | values | changed))).eval()
-    for fqn, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, mean=float("norm" in fqn and "gemma" not in name), std=0.2)
-    return model
+HALF_ROTATED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ggufs import OTHERS, other, parts_of, tokenizer_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.compose import load_config
-from wrinklefree.core.method import quant_layers
+from wrinklefree.core.method import QuantMethod, find, quant_layers
 from wrinklefree.data.open import heldout_batches
 from wrinklefree.export.formats import gguf
 from wrinklefree.export.proof.agreement import Agreement
 from wrinklefree.export.views.levels import Levels
 from wrinklefree.generate.open import open_model
+from wrinklefree.gguf import tokens
 from wrinklefree.gguf.header import read_header
 from wrinklefree.models.load import load_model
 from wrinklefree.packed.products.choose import exactly
@@ -132,3 +134,28 @@ def test_llama_cpp_cuts_text_into_our_tokens(tmp_path: Path, trained: Trained) -
         for text in texts:
             expected = tokenizer(text).input_ids
             assert program.tokenize(text.encode(), add_bos=True, special=False) == expected, text
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_llama_cpp_computes_the_same_in_other_architectures(name: str, tmp_path: Path) -> None:
+    """Without a window, or with other positions, Gemma 3's KL would be 0.04 or more."""
+    parts = parts_of()
+    end = len(parts["model"]["vocab"])
+    # llama.cpp asks every Phi-3 for this token.
+    parts["added_tokens"].append(parts["added_tokens"][0] | {"id": end, "content": "<|endoftext|>"})
+    tokenizer = tokenizer_of(parts)
+    model = other(name, vocab_size=len(tokenizer), **({"sliding_window": 64} if name == "mistral" else {}))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 4  # so that tokens matter
+    method = find("bitdistill")(name="bitdistill", norm_mode="none", activation_bits=None)
+    assert isinstance(method, QuantMethod)
+    model = method.prepare(model, [])
+    gguf.write(model, tokenizer, tmp_path, [], "tq1_0")
+    ids = torch.arange(60) * 37 % 256 + 3
+    with llama_cpp(tmp_path / "model.gguf") as program:
+        expected, found = log_probabilities(model, ids), theirs(program, ids)
+        for text in (*tokens.PROBES, "x</s>y </s>"):
+            own = tokenizer(text, add_special_tokens=False).input_ids
+            assert program.tokenize(text.encode(), add_bos=False, special=True) == own, text
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3

@@ -1,16 +1,13 @@
 """Tokenizers of SentencePiece's kind in GGUF files: the ids of the original, of transformers' reader, and refusals."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ggufs import FIRST, LLAMA2, METASPACE, NO_SPACE, TEXTS, parts_of, tokenizer_of
 from tiny import llama
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import find
@@ -20,44 +17,6 @@ from wrinklefree.generate.open import open_engine
 from wrinklefree.gguf import pieces, tokens
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
-
-LLAMA2 = {"normalizer": pieces._PREPEND, "pre_tokenizer": None}
-METASPACE = {"normalizer": None, "pre_tokenizer": pieces._METASPACE | {"prepend_scheme": "always"}}
-FIRST = {"normalizer": None, "pre_tokenizer": pieces._METASPACE | {"prepend_scheme": "first"}}
-NO_SPACE = {"normalizer": pieces._REPLACE, "pre_tokenizer": None}
-
-
-def parts_of(**changed: Any) -> dict[str, Any]:
-    """A tokenizer.json as Llama 2 has it: 3 special tokens, 256 bytes, then pieces in the order of their scores."""
-    learner = Tokenizer(BPE())
-    texts = [text.replace(" ", pieces.SPACE) for text in TEXTS]
-    learner.train_from_iterator(texts, BpeTrainer(vocab_size=600, show_progress=False))
-    learnt = json.loads(learner.to_str())["model"]
-    made = ["".join(merge) for merge in learnt["merges"]]
-    letters = [token for token in learnt["vocab"] if token not in set(made)]
-    names = ["<unk>", "<s>", "</s>", *pieces.BYTES, *dict.fromkeys(made), *letters]
-    vocab = {token: i for i, token in enumerate(names)}
-    merges = pieces.joins({*made, *letters}, {token: -float(i) for token, i in vocab.items()})
-    model = {"type": "BPE", "vocab": vocab, "merges": [list(merge) for merge in merges], "unk_token": "<unk>"}
-    model |= {"fuse_unk": True, "byte_fallback": True, "dropout": None, "ignore_merges": False}
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": i, "content": token} | special for i, token in enumerate(names[:3])]
-    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-    whole = {"version": "1.0", "added_tokens": added, "decoder": decoder, "model": model, "post_processor": None}
-    return whole | {"truncation": None, "padding": None} | LLAMA2 | changed
-
-
-TEXTS = [
-    "the cat sat on the mat and the dog lay in the sun",
-    "a tokenizer joins neighbours as long as both together are a token",
-    'once upon a time there was a little girl who had a red hat, and she liked it. "Look!" she said.',
-    "0 1 2 3 4 5 6 7 8 9 10 11 12 13; def f(x): return x + 1\n",
-] * 4
-
-
-def tokenizer_of(parts: dict[str, Any]) -> PreTrainedTokenizerFast:
-    inner = Tokenizer.from_str(json.dumps(parts))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def written(parts: dict[str, Any], file: Path) -> Path:

@@ -125,5 +125,5 @@ def told_by_hand(model: PreTrainedModel) -> dict[str, Any]:
     """Settings that transformers does not read from a GGUF file, though the file or the architecture says them."""
     names = ["head_dim"]
     if ARCHITECTURES[type(model).__name__] in ("phi3", "starcoder2", *WINDOWED):
-        names += ["layer_types", "rope_parameters", "query_pre_attn_scalar", "sliding_window", *_SOFT]
+        names += ["pad_token_id", "layer_types", "rope_parameters", "query_pre_attn_scalar", "sliding_window", *_SOFT]
     return {name: value for name, value in model.config.to_dict().items() if name in names}
