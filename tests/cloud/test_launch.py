@@ -20,6 +20,7 @@ from wrinklefree.cloud.engines import hub
 from wrinklefree.cloud.job import Job
 from wrinklefree.commands import anemll, trm
 from wrinklefree.config.compose import load_config
+from wrinklefree.core.lock import lock_to_hand_on
 
 VERBS = {
     "fairy2": ["fairy2", "-m", "smollm2_135m", "--mode", "w2"],
@@ -338,6 +339,14 @@ def test_skypilot_takes_every_task(verb: str, apart: Path) -> None:
         [str(sky_python()), "-c", code, *map(str, files)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_runs_says_whether_a_job_of_this_machine_goes_on(apart: Path) -> None:
+    one = Job("wf-fairy2-tiny-w2-0000", "fairy2", "background", "this machine", 0.0, "1")
+    job.save(one)
+    assert wf("runs")[1].split()[-1] == "ended"
+    with lock_to_hand_on(one.folder):
+        assert wf("runs")[1].split()[-1] == "running"
 
 
 def test_the_job_of_a_background_run_is_not_a_clouds() -> None:

@@ -16,7 +16,7 @@ from wrinklefree.tracking.terminal import print_table
 NEWEST = 10  # jobs that are listed
 
 
-RUNS, JOBS = ["run", "method", "steps", "loss", "eval", "date", "status"], ["job", "where", "launched"]
+RUNS, JOBS = ["run", "method", "steps", "loss", "eval", "date", "status"], ["job", "where", "launched", "status"]
 
 
 def run(folder: Path, as_json: bool = False) -> None:
@@ -26,7 +26,7 @@ def run(folder: Path, as_json: bool = False) -> None:
     if not logs and not launched:
         raise UserError(f"{folder}: no runs here (a run is a folder with {CSV_NAME})")
     rows = [_row(path) for path in logs]
-    others = [[one.name, one.cloud, job.age(one)] for one in launched]
+    others = [[one.name, one.cloud, job.age(one), _state(one)] for one in launched]
     if as_json:
         found = {"runs": [_named(RUNS, row) for row in rows], "jobs": [_named(JOBS, row) for row in others]}
         print(json.dumps(found))
@@ -35,6 +35,13 @@ def run(folder: Path, as_json: bool = False) -> None:
         print_table(RUNS, rows)
     if others:
         print_table(JOBS, others)
+
+
+def _state(one: job.Job) -> str:
+    """Whether a job of this machine runs. What happens elsewhere is not asked for."""
+    if one.engine != "background":
+        return "-"
+    return "running" if is_locked(one.folder) else "ended"
 
 
 def _named(names: list[str], row: list[str]) -> dict[str, str]:
