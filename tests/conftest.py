@@ -14,6 +14,10 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 _MODULES = tempfile.TemporaryDirectory(prefix="wrinklefree-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name
 
+# Jobs, downloads and converted folders of the person who runs the tests are not theirs.
+_CACHE = tempfile.TemporaryDirectory(prefix="wrinklefree-cache-")
+os.environ["WRINKLEFREE_CACHE"] = _CACHE.name
+
 # torch.compile's cache does not ask for which instruction set it compiled: what an AVX-512 run left there gives wrong
 # numbers in a run with AVX2 alone.
 _COMPILED = f"wrinklefree-inductor-{torch.backends.cpu.get_cpu_capability()}"

@@ -150,7 +150,7 @@ def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
     assert wf("export", "run", "--format", "hf", "--out", "small")[0] == 0
     assert received == [
         ((["model=tiny"],), {"force": True, "processes": 2, "budget": None}),
-        ((["seed=1"],), {"force": True, "processes": None}),
+        ((["seed=1"],), {"force": True, "processes": None, "dry_run": False}),
         (("run", "hf", Path("small"), False, False), dict.fromkeys(options())),
     ]
 
