@@ -1,4 +1,4 @@
-"""`--dry-run` of what prepares a training: it says what would be read and written, writes nothing, and is right."""
+"""Dry runs of what prepares a training: they say what would be read and written, write nothing, and are right."""
 
 import json
 import re

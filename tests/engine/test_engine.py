@@ -471,12 +471,25 @@ def test_it_says_what_it_cannot_run(values: dict[str, Any], message: str) -> Non
 
 
 def test_other_architectures_are_left_to_transformers() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import OPTConfig, OPTForCausalLM
 
-    assert "model_type gpt2" in str(supports(GPT2Config()))
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=VOCAB))
-    with pytest.raises(UserError, match="cannot run this model: model_type gpt2"):
+    assert "model_type opt" in str(supports(OPTConfig()))
+    model = OPTForCausalLM(OPTConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=8, vocab_size=VOCAB))
+    with pytest.raises(UserError, match="cannot run this model: model_type opt"):
         Engine.from_model(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (GPT2Config(add_cross_attention=True), "add_cross_attention"),
+        (Gemma3TextConfig(final_logit_softcapping=30.0), "final_logit_softcapping"),
+        (LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "rope_type dynamic"),
+        (Qwen3MoeConfig(num_experts_per_tok=9, num_local_experts=8), "num_experts_per_tok"),
+    ],
+)
+def test_what_the_loop_does_not_compute_is_named(config: Any, word: str) -> None:
+    assert word in str(supports(config))
 
 
 def test_a_folder_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
