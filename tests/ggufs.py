@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Olmo2Config,
@@ -31,8 +33,11 @@ from transformers import (
 from wrinklefree.gguf import pieces
 
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 32, "sliding_window": 20, "head_dim": 32}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}
 OTHERS = {
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 40}, "llama", "blk.1.ffn_gate.weight"),
+    "llama 3": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}, "llama", "rope_freqs.weight"),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {}, "smollm3", "blk.1.ffn_gate.weight"),
     "phi3": (Phi3ForCausalLM, Phi3Config, {}, "phi3", "blk.1.attn_qkv.weight"),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, GEMMA, "gemma2", "blk.1.post_ffw_norm.weight"),

@@ -301,7 +301,7 @@ def test_qwen_has_its_own_architecture_with_biases_and_norms(tmp_path: Path) -> 
         assert {extra, "output.weight"} <= stored_tensors(out / "model.gguf").keys()
 
 
-READ_BY_TRANSFORMERS = ("mistral", "phi3", "gemma2", "gemma3", "starcoder2")
+READ_BY_TRANSFORMERS = ("llama 3", "mistral", "phi3", "gemma2", "gemma3", "starcoder2")
 HALF_ROTATED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 

@@ -28,7 +28,14 @@ from wrinklefree.export.proof.agreement import Agreement, compare, judge
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import dense_model, refuse_norms, refuse_rotation, unquantized_state
 from wrinklefree.export.views.levels import Levels, levels_of
-from wrinklefree.export.views.llamacpp import ARCHITECTURES, describe_more, refuse_model, told_by_hand
+from wrinklefree.export.views.llamacpp import (
+    ARCHITECTURES,
+    ROPE_DIVISORS,
+    describe_more,
+    refuse_model,
+    rope_divisors,
+    told_by_hand,
+)
 from wrinklefree.families.architectures import head_dim
 from wrinklefree.gguf import tokens
 from wrinklefree.gguf.blocks import FLOATS, INTEGERS, Q6_K, Array, Kind, pack, rounded_q6_k, rounded_q8_0
@@ -230,11 +237,16 @@ def _write_tensors(writer: Any, model: PreTrainedModel, layers: Mapping[str, Lev
         nbytes = tensor.numel() // kind.columns * kind.size
         # As floats, so that the library takes the shape as it is: it knows neither Q2_0 nor Q1_0.
         writer.add_tensor_info(place, list(tensor.shape), np.dtype(np.float32), nbytes, raw_dtype=kind.number)
+    divisors = rope_divisors(model)
+    if divisors is not None:
+        writer.add_tensor_info(ROPE_DIVISORS, divisors.shape, np.dtype(np.float32), divisors.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in found.items():
         writer.write_tensor_data(_data(name, tensor, model, layers, plan[name]))
+    if divisors is not None:
+        writer.write_tensor_data(divisors)
     writer.close()
 
 

@@ -13,7 +13,10 @@ Mistral is a `llama` there, without a window: its file says a context that is no
 
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.views.settings import refuse_settings, ropes
@@ -44,6 +47,9 @@ WRITTEN = {
     "GraniteForCausalLM": ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
     "Starcoder2ForCausalLM": ("norm_epsilon",),
 }
+LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ROPE_DIVISORS = "rope_freqs.weight"  # where a file has those of Llama 3
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 WINDOWED = ("gemma2", "gemma3")
 SHARE = "partial_rotary_factor"  # of a head; Phi-3 and others say that whole heads are rotated, too
 SWA_BASE = 10000.0  # of the positions of Gemma 3's layers with a window
@@ -58,7 +64,7 @@ def refuse_model(model: PreTrainedModel) -> None:
         raise UserError(f"--format gguf: activation {activation}; llama.cpp's {arch} has {own}")
     layers = ("full_attention", "sliding_attention") if arch in WINDOWED else ("full_attention",)
     positions = [] if any(rope.get(SHARE, 1.0) != 1.0 for rope in ropes(values)) else [SHARE]
-    positions += ["factor"] if arch == "gemma3" else []
+    positions += ["factor"] if arch == "gemma3" else LLAMA3 if arch == "llama" else []
     refuse_settings(model, "gguf", WRITTEN.get(name, ()), positions, layers)
     for setting, wanted in _granted(arch, values).items():
         if values[setting] != wanted:
@@ -67,7 +73,7 @@ def refuse_model(model: PreTrainedModel) -> None:
                 f"{wanted}: use --format dense or hf"
             )
     kinds = {rope["rope_type"] for rope in ropes(values)} - {"default"}
-    if kinds - ({"linear"} if arch == "gemma3" else set()):
+    if kinds - ({"linear"} if arch == "gemma3" else {"llama3"} if arch == "llama" else set()):
         raise UserError(
             f"--format gguf: rotary positions of type {min(kinds)} are not written: "
             f"use --format dense and llama.cpp's own converter"
@@ -121,9 +127,23 @@ def describe_more(writer: Any, model: PreTrainedModel) -> None:
         writer.add_logit_scale(c.logits_scaling)
 
 
+def rope_divisors(model: PreTrainedModel) -> FloatArray | None:
+    """By how much Llama 3 divides each rotary frequency [width / 2], fp32; None if the model's are as they are."""
+    values = model.config.to_dict()
+    if {rope["rope_type"] for rope in ropes(values)} != {"llama3"}:
+        return None
+    width, theta = head_dim(values), values["rope_parameters"]["rope_theta"]
+    plain = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float) / width)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
+    found: FloatArray = (plain / scaled).numpy()
+    return found
+
+
 def told_by_hand(model: PreTrainedModel) -> dict[str, Any]:
     """Settings that transformers does not read from a GGUF file, though the file or the architecture says them."""
     names = ["head_dim"]
     if ARCHITECTURES[type(model).__name__] in ("phi3", "starcoder2", *WINDOWED):
         names += ["pad_token_id", "layer_types", "rope_parameters", "query_pre_attn_scalar", "sliding_window", *_SOFT]
+    if rope_divisors(model) is not None:
+        names.append("rope_parameters")
     return {name: value for name, value in model.config.to_dict().items() if name in names}
