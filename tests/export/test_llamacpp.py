@@ -138,7 +138,7 @@ def test_llama_cpp_cuts_text_into_our_tokens(tmp_path: Path, trained: Trained) -
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_llama_cpp_computes_the_same_in_other_architectures(name: str, tmp_path: Path) -> None:
-    """Without a window, or with other positions, Gemma 3's KL would be 0.04 or more."""
+    """Without its positions Llama 3 would differ by 5e-4, Gemma 3 without windows by 0.06 (in transformers)."""
     parts = parts_of()
     end = len(parts["model"]["vocab"])
     # llama.cpp asks every Phi-3 for this token.
@@ -158,4 +158,4 @@ def test_llama_cpp_computes_the_same_in_other_architectures(name: str, tmp_path:
         for text in (*tokens.PROBES, "x</s>y </s>"):
             own = tokenizer(text, add_special_tokens=False).input_ids
             assert program.tokenize(text.encode(), add_bos=False, special=True) == own, text
-    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 2.5e-4
