@@ -8,6 +8,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.forms import Complex, Integers, rounded
 from wrinklefree.engine import family
 from wrinklefree.engine.binding import EXPERT, Floats, Layer, Linear, Mode, Model
+from wrinklefree.engine.layouts import APART, EXPERTS, ROUTER, TOGETHER
 from wrinklefree.engine.source import Source
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products import native
@@ -118,25 +119,22 @@ class _Assembly:
 
     def _router(self, prefix: str) -> Linear:
         """A router chooses by small differences, so it is never rounded."""
-        assert self.layout.experts is not None
         shape = (self.sizes["num_experts"], self.sizes["hidden"])
-        weight = self.source.numbers(f"{prefix}{self.layout.experts.router}", shape)
+        weight = self.source.numbers(f"{prefix}{ROUTER}", shape)
         return Linear(native.Matrix.dense(weight, exact=True))
 
     def _experts(self, prefix: str) -> list[dict[str, Linear]]:
-        experts, hidden, inner = self.layout.experts, self.sizes["hidden"], self.sizes["expert_intermediate"]
-        assert experts is not None
-        home = f"{prefix}{experts.home}"
-        apart = self.source.has(f"{home}.0.{experts.apart['gate']}.weight")
+        home, hidden, inner = f"{prefix}{EXPERTS}", self.sizes["hidden"], self.sizes["expert_intermediate"]
+        apart = self.source.has(f"{home}.0.{APART['gate']}.weight")
         found = []
         for number in range(self.sizes["num_experts"]):
             if apart:
                 shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-                names = {name: f"{home}.{number}.{experts.apart[name]}" for name in shapes}
+                names = {name: f"{home}.{number}.{APART[name]}" for name in shapes}
                 read = {name: self.source.linear(names[name], shape, bias=False) for name, shape in shapes.items()}
             else:
                 shapes = {"gate": (2 * inner, hidden), "down": (hidden, inner)}
-                names = {name: f"{home}.{experts.together[name]}" for name in shapes}
+                names = {name: f"{home}.{TOGETHER[name]}" for name in shapes}
                 read = {name: self.source.expert(names[name], number, shape) for name, shape in shapes.items()}
             found.append({name: _linear(names[name], layer, self.mode) for name, layer in read.items()})
         return found

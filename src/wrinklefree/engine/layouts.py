@@ -17,6 +17,11 @@ _NORMS = {
     "k_norm": "self_attn.k_norm.weight",
 }
 
+# Experts and their router, in a layer; and the matrices of an expert: in tensors of all experts, or each by itself.
+ROUTER, EXPERTS = "mlp.gate.weight", "mlp.experts"
+TOGETHER = {"gate": "gate_up_proj", "down": "down_proj"}
+APART = {name.removesuffix("_proj"): name for name in MLP}
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -25,10 +30,6 @@ class Experts:
     count: str  # the settings of config.json that say how many there are,
     width: str  # how wide each is inside,
     always_shared: bool  # and whether probabilities are made to add up to 1 whatever `norm_topk_prob` says
-    router: str = "mlp.gate.weight"
-    home: str = "mlp.experts"
-    together: Mapping[str, str] = field(default_factory=lambda: {"gate": "gate_up_proj", "down": "down_proj"})
-    apart: Mapping[str, str] = field(default_factory=lambda: {n.removesuffix("_proj"): n for n in MLP})
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,6 @@ _LLAMAS = {
         sub_norms={name.removesuffix("_proj"): norm for name, norm in SUB_NORMS.items()},
     )
     for family in FAMILIES
-    if family.like_llama
 }
 
 _GEMMA3 = Layout(

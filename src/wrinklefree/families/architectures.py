@@ -28,7 +28,6 @@ class Family:
     coreml: bool = False  # whether `--format coreml` writes it
     skips_positions: bool = False  # whether some layers have no RoPE
     window_everywhere: bool = False  # whether a window of the last tokens is that of every layer
-    like_llama: bool = True  # whether its layers are Llama's, but for what the table says
 
     @property
     def causal_lm(self) -> str:
@@ -36,7 +35,7 @@ class Family:
         return f"{self.stem}ForCausalLM"
 
 
-# MLPs and norms of those like Llama are fused in transformers. The native loop runs more: engine/layouts.py.
+# MLPs and norms of these are fused in transformers. The native loop runs more: engine/layouts.py.
 FAMILIES = (
     Family("llama", "Llama", gguf="llama", coreml=True),
     Family("mistral", "Mistral", window_everywhere=True),

@@ -102,8 +102,10 @@ def describe_more(writer: Any, model: PreTrainedModel) -> None:
 
     c, arch = model.config, ARCHITECTURES[type(model).__name__]
     window = c.to_dict().get("sliding_window") or 0
-    windowless = type(model).__name__ == "MistralForCausalLM" and window
-    writer.add_context_length(min(windowless or c.max_position_embeddings, c.max_position_embeddings))
+    longest = c.max_position_embeddings
+    if window and type(model).__name__ == "MistralForCausalLM":
+        longest = min(window, longest)
+    writer.add_context_length(longest)
     if arch == "starcoder2":
         writer.add_layer_norm_eps(c.norm_epsilon)
     else:

@@ -23,8 +23,8 @@ from wrinklefree.families.architectures import FAMILIES, MLP, SUB_NORMS
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.products.native import Matrix, NativeProduct, matmul, norm
 
-MLPS = tuple(f"{family.stem}MLP" for family in FAMILIES if family.like_llama)
-NORMS = tuple(f"{family.stem}RMSNorm" for family in FAMILIES if family.like_llama)
+MLPS = tuple(f"{family.stem}MLP" for family in FAMILIES)
+NORMS = tuple(f"{family.stem}RMSNorm" for family in FAMILIES)
 
 
 def _plain(x: Tensor) -> bool:
