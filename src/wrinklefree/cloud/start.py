@@ -119,7 +119,7 @@ def start_there(asked: Request, configs: list[Config], dry_run: bool, minutes: f
     stages = [] if model is None else _estimates(configs, model, cloud, gpus, asked.nodes)
     print(task.task_yaml(plan) if made.engine == "sky" else engine("hub").describe(plan), end="")
     print()
-    summary.show(configs, stages, model, cloud, gpus, asked.nodes, asked.spot, minutes)
+    summary.show(configs, stages, model, summary.Rented(cloud, gpus, asked.nodes, asked.spot), minutes)
     if dry_run:
         log.info("dry run: nothing was launched, nothing was written")
         return

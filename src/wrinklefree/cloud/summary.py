@@ -1,7 +1,7 @@
 """Prints estimates for a person to decide by: each figure, and how it comes about."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,14 +13,21 @@ from wrinklefree.config.schema import Config
 from wrinklefree.tracking.terminal import print_table, short_number, short_size, spoken_time
 
 
+@dataclass(frozen=True)
+class Rented:
+    """What a training would run on."""
+
+    cloud: Cloud
+    gpus: int  # of each machine
+    nodes: int
+    spot: bool
+
+
 def show(
     configs: Sequence[Config],
     stages: Sequence[Estimate],
     model: PreTrainedModel | None,
-    cloud: Cloud,
-    gpus: int,
-    nodes: int,
-    spot: bool,
+    rented: Rented,
     minutes: float | None,
 ) -> None:
     """Print the estimate of a command, and a warning if the model does not fit.
@@ -34,12 +41,13 @@ def show(
     if not stages:
         print("no estimate: a stage of LLM-TRM takes as long as its model answers")
         return
-    machines = f"{nodes} x " if nodes > 1 else ""
-    where = f"{cloud.name}, {machines}{gpus} x {cloud.gpu}{', spot' if spot else ''}"
+    cloud = rented.cloud
+    machines = f"{rented.nodes} x " if rented.nodes > 1 else ""
+    where = f"{cloud.name}, {machines}{rented.gpus} x {cloud.gpu}{', spot' if rented.spot else ''}"
     print(f"estimate for {name} ({stages[0].parameters:,} parameters) on {where}:\n")
     for stage in stages:
         _show_stage(stage, cloud)
-    _show_money(stages, cloud, gpus * nodes, spot, minutes)
+    _show_money(stages, rented, minutes)
     gpu = places.gpus()[cloud.gpu]
     for config, stage in zip(configs, stages, strict=True):
         if not fits(stage, gpu):
@@ -51,24 +59,19 @@ def show(
 
 
 def figures(
-    config: Config,
-    stages: Sequence[Estimate],
-    model: PreTrainedModel | None,
-    cloud: Cloud,
-    gpus: int,
-    nodes: int,
-    spot: bool,
+    config: Config, stages: Sequence[Estimate], model: PreTrainedModel | None, rented: Rented
 ) -> dict[str, Any]:
     """What `show` prints, as plain values: bytes, hours and US dollars. What is not known is None, stages are none."""
-    gpu, spent = places.gpus()[cloud.gpu], money(stages, cloud, gpus * nodes, spot) if stages else None
+    cloud, gpu = rented.cloud, places.gpus()[rented.cloud.gpu]
+    spent = money(stages, cloud, rented.gpus * rented.nodes, rented.spot) if stages else None
     return {
         "model": config.model.pretrained,
         "parameters": None if model is None else int(model.num_parameters()),
         "cloud": cloud.name,
-        "gpu": {"name": cloud.gpu, "memory": gpu.memory, "number": gpus},
-        "nodes": nodes,
-        "spot": spot,
-        "price": cloud.spot if spot else cloud.price,  # of a GPU for an hour
+        "gpu": {"name": cloud.gpu, "memory": gpu.memory, "number": rented.gpus},
+        "nodes": rented.nodes,
+        "spot": rented.spot,
+        "price": cloud.spot if rented.spot else cloud.price,  # of a GPU for an hour
         "prices_read": str(cloud.read),
         "cost": None if spent is None else list(spent),
         "stages": [{**asdict(stage), "peak": stage.peak, "fits": fits(stage, gpu)} for stage in stages],
@@ -104,7 +107,8 @@ def _span(low: float, high: float) -> str:
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
-def _show_money(stages: Sequence[Estimate], cloud: Cloud, gpus: int, spot: bool, minutes: float | None) -> None:
+def _show_money(stages: Sequence[Estimate], rented: Rented, minutes: float | None) -> None:
+    cloud, gpus, spot = rented.cloud, rented.gpus * rented.nodes, rented.spot
     price = cloud.spot if spot else cloud.price
     spent = money(stages, cloud, gpus, spot)
     if price is None or spent is None:

@@ -14,7 +14,8 @@ def run(overrides: list[str], *, cloud: str, gpus: int, nodes: int, spot: bool, 
     model = estimate.skeleton(config)
     trains = model is not None and config.thinking is None
     stages = [estimate.estimate(config, model, place, gpus, nodes)] if trains and model is not None else []
+    rented = summary.Rented(place, gpus, nodes, spot)
     if as_json:
-        print(json.dumps(summary.figures(config, stages, model, place, gpus, nodes, spot)))
+        print(json.dumps(summary.figures(config, stages, model, rented)))
         return
-    summary.show([config], stages, model, place, gpus, nodes, spot, None)
+    summary.show([config], stages, model, rented, None)
