@@ -212,6 +212,31 @@ def test_the_best_model_is_the_one_that_the_checkpoint_knows(folder: Path) -> No
     assert not (folder / "run" / ".best_before").exists()
 
 
+def test_another_machine_finds_the_best_model_in_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """The machine with the best model is lost, and no later step is better: it is in the store, and final."""
+    settings = [*KEEP, "training.save_interval=2"]
+    losses = {1: 1.0} | dict.fromkeys(range(2, 7), 4.0)
+    evaluate, count = held_out(losses)
+    expected = run(resolved(folder, *settings), evaluate=evaluate, on_step=count)
+    shutil.rmtree(folder / "run")
+    store = tmp_path / "store"
+    evaluate, count = held_out(losses)
+
+    def stopped(model: nn.Module, step: int) -> None:
+        count(model, step)
+        stop_at(5)(model, step)
+
+    with pytest.raises(StoppedError):
+        run(resolved(folder, *settings, f"training.upload_to=file://{store}"), evaluate=evaluate, on_step=stopped)
+    shutil.rmtree(folder / "run")
+    evaluate, count = held_out(losses)
+    found = run(
+        resolved(folder, *settings, f"training.resume_from=file://{store}/step_4"), evaluate=evaluate, on_step=count
+    )
+    assert best_step(folder) == 1
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+
+
 def test_a_best_model_of_an_abandoned_branch_is_not_final(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = [*KEEP, "training.save_interval=2"]
     evaluate, count = held_out({1: 3.0, 2: 2.0, 3: 1.5, 4: 1.0, 5: 1.1, 6: 1.2})

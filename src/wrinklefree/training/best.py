@@ -2,12 +2,14 @@
 
     best/            the model with the lowest held-out loss, and `progress.json` with its step
     .best_before/    the one before it, until a checkpoint knows of the new one
+    checkpoints/step_N/best/    that of a checkpoint which is uploaded: another machine has nothing else to go on from
 
 A killed run resumes from its newest checkpoint, which may know the older of the two.
 """
 
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -39,6 +41,22 @@ def checkpoint_saved(run: TrainingState) -> None:
         shutil.rmtree(run.out / BEFORE, ignore_errors=True)
 
 
+def add_to(run: TrainingState, folder: Path) -> None:
+    """Put the best model into a checkpoint folder, unless it is that checkpoint. Files are linked where that works."""
+    best = run.out / BEST
+    if run.best_step in (None, run.step) or step_in(best) != run.best_step:
+        return
+    with written_aside(folder / BEST) as aside:
+        shutil.copytree(best, aside, dirs_exist_ok=True, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
 def resume(run: TrainingState, resumed_from: Path) -> None:
     """Put back the best model that the checkpoint knows of. Every process has to call this.
 
@@ -61,6 +79,10 @@ def _put_back(run: TrainingState, resumed_from: Path) -> bool:
     shutil.rmtree(best, ignore_errors=True)
     if step_in(before) == run.best_step:
         before.rename(best)
+        return True
+    if step_in(resumed_from / BEST) == run.best_step:
+        with written_aside(best) as aside:
+            shutil.copytree(resumed_from / BEST, aside, dirs_exist_ok=True, copy_function=_link)
         return True
     saved = resumed_from.parent / f"step_{run.best_step}"
     if not (saved / checkpoint.WEIGHTS).is_file():

@@ -253,6 +253,7 @@ def _save(run: TrainingState) -> None:
     run.save(f"checkpoints/{name}", run.state())
     best.checkpoint_saved(run)
     if run.uploads is not None:
+        best.add_to(run, folder / name)
         run.uploads.add(name)
     if run.world.is_main:
         checkpoint.prune(folder, limit, spare=[] if run.uploads is None else run.uploads.waiting())
