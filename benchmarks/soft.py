@@ -99,8 +99,8 @@ def errors(
     assert isinstance(student, PreTrainedModel)
     settings = BlockwiseConfig(lr=rate, batch_size=BATCH, passes=PASSES)
     batches = [{"input_ids": rows} for rows in ids.split(BATCH)]
-    work = Rebuilding(original, student, batches, HELDOUT, settings, partial(bf16), seed=0, steps=steps)
-    reports = [work.rebuild(number) for number in range(blocks)]
+    work = Rebuilding(original, student, batches, HELDOUT, settings, partial(bf16), seed=0)
+    reports = [work.rebuild(number, steps) for number in range(blocks)]
     return [report.trained for report in reports], sum(report.seconds for report in reports)
 
 

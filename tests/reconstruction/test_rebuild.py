@@ -36,13 +36,15 @@ def batches() -> list[Batch]:
     return [{"input_ids": torch.randint(0, VOCAB, (2, 16), generator=generator)} for _ in range(40)]
 
 
-def rebuilding_of(method: QuantMethod, steps: int = 72, **settings: float) -> tuple[Rebuilding, PreTrainedModel]:
+def rebuilding_of(method: QuantMethod, **settings: float) -> tuple[Rebuilding, PreTrainedModel]:
     original = llama().requires_grad_(False)
     student = method.prepare(copy.deepcopy(original).requires_grad_(True), batches())
     assert isinstance(student, PreTrainedModel)
     chosen = BlockwiseConfig(enabled=True, **settings)
-    return Rebuilding(original, student, batches(), 4, chosen, nullcontext, 0, steps), student
+    return Rebuilding(original, student, batches(), 4, chosen, nullcontext, 0), student
 
+
+STEPS = 72
 
 METHODS = [Fairy2(), BitDistill(scale_mode="learned"), Anemll(rank=2, attn_bits=2, attn_rank=2), Uniform(bits=2)]
 
@@ -51,13 +53,13 @@ METHODS = [Fairy2(), BitDistill(scale_mode="learned"), Anemll(rank=2, attn_bits=
 def test_training_a_block_brings_it_nearer_to_the_originals(method: QuantMethod) -> None:
     work, _ = rebuilding_of(method, lr=0.005, scale_lr=0.002)
     for number in range(2):
-        report = work.rebuild(number)
+        report = work.rebuild(number, STEPS)
         assert report.trained < 0.98 * report.calibrated
 
 
 def test_a_training_that_does_not_help_is_taken_back() -> None:
     work, _ = rebuilding_of(Fairy2(), lr=1e6, scale_lr=1e6)
-    report = work.rebuild(0)
+    report = work.rebuild(0, STEPS)
     assert report.trained == report.calibrated
     weights = [token_weights(target) for target in work.target]
     inputs = rebuilding_of(Fairy2())[0].hidden
@@ -66,16 +68,16 @@ def test_a_training_that_does_not_help_is_taken_back() -> None:
 
 
 def test_calibration_brings_a_model_nearer_than_its_plain_start() -> None:
-    work, _ = rebuilding_of(Fairy2(), steps=0)
+    work, _ = rebuilding_of(Fairy2())
     weights = [token_weights(target) for target in work.outputs(work.original, work.target, 0)]
     work.target = list(work.outputs(work.original, work.target, 0))
     plain = work.error(0, weights)
-    work, _ = rebuilding_of(Fairy2(), steps=0)
-    assert work.rebuild(0).calibrated < plain
+    work, _ = rebuilding_of(Fairy2())
+    assert work.rebuild(0, 0).calibrated < plain
 
 
 def test_a_layer_that_never_runs_gets_scales_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    work, student = rebuilding_of(Fairy2(), steps=0)
+    work, student = rebuilding_of(Fairy2())
     layer = next(iter(quant_layers(student).values()))
     layer.fit(torch.ones(layer.in_features))
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -84,7 +86,7 @@ def test_a_layer_that_never_runs_gets_scales_of_its_weight(monkeypatch: pytest.M
             parameter.data.zero_()  # as before anything was fitted
     means = Moments.means
     monkeypatch.setattr(Moments, "means", lambda self: dict(list(means(self).items())[1:]))
-    work.rebuild(0)
+    work.rebuild(0, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
@@ -113,7 +115,7 @@ def test_a_token_with_large_activations_counts_as_much_as_any_other() -> None:
 
 
 def test_a_token_that_the_student_makes_large_counts_at_most_one() -> None:
-    work, _ = rebuilding_of(Fairy2(), steps=0)
+    work, _ = rebuilding_of(Fairy2())
     work.target = list(work.outputs(work.original, work.target, 0))
     weights = [token_weights(target) for target in work.target]
     before = work.error(0, weights)
@@ -124,8 +126,8 @@ def test_a_token_that_the_student_makes_large_counts_at_most_one() -> None:
 
 def test_the_same_seed_gives_the_same_bits() -> None:
     def weights() -> list[Tensor]:
-        work, student = rebuilding_of(Fairy2(), steps=6)
-        work.rebuild(0)
+        work, student = rebuilding_of(Fairy2())
+        work.rebuild(0, 6)
         return [layer.weight.detach() for layer in quant_layers(student).values()]
 
     assert all(torch.equal(a, b) for a, b in zip(weights(), weights(), strict=True))
@@ -149,10 +151,10 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     said = list[str]()
     rebuild = Rebuilding.rebuild
 
-    def dies(self: Rebuilding, number: int) -> object:
+    def dies(self: Rebuilding, number: int, steps: int) -> object:
         if number == 1:
             raise KeyboardInterrupt
-        return rebuild(self, number)
+        return rebuild(self, number, steps)
 
     with monkeypatch.context() as patch:
         patch.setattr(Rebuilding, "rebuild", dies)
@@ -173,7 +175,7 @@ def test_a_run_that_is_killed_between_blocks_goes_on_to_the_same_bits(
 
     def counted(self: Rebuilding, number: int) -> object:
         rebuilt.append(number)
-        return rebuild(self, number)
+        return rebuild(self, number, steps)
 
     monkeypatch.setattr(Rebuilding, "rebuild", counted)
     launch.run_once(settings(interrupted), force=False, processes=None)

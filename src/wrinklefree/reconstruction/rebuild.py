@@ -57,6 +57,8 @@ class Report:
     calibrated: float
     trained: float
     seconds: float
+    steps: int
+    training: float  # of the seconds
 
 
 @dataclass
@@ -70,7 +72,6 @@ class Rebuilding:
     settings: BlockwiseConfig
     autocast: Callable[[], AbstractContextManager[Any]]
     seed: int
-    steps: int  # for each block
     calibrate: bool = True
     folder: Path | None = None  # for two files with hidden states; None means where the system keeps such files
 
@@ -99,8 +100,8 @@ class Rebuilding:
         self._go_on(self.original, self.target, number)
         self._go_on(self.student, self.hidden, number)
 
-    def rebuild(self, number: int) -> Report:
-        """Calibrate and train block `number`, and go on to the inputs of the next."""
+    def rebuild(self, number: int, steps: int) -> Report:
+        """Calibrate block `number`, train it for `steps` steps, and go on to the inputs of the next."""
         started = time.perf_counter()
         self._go_on(self.original, self.target, number)
         weights = [token_weights(target) for target in self.target]
@@ -108,16 +109,18 @@ class Rebuilding:
         if self.calibrate:
             self._calibrate(number, block, weights)
         before = self.error(number, weights)
-        after = before
-        if self.steps:
+        after, training = before, 0.0
+        if steps:
             kept = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
-            self._train(number, block, weights)
+            began = time.perf_counter()
+            self._train(number, block, weights, steps)
+            training = time.perf_counter() - began
             after = self.error(number, weights)
             if not after < before:  # also if it is NaN
                 block.load_state_dict(kept)
                 after = before
         self._go_on(self.student, self.hidden, number)
-        return Report(number, before, after, time.perf_counter() - started)
+        return Report(number, before, after, time.perf_counter() - started, steps, training)
 
     def _owned(self, number: int) -> nn.Module:
         """Block `number` of the student with its parameters in memory, to be changed."""
@@ -195,7 +198,7 @@ class Rebuilding:
             tokens += weights[i].numel()
         return total / tokens
 
-    def _train(self, number: int, block: nn.Module, weights: list[Tensor]) -> None:
+    def _train(self, number: int, block: nn.Module, weights: list[Tensor], steps: int) -> None:
         """Train the block for `steps` steps of one batch each, in shuffled order."""
         trained = groups(block, self.settings)
         if not trained:
@@ -204,10 +207,10 @@ class Rebuilding:
         rate = schedule.rates(SCHEDULE)
         generator = torch.Generator().manual_seed(self.seed * 1000 + number)
         num = len(self._learned())
-        passes = -(-self.steps // num)
-        order = torch.cat([torch.randperm(num, generator=generator) for _ in range(passes)])[: self.steps]
+        passes = -(-steps // num)
+        order = torch.cat([torch.randperm(num, generator=generator) for _ in range(passes)])[:steps]
         for step, i in enumerate(order.tolist()):
-            optim.set_rate(optimizers, rate((step + 0.5) / self.steps))
+            optim.set_rate(optimizers, rate((step + 0.5) / steps))
             output = self.output(self.student, self.hidden[i], number, i)
             target, weight = self.target[i].to(output.device), weights[i].to(output.device)
             token_errors(output, target, weight).mean().backward()

@@ -26,7 +26,8 @@ from wrinklefree.core.files import file_aside, write_json
 from wrinklefree.core.method import QuantLinear, keep_effective, quant_layers
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.distributed.world import ALONE, barrier
-from wrinklefree.reconstruction.rebuild import Rebuilding
+from wrinklefree.reconstruction.pace import LEAST_STEPS, BlockPace
+from wrinklefree.reconstruction.rebuild import Rebuilding, Report
 from wrinklefree.runs import folder, setup
 from wrinklefree.runs.setup import Run
 from wrinklefree.tracking.terminal import spoken_time
@@ -35,7 +36,7 @@ log = logging.getLogger("wrinklefree")
 
 STEPS = 96  # for each block, if nothing is known
 BUDGET_SHARE, ALONE_SHARE = 0.25, 0.75  # of the minutes: before a training, and without one
-LEAST_STEPS, MOST_STEPS = 8, 384  # that a budget buys
+MOST_STEPS = 384  # that a budget buys
 LEAST_TOKENS = 4096  # with fewer, the second moments of wide layers are mostly noise
 HELDOUT_TOKENS = 4096  # on which the error of a block is measured
 
@@ -64,7 +65,7 @@ def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) 
     if run.budget is None:
         return min(STEPS, t.max_steps) if t.max_steps else STEPS
     number, budget = len(decoder_layers(student)), run.budget
-    probe = _work(run, original, student, rows(run, 0)[:2], steps=1, calibrate=False)
+    probe = _work(run, original, student, rows(run, 0)[:2], calibrate=False)
     calibration = probe.seconds_of_calibration() if choose_start(run.config, student) else 0.0
     step = probe.seconds_of_a_step()
     least = number * (calibration + LEAST_STEPS * step)
@@ -74,13 +75,15 @@ def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) 
             f"{spoken_time(least)}; give at least {math.ceil((budget.spent() + least) / 60 / BUDGET_SHARE)} minutes "
             f"(--budget, training.max_minutes), or leave it out: training.start=plain training.blockwise.enabled=false"
         )
-    seconds = 60 * budget.minutes * _budget_share(run.config) / number - calibration
-    return max(LEAST_STEPS, min(MOST_STEPS, int(seconds / step)))
+    return max(LEAST_STEPS, min(MOST_STEPS, int((_seconds(run) / number - calibration) / step)))
 
 
-def _budget_share(config: Config) -> float:
-    """The share of the minutes for the blocks: nearly all of them if nothing comes after."""
-    return ALONE_SHARE if config.training.max_steps == 0 else BUDGET_SHARE
+def _seconds(run: Run) -> float:
+    """The seconds for all blocks, if their steps are chosen by the minutes: most of these if nothing comes after."""
+    if run.budget is None or not isinstance(run.config.training.blockwise.steps, str):
+        return math.inf
+    share = ALONE_SHARE if run.config.training.max_steps == 0 else BUDGET_SHARE
+    return share * 60 * run.budget.minutes
 
 
 def fits_scales(config: Config) -> bool:
@@ -128,25 +131,30 @@ def _rebuild(run: Run, original: PreTrainedModel, student: PreTrainedModel, made
     batches = rows(run, steps)
     tokens = f"{sum(batch['input_ids'].numel() for batch in batches):,}"
     log.info("rebuilding %d blocks, %d steps each, with %s tokens of the text", len(blocks), steps, tokens)
-    work = _work(run, original, student, batches, steps, calibrate)
+    work = _work(run, original, student, batches, calibrate)
+    pace = BlockPace(steps, _seconds(run) * (1 - done / len(blocks)), run.clock)
     try:
-        _rebuild_each(blocks, work, made, steps)
+        _rebuild_each(blocks, work, made, pace)
     except KeyboardInterrupt:
         log.info("blocks that are done are kept; go on with training.resume_from=latest")
         raise
 
 
-def _rebuild_each(blocks: nn.ModuleList, work: Rebuilding, made: Path, steps: int) -> None:
+def _rebuild_each(blocks: nn.ModuleList, work: Rebuilding, made: Path, pace: BlockPace) -> None:
+    report: Report | None = None
     for number, block in enumerate(blocks):
         if _take(block, made, number):
             work.pass_by(number)
             continue
-        report = work.rebuild(number)
+        steps = pace.steps(len(blocks) - number, report)
+        report = work.rebuild(number, steps)
         with file_aside(_file(made, number)) as aside:
             save_file({name: tensor.contiguous() for name, tensor in block.state_dict().items()}, aside)
         if stored.is_stored(block):
             _take(block, made, number)
         errors = f"error {report.calibrated:.4f}" + (f" -> {report.trained:.4f}" if steps else "")
+        if steps < pace.planned:
+            errors += f", {steps} of {pace.planned} steps, to end in time"
         left = spoken_time(report.seconds * (len(blocks) - number - 1))
         log.info("block %d of %d: %s, %.0f s (%s to go)", number + 1, len(blocks), errors, report.seconds, left)
 
@@ -156,13 +164,12 @@ def _work(
     original: PreTrainedModel,
     student: PreTrainedModel,
     batches: list[Batch],
-    steps: int,
     calibrate: bool,
 ) -> Rebuilding:
     autocast, settings = partial(run.plan.autocast, student.device), run.config.training.blockwise
     heldout = min(len(batches) - 1, _batches(HELDOUT_TOKENS, run))
     seed, out = run.config.seed, run.out
-    return Rebuilding(original, student, batches, heldout, settings, autocast, seed, steps, calibrate, out)
+    return Rebuilding(original, student, batches, heldout, settings, autocast, seed, calibrate, out)
 
 
 def _plan(run: Run, original: PreTrainedModel, student: PreTrainedModel, file: Path) -> int:
