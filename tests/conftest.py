@@ -37,6 +37,18 @@ def _prove_loader() -> Iterator[Prove]:
         yield prove
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_ends() -> Iterator[None]:
+    """Let runs end with few tokens of speed and samples: of a run of seconds they would be most of the time."""
+    from wrinklefree.evaluate import speed
+    from wrinklefree.runs import stage
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "SPEED_TOKENS", 4)
+        patch.setattr(stage, "SAMPLE_TOKENS", 4)
+        yield
+
+
 @pytest.fixture
 def loader_proofs(_prove_loader: Prove, monkeypatch: pytest.MonkeyPatch) -> Prove:
     """Let the exports of a test prove their loaders."""

@@ -134,10 +134,11 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 
 BLOCKWISE = ("training.start=calibrated", "training.blockwise.enabled=true", "training.blockwise.steps=4")
+WIDE = "training.blockwise.batch_size=16"  # few batches, since each costs the same at this size
 
 
 def settings(folder: Path, *more: str) -> list[str]:
-    return overrides(folder, *BLOCKWISE, "training.max_steps=0", *more)
+    return overrides(folder, *BLOCKWISE, WIDE, "training.max_steps=0", *more)
 
 
 def final(run: Path) -> bytes:
@@ -173,7 +174,7 @@ def test_a_run_that_is_killed_between_blocks_goes_on_to_the_same_bits(
         train_stage(load_config(settings(interrupted)), force=False)
     rebuild, rebuilt = Rebuilding.rebuild, []
 
-    def counted(self: Rebuilding, number: int) -> object:
+    def counted(self: Rebuilding, number: int, steps: int) -> object:
         rebuilt.append(number)
         return rebuild(self, number, steps)
 

@@ -47,7 +47,7 @@ log = logging.getLogger("wrinklefree")
 
 
 # The model card shows how the model continues the first tokens of this many held-out windows.
-NUM_SAMPLES, PROMPT_TOKENS = 3, 8
+NUM_SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 96
 
 CALIBRATION_BATCHES = 4
 
@@ -281,7 +281,7 @@ def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel
     results.bits_per_weight = report.bits_per_weight
     for name, model in (("full_precision", original), ("packed", packed)):
         results.tokens_per_second[name] = decoding_speed(model, tokenizer)
-    samples = [f"{p}{complete(packed, tokenizer, p, 96, 0.7, seed=1)}" for p in prompts(heldout, tokenizer)]
+    samples = [f"{p}{complete(packed, tokenizer, p, SAMPLE_TOKENS, 0.7, seed=1)}" for p in prompts(heldout, tokenizer)]
     fenced = "\n\n".join(f"~~~text\n{sample}\n~~~" for sample in samples)
     with (folder / "README.md").open("a", encoding="utf-8") as readme:
         readme.write(f"\n## Samples at temperature 0.7\n\n{fenced}\n")

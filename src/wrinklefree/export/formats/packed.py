@@ -281,7 +281,7 @@ def _report(
 def _check_architecture(model: PreTrainedModel) -> None:
     """Raises UserError if the model's class is not part of transformers, which the folder's loader derives from."""
     name = type(model).__name__
-    if not type(model).__module__.startswith("transformers.") or name not in dir(transformers):
+    if not type(model).__module__.startswith("transformers.") or not hasattr(transformers, name):
         raise UserError(f"{name}: its code is not part of transformers, so a packed folder cannot refer to it")
 
 
