@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -28,14 +29,20 @@ def groups() -> dict[str, list[str]]:
 
 
 def choices() -> Iterator[list[str]]:
-    """Every YAML alone, and every model with every training: these two are what a run is put together from."""
-    known = groups()
-    yield from ([f"{group}={name}"] for group, names in known.items() for name in names)
-    for model in known["model"]:
-        yield from ([f"model={model}", f"training={training}"] for training in known["training"])
+    """Every YAML alone."""
+    return ([f"{group}={name}"] for group, names in groups().items() for name in names)
 
 
-@pytest.mark.parametrize("choice", list(choices()), ids=" ".join)
+def pairs() -> Iterator[Any]:
+    """Every model with every training: these two are what a run is put together from. Each of both is quick once."""
+    models, trainings = options("model"), options("training")
+    for i, j in itertools.product(range(len(models)), range(len(trainings))):
+        quick = i % len(trainings) == j % len(models)
+        choice = [f"model={models[i]}", f"training={trainings[j]}"]
+        yield pytest.param(choice, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("choice", [*choices(), *pairs()], ids=" ".join)
 def test_every_yaml_composes_and_every_model_with_every_training(choice: list[str]) -> None:
     config = load_config(list(dict.fromkeys([*choice, *(more for c in choice for more in REQUIRED.get(c, []))])))
     assert isinstance(config, Config)

@@ -230,8 +230,13 @@ def test_packed_folders_say_what_transformers_says(name: str, head_bits: Any, tm
 BEYOND_LLAMA = ("gemma3", "phi3", "gpt2", "qwen3_moe", "mixtral")
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", BEYOND_LLAMA)
+BEYOND = [(name, method) for name in BEYOND_LLAMA for method in METHODS]
+QUICK = {(name, sorted(METHODS)[i % len(METHODS)]) for i, name in enumerate(BEYOND_LLAMA)}  # each family, each method
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [pytest.param(*both, marks=() if both in QUICK else pytest.mark.slow) for both in BEYOND]
+)
 def test_packed_folders_of_other_families_say_what_transformers_says(name: str, method: str, tmp_path: Path) -> None:
     base = FAMILY[name]()
     for parameter in base.parameters():

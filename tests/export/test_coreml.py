@@ -157,7 +157,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("llama, grouped heads", "llama, frozen codes", "qwen2, biases and a head of its own", "ternary, SubLN")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
+)
 def test_the_stored_program_gives_the_trained_logits(name: str, tmp_path: Path) -> None:
     table = write(MODELS[name]().eval(), tmp_path)
     assert kl(table) < 1e-7

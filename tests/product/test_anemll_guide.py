@@ -122,6 +122,7 @@ def test_a_setting_for_a_step_that_this_workflow_lacks_is_refused(folder: Path) 
     assert not (folder / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_the_guide_from_end_to_end(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """V1, V2 from it, snap, inference, Q4 to Q2, with the guide's own paths to .pt files."""
 

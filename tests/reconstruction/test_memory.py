@@ -35,7 +35,7 @@ ALONE = ("training=blockwise", "training.max_steps=0", "training.start=auto", "t
 
 
 def settings(folder: Path, *more: str) -> list[str]:
-    return overrides(folder, *ALONE, "training.blockwise.steps=3", *more)
+    return overrides(folder, *ALONE, "training.blockwise.steps=3", "training.blockwise.batch_size=16", *more)
 
 
 def in_bf16(folder: Path, model: PreTrainedModel) -> None:
