@@ -113,7 +113,8 @@ def _write(
         questions=wish.questions,
     )
     voice = find_voice(model, Manner(wish.temperature, wish.top_p), length, slots)
-    log.info("data=self: the model writes %d tokens: %s", wish.tokens, voice.name)
+    within = "" if wish.minutes is None else f", or what it can in {wish.minutes:g} minutes"
+    log.info("data=self: the model writes %d tokens%s: %s", wish.tokens, within, voice.name)
     start = time.monotonic()
     progress = _Progress(documents.tokens, wish.tokens)
     try:
