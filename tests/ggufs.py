@@ -24,6 +24,10 @@ from transformers import (
     Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     Starcoder2Config,
@@ -35,6 +39,8 @@ from wrinklefree.gguf import pieces
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 32, "sliding_window": 20, "head_dim": 32}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+SHARED = EXPERTS | {"norm_topk_prob": False, "shared_expert_intermediate_size": 48}
 OTHERS = {
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 40}, "llama", "blk.1.ffn_gate.weight"),
     "llama 3": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}, "llama", "rope_freqs.weight"),
@@ -44,6 +50,8 @@ OTHERS = {
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, GEMMA, "gemma3", "blk.1.attn_q_norm.weight"),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config, {}, "olmo2", "blk.1.post_attention_norm.weight"),
     "granite": (GraniteForCausalLM, GraniteConfig, {"residual_multiplier": 0.5}, "granite", "blk.1.attn_norm.weight"),
+    "qwen2moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig, SHARED, "qwen2moe", "blk.1.ffn_gate_inp_shexp.weight"),
+    "qwen3moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, EXPERTS, "qwen3moe", "blk.1.ffn_up_exps.weight"),
     "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, {}, "starcoder2", "blk.1.attn_norm.bias"),
 }
 

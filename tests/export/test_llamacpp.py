@@ -108,10 +108,10 @@ def test_llama_cpp_gives_our_perplexity_and_our_likeliest_tokens(
 def test_llama_cpp_reads_one_bit_weights_as_we_do(tmp_path: Path, trained: Trained, monkeypatch: Any) -> None:
     """Q1_0, from a model whose layers were made signs; both run the same file."""
     model, tokenizer = trained("none", "row")
-    layers = {
-        fqn: Levels(torch.where(layer.weight.detach() > 0, 1, -1).to(torch.int8), layer.encode().tensors["scales"] / 2)
-        for fqn, layer in quant_layers(model).items()
-    }
+    layers = {}
+    for fqn, layer in quant_layers(model).items():
+        signs = torch.where(layer.weight.detach() > 0, 1, -1).to(torch.int8)
+        layers[f"{fqn}.weight"] = Levels(signs, layer.encode().tensors["scales"] / 2)
     monkeypatch.setattr(gguf, "levels", lambda model: layers)
     monkeypatch.setattr(gguf, "measured", lambda *args: Agreement(0, 0.0, 0.0, 1.0))
     gguf.write(model, tokenizer, tmp_path, [])
