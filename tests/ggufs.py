@@ -96,6 +96,23 @@ def parts_of(**changed: Any) -> dict[str, Any]:
     return whole | {"truncation": None, "padding": None} | LLAMA2 | changed
 
 
+def as_of_phi3(**changed: Any) -> dict[str, Any]:
+    """The same with Phi-3's added tokens: all but three take the spaces behind them."""
+    parts = parts_of(**changed)
+    special, first = parts["added_tokens"][0], len(parts["model"]["vocab"])
+    for number, name in enumerate(("<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>")):
+        parts["added_tokens"].append(special | {"id": first + number, "content": name, "rstrip": number > 0})
+    parts["added_tokens"][2] |= {"rstrip": True, "special": False}
+    return parts
+
+
+CHATS = [
+    "<|user|>\nthe cat<|end|>\n<|assistant|> \t\r\n the",
+    "a</s>  b",
+    "<s> a<unk> b",
+    "<|endoftext|>\n b",
+    "x <|end|> y",
+]
 TEXTS = [
     "the cat sat on the mat and the dog lay in the sun",
     "a tokenizer joins neighbours as long as both together are a token",

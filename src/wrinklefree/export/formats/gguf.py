@@ -100,6 +100,7 @@ def write(
     plan = {name: kind_of(name, tensor, layers, gguf_type, gguf_embedding) for name, tensor in tensors(model).items()}
     file = folder / "model.gguf"
     writer = gguf.GGUFWriter(file, arch)
+    writer.add_name(tokens.named(f"{type(model).__name__} by wrinklefree", tokenizer))
     describe(writer, model, file_type(plan, layers))
     tokens.add(writer, tokenizer, model.config.vocab_size)
     _write_tensors(writer, model, layers, plan)
@@ -218,7 +219,6 @@ def describe(writer: Any, model: PreTrainedModel, file_type: int) -> None:
     import gguf
 
     c = model.config
-    writer.add_name(f"{type(model).__name__} by wrinklefree")
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_embedding_length(c.hidden_size)
@@ -317,7 +317,7 @@ def check_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _same_ids(tokenizer: PreTrainedTokenizerBase) -> str:
     """For how many texts `check_tokens` has found the same ids, and which it has left out."""
-    tried, all_of_them = len(tokens.probes(tokenizer)), len(tokens.PROBES) + len(tokenizer.all_special_tokens)
+    tried, all_of_them = len(tokens.probes(tokenizer)), len(tokens.PROBES) + 2 * len(tokenizer.all_special_tokens)
     left_out = "" if tried == all_of_them else "; in front of the others llama.cpp puts a space"
     return f"{tried} of {all_of_them}{left_out}"
 
