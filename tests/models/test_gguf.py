@@ -207,6 +207,16 @@ def _with(name: str, shape: tuple[int, ...], value: float = 1.0) -> Callable[[An
     return lambda writer, tensors: tensors.update({name: np.full(shape, value, dtype=np.float32)})
 
 
+def test_names_of_a_cut_that_mean_the_same_are_read(tmp_path: Path) -> None:
+    file = written(tmp_path / "x.gguf")
+    name = gguf.GGUFReader(file).fields["tokenizer.ggml.pre"]
+    assert bytes(name.parts[-1]) == b"gpt-2"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"\x05" + bytes(7) + b"gpt-2", b"\x05" + bytes(7) + b"phi-2"))
+    _, tokenizer = open_model(str(file))
+    assert tokenizer("def f(x): 12").input_ids == WORDS("def f(x): 12").input_ids
+
+
 DAMAGED: dict[str, tuple[Callable[[Any, dict[str, Any]], None], str]] = {
     "a tensor is missing": (_without("blk.0.ffn_up"), "blk.0.ffn_up.weight is missing"),
     "no embedding": (_without("token_embd"), "token_embd.weight is missing"),

@@ -14,7 +14,7 @@ Mistral is a `llama` there, without a window.
 
 from dataclasses import dataclass
 
-WINDOWED = ("gemma2", "gemma3")
+WINDOWED = {"gemma2": 2, "gemma3": 6}  # every how many-th layer sees everything
 MIXTURES = ("qwen2moe", "qwen3moe")
 SWA_BASE = 10000.0  # of the positions of Gemma 3's layers with a window
 
@@ -57,8 +57,7 @@ _WIDE_QUERIES = {"gemma2": 46, "gemma3": 62}  # layers of the models with 27 bil
 
 def kinds_of_layers(arch: str, layers: int) -> list[str]:
     """transformers' `layer_types` of a model with windows."""
-    every = 2 if arch == "gemma2" else 6
-    return ["sliding_attention" if number % every else "full_attention" for number in range(1, layers + 1)]
+    return ["sliding_attention" if number % WINDOWED[arch] else "full_attention" for number in range(1, layers + 1)]
 
 
 def query_scalar(arch: str, layers: int, hidden: int, heads: int, width: int) -> int:

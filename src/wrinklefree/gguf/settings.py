@@ -35,6 +35,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 # Settings that an architecture has a place for.
 _SOFT = ("attn_logit_softcapping", "final_logit_softcapping")
 READ: dict[str, tuple[str, ...]] = {
+    "phi3": ("attention.sliding_window",),
     "gemma2": ("attention.sliding_window", *_SOFT),
     "gemma3": ("attention.sliding_window", "rope.scaling.type", "rope.scaling.factor", *_SOFT),
     "granite": ("attention.scale", "embedding_scale", "residual_scale", "logit_scale"),
@@ -53,7 +54,7 @@ class Settings:
         """Raises UserError if the architecture is none that is read here."""
         self.header, self.file = header, header.file
         name = header.metadata.get("general.architecture")
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise UserError(
                 f"{self.file}: architecture {str(name)[:99]!r} is none of {', '.join(ARCHITECTURES)}: transformers may "
                 f"read it (gguf_file=), save it as a folder from there"
@@ -131,6 +132,8 @@ class Settings:
             return self._windows(config)
         if self.arch in MIXTURES:
             return self._experts()
+        if self.arch == "phi3":  # llama.cpp asks for the window and does not use it; the model has it
+            return {"sliding_window": self.whole("attention.sliding_window", 0) or None}
         if self.arch == "granite":
             names = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale"}
             names |= {"residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
@@ -139,8 +142,12 @@ class Settings:
 
     def _windows(self, config: dict[str, Any]) -> dict[str, Any]:
         layers, heads, width = config["num_hidden_layers"], config["num_attention_heads"], config["head_dim"]
+        kinds = kinds_of_layers(self.arch, layers)
+        pattern = [kind == "sliding_attention" for kind in kinds]
+        if self.value("attention.sliding_window_pattern", pattern) not in (pattern, WINDOWED[self.arch]):
+            raise UserError(f"{self.file}: {self.arch}.attention.sliding_window_pattern: only that of Gemma is read")
         found = {
-            "layer_types": kinds_of_layers(self.arch, layers),
+            "layer_types": kinds,
             "sliding_window": self.size("attention.sliding_window"),
             "query_pre_attn_scalar": query_scalar(self.arch, layers, config["hidden_size"], heads, width),
         }

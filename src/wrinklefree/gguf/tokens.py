@@ -46,7 +46,12 @@ CUTS: dict[str, list[dict[str, Any]]] = {
     "smollm": [{"type": "Digits", "individual_digits": True}, _bytes(True)],
     "qwen2": [_split(""), _bytes(False)],
     "llama-bpe": [_split("{1,3}"), _bytes(False)],
+    "dbrx": [_split("{1,3}"), _bytes(False)],
 }
+# Names in files of others that stand for the same (seen with llama.cpp on a vocabulary that shows each cut).
+ALIASES = dict.fromkeys(("starcoder", "refact", "command-r", "codeshell"), "smollm")
+ALIASES |= dict.fromkeys(("olmo", "mpt", "phi-2"), "gpt-2")
+ALIASES |= {"smaug-bpe": "dbrx", "llama-v3": "llama-bpe", "stablelm2": "qwen2"}
 WHOLE_WORDS = ("llama-bpe",)  # here llama.cpp takes a piece that is a token as it is, without merges
 COMPOSED = ("qwen2",)  # llama.cpp's own converter drops the NFC of these, so their files always go without
 
@@ -176,11 +181,13 @@ def cut_of(parts: dict[str, Any]) -> str:
     if model.get("unk_token") is not None and set(ByteLevel.alphabet()) - model["vocab"].keys():
         raise _refused("model.unk_token", model["unk_token"])
     found = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps.get("pretokenizers", [steps])]
-    cut = next((name for name, known in CUTS.items() if known == found), None)
-    if cut is None:
+    cuts = [name for name, known in CUTS.items() if known == found]
+    if not cuts:
         raise _refused("pre_tokenizer", json.dumps(found, ensure_ascii=False))
-    if model.get("ignore_merges", False) != (cut in WHOLE_WORDS):
-        raise _refused("model.ignore_merges", model.get("ignore_merges", False))
+    whole = model.get("ignore_merges", False)
+    cut = next((name for name in cuts if whole == (name in WHOLE_WORDS)), None)
+    if cut is None:
+        raise _refused("model.ignore_merges", whole)
     if parts["normalizer"] is not None and not (parts["normalizer"] == {"type": "NFC"} and cut in COMPOSED):
         raise _refused("normalizer", json.dumps(parts["normalizer"], ensure_ascii=False))
     if (parts["decoder"] or {}).get("type") != "ByteLevel":
@@ -307,11 +314,12 @@ def _rebuilt(header: Header) -> Tokenizer:
 
 
 def _of_bytes(header: Header, tokens: list[str]) -> Tokenizer:
-    kind, cut = (header.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    kind, stated = (header.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    cut = ALIASES.get(str(stated), stated)
     if kind != "gpt2" or cut not in CUTS:
         raise UserError(
-            f"{header.file}: its tokenizer is {str(kind)[:99]!r}, cut as {str(cut)[:99]!r}: only pieces as of Llama 2 "
-            f"and byte-level BPE of {', '.join(CUTS)} are read"
+            f"{header.file}: its tokenizer is {str(kind)[:99]!r}, cut as {str(stated)[:99]!r}: only pieces as of Llama "
+            f"2 and byte-level BPE of {', '.join(CUTS)} are read"
         )
     merges = header.metadata.get("tokenizer.ggml.merges", [])
     pairs = [(m.partition(" ")[0], m.partition(" ")[2]) for m in merges if isinstance(m, str)]
