@@ -4,7 +4,9 @@
 |---|---|
 | Q1_0, TQ1_0, TQ2_0, Q2_0, Q4_0 | the same integers and scales, for the native kernels |
 | Q8_0 | the same integers and scales; the native kernels round them to one scale per row |
-| F32, F16, BF16 and every other type | decoded, in bf16 |
+| F32, F16, BF16 and every other type | decoded, in bf16; vectors and routers of experts in fp32 |
+
+Experts, which are one tensor in the file and in transformers, are one packed layer each.
 
 Scales that are equal along a row are stored once. `transformers` reads the same folders.
 """
@@ -70,7 +72,8 @@ def gguf_folder(file: Path, use: Use) -> Path:
 
 def summary(header: Header, use: Use) -> str:
     """Say how many matrices of each type there are, and what runs them."""
-    kinds = Counter(tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1)
+    tensors = (tensor for name, tensor in header.tensors.items() if "ffn_gate_inp" not in name)  # stay in fp32
+    kinds = Counter(tensor.kind for tensor in tensors if len(tensor.shape) > 1)
     how = dict.fromkeys(INTEGERS, "native kernels") | {"Q8_0": "native kernels, as int8 with a scale per row"}
     parts = []
     for kind, count in sorted(kinds.items()):
