@@ -24,6 +24,10 @@ from transformers import (
     Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     Starcoder2Config,
@@ -35,6 +39,8 @@ from wrinklefree.gguf import pieces
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 32, "sliding_window": 20, "head_dim": 32}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+SHARED = EXPERTS | {"norm_topk_prob": False, "shared_expert_intermediate_size": 48}
 OTHERS = {
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 40}, "llama", "blk.1.ffn_gate.weight"),
     "llama 3": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}, "llama", "rope_freqs.weight"),
@@ -44,6 +50,8 @@ OTHERS = {
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, GEMMA, "gemma3", "blk.1.attn_q_norm.weight"),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config, {}, "olmo2", "blk.1.post_attention_norm.weight"),
     "granite": (GraniteForCausalLM, GraniteConfig, {"residual_multiplier": 0.5}, "granite", "blk.1.attn_norm.weight"),
+    "qwen2moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig, SHARED, "qwen2moe", "blk.1.ffn_gate_inp_shexp.weight"),
+    "qwen3moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, EXPERTS, "qwen3moe", "blk.1.ffn_up_exps.weight"),
     "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, {}, "starcoder2", "blk.1.attn_norm.bias"),
 }
 
@@ -88,6 +96,23 @@ def parts_of(**changed: Any) -> dict[str, Any]:
     return whole | {"truncation": None, "padding": None} | LLAMA2 | changed
 
 
+def as_of_phi3(**changed: Any) -> dict[str, Any]:
+    """The same with Phi-3's added tokens: all but three take the spaces behind them."""
+    parts = parts_of(**changed)
+    special, first = parts["added_tokens"][0], len(parts["model"]["vocab"])
+    for number, name in enumerate(("<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>")):
+        parts["added_tokens"].append(special | {"id": first + number, "content": name, "rstrip": number > 0})
+    parts["added_tokens"][2] |= {"rstrip": True, "special": False}
+    return parts
+
+
+CHATS = [
+    "<|user|>\nthe cat<|end|>\n<|assistant|> \t\r\n the",
+    "a</s>  b",
+    "<s> a<unk> b",
+    "<|endoftext|>\n b",
+    "x <|end|> y",
+]
 TEXTS = [
     "the cat sat on the mat and the dog lay in the sun",
     "a tokenizer joins neighbours as long as both together are a token",

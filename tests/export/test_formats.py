@@ -38,12 +38,14 @@ from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.levels import Levels
 from wrinklefree.export.views.settings import refuse_settings
 from wrinklefree.export.views.ternary import ternary_layers
+from wrinklefree.generate.open import open_model
 from wrinklefree.gguf import tokens
 from wrinklefree.gguf.header import read_header
-from wrinklefree.gguf.names import gguf_name, heads_of
+from wrinklefree.gguf.names import gguf_names, heads_of
 from wrinklefree.gguf.values import read_weight
 from wrinklefree.methods import fairy2, uniform
 from wrinklefree.methods.bitdistill import Config
+from wrinklefree.packed.products.choose import exactly
 
 BATCHES = [{"input_ids": ids(4, 32)}]
 WORDS = tokenizer()
@@ -231,7 +233,7 @@ def test_the_smallest_type_holds_every_layer_bit_for_bit(
     header = read_header(tmp_path / "model.gguf")
     for fqn, layer in quant_layers(model).items():
         name = f"{fqn}.weight"
-        assert header.tensors[str(gguf_name(name))].kind == kind
+        assert header.tensors[gguf_names(name, "llama")[0]].kind == kind
         heads = heads_of(name, "llama", model.config.num_attention_heads, model.config.num_key_value_heads)
         assert torch.equal(read_weight(header, name, heads), layer.effective_weight(torch.float32))
 
@@ -239,17 +241,19 @@ def test_the_smallest_type_holds_every_layer_bit_for_bit(
 def test_one_bit_a_weight_is_q1_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A method without a form, whose weights are one magnitude per row with a sign."""
     model = prepared(llama(**WIDE), norm_mode="none")
-    signs = {fqn: torch.where(layer.weight > 0, 0.5, -0.5) for fqn, layer in quant_layers(model).items()}
-    found = {fqn: Levels(sign.sign().to(torch.int8), torch.full((len(sign), 1), 0.5)) for fqn, sign in signs.items()}
+    layers = {f"{fqn}.weight": layer for fqn, layer in quant_layers(model).items()}
+    signs = {name: torch.where(layer.weight > 0, 0.5, -0.5) for name, layer in layers.items()}
+    found = {name: Levels(sign.sign().to(torch.int8), torch.full((len(sign), 1), 0.5)) for name, sign in signs.items()}
     assert {gguf_export.layer_kind(layer, "auto") for layer in found.values()} == {"Q1_0"}
-    with_zero = Levels(found["model.layers.0.mlp.up_proj"].integers.clone(), torch.ones(512, 1))
+    up = "model.layers.1.mlp.up_proj.weight"
+    with_zero = Levels(found[up].integers.clone(), torch.ones(512, 1))
     with_zero.integers[3, 5] = 0
     assert gguf_export.layer_kind(with_zero, "q1_0") == "Q4_0"
     monkeypatch.setattr(gguf_export, "levels", lambda model: found)
     monkeypatch.setattr(gguf_export, "measured", lambda *args: Agreement(0, 0.0, 0.0, 1.0))
     gguf_export.write(model, bytes_tokenizer(), tmp_path, [])
     header = read_header(tmp_path / "model.gguf")
-    assert torch.equal(read_weight(header, "model.layers.1.mlp.up_proj.weight"), signs["model.layers.1.mlp.up_proj"])
+    assert torch.equal(read_weight(header, up), signs[up])
 
 
 @pytest.mark.parametrize(("kind", "error"), [("q8_0", 0.01), ("q6_k", 0.05)])
@@ -301,22 +305,52 @@ def test_qwen_has_its_own_architecture_with_biases_and_norms(tmp_path: Path) -> 
         assert {extra, "output.weight"} <= stored_tensors(out / "model.gguf").keys()
 
 
-READ_BY_TRANSFORMERS = ("llama 3", "mistral", "phi3", "gemma2", "gemma3", "starcoder2")
+READ_BY_TRANSFORMERS = ("llama 3", "mistral", "phi3", "gemma2", "gemma3", "starcoder2", "qwen2moe", "qwen3moe")
 HALF_ROTATED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_architectures_are_written_and_read_back(name: str, tmp_path: Path) -> None:
+def test_other_architectures_are_written_and_read_back(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By transformers, where it knows the architecture, and by `-m FILE.gguf`, with the logits of the trained model."""
     *_, arch, tensor = OTHERS[name]
-    rows = dict(gguf_export.write(prepared(other(name), norm_mode="none"), bytes_tokenizer(), tmp_path, [], "tq1_0"))
-    assert field(tmp_path / "model.gguf", "general.architecture") == arch
-    assert tensor in stored_tensors(tmp_path / "model.gguf")
+    model, file = prepared(sharp(other(name)), norm_mode="none", activation_bits=None), tmp_path / "model.gguf"
+    rows = dict(gguf_export.write(model, bytes_tokenizer(), tmp_path, [], "tq1_0"))
+    assert field(file, "general.architecture") == arch
+    assert tensor in stored_tensors(file)
     assert rows["read back by transformers"].startswith("yes" if name in READ_BY_TRANSFORMERS else "no")
+    monkeypatch.setenv("WRINKLEFREE_CACHE", str(tmp_path / "cache"))
+    back, _ = open_model(str(file))
+    tokens = (torch.arange(40) * 37 % 262).unsqueeze(0)
+    with torch.no_grad(), exactly(back):
+        expected, found = (m(tokens).logits.double().log_softmax(-1) for m in (model, back))
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-4  # embeddings in bf16
 
 
-def test_a_mistral_says_no_longer_context_than_its_window(tmp_path: Path) -> None:
-    gguf_export.write(prepared(other("mistral"), norm_mode="none"), bytes_tokenizer(), tmp_path, [], "tq1_0")
-    assert field(tmp_path / "model.gguf", "llama.context_length") == 40
+def sharp(model: PreTrainedModel) -> PreTrainedModel:
+    """With weights so large that tokens matter: a wrong order of rows or a missing window shows."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 4
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: family("qwen2_moe"), lambda: family("mixtral"), lambda: family("gpt2")])
+def test_a_dense_folder_has_experts_and_turned_weights_as_the_model_has_them(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = prepared(make(), norm_mode="none", activation_bits=None)
+    rows = dict(dense.write(model, WORDS, tmp_path, BATCHES))
+    assert float(rows["KL(trained, exported), nats"]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mistral", "phi3", "starcoder2", "qwen3moe"])
+def test_a_file_says_no_longer_context_than_a_window_of_all_layers(name: str, tmp_path: Path) -> None:
+    """llama.cpp has no window in these architectures."""
+    model = other(name, sliding_window=40, **({"use_sliding_window": True} if name == "qwen3moe" else {}))
+    gguf_export.write(prepared(model, norm_mode="none"), bytes_tokenizer(), tmp_path, [], "tq1_0")
+    assert field(tmp_path / "model.gguf", f"{OTHERS[name][3]}.context_length") == 40
 
 
 @pytest.mark.parametrize(
@@ -327,6 +361,8 @@ def test_a_mistral_says_no_longer_context_than_its_window(tmp_path: Path) -> Non
         ("smollm3", {"no_rope_layers": [1] * 7}, "no_rope_layers"),
         ("phi3", {"rope_parameters": HALF_ROTATED}, "partial_rotary_factor"),
         ("olmo2", {"attention_bias": True}, "attention_bias"),
+        ("qwen2moe", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ("qwen3moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
     ],
 )
 def test_what_an_architecture_takes_for_granted_is_compared(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ggufs import OTHERS, other, parts_of, tokenizer_of
+from ggufs import CHATS, OTHERS, as_of_phi3, other, parts_of, tokenizer_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.compose import load_config
@@ -108,10 +108,10 @@ def test_llama_cpp_gives_our_perplexity_and_our_likeliest_tokens(
 def test_llama_cpp_reads_one_bit_weights_as_we_do(tmp_path: Path, trained: Trained, monkeypatch: Any) -> None:
     """Q1_0, from a model whose layers were made signs; both run the same file."""
     model, tokenizer = trained("none", "row")
-    layers = {
-        fqn: Levels(torch.where(layer.weight.detach() > 0, 1, -1).to(torch.int8), layer.encode().tensors["scales"] / 2)
-        for fqn, layer in quant_layers(model).items()
-    }
+    layers = {}
+    for fqn, layer in quant_layers(model).items():
+        signs = torch.where(layer.weight.detach() > 0, 1, -1).to(torch.int8)
+        layers[f"{fqn}.weight"] = Levels(signs, layer.encode().tensors["scales"] / 2)
     monkeypatch.setattr(gguf, "levels", lambda model: layers)
     monkeypatch.setattr(gguf, "measured", lambda *args: Agreement(0, 0.0, 0.0, 1.0))
     gguf.write(model, tokenizer, tmp_path, [])
@@ -136,6 +136,16 @@ def test_llama_cpp_cuts_text_into_our_tokens(tmp_path: Path, trained: Trained) -
             assert program.tokenize(text.encode(), add_bos=True, special=False) == expected, text
 
 
+def test_llama_cpp_takes_the_spaces_behind_tokens_as_of_phi3(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(as_of_phi3())
+    method = find("bitdistill")(name="bitdistill", norm_mode="none", activation_bits=None)
+    gguf.write(method.prepare(other("phi3", vocab_size=len(tokenizer)), []), tokenizer, tmp_path, [])
+    with llama_cpp(tmp_path / "model.gguf") as program:
+        for text in (*tokens.probes(tokenizer), *CHATS):
+            own = tokenizer(text, add_special_tokens=False).input_ids
+            assert program.tokenize(text.encode(), add_bos=False, special=True) == own, text
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_llama_cpp_computes_the_same_in_other_architectures(name: str, tmp_path: Path) -> None:
     """Without its positions Llama 3 would differ by 5e-4, Gemma 3 without windows by 0.06 (in transformers)."""
@@ -155,7 +165,7 @@ def test_llama_cpp_computes_the_same_in_other_architectures(name: str, tmp_path:
     ids = torch.arange(60) * 37 % 256 + 3
     with llama_cpp(tmp_path / "model.gguf") as program:
         expected, found = log_probabilities(model, ids), theirs(program, ids)
-        for text in (*tokens.PROBES, "x</s>y </s>"):
+        for text in tokens.probes(tokenizer):
             own = tokenizer(text, add_special_tokens=False).input_ids
             assert program.tokenize(text.encode(), add_bos=False, special=True) == own, text
     assert (expected.exp() * (expected - found)).sum(-1).mean() < 2.5e-4

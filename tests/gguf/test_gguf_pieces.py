@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ggufs import FIRST, LLAMA2, METASPACE, NO_SPACE, TEXTS, parts_of, tokenizer_of
+from ggufs import CHATS, FIRST, LLAMA2, METASPACE, NO_SPACE, TEXTS, as_of_phi3, parts_of, tokenizer_of
 from tiny import llama
 from transformers import AutoTokenizer
 
@@ -19,8 +19,9 @@ from wrinklefree.gguf import pieces, tokens
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 
 
-def written(parts: dict[str, Any], file: Path) -> Path:
+def written(parts: dict[str, Any], file: Path, name: str = "toy") -> Path:
     writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name(name)
     tokens.add(writer, tokenizer_of(parts), len(parts["model"]["vocab"]) + 5)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -43,7 +44,7 @@ def test_a_whole_file_is_read_by_transformers_and_by_the_native_loop(tmp_path: P
     original = tokenizer_of(parts_of())
     model = find("bitdistill")(name="bitdistill", norm_mode="none").prepare(llama(vocab_size=len(original)), [])
     rows = write(model, original, tmp_path, [], gguf_type="tq1_0")
-    assert ["texts with the same token ids", "13 of 13"] in rows
+    assert ["texts with the same token ids", "16 of 16"] in rows
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     engine, ours, _ = open_engine(str(tmp_path / "model.gguf"), "auto", 1)
     for text in TEXTS[:4]:
@@ -51,6 +52,24 @@ def test_a_whole_file_is_read_by_transformers_and_by_the_native_loop(tmp_path: P
         assert theirs(text, add_special_tokens=False).input_ids == expected
         assert ours(text, add_special_tokens=False).input_ids == expected
     assert len(list(engine.generate(ours(TEXTS[0]).input_ids, Sampling(max_new_tokens=4)))) <= 4
+
+
+def test_tokens_take_the_spaces_behind_them_as_those_of_phi3_do(tmp_path: Path) -> None:
+    parts = as_of_phi3()
+    original = tokenizer_of(parts)
+    file = written(parts, tmp_path / "model.gguf", tokens.named("Llama", original))
+    inside = tokens.read(file)
+    for text in (*tokens.probes(original), *CHATS):
+        assert inside.encode(text, add_special_tokens=False).ids == original(text, add_special_tokens=False).input_ids
+
+
+def test_a_name_from_which_llama_cpp_would_take_spaces_is_another_one() -> None:
+    assert tokens.named("Phi3ForCausalLM", tokenizer_of(parts_of())) == "Phi 3ForCausalLM"
+
+
+def with_one_of_phi3(parts: dict[str, Any]) -> None:
+    parts["added_tokens"].append(parts["added_tokens"][0] | {"content": "<|end|>", "id": 600})
+    parts["added_tokens"].append(parts["added_tokens"][0] | {"content": "<|user|>", "id": 601, "rstrip": True})
 
 
 def without_a_merge(parts: dict[str, Any]) -> None:
@@ -72,9 +91,9 @@ def words_apart(parts: dict[str, Any]) -> None:
     parts |= {"normalizer": None, "pre_tokenizer": pieces._METASPACE | {"prepend_scheme": "always", "split": True}}
 
 
-@pytest.mark.parametrize("change", [without_a_merge, without_a_byte, apart, words_apart])
+@pytest.mark.parametrize("change", [without_a_merge, without_a_byte, apart, words_apart, with_one_of_phi3])
 def test_what_llama_cpp_would_do_otherwise_is_refused(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
     parts = parts_of()
     change(parts)
-    with pytest.raises(UserError, match="is not written"):
+    with pytest.raises(UserError, match=r"other tokens|is not written"):
         written(parts, tmp_path / "model.gguf")

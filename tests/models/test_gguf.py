@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from ggufs import other
 from tiny import ids, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -51,6 +52,14 @@ def qwen3() -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**(WIDE | sizes), tie_word_embeddings=False)).eval()
 
 
+def experts() -> PreTrainedModel:
+    wide = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+    model = other("qwen3moe", **wide, tie_word_embeddings=False)
+    for table in (model.model.embed_tokens, model.lm_head):  # else rounding them chooses other experts
+        table.weight.data = table.weight.data.bfloat16().float()
+    return model
+
+
 def file_of(model: PreTrainedModel, folder: Path, *kinds: Any) -> Path:
     folder.mkdir(exist_ok=True)
     gguf_export.write(model, WORDS, folder, [], *kinds)
@@ -75,6 +84,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], tuple[str, ...], set[str]
         ("q2_0",),
         {"Q2_0", "F16", "F32"},
     ),
+    "experts": (lambda: ternary(experts()), ("tq2_0",), {"TQ2_0", "F16", "F32"}),
     "Q8_0": (lambda: uniform.Config(bits=8).prepare(qwen3()).eval(), ("auto", "q8_0"), {"Q8_0", "F32"}),
 }
 
@@ -195,6 +205,16 @@ def _without(name: str) -> Callable[[Any, dict[str, Any]], None]:
 
 def _with(name: str, shape: tuple[int, ...], value: float = 1.0) -> Callable[[Any, dict[str, Any]], None]:
     return lambda writer, tensors: tensors.update({name: np.full(shape, value, dtype=np.float32)})
+
+
+def test_names_of_a_cut_that_mean_the_same_are_read(tmp_path: Path) -> None:
+    file = written(tmp_path / "x.gguf")
+    name = gguf.GGUFReader(file).fields["tokenizer.ggml.pre"]
+    assert bytes(name.parts[-1]) == b"gpt-2"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"\x05" + bytes(7) + b"gpt-2", b"\x05" + bytes(7) + b"phi-2"))
+    _, tokenizer = open_model(str(file))
+    assert tokenizer("def f(x): 12").input_ids == WORDS("def f(x): 12").input_ids
 
 
 DAMAGED: dict[str, tuple[Callable[[Any, dict[str, Any]], None], str]] = {

@@ -23,6 +23,11 @@ def store_turned(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(_turn_loaded)
 
 
+def is_turned(module: nn.Module) -> bool:
+    """Whether `store_turned` was called on the module."""
+    return _turn_saved in module._state_dict_hooks.values()
+
+
 def _turn_saved(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
     state[f"{prefix}weight"] = state[f"{prefix}weight"].T
 

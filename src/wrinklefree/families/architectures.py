@@ -24,7 +24,6 @@ class Family:
 
     model_type: str
     stem: str
-    gguf: str | None = None  # llama.cpp's name, if `--format gguf` writes it
     coreml: bool = False  # whether `--format coreml` writes it
     skips_positions: bool = False  # whether some layers have no RoPE
     window_everywhere: bool = False  # whether a window of the last tokens is that of every layer
@@ -37,12 +36,12 @@ class Family:
 
 # MLPs and norms of these are fused in transformers. The native loop runs more: engine/layouts.py.
 FAMILIES = (
-    Family("llama", "Llama", gguf="llama", coreml=True),
+    Family("llama", "Llama", coreml=True),
     Family("mistral", "Mistral", window_everywhere=True),
-    Family("qwen2", "Qwen2", gguf="qwen2", coreml=True),
-    Family("qwen3", "Qwen3", gguf="qwen3", coreml=True),
+    Family("qwen2", "Qwen2", coreml=True),
+    Family("qwen3", "Qwen3", coreml=True),
     Family("smollm3", "SmolLM3", skips_positions=True),
-    Family("bitnet", "BitNet", gguf="bitnet", coreml=True),
+    Family("bitnet", "BitNet", coreml=True),
 )
 
 # Linear layers of a decoder layer by what they do. `self_attn` and `mlp` are the modules that hold them.

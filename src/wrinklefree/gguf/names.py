@@ -1,8 +1,8 @@
 """Names of tensors in GGUF files, and the order of rows that llama.cpp wants."""
 
-import re
-
 from torch import Tensor
+
+from wrinklefree.gguf.architectures import MIXTURES
 
 LAYER_PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -19,6 +19,10 @@ LAYER_PARTS = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+# The router of experts, and the shared expert of Qwen2 with its gate.
+_ROUTER = {"mlp.gate": "ffn_gate_inp"}
+_SHARED = {"mlp.shared_expert_gate": "ffn_gate_inp_shexp"}
+_SHARED |= {f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")}
 _BEHIND = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 # Parts of a layer, by llama.cpp's name of the architecture. Those that are missing here have LAYER_PARTS.
 PARTS = {
@@ -27,34 +31,44 @@ PARTS = {
     "gemma3": LAYER_PARTS | _BEHIND | {"pre_feedforward_layernorm": "ffn_norm"},
     "olmo2": LAYER_PARTS | _BEHIND,
     "starcoder2": LAYER_PARTS | {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+    "qwen2moe": LAYER_PARTS | _ROUTER | _SHARED,
+    "qwen3moe": LAYER_PARTS | _ROUTER,
 }
+# Tensors of experts [E, out, in]. llama.cpp has the rows of gate and up in two tensors.
+STACKS = {"mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "mlp.experts.down_proj": ("ffn_down_exps",)}
+IN_FULL = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")  # what chooses experts: fp32 in files
 # llama.cpp pairs the rotary dimensions (i, i + 1) in these, transformers pairs (i, i + d/2).
 PAIRED = ("llama", "smollm3", "granite")
 # Files have 1 + the weight of these norms, with which llama.cpp multiplies.
 ABOVE_ONE = ("gemma2", "gemma3")
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
-OURS = {theirs: ours for ours, theirs in LAYER_PARTS.items()}
-OURS_TOP = {theirs: ours for ours, theirs in TOP.items()}
 
+def gguf_names(name: str, arch: str) -> tuple[str, ...]:
+    """Return llama.cpp's names for the parameter that transformers calls `name`; none if it has no place for it.
 
-def gguf_name(name: str, arch: str = "llama") -> str | None:
-    """Return llama.cpp's name for a tensor that transformers calls `name`, or None if it has none."""
-    parts = PARTS.get(arch, LAYER_PARTS)
+    If there are several, each has as many of its rows as the others, in this order.
+    """
     module, _, kind = name.rpartition(".")
     if module in TOP:
-        return f"{TOP[module]}.{kind}"
-    number, _, part = module.removeprefix("model.layers.").partition(".")
-    return f"blk.{number}.{parts[part]}.{kind}" if part in parts else None
+        return (f"{TOP[module]}.{kind}",)
+    number, _, part = name.removeprefix("model.layers.").partition(".")
+    if part in STACKS and arch in MIXTURES:
+        return tuple(f"blk.{number}.{each}.weight" for each in STACKS[part])
+    part, parts = part.removesuffix(f".{kind}"), PARTS.get(arch, LAYER_PARTS)
+    return (f"blk.{number}.{parts[part]}.{kind}",) if part in parts else ()
 
 
-def own_name(name: str) -> str | None:
-    """Return transformers' name for a tensor that llama.cpp calls `name`, or None if it has none."""
-    part, _, kind = name.rpartition(".")
-    if part in OURS_TOP:
-        return f"{OURS_TOP[part]}.{kind}"
-    found = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)", part)
-    return f"model.layers.{found[1]}.{OURS[found[2]]}.{kind}" if found and found[2] in OURS else None
+def stored_shape(place: str, shape: tuple[int, ...], pieces: int) -> tuple[int, ...]:
+    """The shape of llama.cpp's tensor `place`, which is one of `pieces` of a parameter of this shape."""
+    if place.endswith("ffn_gate_inp_shexp.weight"):
+        return shape[1:]  # one output
+    return shape if pieces == 1 else (*shape[:-2], shape[-2] // pieces, shape[-1])
+
+
+def piece(rows: Tensor, experts: int, number: int, pieces: int) -> Tensor:
+    """Of rows [experts * out, ...] those of one piece: [experts * out / pieces, ...]."""
+    return rows if pieces == 1 else rows.unflatten(0, (experts, pieces, -1))[:, number].flatten(0, 1)
 
 
 def heads_of(name: str, arch: str, heads: int, kv_heads: int) -> int | None:

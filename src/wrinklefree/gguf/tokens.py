@@ -2,10 +2,14 @@
 
 llama.cpp knows ways of cutting text before BPE by name. A tokenizer is written if each of its parts is one that such a
 name stands for, compared by value. Any other part is refused. gguf/pieces.py has the other kind.
+
+By the name of the model llama.cpp also knows whether added tokens take the spaces behind them, as Phi-3's do. There it
+takes ASCII spaces, transformers those of Unicode.
 """
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +46,12 @@ CUTS: dict[str, list[dict[str, Any]]] = {
     "smollm": [{"type": "Digits", "individual_digits": True}, _bytes(True)],
     "qwen2": [_split(""), _bytes(False)],
     "llama-bpe": [_split("{1,3}"), _bytes(False)],
+    "dbrx": [_split("{1,3}"), _bytes(False)],
 }
+# Names in files of others that stand for the same (seen with llama.cpp on a vocabulary that shows each cut).
+ALIASES = dict.fromkeys(("starcoder", "refact", "command-r", "codeshell"), "smollm")
+ALIASES |= dict.fromkeys(("olmo", "mpt", "phi-2"), "gpt-2")
+ALIASES |= {"smaug-bpe": "dbrx", "llama-v3": "llama-bpe", "stablelm2": "qwen2"}
 WHOLE_WORDS = ("llama-bpe",)  # here llama.cpp takes a piece that is a token as it is, without merges
 COMPOSED = ("qwen2",)  # llama.cpp's own converter drops the NFC of these, so their files always go without
 
@@ -57,7 +66,11 @@ MODEL: dict[str, tuple[Any, ...]] = {
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens that are added to a vocabulary
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # transformers' name -> llama.cpp's
 
-STRIPPING = ("single_word", "lstrip", "rstrip")
+STRIPPING = ("single_word", "lstrip")
+# Models with one of these in their name (in lower case) have added tokens that take the spaces behind them, but for
+# some. In names of others there has to be a space.
+STRIPPED_NAMES, SPACED_NAME = ("phi-3", "phi3"), "Phi 3"
+NOT_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 
 PROBES = (
     "def f(x):\n\treturn x + 1\n",
@@ -111,7 +124,10 @@ def _add_bytes(writer: Any, parts: dict[str, Any], tokens: list[str], kinds: lis
 def _add_pieces(writer: Any, parts: dict[str, Any], tokens: list[str], kinds: list[int]) -> None:
     fault = pieces.fault(parts)
     if fault is not None:
-        raise _refused(*fault)
+        raise UserError(
+            f"--format gguf: the tokenizer's {fault[0]} ({fault[1]}): with such pieces, llama.cpp would cut texts into "
+            f"other tokens: use --format dense or hf"
+        )
     _refuse_stripping(parts)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -124,13 +140,21 @@ def _add_pieces(writer: Any, parts: dict[str, Any], tokens: list[str], kinds: li
         writer.add_unk_token_id(tokens.index(unknown))
 
 
+def named(title: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A model's `title` as its name in a file, by which llama.cpp does with spaces behind added tokens as we do."""
+    plain = re.sub("|".join(STRIPPED_NAMES), SPACED_NAME, title, flags=re.IGNORECASE)
+    added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
+    return f"{plain}, tokens as of Phi-3" if any(entry["rstrip"] for entry in added) else plain
+
+
 def probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts that have to have the same ids in the file: all of `PROBES`, and each special token within a text.
+    """Texts that have to have the same ids in the file: all of `PROBES`, and each special token within two texts.
 
     Without those that Metaspace puts no space in front of, where llama.cpp puts one (gguf/pieces.py).
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    texts = [*PROBES, *(f"x{token}y {token}" for token in tokenizer.all_special_tokens)]
+    special = tokenizer.all_special_tokens
+    texts = [*PROBES, *(f"x{token}y {token}" for token in special), *(f"{token} x{token}\n\ty" for token in special)]
     return [text for text in texts if not pieces.lacks_space(parts, text)]
 
 
@@ -157,11 +181,13 @@ def cut_of(parts: dict[str, Any]) -> str:
     if model.get("unk_token") is not None and set(ByteLevel.alphabet()) - model["vocab"].keys():
         raise _refused("model.unk_token", model["unk_token"])
     found = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps.get("pretokenizers", [steps])]
-    cut = next((name for name, known in CUTS.items() if known == found), None)
-    if cut is None:
+    cuts = [name for name, known in CUTS.items() if known == found]
+    if not cuts:
         raise _refused("pre_tokenizer", json.dumps(found, ensure_ascii=False))
-    if model.get("ignore_merges", False) != (cut in WHOLE_WORDS):
-        raise _refused("model.ignore_merges", model.get("ignore_merges", False))
+    whole = model.get("ignore_merges", False)
+    cut = next((name for name in cuts if whole == (name in WHOLE_WORDS)), None)
+    if cut is None:
+        raise _refused("model.ignore_merges", whole)
     if parts["normalizer"] is not None and not (parts["normalizer"] == {"type": "NFC"} and cut in COMPOSED):
         raise _refused("normalizer", json.dumps(parts["normalizer"], ensure_ascii=False))
     if (parts["decoder"] or {}).get("type") != "ByteLevel":
@@ -175,6 +201,15 @@ def _refuse_stripping(parts: dict[str, Any]) -> None:
         odd = [flag for flag in STRIPPING if entry[flag]]
         if odd:
             raise _refused(f"added token {entry['content']!r}", odd[0])
+    stripped = {entry["content"] for entry in parts["added_tokens"] if entry["rstrip"]}
+    those = {entry["content"] for entry in parts["added_tokens"]} - set(NOT_STRIPPED)
+    if stripped and stripped != those:
+        entry = min(stripped ^ those)
+        raise _refused(
+            f"added token {entry!r}",
+            f"{'takes' if entry in stripped else 'leaves'} the spaces behind it, and llama.cpp has all but "
+            f"{', '.join(NOT_STRIPPED)} take them, or none",
+        )
 
 
 def _refused(part: str, value: Any) -> UserError:
@@ -265,10 +300,12 @@ def _rebuilt(header: Header) -> Tokenizer:
         raise UserError(f"{header.file}: {len(tokens)} tokens, {different} of them different, {len(kinds)} types")
     with refused_in_one_line(f"{header.file}: its tokenizer cannot be used"):
         inner = _of_pieces(header, tokens, kinds) if kind == "llama" else _of_bytes(header, tokens)
+        name = str(header.metadata.get("general.name")).lower()
+        stripped = set(tokens) - set(NOT_STRIPPED) if any(part in name for part in STRIPPED_NAMES) else set()
         for number, special in ((CONTROL, True), (pieces.UNKNOWN, True), (USER_DEFINED, False)):
             inner.add_tokens(
                 [
-                    AddedToken(token, special=special, normalized=False)
+                    AddedToken(token, special=special, normalized=False, rstrip=token in stripped)
                     for token, found in zip(tokens, kinds, strict=True)
                     if found == number
                 ]
@@ -277,11 +314,12 @@ def _rebuilt(header: Header) -> Tokenizer:
 
 
 def _of_bytes(header: Header, tokens: list[str]) -> Tokenizer:
-    kind, cut = (header.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    kind, stated = (header.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    cut = ALIASES.get(str(stated), stated)
     if kind != "gpt2" or cut not in CUTS:
         raise UserError(
-            f"{header.file}: its tokenizer is {str(kind)[:99]!r}, cut as {str(cut)[:99]!r}: only pieces as of Llama 2 "
-            f"and byte-level BPE of {', '.join(CUTS)} are read"
+            f"{header.file}: its tokenizer is {str(kind)[:99]!r}, cut as {str(stated)[:99]!r}: only pieces as of Llama "
+            f"2 and byte-level BPE of {', '.join(CUTS)} are read"
         )
     merges = header.metadata.get("tokenizer.ggml.merges", [])
     pairs = [(m.partition(" ")[0], m.partition(" ")[2]) for m in merges if isinstance(m, str)]

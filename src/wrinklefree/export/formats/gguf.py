@@ -5,14 +5,16 @@
 | quantized layers | the smallest that holds their integers and scales exactly, see `gguf/blocks.py` | 1.125 to 8.5 |
 | the same, if no block of any type lies within a group of columns that share a scale | F16, still exact | 16 |
 | embeddings, head | F16, or rounded to Q8_0 or Q6_K | 16, 8.5, 6.5625 |
-| norms, biases | F32 | 32 |
+| norms, biases, routers of experts | F32 | 32 |
 
-A model with SubLN becomes llama.cpp's arch `bitnet`, Mistral becomes `llama`; others have an architecture of their own
+Experts that transformers has in one tensor are one in the file, too, with the smallest type that holds all of them. A
+model with SubLN becomes llama.cpp's arch `bitnet`, Mistral becomes `llama`; others have an architecture of their own
 (export/views/llamacpp.py). Logits are close to the trained ones, not equal: llama.cpp rounds activations to int8 in
 blocks of 32 or 256, not per token.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,23 +26,25 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, quant_layers
+from wrinklefree.core.stack import as_one, masters
 from wrinklefree.export.proof.agreement import Agreement, compare, judge
 from wrinklefree.export.proof.certify import CertificateError
 from wrinklefree.export.views.dense import dense_model, refuse_norms, refuse_rotation, unquantized_state
-from wrinklefree.export.views.levels import Levels, levels_of
+from wrinklefree.export.views.levels import Levels, below_each_other, levels_of
 from wrinklefree.export.views.llamacpp import (
-    ARCHITECTURES,
     ROPE_DIVISORS,
     describe_more,
+    longest_text,
     refuse_model,
     rope_divisors,
     told_by_hand,
 )
 from wrinklefree.families.architectures import head_dim
 from wrinklefree.gguf import tokens
+from wrinklefree.gguf.architectures import WRITTEN_AS
 from wrinklefree.gguf.blocks import FLOATS, INTEGERS, Q6_K, Array, Kind, pack, rounded_q6_k, rounded_q8_0
 from wrinklefree.gguf.header import read_header
-from wrinklefree.gguf.names import above_one, gguf_name, heads_of, paired
+from wrinklefree.gguf.names import IN_FULL, above_one, gguf_names, heads_of, paired, piece, stored_shape
 from wrinklefree.gguf.values import read_weight
 from wrinklefree.tracking.terminal import short_size
 
@@ -62,7 +66,7 @@ GgufType = Literal["auto", "q2_0", "q1_0", "tq2_0", "tq1_0"]
 EmbeddingType = Literal["f16", "q8_0", "q6_k"]
 
 # Architectures that transformers reads from GGUF files.
-READ_BACK = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "starcoder2")
+READ_BACK = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "starcoder2", "qwen2moe", "qwen3moe")
 KL = 1e-3  # nats allowed for scales and embeddings in fp16
 PROBE = 64  # token ids whose logits are compared with those of transformers
 MEASURED = 2048  # tokens of text on which the file is compared with the trained model
@@ -71,6 +75,7 @@ MEASURED = 2048  # tokens of text on which the file is compared with the trained
 FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "TQ1_0": 36, "TQ2_0": 37, "Q1_0": 40, "Q2_0": 41}
 NEW = ("Q1_0", "Q2_0")  # of July 2026
 
+KINDS = INTEGERS | FLOATS | {"Q6_K": Q6_K}
 SMALLEST_FIRST = sorted(INTEGERS, key=lambda name: INTEGERS[name].bits)
 OLD = ("Q4_0", "Q8_0")  # what every llama.cpp has, for layers that do not fit the type that was asked for
 
@@ -95,16 +100,17 @@ def write(
     plan = {name: kind_of(name, tensor, layers, gguf_type, gguf_embedding) for name, tensor in tensors(model).items()}
     file = folder / "model.gguf"
     writer = gguf.GGUFWriter(file, arch)
+    writer.add_name(tokens.named(f"{type(model).__name__} by wrinklefree", tokenizer))
     describe(writer, model, file_type(plan, layers))
     tokens.add(writer, tokenizer, model.config.vocab_size)
     _write_tensors(writer, model, layers, plan)
     check(file, model, layers)
     check_tokens(file, tokenizer)
-    used = [plan[f"{fqn}.weight"] for fqn in layers]
+    used = [plan[name] for name in layers]
     return [
         ["file", f"{file.name}, {short_size(file.stat().st_size)}"],
         ["architecture", arch],
-        ["quantized layers with identical weights", f"{len(layers)} of {len(layers)}"],
+        ["quantized tensors with identical weights", f"{len(layers)} of {len(layers)}"],
         ["their types", ", ".join(f"{used.count(kind)} {kind}" for kind in dict.fromkeys(used))],
         ["bits per quantized weight", f"{bits(plan, layers):.4f}"],
         ["embeddings and head", gguf_embedding.upper()],
@@ -119,24 +125,34 @@ def architecture(model: PreTrainedModel) -> str:
     """Return llama.cpp's name for the model's architecture. Raises UserError if it has no place for the model."""
     refuse_norms(model, "gguf")
     name, config = type(model).__name__, model.config
-    if name not in ARCHITECTURES:
-        raise UserError(f"--format gguf: {name} is none of {', '.join(ARCHITECTURES)}: use --format dense or hf")
+    if name not in WRITTEN_AS:
+        raise UserError(f"--format gguf: {name} is none of {', '.join(WRITTEN_AS)}: use --format dense or hf")
     if name == "BitNetForCausalLM" and not config.tie_word_embeddings:
         raise UserError(
             "--format gguf: llama.cpp's bitnet takes its output matrix from the embeddings, and this model has one of "
             "its own: train with method.norm_mode=none, or use --format bitnet"
         )
     refuse_model(model)
-    return ARCHITECTURES[name]
+    return WRITTEN_AS[name]
 
 
 def levels(model: PreTrainedModel) -> dict[str, Levels]:
-    """Return every quantized layer by fqn. Raises UserError if nothing is quantized, or a layer is no integers."""
+    """Return every quantized parameter under its name in transformers, with the experts of a tensor below each other.
+
+    Raises UserError if nothing is quantized, if a layer is no integers, or if only some experts of a tensor are.
+    """
     layers = quant_layers(model)
     if not layers:
         raise UserError("--format gguf: nothing in this model is quantized; save it as it is with --format dense")
     refuse_rotation(layers, "gguf")
-    return {fqn: _levels(fqn, layer) for fqn, layer in layers.items()}
+    found = {f"{fqn}.weight": _levels(fqn, layer) for fqn, layer in layers.items()}
+    for stack, names in masters(model).items():
+        inside = [found.pop(name) for name in names if name in found]
+        if 0 < len(inside) < len(names):
+            raise UserError(f"--format gguf: {stack}: {len(inside)} of {len(names)} experts are quantized: all or none")
+        if inside:
+            found[stack] = below_each_other(inside)
+    return found
 
 
 def _levels(fqn: str, layer: QuantLinear) -> Levels:
@@ -163,11 +179,12 @@ def refuse_width(model: PreTrainedModel, embedding: EmbeddingType) -> None:
 def kind_of(
     name: str, tensor: Tensor, layers: Mapping[str, Levels], gguf_type: GgufType, embedding: EmbeddingType
 ) -> str:
-    """Return the GGUF type of a tensor."""
-    fqn = name.rpartition(".")[0]
-    if fqn in layers and name.endswith(".weight"):
-        return layer_kind(layers[fqn], gguf_type)
-    return "F32" if tensor.ndim == 1 else embedding.upper()
+    """Return the GGUF type of a parameter."""
+    if name in layers:
+        return layer_kind(layers[name], gguf_type)
+    if tensor.ndim == 1 or name.endswith(IN_FULL):
+        return "F32"
+    return embedding.upper() if tensor.shape[-1] % KINDS[embedding.upper()].columns == 0 else "F16"
 
 
 def layer_kind(layer: Levels, gguf_type: GgufType) -> str:
@@ -186,16 +203,14 @@ def holds(kind: Kind, layer: Levels) -> bool:
 def file_type(plan: Mapping[str, str], layers: Mapping[str, Levels]) -> int:
     """Return llama.cpp's number for a file whose quantized weights have mostly the type that they have here."""
     weights: dict[str, int] = {}
-    for fqn, layer in layers.items():
-        kind = plan[f"{fqn}.weight"]
-        weights[kind] = weights.get(kind, 0) + layer.integers.numel()
+    for name, layer in layers.items():
+        weights[plan[name]] = weights.get(plan[name], 0) + layer.integers.numel()
     return FILE_TYPES[max(weights, key=lambda kind: weights[kind])]
 
 
 def bits(plan: Mapping[str, str], layers: Mapping[str, Levels]) -> float:
     """Return the bits per quantized weight in the file, scales counted."""
-    kinds = INTEGERS | FLOATS
-    total = sum(kinds[plan[f"{fqn}.weight"]].bits * layer.integers.numel() for fqn, layer in layers.items())
+    total = sum(KINDS[plan[name]].bits * layer.integers.numel() for name, layer in layers.items())
     return total / sum(layer.integers.numel() for layer in layers.values())
 
 
@@ -204,7 +219,6 @@ def describe(writer: Any, model: PreTrainedModel, file_type: int) -> None:
     import gguf
 
     c = model.config
-    writer.add_name(f"{type(model).__name__} by wrinklefree")
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_embedding_length(c.hidden_size)
@@ -221,22 +235,27 @@ def describe(writer: Any, model: PreTrainedModel, file_type: int) -> None:
 
 
 def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return weights and biases under transformers' names, without trained scales and without a tied head."""
+    """Return weights and biases under transformers' names, without trained scales and without a tied head.
+
+    Of what is quantized, only the shapes: the values are those of `levels`.
+    """
     layers = quant_layers(model)
-    return unquantized_state(model, layers) | {f"{fqn}.weight": layer.weight.detach() for fqn, layer in layers.items()}
+    shapes = {f"{fqn}.weight": layer.weight.detach().to("meta") for fqn, layer in layers.items()}
+    return as_one(unquantized_state(model, layers) | shapes, model)
 
 
 def _write_tensors(writer: Any, model: PreTrainedModel, layers: Mapping[str, Levels], plan: Mapping[str, str]) -> None:
     """Write header and tensors, of which only one is in memory as it will be in the file."""
-    kinds = INTEGERS | FLOATS | {"Q6_K": Q6_K}
-    found = tensors(model)
+    arch, found = WRITTEN_AS[type(model).__name__], tensors(model)
     for name, tensor in found.items():
-        kind, place = kinds[plan[name]], gguf_name(name, ARCHITECTURES[type(model).__name__])
-        if place is None:
+        kind, places = KINDS[plan[name]], gguf_names(name, arch)
+        if not places:
             raise UserError(f"--format gguf: llama.cpp has no place for {name}")
-        nbytes = tensor.numel() // kind.columns * kind.size
-        # As floats, so that the library takes the shape as it is: it knows neither Q2_0 nor Q1_0.
-        writer.add_tensor_info(place, list(tensor.shape), np.dtype(np.float32), nbytes, raw_dtype=kind.number)
+        for place in places:
+            shape = stored_shape(place, tuple(tensor.shape), len(places))
+            nbytes = math.prod(shape) // kind.columns * kind.size
+            # As floats, so that the library takes the shape as it is: it knows neither Q2_0 nor Q1_0.
+            writer.add_tensor_info(place, list(shape), np.dtype(np.float32), nbytes, raw_dtype=kind.number)
     divisors = rope_divisors(model)
     if divisors is not None:
         writer.add_tensor_info(ROPE_DIVISORS, divisors.shape, np.dtype(np.float32), divisors.nbytes)
@@ -244,21 +263,29 @@ def _write_tensors(writer: Any, model: PreTrainedModel, layers: Mapping[str, Lev
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in found.items():
-        writer.write_tensor_data(_data(name, tensor, model, layers, plan[name]))
+        for data in _data(name, tensor, model, layers.get(name), plan[name]):
+            writer.write_tensor_data(data)
     if divisors is not None:
         writer.write_tensor_data(divisors)
     writer.close()
 
 
-def _data(name: str, tensor: Tensor, model: PreTrainedModel, layers: Mapping[str, Levels], kind: str) -> Array:
-    """The bytes of a tensor, with its rows in llama.cpp's order: an array of any dtype."""
-    fqn, heads = name.rpartition(".")[0], _heads(name, model)
-    layer = layers.get(fqn) if name.endswith(".weight") else None
-    if layer is not None and kind in INTEGERS:
-        scales = layer.scales_of(INTEGERS[kind].columns)
-        return pack(kind, paired(layer.integers, heads).numpy(), paired(scales, heads).numpy())
-    more = above_one(name, ARCHITECTURES[type(model).__name__])
-    values = (paired(tensor if layer is None else layer.weight(), heads).detach().float() + more).cpu().numpy()
+def _data(name: str, tensor: Tensor, model: PreTrainedModel, layer: Levels | None, kind: str) -> Iterator[Array]:
+    """The bytes of a parameter's pieces, with rows in llama.cpp's order: arrays of any dtype."""
+    arch, heads = WRITTEN_AS[type(model).__name__], _heads(name, model)
+    experts, pieces = (len(tensor) if tensor.ndim == 3 else 1), len(gguf_names(name, arch))
+    for number in range(pieces):
+        if layer is not None and kind in INTEGERS:
+            parts = (layer.integers, layer.scales_of(INTEGERS[kind].columns))
+            integers, scales = (piece(paired(part, heads), experts, number, pieces) for part in parts)
+            yield pack(kind, integers.numpy(), scales.numpy())
+            continue
+        rows = layer.weight() if layer is not None else tensor.flatten(0, -2) if tensor.ndim == 3 else tensor
+        rows = piece(paired(rows, heads), experts, number, pieces)
+        yield _floats((rows.detach().float() + above_one(name, arch)).cpu().numpy(), kind)
+
+
+def _floats(values: Array, kind: str) -> Array:
     if kind == "F16":
         return values.astype(np.float16)
     rounding = {"Q8_0": rounded_q8_0, "Q6_K": rounded_q6_k}.get(kind)
@@ -267,17 +294,16 @@ def _data(name: str, tensor: Tensor, model: PreTrainedModel, layers: Mapping[str
 
 def _heads(name: str, model: PreTrainedModel) -> int | None:
     config = model.config
-    arch = ARCHITECTURES[type(model).__name__]
+    arch = WRITTEN_AS[type(model).__name__]
     return heads_of(name, arch, config.num_attention_heads, config.num_key_value_heads)
 
 
 def check(file: Path, model: PreTrainedModel, layers: Mapping[str, Levels]) -> None:
     """Read the file back. Raises CertificateError if a weight of a quantized layer is not exactly the trained one."""
     header = read_header(file)
-    for fqn, layer in layers.items():
-        name = f"{fqn}.weight"
-        if not torch.equal(read_weight(header, name, _heads(name, model)), layer.weight()):
-            raise CertificateError(f"{fqn}: differs after reading the GGUF file back")
+    for name, layer in layers.items():
+        if not torch.equal(read_weight(header, name, _heads(name, model)).flatten(0, -2), layer.weight()):
+            raise CertificateError(f"{name}: differs after reading the GGUF file back")
 
 
 def check_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -291,7 +317,7 @@ def check_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _same_ids(tokenizer: PreTrainedTokenizerBase) -> str:
     """For how many texts `check_tokens` has found the same ids, and which it has left out."""
-    tried, all_of_them = len(tokens.probes(tokenizer)), len(tokens.PROBES) + len(tokenizer.all_special_tokens)
+    tried, all_of_them = len(tokens.probes(tokenizer)), len(tokens.PROBES) + 2 * len(tokenizer.all_special_tokens)
     left_out = "" if tried == all_of_them else "; in front of the others llama.cpp puts a space"
     return f"{tried} of {all_of_them}{left_out}"
 
@@ -341,7 +367,7 @@ def _filled(plain: PreTrainedModel, file: Path, model: PreTrainedModel) -> PreTr
 
 
 def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
-    length = min(PROBE, model.config.max_position_embeddings)
+    length = min(PROBE, longest_text(model))
     return {"input_ids": (torch.arange(length) * 7919 % model.config.vocab_size).unsqueeze(0)}
 
 

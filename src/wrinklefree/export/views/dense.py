@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, quant_layers
 from wrinklefree.core.rotation import rotation
+from wrinklefree.core.stack import as_one
+from wrinklefree.core.turned import is_turned
 
 
 def refuse_norms(model: PreTrainedModel, target: str) -> None:
@@ -42,9 +44,10 @@ def unquantized_state(model: PreTrainedModel, layers: Iterable[str]) -> dict[str
 
 
 def plain_weight(layer: QuantLinear) -> Tensor:
-    """The weight that a plain linear layer needs to do the same: fp32 [out, in]."""
+    """The weight that a plain layer needs to do the same: fp32 [out, in], or [in, out] if the model has it so."""
     weight = layer.effective_weight(torch.float32)
-    return rotated_back(weight) if layer.config.rotate_inputs else weight
+    weight = rotated_back(weight) if layer.config.rotate_inputs else weight
+    return weight.T.contiguous() if is_turned(layer) else weight
 
 
 def rotated_back(x: Tensor) -> Tensor:
@@ -64,8 +67,9 @@ def dense_model(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         plain = type(model)(config)
     wanted = plain.state_dict().keys()
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
-    state |= {f"{fqn}.weight": plain_weight(layer) for fqn, layer in layers.items()}
+    effective = {f"{fqn}.weight": plain_weight(layer) for fqn, layer in layers.items()}
+    state = as_one(model.state_dict() | effective, model)
+    state = {name: tensor for name, tensor in state.items() if name in wanted}
     plain.load_state_dict({name: t.detach().float() for name, t in state.items()}, assign=True)
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(model.generation_config)

@@ -4,7 +4,8 @@ The codes decide whether a layer fits, not its method: its weight has to be inte
 matrix, per row, or per equal group of columns in a row.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,13 @@ class Levels:
     def scales_of(self, columns: int) -> Tensor:
         """Return one scale for each `columns` columns, which have to divide `group`: [out, in / columns]."""
         return self.scales.repeat_interleave(self.group // columns, dim=1)
+
+
+def below_each_other(parts: Sequence[Levels]) -> Levels:
+    """The rows of several layers of one width as one: they share a scale over as many columns as all of them do."""
+    group = math.gcd(*(part.group for part in parts))
+    scales = torch.cat([part.scales_of(group) for part in parts])
+    return Levels(torch.cat([part.integers for part in parts]), scales)
 
 
 @torch.no_grad()

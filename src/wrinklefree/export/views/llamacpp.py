@@ -1,14 +1,7 @@
-"""Models as llama.cpp's architectures: which have a place there, and what of their settings a GGUF file says.
+"""What of a model's settings a GGUF file says, and which models llama.cpp's architectures have no place for.
 
-llama.cpp knows some settings by the name of the architecture alone. A model that has others is refused.
-
-| architecture | what it takes for granted |
-|---|---|
-| `smollm3` | every fourth layer has no positions |
-| `gemma2` | every other layer sees a window, beginning with the first; queries are scaled by the width of a head |
-| `gemma3` | five of six layers see a window, with positions of base 10,000; queries as of `gemma2` |
-
-Mistral is a `llama` there, without a window: its file says a context that is no longer than the window.
+llama.cpp knows some settings by the name of the architecture alone (gguf/architectures.py). A model that has others is
+refused. If all layers see a window and the architecture has none, the file says a context that is no longer.
 """
 
 from typing import Any
@@ -20,21 +13,30 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.views.settings import refuse_settings, ropes
-from wrinklefree.families.architectures import FAMILIES, head_dim
-
-ARCHITECTURES = {family.causal_lm: family.gguf for family in FAMILIES if family.gguf is not None} | {
-    "MistralForCausalLM": "llama",
-    "SmolLM3ForCausalLM": "smollm3",
-    "Phi3ForCausalLM": "phi3",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3",
-    "Olmo2ForCausalLM": "olmo2",
-    "GraniteForCausalLM": "granite",
-    "Starcoder2ForCausalLM": "starcoder2",
-}
-ACTIVATIONS = dict.fromkeys(("gemma2", "gemma3", "starcoder2"), "gelu_pytorch_tanh")  # of others: silu
+from wrinklefree.families.architectures import head_dim
+from wrinklefree.gguf.architectures import (
+    ARCHITECTURES,
+    MIXTURES,
+    SWA_BASE,
+    WINDOWED,
+    WRITTEN_AS,
+    kinds_of_layers,
+    query_scalar,
+)
 
 _GEMMA = ("hidden_activation", "query_pre_attn_scalar", "sliding_window")
+_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "mlp_only_layers",
+    "decoder_sparse_step",
+    "output_router_logits",
+    "router_aux_loss_coef",
+)
+_SHARED = "shared_expert_intermediate_size"
 _SOFT = ("attn_logit_softcapping", "final_logit_softcapping")
 # Settings that a file says, or that were compared with what llama.cpp takes for granted.
 WRITTEN = {
@@ -46,20 +48,20 @@ WRITTEN = {
     "Gemma3ForCausalLM": _GEMMA,
     "GraniteForCausalLM": ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
     "Starcoder2ForCausalLM": ("norm_epsilon",),
+    "Qwen2MoeForCausalLM": (*_EXPERTS, _SHARED, "qkv_bias"),
+    "Qwen3MoeForCausalLM": _EXPERTS,
 }
 LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 ROPE_DIVISORS = "rope_freqs.weight"  # where a file has those of Llama 3
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
-WINDOWED = ("gemma2", "gemma3")
 SHARE = "partial_rotary_factor"  # of a head; Phi-3 and others say that whole heads are rotated, too
-SWA_BASE = 10000.0  # of the positions of Gemma 3's layers with a window
 
 
 def refuse_model(model: PreTrainedModel) -> None:
     """Raises UserError for the first setting of a model that its architecture has otherwise, or has no place for."""
-    name, arch = type(model).__name__, ARCHITECTURES[type(model).__name__]
+    name, arch = type(model).__name__, WRITTEN_AS[type(model).__name__]
     values = model.config.to_dict()
-    activation, own = values.get("hidden_activation") or values["hidden_act"], ACTIVATIONS.get(arch, "silu")
+    activation, own = values.get("hidden_activation") or values["hidden_act"], ARCHITECTURES[arch].activation
     if activation != own:
         raise UserError(f"--format gguf: activation {activation}; llama.cpp's {arch} has {own}")
     layers = ("full_attention", "sliding_attention") if arch in WINDOWED else ("full_attention",)
@@ -82,30 +84,38 @@ def refuse_model(model: PreTrainedModel) -> None:
 
 def _granted(arch: str, values: dict[str, Any]) -> dict[str, Any]:
     """Settings that llama.cpp knows by the architecture's name, and their values there."""
-    numbers = range(1, values["num_hidden_layers"] + 1)
+    layers = values["num_hidden_layers"]
     if arch == "smollm3":
-        return {"no_rope_layers": [int(number % 4 != 0) for number in numbers]}
+        return {"no_rope_layers": [int(number % 4 != 0) for number in range(1, layers + 1)]}
+    if arch in MIXTURES:
+        return {"norm_topk_prob": arch == "qwen3moe", "mlp_only_layers": [], "decoder_sparse_step": 1}
     if arch not in WINDOWED:
         return {}
-    every = 2 if arch == "gemma2" else 6
-    kinds = ["sliding_attention" if number % every else "full_attention" for number in numbers]
-    found = {"layer_types": kinds, "query_pre_attn_scalar": head_dim(values)}
+    sizes = values["hidden_size"], values["num_attention_heads"], head_dim(values)
+    found = {
+        "layer_types": kinds_of_layers(arch, layers),
+        "query_pre_attn_scalar": query_scalar(arch, layers, *sizes),
+    }
     if arch == "gemma3":
         window = {"rope_type": "default", "rope_theta": SWA_BASE}
         found["rope_parameters"] = values["rope_parameters"] | {"sliding_attention": window}
     return found
 
 
+def longest_text(model: PreTrainedModel) -> int:
+    """The context that a file says: in tokens, no longer than a window of all layers."""
+    values = model.config.to_dict()
+    longest: int = values["max_position_embeddings"]
+    everywhere = not values.get("layer_types") and values.get("sliding_window")
+    return min(values["sliding_window"], longest) if everywhere else longest
+
+
 def describe_more(writer: Any, model: PreTrainedModel) -> None:
     """Write what differs between architectures: norms, positions, windows, caps and scales."""
     import gguf
 
-    c, arch = model.config, ARCHITECTURES[type(model).__name__]
-    window = c.to_dict().get("sliding_window") or 0
-    longest = c.max_position_embeddings
-    if window and type(model).__name__ == "MistralForCausalLM":
-        longest = min(window, longest)
-    writer.add_context_length(longest)
+    c, arch = model.config, WRITTEN_AS[type(model).__name__]
+    writer.add_context_length(longest_text(model))
     if arch == "starcoder2":
         writer.add_layer_norm_eps(c.norm_epsilon)
     else:
@@ -115,13 +125,23 @@ def describe_more(writer: Any, model: PreTrainedModel) -> None:
     if positions["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(positions["factor"])
-    if arch in ("phi3", *WINDOWED):
-        writer.add_sliding_window(window)
+    if arch in WINDOWED:
+        writer.add_sliding_window(c.sliding_window)
+    if arch == "phi3":
+        writer.add_sliding_window(0)  # llama.cpp asks for it, and computes without one
     if arch == "phi3":
         writer.add_rope_scaling_orig_ctx_len(c.original_max_position_embeddings)
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
         writer.add_final_logit_softcapping(c.final_logit_softcapping)
+    if arch in MIXTURES:
+        writer.add_expert_count(c.num_experts)
+        writer.add_expert_used_count(c.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(c.moe_intermediate_size)
+    if arch == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(c.shared_expert_intermediate_size)
+    if positions["rope_type"] == "llama3":  # llama.cpp has it in the divisors; this is for whoever makes a config of it
+        writer.add_rope_scaling_orig_ctx_len(positions["original_max_position_embeddings"])
     if arch == "granite":
         writer.add_attention_scale(c.attention_multiplier)
         writer.add_embedding_scale(c.embedding_multiplier)
@@ -143,8 +163,8 @@ def rope_divisors(model: PreTrainedModel) -> FloatArray | None:
 
 def told_by_hand(model: PreTrainedModel) -> dict[str, Any]:
     """Settings that transformers does not read from a GGUF file, though the file or the architecture says them."""
-    names = ["head_dim"]
-    if ARCHITECTURES[type(model).__name__] in ("phi3", "starcoder2", *WINDOWED):
+    names = ["head_dim", "moe_intermediate_size", _SHARED]
+    if WRITTEN_AS[type(model).__name__] in ("phi3", "starcoder2", *WINDOWED):
         names += ["pad_token_id", "layer_types", "rope_parameters", "query_pre_attn_scalar", "sliding_window", *_SOFT]
     if rope_divisors(model) is not None:
         names.append("rope_parameters")
