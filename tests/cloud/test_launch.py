@@ -360,3 +360,46 @@ def test_the_job_of_a_background_run_is_not_a_clouds() -> None:
 def test_engines_have_the_same_functions() -> None:
     for name in ("sky", "hub", "background"):
         assert {"launch", "logs", "cancel"} <= vars(start.engine(name)).keys()
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs end as soon as they are told to."""
+    for name in ("background", "sky"):
+        monkeypatch.setattr(start.engine(name), "cancel", lambda job: None)
+
+
+@pytest.mark.usefixtures("ended")
+@pytest.mark.parametrize(
+    ("verb", "left", "said"),
+    [
+        ("fairy2", [], "it had saved nothing yet, so the same command starts anew"),
+        ("fairy2", ["training_log.csv"], "it had saved nothing yet, so the same command with --force starts anew"),
+        ("fairy2", ["blocks/plan.json"], "the same command with training.resume_from=latest goes on"),
+        ("fairy2", ["checkpoints/step_7/x", "training_log.csv"], "with training.resume_from=latest goes on"),
+        ("bitdistill", ["training_log.csv"], "the same command goes on"),
+        ("trm", ["thoughts-000.jsonl"], "the same command goes on"),
+        ("trm", [".moments.0.safetensors"], "the same command goes on"),
+    ],
+)
+def test_cancel_says_how_to_go_on_with_what_is_there(verb: str, left: list[str], said: str, apart: Path) -> None:
+    for name in left:
+        (apart / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (apart / "run" / name).touch()
+    made = Job(f"wf-{verb}-tiny-0000", verb, "background", "this machine", 0.0, "1", [str(apart / "run")])
+    job.save(made)
+    assert wf("cancel", made.name)[1].endswith(f"{said}\n")
+
+
+@pytest.mark.usefixtures("ended")
+def test_cancel_on_a_cloud_names_the_store() -> None:
+    job.save(Job("wf-fairy2-tiny-0000", "fairy2", "sky", "nebius", 0.0))
+    assert "newest checkpoint in the store" in wf("cancel", "wf-fairy2-train")[1]
+
+
+def test_a_dry_run_of_a_thinker_has_an_estimate() -> None:
+    code, out, err = wf(*VERBS["trm"], "--cloud", "nebius", "--scale", "dev", "--bucket", "gs://mine", "--dry-run")
+    assert code == 0, err
+    rows = {line.split()[0]: line for line in out.partition("\n\n")[2].splitlines() if line}
+    assert {"tokens", "time", "memory", "cost:"} <= rows.keys()
+    assert "200 steps x 16 problems x 8 answers" in rows["tokens"]

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from wrinklefree.cloud import estimate, job, places, summary, task, wheel
+from wrinklefree.cloud import estimate, job, places, summary, task, thinker, wheel
 from wrinklefree.cloud.estimate import Estimate
 from wrinklefree.cloud.job import Job, Request
 from wrinklefree.cloud.places import Cloud
 from wrinklefree.cloud.processes import for_scale
+from wrinklefree.cloud.summary import Rented
 from wrinklefree.cloud.task import Task
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
@@ -116,18 +117,31 @@ def start_there(asked: Request, configs: list[Config], dry_run: bool, minutes: f
     if model is not None:
         needed = max(preflight.checkpoint_bytes(config, int(model.num_parameters())) for config in configs)
         plan = dataclasses.replace(plan, disk_gb=max(LEAST_GB, PROGRAMS_GB + int(needed * len(configs) / 1e9)))
-    stages = [] if model is None else _estimates(configs, model, cloud, gpus, asked.nodes)
+    stages = [] if model is None else estimates(configs, model, cloud, gpus, asked.nodes)
     print(task.task_yaml(plan) if made.engine == "sky" else engine("hub").describe(plan), end="")
     print()
-    summary.show(configs, stages, model, summary.Rented(cloud, gpus, asked.nodes, asked.spot), minutes)
+    summary.show(configs, stages, model, Rented(cloud, gpus, asked.nodes, asked.spot), minutes)
     if dry_run:
         log.info("dry run: nothing was launched, nothing was written")
         return
     _launch(made, plan, to, asked, configs)
 
 
-def _estimates(configs: list[Config], model: Any, cloud: Cloud, gpus: int, nodes: int) -> list[Estimate]:
-    return [estimate.estimate(config, model, cloud, gpus, nodes) for config in configs if config.thinking is None]
+def show_estimate(config: Config, rented: Rented) -> None:
+    """Print what one stage takes on such machines."""
+    model = estimate.skeleton(config)
+    stages = [] if model is None else estimates([config], model, rented.cloud, rented.gpus, rented.nodes)
+    summary.show([config], stages, model, rented, None)
+
+
+def estimates(configs: list[Config], model: Any, cloud: Cloud, gpus: int, nodes: int) -> list[Estimate]:
+    """What each stage takes; one of LLM-TRM takes one GPU."""
+    return [
+        estimate.estimate(config, model, cloud, gpus, nodes)
+        if config.thinking is None
+        else thinker.estimate_thinker(config, model, cloud)
+        for config in configs
+    ]
 
 
 def _launch(made: Job, plan: Task, to: str, asked: Request, configs: list[Config]) -> None:
