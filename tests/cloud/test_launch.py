@@ -27,7 +27,7 @@ VERBS = {
     "train": ["train", "model=qwen3_4b", "training=stage2_pretrain", "distributed=fsdp_multi"],
     "bitdistill": ["bitdistill", "-m", "smollm2_135m", "--task", "sst2"],
     "anemll": ["anemll", "-m", "qwen3_0_6b", "--workflow", "c", "q2:training.max_steps=1000"],
-    "trm": ["trm", "grpo", "model=chains", "thinking.grpo.group_size=8"],
+    "trm": ["trm", "grpo", "model=smollm3_3b", "thinking.grpo.group_size=8"],
 }
 
 KEY = "a-key-that-nobody-may-see"
@@ -161,6 +161,39 @@ def test_what_cannot_work_is_one_line_before_anything_is_spent(options: list[str
     assert list(apart.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "left", "message"),
+    [
+        (["fairy2", "-m", "mine"], {"mine/config.json": "{}"}, "model=mine: a rented machine does not have it"),
+        (["trm", "grpo", "model=chains"], {}, "model=outputs/pretrain_chains: a rented machine does not have it"),
+        (["train", "model=tiny", "data=local", "data.path=t"], {"t": "x"}, "data.path=t: a rented machine does not"),
+        (["train", "model=tiny", "training.start_from=[old]"], {"old/x": ""}, "training.start_from=old: a rented"),
+        (["trm", "pairs", "model=smollm3_3b", "thinking.pairs.problems=p"], {"p": ""}, "thinking.pairs.problems=p: a"),
+        (["fairy2", "-m", "tiny"], {"local.yaml": "seed: 7"}, "local.yaml: a rented machine does not have it"),
+        (
+            ["train", "model=tiny", "training=mine"],
+            {"configs/training/mine.yaml": "# @package _global_\ntraining: {stage: mine}\n"},
+            "configs/training/mine.yaml: a rented machine",
+        ),
+        (
+            ["train", "model=tiny", "training.scheduler.name=mine"],
+            {"schedules/mine.py": "def rate(progress):\n    return 1.0\n"},
+            "schedules/mine.py: a rented machine",
+        ),
+    ],
+)
+def test_what_is_on_this_machine_alone_is_named_before_anything_is_spent(
+    words: list[str], left: dict[str, str], message: str, apart: Path
+) -> None:
+    for name, text in left.items():
+        (apart / name).parent.mkdir(parents=True, exist_ok=True)
+        (apart / name).write_text(text)
+    code, out, err = wf(*words, "--cloud", "nebius", "--bucket", "gs://b", "--dry-run")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("option", ["--spot", "--nodes=2", "--no-detach", "--bucket=gs://b"])
 def test_options_of_a_cloud_without_one_are_refused(option: str) -> None:
     code, _, err = wf("fairy2", "-m", "tiny", option)
@@ -231,7 +264,7 @@ def test_a_place_that_holds_a_run_is_refused(called: Path, monkeypatch: pytest.M
     launch = [*VERBS["fairy2"], "--cloud", "nebius", "--bucket", "gs://b"]
     code, _, err = wf(*launch)
     assert code == 2
-    assert "holds a run already" in err
+    assert "gs://.../fairy2/smollm2_135m: holds a run already" in err
     assert not called.exists()
     assert wf(*launch, "training.resume_from=latest")[0] == 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from wrinklefree.cloud import estimate, job, places, summary, task, thinker, wheel
+from wrinklefree.cloud import estimate, here, job, places, summary, task, thinker, wheel
 from wrinklefree.cloud.estimate import Estimate
 from wrinklefree.cloud.job import Job, Request
 from wrinklefree.cloud.places import Cloud
@@ -19,6 +19,7 @@ from wrinklefree.cloud.task import Task
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import without_bucket
 from wrinklefree.runs import dry_run as preview
 from wrinklefree.runs import launch, preflight
 from wrinklefree.runs.budget import parse_minutes
@@ -72,6 +73,7 @@ def start(chain: Sequence[list[str]], request: dict[str, Any], dry_run: bool, bu
     if asked.cloud is None:
         start_here(asked, configs)
     else:
+        here.refuse_what_stays(chain, configs)
         start_there(asked, configs, dry_run, minutes)
 
 
@@ -151,7 +153,7 @@ def _launch(made: Job, plan: Task, to: str, asked: Request, configs: list[Config
     storage.check_writable(to)
     if storage.names(to) and not _resumes(configs):
         raise UserError(
-            f"{to}: holds a run already: go on with training.resume_from=latest, or choose another place with "
+            f"{without_bucket(to)}: holds a run already: go on with training.resume_from=latest, or choose another place with "
             f"training.upload_to=..."
         )
     made.folder.mkdir(parents=True, exist_ok=True)
