@@ -153,8 +153,8 @@ def _launch(made: Job, plan: Task, to: str, asked: Request, configs: list[Config
     storage.check_writable(to)
     if storage.names(to) and not _resumes(configs):
         raise UserError(
-            f"{without_bucket(to)}: holds a run already: go on with training.resume_from=latest, or choose another place with "
-            f"training.upload_to=..."
+            f"{without_bucket(to)}: holds a run already: go on with training.resume_from=latest, or choose another "
+            f"place with training.upload_to=..."
         )
     made.folder.mkdir(parents=True, exist_ok=True)
     if wheel.is_checkout():
