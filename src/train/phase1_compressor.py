@@ -188,7 +188,10 @@ def carry_out(args: argparse.Namespace) -> None:
     """Make the compressors that the flags ask for. Raises UserError for anything that the user can fix."""
     config = resolve(args)
     if args.dry_run:
-        print(config_yaml(config), end="")
+        from wrinklefree.cloud import places, start, summary
+
+        print(config_yaml(config))
+        start.show_estimate(config, summary.Rented(places.find_cloud(cli.DEFAULT_CLOUD), 1, 1, False))
         log.info("dry run: nothing was trained or written")
         return
     check(args)

@@ -27,7 +27,7 @@ VERBS = {
     "train": ["train", "model=qwen3_4b", "training=stage2_pretrain", "distributed=fsdp_multi"],
     "bitdistill": ["bitdistill", "-m", "smollm2_135m", "--task", "sst2"],
     "anemll": ["anemll", "-m", "qwen3_0_6b", "--workflow", "c", "q2:training.max_steps=1000"],
-    "trm": ["trm", "grpo", "model=chains", "thinking.grpo.group_size=8"],
+    "trm": ["trm", "grpo", "model=smollm3_3b", "thinking.grpo.group_size=8"],
 }
 
 KEY = "a-key-that-nobody-may-see"
@@ -161,6 +161,39 @@ def test_what_cannot_work_is_one_line_before_anything_is_spent(options: list[str
     assert list(apart.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "left", "message"),
+    [
+        (["fairy2", "-m", "mine"], {"mine/config.json": "{}"}, "model=mine: a rented machine does not have it"),
+        (["trm", "grpo", "model=chains"], {}, "model=outputs/pretrain_chains: a rented machine does not have it"),
+        (["train", "model=tiny", "data=local", "data.path=t"], {"t": "x"}, "data.path=t: a rented machine does not"),
+        (["train", "model=tiny", "training.start_from=[old]"], {"old/x": ""}, "training.start_from=old: a rented"),
+        (["trm", "pairs", "model=smollm3_3b", "thinking.pairs.problems=p"], {"p": ""}, "thinking.pairs.problems=p: a"),
+        (["fairy2", "-m", "tiny"], {"local.yaml": "seed: 7"}, "local.yaml: a rented machine does not have it"),
+        (
+            ["train", "model=tiny", "training=mine"],
+            {"configs/training/mine.yaml": "# @package _global_\ntraining: {stage: mine}\n"},
+            "configs/training/mine.yaml: a rented machine",
+        ),
+        (
+            ["train", "model=tiny", "training.scheduler.name=mine"],
+            {"schedules/mine.py": "def rate(progress):\n    return 1.0\n"},
+            "schedules/mine.py: a rented machine",
+        ),
+    ],
+)
+def test_what_is_on_this_machine_alone_is_named_before_anything_is_spent(
+    words: list[str], left: dict[str, str], message: str, apart: Path
+) -> None:
+    for name, text in left.items():
+        (apart / name).parent.mkdir(parents=True, exist_ok=True)
+        (apart / name).write_text(text)
+    code, out, err = wf(*words, "--cloud", "nebius", "--bucket", "gs://b", "--dry-run")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("option", ["--spot", "--nodes=2", "--no-detach", "--bucket=gs://b"])
 def test_options_of_a_cloud_without_one_are_refused(option: str) -> None:
     code, _, err = wf("fairy2", "-m", "tiny", option)
@@ -231,7 +264,7 @@ def test_a_place_that_holds_a_run_is_refused(called: Path, monkeypatch: pytest.M
     launch = [*VERBS["fairy2"], "--cloud", "nebius", "--bucket", "gs://b"]
     code, _, err = wf(*launch)
     assert code == 2
-    assert "holds a run already" in err
+    assert "gs://.../fairy2/smollm2_135m: holds a run already" in err
     assert not called.exists()
     assert wf(*launch, "training.resume_from=latest")[0] == 0
 
@@ -360,3 +393,46 @@ def test_the_job_of_a_background_run_is_not_a_clouds() -> None:
 def test_engines_have_the_same_functions() -> None:
     for name in ("sky", "hub", "background"):
         assert {"launch", "logs", "cancel"} <= vars(start.engine(name)).keys()
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs end as soon as they are told to."""
+    for name in ("background", "sky"):
+        monkeypatch.setattr(start.engine(name), "cancel", lambda job: None)
+
+
+@pytest.mark.usefixtures("ended")
+@pytest.mark.parametrize(
+    ("verb", "left", "said"),
+    [
+        ("fairy2", [], "it had saved nothing yet, so the same command starts anew"),
+        ("fairy2", ["training_log.csv"], "it had saved nothing yet, so the same command with --force starts anew"),
+        ("fairy2", ["blocks/plan.json"], "the same command with training.resume_from=latest goes on"),
+        ("fairy2", ["checkpoints/step_7/x", "training_log.csv"], "with training.resume_from=latest goes on"),
+        ("bitdistill", ["training_log.csv"], "the same command goes on"),
+        ("trm", ["thoughts-000.jsonl"], "the same command goes on"),
+        ("trm", [".moments.0.safetensors"], "the same command goes on"),
+    ],
+)
+def test_cancel_says_how_to_go_on_with_what_is_there(verb: str, left: list[str], said: str, apart: Path) -> None:
+    for name in left:
+        (apart / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (apart / "run" / name).touch()
+    made = Job(f"wf-{verb}-tiny-0000", verb, "background", "this machine", 0.0, "1", [str(apart / "run")])
+    job.save(made)
+    assert wf("cancel", made.name)[1].endswith(f"{said}\n")
+
+
+@pytest.mark.usefixtures("ended")
+def test_cancel_on_a_cloud_names_the_store() -> None:
+    job.save(Job("wf-fairy2-tiny-0000", "fairy2", "sky", "nebius", 0.0))
+    assert "newest checkpoint in the store" in wf("cancel", "wf-fairy2-train")[1]
+
+
+def test_a_dry_run_of_a_thinker_has_an_estimate() -> None:
+    code, out, err = wf(*VERBS["trm"], "--cloud", "nebius", "--scale", "dev", "--bucket", "gs://mine", "--dry-run")
+    assert code == 0, err
+    rows = {line.split()[0]: line for line in out.partition("\n\n")[2].splitlines() if line}
+    assert {"tokens", "time", "memory", "cost:"} <= rows.keys()
+    assert "200 steps x 16 problems x 8 answers" in rows["tokens"]

@@ -71,7 +71,9 @@ def test_a_line_of_the_guide_sets_what_it_says(
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)
     assert script(*words[words.index("src.train.phase1_compressor") + 1 :], "--dry-run") == 0
-    values = yaml.safe_load(capsys.readouterr().out)
+    settings, _, told = capsys.readouterr().out.partition("\nestimate for ")
+    values = yaml.safe_load(settings)
+    assert "\ncost: $" in told
     for path, expected in GUIDE[line].items():
         found = values
         for key in path.split("."):

@@ -115,11 +115,12 @@ def test_trackio_keeps_every_number_and_goes_on_with_a_resumed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))  # read when the package is imported, here alone
-    pytest.importorskip("trackio")
+    trackio = pytest.importorskip("trackio")
     config = WandbConfig(enabled=True, service="trackio")
     for start in (0, 1):
         with Tracker(tmp_path / "run", 10, config, "seed: 1", start) as tracker:
             tracker.log(start + 1, ROW | {"quant_error/mean": 0.25})
+    trackio._cleanup_current_run()  # what the package does when the process ends
     assert "rackio" not in capsys.readouterr().out
     with sqlite3.connect(tmp_path / "kept" / "wrinklefree-fairy2.db") as kept:
         rows = kept.execute("select run_name, step, metrics from metrics order by step").fetchall()

@@ -358,6 +358,17 @@ def test_a_signal_saves_and_ends(folder: Path, number: signal.Signals) -> None:
     assert steps(folder / "run") == [3]
 
 
+def test_a_signal_before_the_first_step_does_not_say_that_it_saved(folder: Path) -> None:
+    def interrupt(model: nn.Module) -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        return {"eval_loss": 1.0}
+
+    config = resolved(folder, "training.eval_first=true")
+    with pytest.raises(UserError, match="stopped before the first step, so nothing is saved; start over with --force"):
+        run(config, evaluate=interrupt)
+    assert steps(folder / "run") == []
+
+
 def test_an_ignored_signal_stays_ignored(folder: Path) -> None:
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -168,6 +168,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["amazon", "google"])
+def test_a_bucket_that_is_mistyped_is_refused_and_not_made(kind: str, folder: Path, request) -> None:
+    request.getfixturevalue(kind)
+    url = f"{ {'amazon': 's3', 'google': 'gs'}[kind] }://{BUCKET}-mistyped/fairy2/tiny"
+    with pytest.raises(UserError, match=r"://.../fairy2/tiny: nothing there"):
+        storage.check_writable(url)
+    with pytest.raises(UserError, match=r"://.../fairy2/tiny/step_10: nothing there"):
+        storage.push(folder, f"{url}/step_10")
+
+
+@pytest.mark.parametrize("kind", ["amazon", "google"])
 def test_a_folder_comes_back_from_a_real_store(kind: str, folder: Path, tmp_path: Path, request) -> None:
     request.getfixturevalue(kind)
     root = f"{ {'amazon': 's3', 'google': 'gs'}[kind] }://{BUCKET}/fairy2/tiny"

@@ -24,7 +24,7 @@ What happens once is left out: loading, rebuilding blocks, evaluating, packing.
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -70,7 +70,8 @@ class Estimate:
     hours: tuple[float, float]
     efficiency: float
     minutes: float | None = None  # the limit that ends the stage, if there is one
-    notes: list[str] = field(default_factory=list)
+    tokens_from: str = ""  # how the tokens come about, for a person to read
+    hours_from: str = ""
 
     @property
     def peak(self) -> float:
@@ -79,12 +80,17 @@ class Estimate:
 
 
 def skeleton(config: Config) -> PreTrainedModel | None:
-    """The model without weights. None if neither its config is on this machine nor its shape in shapes.yaml."""
-    name = config.model.pretrained
+    """The model without weights. None if neither its config is on this machine, nor its shape known to this package.
+
+    Shapes are in shapes.yaml, and in the configs of models that `wf pretrain` makes.
+    """
+    name, made = config.model.pretrained, config.model.architecture
     known = yaml.safe_load(SHAPES.read_text(encoding="utf-8"))
     source = at_hand(name)
     if source is not None:
         return meta_model(str(source), config.model.trust_remote_code)
+    if made is not None:
+        known[name] = {"model_type": "llama", **asdict(made)}
     if name not in known:
         return None
     shape = dict(known[name])
@@ -105,12 +111,11 @@ def estimate(config: Config, model: PreTrainedModel, cloud: Cloud, gpus: int, no
     steps = int(choose_steps(t.max_steps, choose_tokens(t.total_tokens, parameters, config.model), per_step).value)
     flops = flops_per_token(config, model)
     traffic = bytes_per_step(config, parameters, processes)
-    busy = per_step * flops / (processes * gpu.flops)  # seconds of a step at the GPU's full speed
+    rate = gpu.flops32 if t.precision == "fp32" else gpu.flops
+    busy = per_step * flops / (processes * rate)  # seconds of a step at the GPU's full speed
     link = traffic / (gpu.link if nodes == 1 else cloud.network)
-    hours = [steps * (busy / share + link) / 3600 for share in sorted(EFFICIENCY, reverse=True)]
+    low, high = (steps * (busy / share + link) / 3600 for share in sorted(EFFICIENCY, reverse=True))
     limit = None if minutes is None else minutes.value
-    if limit is not None:
-        hours = [min(limit / 60, figure) if t.max_steps is not None else limit / 60 for figure in hours]
     middle = busy / (sum(EFFICIENCY) / 2)
     return Estimate(
         stage=t.stage,
@@ -121,34 +126,45 @@ def estimate(config: Config, model: PreTrainedModel, cloud: Cloud, gpus: int, no
         flops_per_token=flops,
         memory=memory_of(config, model, t.batch_size * length, processes),
         traffic=traffic,
-        hours=(hours[0], hours[1]),
+        hours=within(limit, (low, high), t.max_steps),
         efficiency=middle / (middle + link) if steps else 1.0,
         minutes=limit,
+        tokens_from=f"{steps:,} steps x {per_step:,} tokens",
+        hours_from=f"tokens x {flops:.2g} operations / (GPUs x {rate:.3g} a second x {EFFICIENCY[1]:.0%} to "
+        f"{EFFICIENCY[0]:.0%})",
     )
+
+
+def within(limit: float | None, hours: tuple[float, float], max_steps: int | None) -> tuple[float, float]:
+    """The hours of a stage that ends after `limit` minutes, if it has such; with steps it may end before."""
+    if limit is None:
+        return hours
+    if max_steps is None:
+        return limit / 60, limit / 60
+    return min(limit / 60, hours[0]), min(limit / 60, hours[1])
 
 
 def flops_per_token(config: Config, model: PreTrainedModel) -> float:
     """Operations for one token of a training step, without those of attention between tokens."""
     text = model.config.get_text_config()
-    forward = 2 * (_linear(model) + text.vocab_size * text.hidden_size)
+    forward = 2 * (linear_parameters(model) + text.vocab_size * text.hidden_size)
     passes = 3 + config.training.gradient_checkpointing + _has_teacher(config)
     return float(forward * passes)
 
 
 def _has_teacher(config: Config) -> bool:
-    if config.thinking is not None:
-        return False
     return find_objective(config.training.objective).needs_teacher(config.distillation)
 
 
-def _linear(model: nn.Module) -> int:
+def linear_parameters(model: nn.Module) -> int:
+    """n: parameters of the linear layers of the decoder."""
     return sum(linear.weight.numel() for _, linear in surgery.linears(decoder_layers(model), []))
 
 
 def memory_of(config: Config, model: PreTrainedModel, tokens: int, processes: int) -> dict[str, float]:
     """Bytes of one GPU by what they are for, with `tokens` in a batch of one process."""
     t = config.training
-    N, n, layers = int(model.num_parameters()), _linear(model), len(decoder_layers(model))
+    N, n, layers = int(model.num_parameters()), linear_parameters(model), len(decoder_layers(model))
     text = model.config.get_text_config()
     sharded = config.distributed.strategy == "fsdp" and processes > 1
     share = 1 / processes if sharded else 1.0
@@ -190,8 +206,14 @@ def activations_of(config: Config, block: nn.Module, b: int) -> float:
         inputs = sum(shared.values())
     outputs = sum(linear.out_features for name, linear in linears if name not in SUB_NORMS)
     gate = widths.get(MLP[0], 0)
-    norms = sum(_norm_width(name, norm, widths) for name, norm in block.named_modules() if _is_norm(norm))
-    return float(b * (inputs + outputs + gate) + 8 * norms)
+    return float(b * (inputs + outputs + gate) + 8 * norms_of(block))
+
+
+def norms_of(block: nn.Module) -> int:
+    """How many numbers of a token pass through the norms of a decoder layer."""
+    linears = surgery.linears(block, [])
+    widths = {name.rpartition(".")[2]: linear.out_features for name, linear in linears}
+    return sum(_norm_width(name, norm, widths) for name, norm in block.named_modules() if _is_norm(norm))
 
 
 def _input_of(name: str) -> str:

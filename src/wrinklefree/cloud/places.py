@@ -22,10 +22,12 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: bytes of memory, bf16 operations a second, and bytes a second to the other GPUs of its machine."""
+    """One GPU: bytes of memory, operations a second in bf16 and fp32, bytes a second from memory and to other GPUs."""
 
     memory: float
     flops: float
+    flops32: float
+    bandwidth: float
     link: float
 
 

@@ -9,15 +9,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from wrinklefree.cloud import estimate, job, places, summary, task, wheel
+from wrinklefree.cloud import estimate, here, job, places, summary, task, thinker, wheel
 from wrinklefree.cloud.estimate import Estimate
 from wrinklefree.cloud.job import Job, Request
 from wrinklefree.cloud.places import Cloud
 from wrinklefree.cloud.processes import for_scale
+from wrinklefree.cloud.summary import Rented
 from wrinklefree.cloud.task import Task
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import without_bucket
 from wrinklefree.runs import dry_run as preview
 from wrinklefree.runs import launch, preflight
 from wrinklefree.runs.budget import parse_minutes
@@ -71,6 +73,7 @@ def start(chain: Sequence[list[str]], request: dict[str, Any], dry_run: bool, bu
     if asked.cloud is None:
         start_here(asked, configs)
     else:
+        here.refuse_what_stays(chain, configs)
         start_there(asked, configs, dry_run, minutes)
 
 
@@ -116,18 +119,31 @@ def start_there(asked: Request, configs: list[Config], dry_run: bool, minutes: f
     if model is not None:
         needed = max(preflight.checkpoint_bytes(config, int(model.num_parameters())) for config in configs)
         plan = dataclasses.replace(plan, disk_gb=max(LEAST_GB, PROGRAMS_GB + int(needed * len(configs) / 1e9)))
-    stages = [] if model is None else _estimates(configs, model, cloud, gpus, asked.nodes)
+    stages = [] if model is None else estimates(configs, model, cloud, gpus, asked.nodes)
     print(task.task_yaml(plan) if made.engine == "sky" else engine("hub").describe(plan), end="")
     print()
-    summary.show(configs, stages, model, summary.Rented(cloud, gpus, asked.nodes, asked.spot), minutes)
+    summary.show(configs, stages, model, Rented(cloud, gpus, asked.nodes, asked.spot), minutes)
     if dry_run:
         log.info("dry run: nothing was launched, nothing was written")
         return
     _launch(made, plan, to, asked, configs)
 
 
-def _estimates(configs: list[Config], model: Any, cloud: Cloud, gpus: int, nodes: int) -> list[Estimate]:
-    return [estimate.estimate(config, model, cloud, gpus, nodes) for config in configs if config.thinking is None]
+def show_estimate(config: Config, rented: Rented) -> None:
+    """Print what one stage takes on such machines."""
+    model = estimate.skeleton(config)
+    stages = [] if model is None else estimates([config], model, rented.cloud, rented.gpus, rented.nodes)
+    summary.show([config], stages, model, rented, None)
+
+
+def estimates(configs: list[Config], model: Any, cloud: Cloud, gpus: int, nodes: int) -> list[Estimate]:
+    """What each stage takes; one of LLM-TRM takes one GPU."""
+    return [
+        estimate.estimate(config, model, cloud, gpus, nodes)
+        if config.thinking is None
+        else thinker.estimate_thinker(config, model, cloud)
+        for config in configs
+    ]
 
 
 def _launch(made: Job, plan: Task, to: str, asked: Request, configs: list[Config]) -> None:
@@ -137,8 +153,8 @@ def _launch(made: Job, plan: Task, to: str, asked: Request, configs: list[Config
     storage.check_writable(to)
     if storage.names(to) and not _resumes(configs):
         raise UserError(
-            f"{to}: holds a run already: go on with training.resume_from=latest, or choose another place with "
-            f"training.upload_to=..."
+            f"{without_bucket(to)}: holds a run already: go on with training.resume_from=latest, or choose another "
+            f"place with training.upload_to=..."
         )
     made.folder.mkdir(parents=True, exist_ok=True)
     if wheel.is_checkout():

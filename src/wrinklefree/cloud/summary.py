@@ -7,10 +7,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from wrinklefree.cloud import places
-from wrinklefree.cloud.estimate import EFFICIENCY, Estimate, fits, fitting_scale, money
+from wrinklefree.cloud.estimate import Estimate, fits, fitting_scale, money
 from wrinklefree.cloud.places import Cloud
+from wrinklefree.cloud.thinker import fitting_cut
 from wrinklefree.config.schema import Config
-from wrinklefree.tracking.terminal import print_table, short_number, short_size, spoken_time
+from wrinklefree.tracking.terminal import print_hanging, print_table, short_number, short_size, spoken_time
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,8 @@ def show(
     """
     name = configs[-1].model.pretrained
     if model is None:
-        print(f"no estimate: the shape of {name} is not on this machine; with its config.json here, give -m FOLDER")
-        return
-    if not stages:
-        print("no estimate: a stage of LLM-TRM takes as long as its model answers")
+        why = f"the shape of {name} is not on this machine; with its config.json here, give -m FOLDER"
+        print_hanging("no estimate: ", why)
         return
     cloud = rented.cloud
     machines = f"{rented.nodes} x " if rented.nodes > 1 else ""
@@ -51,11 +50,19 @@ def show(
     gpu = places.gpus()[cloud.gpu]
     for config, stage in zip(configs, stages, strict=True):
         if not fits(stage, gpu):
-            scale = fitting_scale(config, model, cloud)
-            other = f"it fits with --scale {scale} distributed=fsdp_multi"
             sizes = f"{short_size(stage.peak)} of each GPU, which has {short_size(gpu.memory)}"
-            better = "no scale of this cloud has room" if scale is None else other
-            print(f"warning: {stage.stage} takes {sizes}: {better}")
+            print_hanging("warning: ", f"{stage.stage} takes {sizes}: {_advice(config, model, cloud)}")
+
+
+def _advice(config: Config, model: PreTrainedModel, cloud: Cloud) -> str:
+    """What makes a stage fit that does not."""
+    if config.thinking is not None:
+        cut = fitting_cut(config, model, cloud)
+        return "the model is too large for a GPU" if cut is None else f"it fits with {' '.join(cut)}"
+    scale = fitting_scale(config, model, cloud)
+    return (
+        "no scale of this cloud has room" if scale is None else f"it fits with --scale {scale} distributed=fsdp_multi"
+    )
 
 
 def figures(
@@ -79,21 +86,18 @@ def figures(
 
 
 def _show_stage(stage: Estimate, cloud: Cloud) -> None:
-    flops = places.gpus()[cloud.gpu].flops
     low, high = stage.hours
     limit = "" if stage.minutes is None else "; the stage's minutes end it"
     rows = [
-        ["tokens", short_number(stage.tokens), f"{stage.steps:,} steps x {stage.tokens_per_step:,} tokens"],
-        [
-            "hours",
-            _span(low, high),
-            f"tokens x {stage.flops_per_token:.2g} operations / (GPUs x {flops:.3g} a second x "
-            f"{EFFICIENCY[1]:.0%} to {EFFICIENCY[0]:.0%}){limit}",
-        ],
+        ["tokens", short_number(stage.tokens), stage.tokens_from],
+        ["time", _span(low, high), stage.hours_from + limit],
         ["memory of a GPU", short_size(stage.peak), _parts(stage)],
-        ["links", short_size(stage.traffic), "that leave a GPU in each step"],
-        ["efficiency", f"{stage.efficiency:.0%}", "computing time / (computing + link time), nothing overlapped"],
     ]
+    if stage.traffic:
+        rows += [
+            ["links", short_size(stage.traffic), "that leave a GPU in each step"],
+            ["efficiency", f"{stage.efficiency:.0%}", "computing time / (computing + link time), nothing overlapped"],
+        ]
     print_table([stage.stage, "", "how it comes about"], rows)
     print()
 
@@ -112,12 +116,16 @@ def _show_money(stages: Sequence[Estimate], rented: Rented, minutes: float | Non
     price = cloud.spot if spot else cloud.price
     spent = money(stages, cloud, gpus, spot)
     if price is None or spent is None:
-        print(f"cost: the price of {'a spot' if spot else 'a'} {cloud.gpu} at {cloud.name} is not known here\n")
+        print(f"cost: the price of {'a spot' if spot else 'an'} {cloud.gpu} at {cloud.name} is not known here\n")
         return
     if minutes is not None:
         spent = (min(spent[0], minutes / 60 * gpus * price), minutes / 60 * gpus * price)
     low, high = (f"${figure:,.2f}" if figure < 10 else f"${figure:,.0f}" for figure in spent)
     total = low if low == high else f"{low} to {high}"
-    print(
-        f"cost: {total} = hours x {gpus} GPUs x ${price:.2f} (prices read on {cloud.read}; not loading and packing)\n"
+    number = f"{gpus} GPU{'s' if gpus > 1 else ''}"
+    print_hanging(
+        "cost: ",
+        f"{total} = hours x {number} x ${price:.2f} (price read on {cloud.read}; loading, evaluating and packing come "
+        f"on top)",
     )
+    print()

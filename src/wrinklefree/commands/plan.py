@@ -3,7 +3,9 @@
 import json
 
 from wrinklefree.cloud import estimate, places, summary
+from wrinklefree.cloud.start import estimates, show_estimate
 from wrinklefree.config.compose import load_config
+from wrinklefree.core.errors import UserError
 
 
 def run(overrides: list[str], *, cloud: str, gpus: int, nodes: int, spot: bool, as_json: bool = False) -> None:
@@ -12,10 +14,12 @@ def run(overrides: list[str], *, cloud: str, gpus: int, nodes: int, spot: bool, 
     places.check_size(place, gpus, nodes, spot)
     config = load_config(overrides)
     model = estimate.skeleton(config)
-    trains = model is not None and config.thinking is None
-    stages = [estimate.estimate(config, model, place, gpus, nodes)] if trains and model is not None else []
+    if config.thinking is not None and gpus * nodes > 1:
+        raise UserError("a stage of LLM-TRM trains in one process: leave out --gpus and --nodes")
     rented = summary.Rented(place, gpus, nodes, spot)
-    if as_json:
-        print(json.dumps(summary.figures(config, stages, model, rented)))
+    if not as_json:
+        show_estimate(config, rented)
         return
-    summary.show([config], stages, model, rented, None)
+    model = estimate.skeleton(config)
+    stages = [] if model is None else estimates([config], model, place, gpus, nodes)
+    print(json.dumps(summary.figures(config, stages, model, rented)))

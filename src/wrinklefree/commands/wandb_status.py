@@ -21,12 +21,14 @@ def run(project: str, entity: str | None, number: int) -> None:
     name = project if entity is None else f"{entity}/{project}"
     try:
         found = wandb.Api(timeout=TIMEOUT).runs(name, order="-created_at", per_page=number)
-        rows = [_row(found[place]) for place in range(min(number, len(found)))]
+        newest = [found[place] for place in range(min(number, len(found)))]
+        rows = [_row(run) for run in newest]
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(f"{name}: {first_line(error)}") from error
     if not rows:
         raise UserError(f"{name}: no runs there")
-    print_table(["run", "state", "step", "loss", "lr", "last sign of life", "address"], rows)
+    print_table(["run", "state", "step", "loss", "lr", "last seen"], rows)
+    print("\n" + "\n".join(run.url for run in newest))  # below, because a table would fold them
 
 
 def _row(run: Any) -> list[str]:
@@ -37,8 +39,7 @@ def _row(run: Any) -> list[str]:
         str(figures.get("_step", "")),
         _short(figures.get("train_loss")),
         _short(figures.get("lr")),
-        str(run.heartbeatAt or "")[:16],
-        run.url,
+        str(run.heartbeatAt or "")[:16].replace("T", " "),
     ]
 
 

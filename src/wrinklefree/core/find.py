@@ -80,6 +80,11 @@ def files(kind: Kind) -> dict[str, Path]:
     return own | users
 
 
+def users_file(kind: Kind, name: str) -> Path | None:
+    """The user's own file of this name; None if the package has it, or nobody."""
+    return _own_and_users(kind)[1].get(name)
+
+
 def _own_and_users(kind: Kind) -> tuple[dict[str, Path], dict[str, Path]]:
     """The package's names and the user's. Raises UserError if both have one."""
     own, users = _own(kind), _users(kind)

@@ -58,9 +58,13 @@ def _refuse_held(config: Config, force: bool) -> None:
     """Raises UserError if the output folder holds a run that is neither to be replaced nor started from."""
     out = Path(config.output_dir)
     if outputs(out) and not force and not starts_within(config) and not _between_blocks(config):
-        begun = checkpoint.step_folders(out / "checkpoints") or (out / BLOCKS).is_dir()
-        offer = "go on with training.resume_from=latest, " if begun else ""
+        offer = "go on with training.resume_from=latest, " if can_go_on(out) else ""
         raise UserError(f"{out} already holds a run: {offer}choose another output_dir=..., or start over with --force")
+
+
+def can_go_on(out: Path) -> bool:
+    """Whether the run in `out` has saved anything that `training.resume_from=latest` goes on from."""
+    return bool(checkpoint.step_folders(out / "checkpoints")) or (out / BLOCKS).is_dir()
 
 
 def _between_blocks(config: Config) -> bool:

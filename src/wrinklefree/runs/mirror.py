@@ -105,8 +105,7 @@ def _fetch(url: str, names: Sequence[str], out: Path) -> None:
 
 def begun(config: Config) -> bool:
     """Whether there is anything on this machine to go on from."""
-    out = Path(config.output_dir)
-    return bool(checkpoint.step_folders(out / "checkpoints")) or (out / folder.BLOCKS).is_dir()
+    return folder.can_go_on(Path(config.output_dir))
 
 
 def send(config: Config) -> None:

@@ -100,5 +100,7 @@ class QuietTrackio:
         self.run.log(data, step=step)
 
     def finish(self) -> None:
+        import trackio
+
         with contextlib.redirect_stdout(io.StringIO()):
-            self.run.finish()
+            trackio.finish()  # not run.finish(): the package would finish that run again at the end, and print

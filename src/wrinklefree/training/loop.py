@@ -151,6 +151,8 @@ def _run_steps(
             save, saved = False, run.pace.clock()
         if last:
             return
+        if stop and not run.step:
+            raise UserError("stopped before the first step, so nothing is saved; start over with --force")
         if stop:
             raise UserError(f"stopped at step {run.step}, saved; go on with training.resume_from=latest")
         run.objective.on_step(run.step, max_steps)

@@ -32,6 +32,8 @@ LARGEST_MANIFEST = 1 << 26  # bytes
 
 PROBE = ".wrinklefree-probe"
 
+BUCKETS = {"s3", "gs", "hf"}  # stores without folders
+
 # Exceptions of the drivers that are no OSError: (module, class). A class is looked up if its module has been imported.
 _REFUSALS = [
     ("gcsfs.retry", "HttpError"),
@@ -98,7 +100,7 @@ def check_writable(url: str) -> None:
     """Write a small file under `url`, and remove it. Raises UserError if the driver is missing or the place refuses."""
     files, root = _connect(url)
     with _refusals_explained(url):
-        files.makedirs(root, exist_ok=True)
+        _make_folder(files, root)
         files.pipe_file(f"{root}/{PROBE}", b"written to see whether it can be; it may be removed")
         files.rm_file(f"{root}/{PROBE}")
 
@@ -222,10 +224,17 @@ def _download(files: Any, listing: dict[str, list[Any]], sums: dict[str, str], t
         shutil.rmtree(aside)
 
 
+def _make_folder(files: Any, path: str) -> None:
+    """Make a folder, unless the store has none but buckets: s3fs would make a bucket of a name that was mistyped."""
+    protocols = {files.protocol} if isinstance(files.protocol, str) else {*files.protocol}
+    if not protocols & BUCKETS:
+        files.makedirs(path, exist_ok=True)
+
+
 def _push_folder(files: Any, local: Path, root: str) -> None:
     paths = {p.relative_to(local).as_posix(): p for p in sorted(local.rglob("*")) if p.is_file()}
     manifest = {name: {"size": p.stat().st_size, "sha256": _sha256(p)} for name, p in paths.items()}
-    files.makedirs(root, exist_ok=True)
+    _make_folder(files, root)
     files.pipe_file(f"{root}/{MANIFEST}", json.dumps(manifest).encode())
     for name in paths:
         _put(files, local / name, f"{root}/{name}")
@@ -245,7 +254,7 @@ def _digest(file: Path, kind: str) -> str:
 
 def _put(files: Any, local: Path, remote: str) -> None:
     """Upload a file. Raises OSError if less of it, or something else, has arrived."""
-    files.makedirs(remote.rpartition("/")[0], exist_ok=True)
+    _make_folder(files, remote.rpartition("/")[0])
     files.put_file(str(local), remote)
     files.invalidate_cache()
     there = files.info(remote)

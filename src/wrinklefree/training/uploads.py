@@ -29,6 +29,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds before an upload is tried again
 
 REMOVED = "%s: removed before it could be uploaded"
 
+AFTERWARDS = "for some minutes (Ctrl-C ends that, and the same command uploads what is missing)"
+
 LAST_TRY = 60.0  # seconds that the end of a run waits for what is still missing
 
 
@@ -123,7 +125,8 @@ class Uploads:
             self._after_checkpoint(name)
         except UserError as error:
             if not self._failed:
-                log.warning("upload failed, and is tried again while the training goes on: %s", error)
+                how_long = "while the training goes on" if self._record is not None else AFTERWARDS
+                log.warning("upload failed, and is tried again %s: %s", how_long, error)
             self._failed = True
             return False
         if self._failed:
