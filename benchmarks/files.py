@@ -33,7 +33,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import quality
-from wrinklefree.commands.export import Opened, opened, write
 from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.core.method import find
@@ -44,6 +43,7 @@ from wrinklefree.generate.open import open_model
 from wrinklefree.models.gguf import is_gguf
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.packed.products.choose import exactly
+from wrinklefree.runs.exporting import Opened, opened, write
 from wrinklefree.training import checkpoint
 
 LENGTH = 256  # tokens of a sequence

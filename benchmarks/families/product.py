@@ -33,9 +33,9 @@ from wrinklefree.core.method import quant_layers
 from wrinklefree.core.surgery import language_part
 from wrinklefree.distributed.world import World
 from wrinklefree.evaluate import speed
-from wrinklefree.export.formats.gguf import ARCHITECTURES
 from wrinklefree.export.proof import loader
 from wrinklefree.generate.generate import complete
+from wrinklefree.gguf.architectures import WRITTEN_AS
 from wrinklefree.models.load import load_model
 from wrinklefree.objectives.documents import keeps_apart
 from wrinklefree.objectives.language_model import SplitModel, vocabulary_losses
@@ -197,7 +197,7 @@ def as_stored(trained: PreTrainedModel, packed: PreTrainedModel) -> PreTrainedMo
 
 def export_all(folder: Path, trained: PreTrainedModel, result: Result) -> None:
     """Write every format that the model's architecture has."""
-    formats = ["hf", *(["gguf"] if type(trained).__name__ in ARCHITECTURES else [])]
+    formats = ["hf", *(["gguf"] if type(trained).__name__ in WRITTEN_AS else [])]
     for name in formats:
         try:
             export_command.run(folder / "run", name, folder / name, force=True)

@@ -31,7 +31,7 @@ SIZES: list[tuple[str, int]] = [
     (r"(.*_)?(rank|lowrank)", 16),
     (r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|dim_ff|dff|n_inner|ffn_hidden_size|feed_forward_size)", 128),
     (
-        r"(.*_)?(hidden_size|n_embd|d_model|embedding_(size|dim)|emb_dim|hidden_dim|lru_width|embed_proj_dim|adapter_(in_dim|input_size|out_dim|output_size))",
+        r"(.*_)?(hidden_size(_global)?|n_embd|d_model|embedding_(size|dim)|emb_dim|hidden_dim|lru_width|embed_proj_dim|adapter_(in_dim|input_size|out_dim|output_size))",
         64,
     ),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k", 2),
@@ -46,6 +46,7 @@ IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 
 
 # What the names do not tell, by model type.
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
+ZAMBA = {"attention_hidden_size": 128, "attention_head_dim": 32}  # attention sees two hidden states side by side
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 SPARSE_QWEN = {
     "indexer_budget": 32,
@@ -78,12 +79,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "audio_config": {"hidden_size": 64, "intermediate_size": 128, "num_blocks": 1, "nemo_conv_channels": 64}
     },
     "recurrent_gemma": {"num_hidden_layers": 3},  # the third has attention
-    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 48)},
+    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False},  # which train on one length alone
     "xlstm": {"qk_dim_factor": 1.0, "num_blocks": 2},  # its cache rounds widths of keys up to 64
     "xmod": {"default_language": "en_XX"},
     "qwen4_exp_text": SPARSE_QWEN,
-    "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": None},
-    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8, "mamba_headdim": 16},
+    "zamba": ZAMBA
+    | {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": None},
+    "zamba2": ZAMBA
+    | {"n_mamba_heads": 8, "mamba_headdim": 16, "num_hidden_layers": 4, "num_mem_blocks": 1}
+    | {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
 }
 
 

@@ -53,6 +53,7 @@ def refused_in_one_line(what: str, advice: str = "") -> Iterator[None]:
 
 def _said(what: str, error: BaseException, advice: str) -> UserError:
     words = " ".join(str(error).split()) or type(error).__name__
+    words = words.partition(" Model type should be one of ")[0]  # hundreds
     if "trust_remote_code" in words:
         return UserError(f"{what}: {NEEDS_CODE}")
     if isinstance(error, (KeyError, AttributeError, TypeError)):  # these say only a name or a type
