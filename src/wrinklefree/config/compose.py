@@ -113,7 +113,7 @@ def compose_values(overrides: list[str], config_name: str = "config") -> dict[st
 
 @functools.lru_cache(maxsize=32)
 def _composed(config_name: str, groups: tuple[str, ...], sources: tuple[tuple[Path, int], ...]) -> Any:
-    """What Hydra composes of `groups`, to be copied. It takes 0.3 s, and one command composes the same several times.
+    """What Hydra composes of `groups`, to be copied. It takes 0.3 s, and a command composes the same twice.
 
     `sources`, the files that it reads and when they were changed, make the cache miss after an edit.
     """
