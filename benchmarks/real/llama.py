@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.real.measure import block_linears
 from wrinklefree.export.formats import gguf as writing
+from wrinklefree.gguf.names import gguf_names
 
 WORKER = Path(__file__).with_name("llama_worker.py")
 
@@ -23,15 +24,10 @@ def write(model: Any, file: Path) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(file, writing.architecture(model))
-    writing.describe(writer, model, "tq2_0")  # llama.cpp's quantizer replaces the type
+    writing.describe(writer, model, writing.FILE_TYPES["F16"])  # llama.cpp's quantizer replaces the type
     writer.add_tokenizer_model("no_vocab")
-    for name, tensor in writing.tensors(model).items():
-        values = writing.rotated(tensor, name, model).float().numpy()
-        writer.add_tensor(writing.gguf_name(name), values.astype(np.float16 if tensor.ndim > 1 else np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    kinds = {name: "F16" if tensor.ndim > 1 else "F32" for name, tensor in writing.tensors(model).items()}
+    writing.write_tensors(writer, model, {}, kinds)
 
 
 @torch.no_grad()
@@ -50,7 +46,8 @@ def importance(model: Any, rows: Tensor) -> dict[str, Tensor]:
         model.base_model(row.unsqueeze(0), use_cache=False)
     for handle in handles:
         handle.remove()
-    return {writing.gguf_name(f"{fqn}.weight"): total / rows.numel() for fqn, total in sums.items()}
+    arch = writing.architecture(model)
+    return {gguf_names(f"{fqn}.weight", arch)[0]: total / rows.numel() for fqn, total in sums.items()}
 
 
 def quantize(python: Path, source: Path, target: Path, kind: str, matrix: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""`wf wandb-status` against a stand-in of the client: what it asks for, and what it says if there is no answer."""
+"""What `wf wandb-status` asks a stand-in of the client for, and what it says if there is no answer."""
 
 import sys
 from types import SimpleNamespace

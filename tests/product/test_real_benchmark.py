@@ -23,6 +23,8 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import QuantLinear, find
 from wrinklefree.export.rounded import head
+from wrinklefree.gguf.header import read_header
+from wrinklefree.gguf.values import read_weight
 from wrinklefree.models.load import load_model
 from wrinklefree.runs.stage import train_stage
 
@@ -262,6 +264,15 @@ def test_importance_is_the_mean_square_of_inputs() -> None:
     layer = model.model.layers[0]
     inputs = layer.input_layernorm(model.model.embed_tokens(rows))
     assert torch.allclose(found["blk.0.attn_q.weight"], inputs.square().mean((0, 1)), rtol=1e-4)
+
+
+def test_a_file_for_llama_cpp_has_the_models_weights(tmp_path: Path) -> None:
+    model = llama(num_key_value_heads=2)
+    write(model, tmp_path / "plain.gguf")
+    header = read_header(tmp_path / "plain.gguf")
+    weight = read_weight(header, "model.layers.1.self_attn.q_proj.weight", model.config.num_attention_heads)
+    assert torch.equal(weight, model.model.layers[1].self_attn.q_proj.weight.half().float())
+    assert len(header.tensors) == len(model.state_dict()) - int(model.config.tie_word_embeddings)
 
 
 def test_rows_come_back_and_are_measured_once(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def write(
     writer.add_name(tokens.named(f"{type(model).__name__} by wrinklefree", tokenizer))
     describe(writer, model, file_type(plan, layers))
     tokens.add(writer, tokenizer, model.config.vocab_size)
-    _write_tensors(writer, model, layers, plan)
+    write_tensors(writer, model, layers, plan)
     check(file, model, layers)
     check_tokens(file, tokenizer)
     used = [plan[name] for name in layers]
@@ -244,7 +244,7 @@ def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return as_one(unquantized_state(model, layers) | shapes, model)
 
 
-def _write_tensors(writer: Any, model: PreTrainedModel, layers: Mapping[str, Levels], plan: Mapping[str, str]) -> None:
+def write_tensors(writer: Any, model: PreTrainedModel, layers: Mapping[str, Levels], plan: Mapping[str, str]) -> None:
     """Write header and tensors, of which only one is in memory as it will be in the file."""
     arch, found = WRITTEN_AS[type(model).__name__], tensors(model)
     for name, tensor in found.items():
