@@ -25,7 +25,7 @@ BUCKET = "wf-tests"
 
 
 class Proxy(ThreadingHTTPServer):
-    """Hands requests on to `target`, unless it is told to fail: `how` is 500, stall, cut or gone."""
+    """Hands requests on to `target`, unless it is told to fail: `how` is 500, stall, cut, gone or closed."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -61,6 +61,9 @@ class Handler(BaseHTTPRequestHandler):
         if how == "stall":
             time.sleep(3)
             self.connection.close()
+            return
+        if how == "closed" and self.command in ("PUT", "POST"):
+            self._send(403, {}, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
             return
         if how == "500":
             self._send(500, {}, b"<Error><Code>InternalError</Code></Error>")
@@ -175,6 +178,12 @@ def test_a_bucket_that_is_mistyped_is_refused_and_not_made(kind: str, folder: Pa
         storage.check_writable(url)
     with pytest.raises(UserError, match=r"://.../fairy2/tiny/step_10: nothing there"):
         storage.push(folder, f"{url}/step_10")
+
+
+def test_a_bucket_that_can_only_be_read_is_refused_in_one_line(amazon: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amazon, "how", "closed")
+    with pytest.raises(UserError, match=r"^s3://\.\.\./fairy2/tiny: .*(Access Denied|Forbidden).*are you logged in\?$"):
+        storage.check_writable(f"s3://{BUCKET}/fairy2/tiny")
 
 
 @pytest.mark.parametrize("kind", ["amazon", "google"])
