@@ -1,6 +1,6 @@
 """The interface of the native engine around a transformers model, for models that the native engine cannot run.
 
-It is slow: a step runs the model once for each sequence, because each has its own KV cache.
+It is slow: a step runs the model once for each sequence, because each has its own past (past.py).
 """
 
 import time
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -25,6 +25,7 @@ from wrinklefree.engine.engine import CHUNK
 from wrinklefree.engine.pace import Pace
 from wrinklefree.engine.sampling import Sampling
 from wrinklefree.engine.scores import Score, score
+from wrinklefree.serve.past import Past, find_way
 
 MASK = 2**63 - 1  # seeds of torch's generators have 63 bits
 
@@ -33,7 +34,7 @@ MASK = 2**63 - 1  # seeds of torch's generators have 63 bits
 class _Sequence:
     tokens: list[int]  # prompt and answer
     prompt: int  # how many of them are the prompt
-    cache: DynamicCache  # keys and values of the tokens that have been read
+    past: Past  # the tokens that have been read
     sampling: Sampling
     generator: torch.Generator
     left: int  # how many more tokens may be generated
@@ -46,8 +47,8 @@ class _Sequence:
         return len(self.tokens) > self.prompt
 
     def unread(self) -> int:
-        """How many tokens are not in the cache."""
-        return len(self.tokens) - self.cache.get_seq_length()
+        """How many tokens have not been read."""
+        return len(self.tokens) - self.past.length
 
 
 class TransformersEngine:
@@ -56,6 +57,8 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, context: int, slots: int) -> None:
         self.model, self.context, self.slots = model, context, slots
         self.vocab = int(model.config.get_text_config().vocab_size)
+        with torch.inference_mode():
+            self._way = find_way(model)
         self._open: dict[int, _Sequence] = {}
         self._pace = Pace(CHUNK)
 
@@ -78,8 +81,8 @@ class TransformersEngine:
         slot = min(free)
         generator = torch.Generator(self.model.device).manual_seed(sampling.seed & MASK)
         left = min(sampling.max_new_tokens, self.context - len(prompt))
-        cache = DynamicCache(config=self.model.config)
-        self._open[slot] = _Sequence(list(prompt), len(prompt), cache, sampling, generator, left)
+        past = Past(self.model, self._way)
+        self._open[slot] = _Sequence(list(prompt), len(prompt), past, sampling, generator, left)
         return slot
 
     @torch.inference_mode()
@@ -97,7 +100,7 @@ class TransformersEngine:
         read, budget = 0, self._pace.budget(len(answering))
         if reading and budget:
             slot = min(reading, key=lambda slot: reading[slot].unread())
-            read = min(reading[slot].unread(), budget)
+            read = reading[slot].past.piece(budget, reading[slot].unread())
             if (token := self._advance(reading[slot], read)) is not None:
                 new[slot] = token
         self._pace.note(len(answering), read, time.perf_counter() - start)
@@ -116,15 +119,13 @@ class TransformersEngine:
 
     def _read(self, sequence: _Sequence, size: int) -> Tensor | None:
         """Read the next `size` tokens. Returns logits [1, vocab] after the last token, None while some are unread."""
-        start = sequence.cache.get_seq_length()
-        piece = torch.tensor([sequence.tokens[start : start + size]], device=self.model.device)
+        start, end = sequence.past.length, sequence.past.length + size
         scored = sequence.sampling.logprobs is not None and sequence.sampling.score_prompt
-        out = self.model(piece, past_key_values=sequence.cache, use_cache=True, logits_to_keep=0 if scored else 1)
-        end = start + piece.shape[1]
+        logits = sequence.past.read(sequence.tokens, size, all_logits=scored)
         if scored:
             after = sequence.tokens[start + 1 : end + 1]
-            sequence.scores += score(out.logits[0, : len(after)], after, sequence.sampling.logprobs or 0)
-        return out.logits[:, -1].float() if end == len(sequence.tokens) else None
+            sequence.scores += score(logits[0, : len(after)], after, sequence.sampling.logprobs or 0)
+        return logits[:, -1].float() if end == len(sequence.tokens) else None
 
     def scores(self, slot: int) -> list[Score]:
         """The scores of the tokens that came since the last call, as `Engine.scores` gives them."""
