@@ -1,6 +1,7 @@
 """Rows of several documents: which models keep them apart, and what becomes of the others."""
 
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,30 @@ def test_a_model_that_takes_no_positions_keeps_nothing_apart(tmp_path: Path) -> 
     toy_files(tmp_path)
     with pytest.raises(UserError, match="UnplacedForCausalLM takes no positions: leave both out"):
         choose_rows(resolved(tmp_path, "data.rows=packed"), model)
+
+
+def test_random_numbers_without_a_seed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    forward, chance = model.forward, random.SystemRandom()
+    monkeypatch.setattr(model, "forward", lambda **inputs: noisy(forward(**inputs), chance.random()))
+    with pytest.raises(UserError, match="random numbers that have no seed"):
+        check_causal(model)
+
+
+def noisy(output: Any, noise: float) -> Any:
+    output.logits = output.logits + noise
+    return output
+
+
+def test_a_model_that_fails_once_it_keeps_what_it_has_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    forward = model.forward
+
+    def fails(use_cache: bool = True, **inputs: Any) -> Any:
+        if use_cache:
+            raise AttributeError("it has no cache")
+        return forward(use_cache=use_cache, **inputs)
+
+    monkeypatch.setattr(model, "forward", fails)
+    with pytest.raises(UserError, match="its own forward pass fails on 8 tokens: AttributeError it has no cache"):
+        check_causal(model)

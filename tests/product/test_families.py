@@ -1,4 +1,4 @@
-"""The census in short: the whole product on eight families. Each is whole, or refused in one line that says why."""
+"""The census in short: the whole product on nine families. Each is whole, or refused in one line that says why."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from benchmarks.families import product, small, table
 from wrinklefree.core.errors import UserError
 
-WHOLE = ("llama", "gpt2", "phi", "gemma", "falcon", "mixtral", "mamba", "opt")
+WHOLE = ("llama", "gpt2", "phi", "gemma", "falcon", "mixtral", "mamba", "opt", "zamba2")
 
 
 @pytest.fixture

@@ -37,17 +37,27 @@ def keeps_apart(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
-    """Raises UserError if a token's state depends on the tokens after it, or if the forward pass fails."""
+    """Raises UserError if a token's state depends on later tokens or on chance, or if the forward pass fails."""
     ids, name, training = _ids(model), type(model).__name__, model.training
     with refused_in_one_line(f"{name}: its own forward pass fails on {2 * HALF} tokens"), torch.random.fork_rng([]):
-        for mode in (True, False):  # Reformer, for one, allows other lengths in training than in evaluation
-            model.train(mode)(input_ids=ids, use_cache=False)
+        # Some allow other lengths in training than in evaluation, and some cannot keep what they have read.
+        for mode, cache in ((True, False), (False, False), (False, True)):
+            model.train(mode)(input_ids=ids, use_cache=cache)
+        first, again = (_with_seed(model, ids) for _ in range(2))
     model.train(training)
+    if not torch.equal(first, again):
+        raise UserError(f"{name}: it trains with random numbers that have no seed, so no run could be gone on with")
     if not _close(_states(model, input_ids=ids)[:, :HALF], _states(model, input_ids=ids[:, :HALF])):
         raise UserError(
             f"{name}: its tokens see those after them, so it is no causal language model (an encoder "
             f"becomes one by is_decoder=true in its config.json)"
         )
+
+
+def _with_seed(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    logits: Tensor = model.train()(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def _ids(model: PreTrainedModel) -> Tensor:

@@ -4,7 +4,7 @@ Before weights are loaded, every layer named in `quantization_config.layers` is 
 transformers then fills its buffers like any other tensor. Importing this file registers nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,14 @@ QUANT_METHOD = "wrinklefree"
 # rotate their inputs.
 PLAIN, WITH_NORMS, WITH_HEAD, WITH_STACKS, WITH_ROTATION = 1, 2, 3, 4, 5
 FORMAT = WITH_ROTATION  # the newest that is read; a reader refuses newer ones
+
+
+def untie(model: Any, packed: Iterable[str]) -> None:
+    """Let packed layers share nothing: those of Zamba's shared blocks are each in the file."""
+    inside, keys = tuple(f"{fqn}." for fqn in packed), model.all_tied_weights_keys
+    model.all_tied_weights_keys = {
+        to: of for to, of in keys.items() if not (to.startswith(inside) or of.startswith(inside))
+    }
 
 
 class WrinkleFreeConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -72,6 +80,7 @@ class WrinkleFreeQuantizer(HfQuantizer):  # type: ignore[misc]
             tied = TiedEmbedding(model.get_submodule(head), replaced.weight.dtype)
             tied.scale = scale_of(replaced)
             model.set_submodule(fqn, tied, strict=True)
+        untie(model, self.quantization_config.layers)
         vars(model.config).pop("auto_map", None)  # saving again does not copy the loader, so it must not point there
 
     def is_serializable(self) -> bool:

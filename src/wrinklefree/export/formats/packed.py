@@ -37,7 +37,15 @@ from wrinklefree.export.rounded.rounding import Rounding
 from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.pack import pack_layer, packed_layers
 from wrinklefree.packed.products.choose import exactly
-from wrinklefree.packed.quantizer import PLAIN, WITH_HEAD, WITH_NORMS, WITH_ROTATION, WITH_STACKS, WrinkleFreeConfig
+from wrinklefree.packed.quantizer import (
+    PLAIN,
+    WITH_HEAD,
+    WITH_NORMS,
+    WITH_ROTATION,
+    WITH_STACKS,
+    WrinkleFreeConfig,
+    untie,
+)
 from wrinklefree.tracking.terminal import markdown_table, short_size
 
 FLAG = "hf"
@@ -302,7 +310,8 @@ def pack_model(
     _, unexpected = packed.load_state_dict(dense, strict=False, assign=True)
     if unexpected:
         raise UserError(f"{unexpected[0]}: the packed format has no place for it ({len(unexpected)} such weights)")
-    packed.tie_weights()
+    untie(packed, layers)
+    packed.tie_weights(recompute_mapping=False)
     assert not any(tensor.is_meta for tensor in packed.state_dict().values())
     return packed
 
