@@ -7,7 +7,8 @@ import pytest
 
 import benchmarks
 
-OTHERS = ("benchmarks.real.auto_round_worker",)  # runs in an environment of its own, without this package
+# These run in environments of their own, without this package.
+OTHERS = ("benchmarks.real.auto_round_worker", "benchmarks.real.llama_worker")
 
 MODULES = [module.name for module in pkgutil.walk_packages(benchmarks.__path__, "benchmarks.")]
 
