@@ -399,4 +399,4 @@ def test_all_methods_that_we_ship_have_a_part_that_reads() -> None:
 def test_a_loader_is_few_files_that_a_person_can_read(method: QuantMethod, head: list[QuantMethod]) -> None:
     files = bundle.files([method, *head], "LlamaForCausalLM")
     assert len(files) <= 7
-    assert sum(len(text.splitlines()) for text in files.values()) <= 575
+    assert sum(len(text.splitlines()) for text in files.values()) <= 580
