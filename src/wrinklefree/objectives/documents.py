@@ -39,13 +39,15 @@ def keeps_apart(model: PreTrainedModel) -> bool:
 def check_causal(model: PreTrainedModel) -> None:
     """Raises UserError if a token's state depends on later tokens or on chance, or if the forward pass fails."""
     ids, name, training = _ids(model), type(model).__name__, model.training
-    with refused_in_one_line(f"{name}: its own forward pass fails on {2 * HALF} tokens"), torch.random.fork_rng([]):
-        # Some allow other lengths in training than in evaluation, and some cannot keep what they have read.
-        for mode, cache in ((True, False), (False, False), (False, True)):
-            model.train(mode)(input_ids=ids, use_cache=cache)
-        first, again = (_with_seed(model, ids) for _ in range(2))
+    devices = [model.device] if model.device.type == "cuda" else []
+    with refused_in_one_line(f"{name}: its own forward pass fails on {2 * HALF} tokens"):
+        # Some allow other lengths in training than in evaluation, and some cannot keep what they have read. BigBird, for
+        # one, chooses its attention in its first pass.
+        model.eval()(input_ids=ids, use_cache=True)
+        with torch.random.fork_rng(devices):
+            first, again = (_with_seed(model.train(), ids) for _ in range(2))
     model.train(training)
-    if not torch.equal(first, again):
+    if not _close(again, first):  # not equal: on a GPU, sums over experts have no fixed order
         raise UserError(f"{name}: it trains with random numbers that have no seed, so no run could be gone on with")
     if not _close(_states(model, input_ids=ids)[:, :HALF], _states(model, input_ids=ids[:, :HALF])):
         raise UserError(
@@ -56,8 +58,8 @@ def check_causal(model: PreTrainedModel) -> None:
 
 def _with_seed(model: PreTrainedModel, ids: Tensor) -> Tensor:
     torch.manual_seed(0)
-    logits: Tensor = model.train()(input_ids=ids, use_cache=False).logits
-    return logits
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()
 
 
 def _ids(model: PreTrainedModel) -> Tensor:

@@ -30,6 +30,7 @@ class Past:
 
     def __init__(self, model: PreTrainedModel, way: Way) -> None:
         self._model, self._way = model, way
+        self._cuts = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._kept: dict[str, Any] = {}
         self.length = 0  # tokens that have been read
 
@@ -45,7 +46,7 @@ class Past:
         start, self.length = self.length, self.length + size
         first = start if self._way != "anew" else 0
         ids = torch.tensor([tokens[first : self.length]], device=self._model.device)
-        keep = {} if all_logits or "logits_to_keep" not in _arguments(self._model) else {"logits_to_keep": 1}
+        keep = {"logits_to_keep": 1} if self._cuts and not all_logits else {}
         out = self._model(ids, use_cache=self._way != "anew", **self._kept, **keep)
         if self._way != "anew":
             self._kept = {name: out[name] for name in NAMES if name in out}
@@ -88,7 +89,3 @@ def _same(found: Tensor | None, whole: Tensor) -> bool:
         return False
     spread = whole.amax(-1) - whole.amin(-1)
     return bool(((found - whole).abs().amax(-1) <= NEAR * spread).all())
-
-
-def _arguments(model: PreTrainedModel) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)

@@ -129,7 +129,6 @@ def describe_more(writer: Any, model: PreTrainedModel) -> None:
         writer.add_sliding_window(c.sliding_window)
     if arch == "phi3":
         writer.add_sliding_window(0)  # llama.cpp asks for it, and computes without one
-    if arch == "phi3":
         writer.add_rope_scaling_orig_ctx_len(c.original_max_position_embeddings)
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
