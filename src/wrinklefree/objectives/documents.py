@@ -41,8 +41,8 @@ def check_causal(model: PreTrainedModel) -> None:
     ids, name, training = _ids(model), type(model).__name__, model.training
     devices = [model.device] if model.device.type == "cuda" else []
     with refused_in_one_line(f"{name}: its own forward pass fails on {2 * HALF} tokens"):
-        # Some allow other lengths in training than in evaluation, and some cannot keep what they have read. BigBird, for
-        # one, chooses its attention in its first pass.
+        # Some allow other lengths in training than in evaluation, and some cannot keep what they have read. BigBird
+        # chooses its attention in its first pass.
         model.eval()(input_ids=ids, use_cache=True)
         with torch.random.fork_rng(devices):
             first, again = (_with_seed(model.train(), ids) for _ in range(2))
