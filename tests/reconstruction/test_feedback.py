@@ -118,6 +118,25 @@ def test_tokens_in_another_order_count_alike() -> None:
     torch.testing.assert_close(H / H.trace(), some.T @ some / some.square().sum())
 
 
+def test_layers_that_are_given_the_same_share_a_product_and_others_do_not() -> None:
+    """Each has the moments that it has alone, also if its input was written to in between."""
+    methods = {"q": Fairy2(), "k": Fairy2(), "int8": BitDistill(scale_mode="learned"), "later": Fairy2()}
+    layers = {name: layer_of(method) for name, method in methods.items()}
+    x, expected = torch.randn(2, 6, 48), {}
+    with Moments(layers) as found:
+        found.weigh(torch.ones(2, 6))
+        for name, layer in layers.items():
+            if name == "later":
+                x.mul_(3)
+            seen = layer.inputs(x).flatten(0, 1).double()
+            expected[name] = (seen.T @ seen / 12).float()
+            layer(x)
+    means = found.means()
+    assert torch.equal(means["q"], means["k"])
+    for name, H in expected.items():
+        torch.testing.assert_close(means[name], H)
+
+
 @pytest.mark.parametrize("width", [1, 7, 33])
 def test_odd_widths(width: int) -> None:
     layer = layer_of(Fairy2(), width, 5)

@@ -186,6 +186,15 @@ def test_a_bucket_that_can_only_be_read_is_refused_in_one_line(amazon: Proxy, mo
         storage.check_writable(f"s3://{BUCKET}/fairy2/tiny")
 
 
+def test_a_bucket_that_does_not_answer_is_refused_before_the_driver_gives_up(
+    amazon: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amazon, "how", "stall")
+    monkeypatch.setattr(storage, "PATIENCE", 1)
+    with pytest.raises(UserError, match=r"^s3://\.\.\./fairy2/tiny: no answer; is the service reachable"):
+        storage.check_writable(f"s3://{BUCKET}/fairy2/tiny")
+
+
 @pytest.mark.parametrize("kind", ["amazon", "google"])
 def test_a_folder_comes_back_from_a_real_store(kind: str, folder: Path, tmp_path: Path, request) -> None:
     request.getfixturevalue(kind)

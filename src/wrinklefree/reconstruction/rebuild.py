@@ -137,19 +137,22 @@ class Rebuilding:
     def seconds_of_a_step(self) -> float:
         """How long a step of the first block takes, with its share of the passes that come before and after.
 
-        Nothing is learned. Of three tries the last counts.
+        The block is as it was afterwards. Of three tries the last counts.
         """
-        block, weight = self._owned(0), torch.ones(self.hidden[0].shape[:2])
-        for _ in range(3):
-            began = time.perf_counter()
-            output = self.output(self.student, self.hidden[0], 0, 0)
-            if output.requires_grad:
-                token_errors(output, self.target[0].to(output.device), weight.to(output.device)).sum().backward()
-            wait_for(output.device)
-            seconds = time.perf_counter() - began
-            block.zero_grad(set_to_none=True)
-        # A step has a forward and a backward pass, worth three. Three more forward passes go over each batch.
-        return seconds * (1 + 1 / self.settings.passes)
+        block, weights = self._owned(0), [torch.ones(hidden.shape[:2]) for hidden in self.hidden]
+        kept = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
+        optimizers = self._optimizers(block)
+        step = last_of_three(self.student.device, lambda: self._step(0, 0, weights, optimizers))
+        block.zero_grad(set_to_none=True)
+        block.load_state_dict(kept)
+        # Original and student go on to the next block's inputs, and the calibration looks at those of this one.
+        passes = 2 * last_of_three(self.student.device, lambda: self._go_by(0, 0))
+        if self.calibrate:
+            layers = {name: m for name, m in block.named_modules() if isinstance(m, QuantLinear)}
+            with Moments(layers) as moments:
+                moments.weigh(weights[0].to(self.student.device))
+                passes += last_of_three(self.student.device, lambda: self._go_by(0, 0))
+        return step + passes / self.settings.passes
 
     def seconds_of_calibration(self) -> float:
         """How long the codes of the first block take to choose. It is as it was afterwards."""
@@ -200,10 +203,9 @@ class Rebuilding:
 
     def _train(self, number: int, block: nn.Module, weights: list[Tensor], steps: int) -> None:
         """Train the block for `steps` steps of one batch each, in shuffled order."""
-        trained = groups(block, self.settings)
-        if not trained:
+        optimizers = self._optimizers(block)
+        if not optimizers:
             return
-        optimizers: list[Optimizer] = [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)]
         rate = schedule.rates(SCHEDULE)
         generator = torch.Generator().manual_seed(self.seed * 1000 + number)
         num = len(self._learned())
@@ -211,12 +213,37 @@ class Rebuilding:
         order = torch.cat([torch.randperm(num, generator=generator) for _ in range(passes)])[:steps]
         for step, i in enumerate(order.tolist()):
             optim.set_rate(optimizers, rate((step + 0.5) / steps))
-            output = self.output(self.student, self.hidden[i], number, i)
-            target, weight = self.target[i].to(output.device), weights[i].to(output.device)
-            token_errors(output, target, weight).mean().backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            self._step(number, i, weights, optimizers)
+
+    def _optimizers(self, block: nn.Module) -> list[Optimizer]:
+        """What trains the block's parameters: nothing if none of them is trained."""
+        trained = groups(block, self.settings)
+        return [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)] if trained else []
+
+    def _step(self, number: int, i: int, weights: list[Tensor], optimizers: list[Optimizer]) -> None:
+        """One step of training block `number` on batch `i`."""
+        output = self.output(self.student, self.hidden[i], number, i)
+        if not output.requires_grad:
+            return
+        target, weight = self.target[i].to(output.device), weights[i].to(output.device)
+        token_errors(output, target, weight).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _go_by(self, number: int, i: int) -> None:
+        """Run block `number` of the student on batch `i`."""
+        self.output(self.student, self.hidden[i], number, i)
+
+
+def last_of_three(device: torch.device, action: Callable[[], None]) -> float:
+    """The seconds that the third call of `action` takes: the first ones prepare what later ones find."""
+    for _ in range(3):
+        began = time.perf_counter()
+        action()
+        wait_for(device)
+    return time.perf_counter() - began
 
 
 def in_file(tensors: Iterable[Tensor], folder: Path | None) -> list[Tensor]:

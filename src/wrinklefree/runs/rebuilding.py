@@ -65,8 +65,8 @@ def choose_steps(run: Run, original: PreTrainedModel, student: PreTrainedModel) 
     if run.budget is None:
         return min(STEPS, t.max_steps) if t.max_steps else STEPS
     number, budget = len(decoder_layers(student)), run.budget
-    probe = _work(run, original, student, rows(run, 0)[:2], calibrate=False)
-    calibration = probe.seconds_of_calibration() if choose_start(run.config, student) else 0.0
+    probe = _work(run, original, student, rows(run, 0)[:2], choose_start(run.config, student))
+    calibration = probe.seconds_of_calibration() if probe.calibrate else 0.0
     step = probe.seconds_of_a_step()
     least = number * (calibration + LEAST_STEPS * step)
     if least > 60 * budget.minutes - budget.spent():

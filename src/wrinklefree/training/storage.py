@@ -32,6 +32,8 @@ LARGEST_MANIFEST = 1 << 26  # bytes
 
 PROBE = ".wrinklefree-probe"
 
+PATIENCE = 15  # seconds for each request of a check: drivers go on trying for a minute, which is right in a training
+
 BUCKETS = {"s3", "gs", "hf"}  # stores without folders
 
 # Exceptions of the drivers that are no OSError: (module, class). A class is looked up if its module has been imported.
@@ -97,12 +99,16 @@ def push(local: Path, url: str) -> None:
 
 
 def check_writable(url: str) -> None:
-    """Write a small file under `url`, and remove it. Raises UserError if the driver is missing or the place refuses."""
+    """Write a small file under `url`, and remove it.
+
+    Raises UserError if the driver is missing, if the place refuses, or if it does not answer in `PATIENCE` seconds.
+    """
     files, root = _connect(url)
+    limit = {"timeout": PATIENCE} if files.async_impl else {}  # the drivers of gs:// and s3://
     with _refusals_explained(url):
         _make_folder(files, root)
-        files.pipe_file(f"{root}/{PROBE}", b"written to see whether it can be; it may be removed")
-        files.rm_file(f"{root}/{PROBE}")
+        files.pipe_file(f"{root}/{PROBE}", b"written to see whether it can be; it may be removed", **limit)
+        files.rm_file(f"{root}/{PROBE}", **limit)
 
 
 def names(url: str) -> list[str]:
@@ -131,6 +137,7 @@ def _connect(url: str) -> tuple[Any, str]:
     """Return the fsspec file system for `url`, and the path inside it."""
     # Otherwise gcsfs, from 2026.3 on, asks over gRPC what kind each bucket is. That can hang for a minute.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    os.environ.setdefault("GCE_METADATA_DETECT_RETRIES", "1")  # of the question whether this is Google's machine
     import fsspec
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback per retry, and raises the last
@@ -281,7 +288,8 @@ def _refusals_explained(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{without_bucket(url)}: nothing there") from error
     except _refusals() as error:
-        said = _without_names(first_line(error), url)
+        # fsspec's timeout has no words
+        said = "no answer" if isinstance(error, TimeoutError) else _without_names(first_line(error), url)
         raise UserError(f"{without_bucket(url)}: {said}; is the service reachable, are you logged in?") from error
 
 
