@@ -1,6 +1,7 @@
 """Toys of what `--format gguf` writes: models of other families than Llama, and a tokenizer as of Llama 2."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,10 +77,13 @@ FIRST = {"normalizer": None, "pre_tokenizer": pieces._METASPACE | {"prepend_sche
 NO_SPACE = {"normalizer": pieces._REPLACE, "pre_tokenizer": None}
 
 
-def parts_of(**changed: Any) -> dict[str, Any]:
-    """A tokenizer.json as Llama 2 has it: 3 special tokens, 256 bytes, then pieces in the order of their scores."""
+def parts_of(read: Sequence[str] = (), **changed: Any) -> dict[str, Any]:
+    """A tokenizer.json as Llama 2 has it: 3 special tokens, 256 bytes, then pieces in the order of their scores.
+
+    They are learnt from the texts `read`, or from `TEXTS`.
+    """
     learner = Tokenizer(BPE())
-    texts = [text.replace(" ", pieces.SPACE) for text in TEXTS]
+    texts = [text.replace(" ", pieces.SPACE) for text in read or TEXTS]
     learner.train_from_iterator(texts, BpeTrainer(vocab_size=600, show_progress=False))
     learnt = json.loads(learner.to_str())["model"]
     made = ["".join(merge) for merge in learnt["merges"]]
@@ -94,6 +98,18 @@ def parts_of(**changed: Any) -> dict[str, Any]:
     decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
     whole = {"version": "1.0", "added_tokens": added, "decoder": decoder, "model": model, "post_processor": None}
     return whole | {"truncation": None, "padding": None} | LLAMA2 | changed
+
+
+def learnt(read: Sequence[str]) -> dict[str, Any]:
+    """The same with no bytes, and with one merge for each token: not all pairs that make a token are joined."""
+    parts = parts_of(read)
+    model = parts["model"]
+    tokens = [token for token in model["vocab"] if token not in pieces.BYTES]
+    model["vocab"] = {token: i for i, token in enumerate(tokens)}
+    places = {tuple(merge): place for place, merge in enumerate(model["merges"])}
+    pairs = {token: pieces.last_pair(token, places) for token in tokens[3:]}
+    model["merges"] = [list(pair) for pair in pairs.values() if pair in places]
+    return parts
 
 
 def as_of_phi3(**changed: Any) -> dict[str, Any]:

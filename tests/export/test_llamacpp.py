@@ -2,6 +2,7 @@
 
 import functools
 import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ggufs import CHATS, OTHERS, as_of_phi3, other, parts_of, tokenizer_of
+from ggufs import CHATS, OTHERS, as_of_phi3, learnt, other, parts_of, tokenizer_of
+from tiny import llama
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wrinklefree.config.compose import load_config
@@ -142,6 +144,19 @@ def test_llama_cpp_takes_the_spaces_behind_tokens_as_of_phi3(tmp_path: Path) -> 
     gguf.write(method.prepare(other("phi3", vocab_size=len(tokenizer)), []), tokenizer, tmp_path, [])
     with llama_cpp(tmp_path / "model.gguf") as program:
         for text in (*tokens.probes(tokenizer), *CHATS):
+            own = tokenizer(text, add_special_tokens=False).input_ids
+            assert program.tokenize(text.encode(), add_bos=False, special=True) == own, text
+
+
+def test_llama_cpp_joins_no_more_than_a_tokenizer_with_few_merges(tmp_path: Path) -> None:
+    """Random texts, of which a tokenizer was learnt that has half of the merges that llama.cpp could take."""
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("aab ", k=200)) for _ in range(100)]
+    tokenizer = tokenizer_of(learnt(texts[:50]))
+    method = find("bitdistill")(name="bitdistill", norm_mode="none", activation_bits=None)
+    gguf.write(method.prepare(llama(vocab_size=len(tokenizer)), []), tokenizer, tmp_path, [])
+    with llama_cpp(tmp_path / "model.gguf") as program:
+        for text in texts:
             own = tokenizer(text, add_special_tokens=False).input_ids
             assert program.tokenize(text.encode(), add_bos=False, special=True) == own, text
 

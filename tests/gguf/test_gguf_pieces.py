@@ -1,11 +1,12 @@
 """Tokenizers of SentencePiece's kind in GGUF files: the ids of the original, of transformers' reader, and refusals."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ggufs import CHATS, FIRST, LLAMA2, METASPACE, NO_SPACE, TEXTS, as_of_phi3, parts_of, tokenizer_of
+from ggufs import CHATS, FIRST, LLAMA2, METASPACE, NO_SPACE, TEXTS, as_of_phi3, learnt, parts_of, tokenizer_of
 from tiny import llama
 from transformers import AutoTokenizer
 
@@ -40,11 +41,39 @@ def test_ids_are_those_of_the_original(changed: dict[str, Any], tmp_path: Path) 
         assert inside.decode(inside.encode(text).ids) == text
 
 
+def apart(parts: dict[str, Any]) -> None:
+    """The second merge that makes the same token comes last."""
+    merges = parts["model"]["merges"]
+    made = ["".join(merge) for merge in merges]
+    merges.append(merges.pop(next(i for i in range(1, len(made)) if made[i] == made[i - 1])))
+
+
+def test_merges_that_are_fewer_than_the_ways_to_join_or_apart_give_the_same_ids(tmp_path: Path, caplog) -> None:
+    """Of random texts, too: only pairs that merges lead to ever stand beside each other."""
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("aab ", k=200)) for _ in range(100)]
+    few, moved = learnt(texts[:50]), parts_of()
+    apart(moved)
+    model = few["model"]
+    ways = pieces.joins(model["vocab"].keys() - {"<unk>", "<s>", "</s>"}, dict.fromkeys(model["vocab"], 0.0))
+    assert len(model["merges"]) < 0.5 * len(ways)
+    for parts, tried in ((few, texts), (moved, TEXTS[:4])):
+        original = tokenizer_of(parts)
+        inside = tokens.read(written(parts, tmp_path / f"{len(tried)}.gguf"))
+        for text in (*tokens.probes(original), *tried):
+            own = original(text, add_special_tokens=False).input_ids
+            assert inside.encode(text, add_special_tokens=False).ids == own
+    assert "no token for some characters" in caplog.text
+    assert pieces.unknown_in(few, "a \u00e9")
+    assert not pieces.unknown_in(few, "a b")
+    assert not pieces.unknown_in(moved, "\u00e9")
+
+
 def test_a_whole_file_is_read_by_transformers_and_by_the_native_loop(tmp_path: Path) -> None:
     original = tokenizer_of(parts_of())
     model = find("bitdistill")(name="bitdistill", norm_mode="none").prepare(llama(vocab_size=len(original)), [])
     rows = write(model, original, tmp_path, [], gguf_type="tq1_0")
-    assert ["texts with the same token ids", "16 of 16"] in rows
+    assert ["texts with the same token ids", "18 of 18"] in rows
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     engine, ours, _ = open_engine(str(tmp_path / "model.gguf"), "auto", 1)
     for text in TEXTS[:4]:
@@ -73,25 +102,20 @@ def with_one_of_phi3(parts: dict[str, Any]) -> None:
 
 
 def without_a_merge(parts: dict[str, Any]) -> None:
-    parts["model"]["merges"].pop(7)
-
-
-def without_a_byte(parts: dict[str, Any]) -> None:
-    parts["model"]["vocab"] = {token: i for token, i in parts["model"]["vocab"].items() if token != "<0x41>"}
-
-
-def apart(parts: dict[str, Any]) -> None:
+    """Two characters that are a token stay two."""
     merges = parts["model"]["merges"]
-    made = ["".join(merge) for merge in merges]
-    twice = next(i for i in range(len(made) - 1) if made[i] == made[i + 1])
-    merges.append(merges.pop(twice))
+    merges.remove(next(merge for merge in merges if len("".join(merge)) == 2))
+
+
+def with_a_long_token(parts: dict[str, Any]) -> None:
+    parts["model"]["vocab"]["a" * 300] = len(parts["model"]["vocab"])
 
 
 def words_apart(parts: dict[str, Any]) -> None:
     parts |= {"normalizer": None, "pre_tokenizer": pieces._METASPACE | {"prepend_scheme": "always", "split": True}}
 
 
-@pytest.mark.parametrize("change", [without_a_merge, without_a_byte, apart, words_apart, with_one_of_phi3])
+@pytest.mark.parametrize("change", [without_a_merge, with_a_long_token, words_apart, with_one_of_phi3])
 def test_what_llama_cpp_would_do_otherwise_is_refused(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
     parts = parts_of()
     change(parts)

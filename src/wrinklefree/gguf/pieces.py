@@ -3,8 +3,13 @@
 Text has `▁` for spaces, mostly one in front. Neighbours are joined as long as both together are a token, the token
 with the highest score first. What is no token becomes bytes, `<0x00>` to `<0xFF>`.
 
-tokenizer.json has merges in place of scores. They say the same if every way to join two tokens into a third is among
-them, and merges that make the same token follow each other. Then the score is the place of the merge.
+tokenizer.json has merges in place of scores, and joins no other pairs. Both cut every text alike if, for each token,
+the last two parts that the merges make of it are a merge, whose place is then its score: no other pair of parts ever
+covers this token. For parts that cover exactly a token's text have come from merges within it, in the order in which
+they come if it stands alone, and of those states just one has two parts. A token that stays in three parts is never
+made.
+
+A tokenizer that has no token for each byte has one for all that it does not know. llama.cpp stops the program there.
 
 llama.cpp has a kind with merges and `▁`, too (`gemma4`). It is not written: it puts no space in front of a text, and it
 cuts at line breaks, which a tokenizer with merges learnt on whole texts does not.
@@ -51,16 +56,24 @@ def fault(parts: Mapping[str, Any]) -> tuple[str, str] | None:
     if space_in_front(parts) is None:
         shown = {name: parts[name] for name in ("normalizer", "pre_tokenizer")}
         return "normalizer", json.dumps(shown, ensure_ascii=False)
-    found, ours = merges_of(model), joins(_ordinary(parts), dict.fromkeys(model["vocab"], 0.0))
-    if set(found) != set(ours):
-        both = len(set(found) & set(ours))
-        return "model.merges", f"{both:,} of {len(set(ours)):,} ways to make a token of two; llama.cpp takes them all"
-    if not set(BYTES) <= model["vocab"].keys():
-        return "model.vocab", "without a token for each byte"
-    made = [left + right for left, right in found]
-    if sum(a != b for a, b in pairwise(made)) + 1 > len(set(made)):
-        return "model.merges", "those that make the same token are apart"
+    places = places_of(model)
+    for token in sorted(_ordinary(parts)):
+        if len(token) > LONGEST:
+            return "model.vocab", f"a token of {len(token):,} characters"
+        pair = last_pair(token, places)
+        if pair is not None and pair not in places:
+            return "model.merges", f"{pair[0]!r} and {pair[1]!r} are not joined; llama.cpp joins all that make a token"
     return None
+
+
+def lacks_bytes(parts: Mapping[str, Any]) -> bool:
+    """Whether there are characters that have no token, so that llama.cpp stops at them."""
+    return not set(BYTES) <= parts["model"]["vocab"].keys()
+
+
+def unknown_in(parts: Mapping[str, Any], text: str) -> bool:
+    """Whether `text` has a character that llama.cpp stops at."""
+    return lacks_bytes(parts) and not set(text.replace(" ", SPACE)) <= parts["model"]["vocab"].keys()
 
 
 def space_in_front(parts: Mapping[str, Any]) -> bool | None:
@@ -85,12 +98,22 @@ def lacks_space(parts: Mapping[str, Any], text: str) -> bool:
 
 
 def scores_of(parts: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
-    """The score of each token: the higher, the earlier it is made."""
-    merges = merges_of(parts["model"])
-    places: dict[str, int] = {}
-    for place, (left, right) in enumerate(merges):
-        places.setdefault(left + right, place)
-    return [-float(places.get(token, len(merges))) for token in tokens]
+    """The score of each token: the higher, the earlier it is made. The lowest is for those that are never made."""
+    places, ordinary = places_of(parts["model"]), _ordinary(parts)
+    pairs = [last_pair(token, places) if token in ordinary else None for token in tokens]
+    return [-float(len(places) if pair is None else places[pair]) for pair in pairs]
+
+
+def last_pair(token: str, places: Mapping[Merge, int]) -> Merge | None:
+    """The last two parts that merges make of a token's characters. None if more are left, or if it is one character."""
+    parts = list(token)
+    while len(parts) > 2:
+        found = [(places[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in places]
+        if not found:
+            return None
+        i = min(found)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
 def kinds_of(parts: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> list[int]:
@@ -99,10 +122,10 @@ def kinds_of(parts: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[in
     return [own.get(token, kind) for token, kind in zip(tokens, kinds, strict=True)]
 
 
-def merges_of(model: Mapping[str, Any]) -> list[Merge]:
-    """The merges of a tokenizer.json, in either of its two ways to write them."""
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return [(left, right) for left, right in pairs]
+def places_of(model: Mapping[str, Any]) -> dict[Merge, int]:
+    """The place of each merge of a tokenizer.json, in either of its two ways to write them."""
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return {(left, right): place for place, (left, right) in enumerate(pairs)}
 
 
 def joins(ordinary: set[str], scores: Mapping[str, float]) -> list[Merge]:

@@ -8,6 +8,7 @@ takes ASCII spaces, transformers those of Unicode.
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.families.foreign import refused_in_one_line
 from wrinklefree.gguf import pieces
 from wrinklefree.gguf.header import Header, read_header
+
+log = logging.getLogger("wrinklefree")
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -81,6 +84,8 @@ PROBES = (
     "äöü ß ñ é ç – “quoted” … € ¿",
     "日本語 中文 한국어 ไทย हिन्दी العربية עברית",
     "🙂👩‍👩‍👧 ∑∫√ \u00a0\u2003|",
+    "Once upon a time there was a little girl. She had a red hat, and she liked it.",
+    "the cat sat on the mat and the dog lay in the sun",
     "snake_case camelCase $#@!%^&*()[]{}<>;:'\"\\/`~=+-",
     "",
 )
@@ -129,6 +134,8 @@ def _add_pieces(writer: Any, parts: dict[str, Any], tokens: list[str], kinds: li
             f"other tokens: use --format dense or hf"
         )
     _refuse_stripping(parts)
+    if pieces.lacks_bytes(parts):
+        log.warning("the tokenizer has no token for some characters: llama.cpp stops the program when it meets one")
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
@@ -150,12 +157,13 @@ def named(title: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Texts that have to have the same ids in the file: all of `PROBES`, and each special token within two texts.
 
-    Without those that Metaspace puts no space in front of, where llama.cpp puts one (gguf/pieces.py).
+    Without those that Metaspace puts no space in front of, where llama.cpp puts one, and those with characters at which
+    llama.cpp stops (gguf/pieces.py).
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     special = tokenizer.all_special_tokens
     texts = [*PROBES, *(f"x{token}y {token}" for token in special), *(f"{token} x{token}\n\ty" for token in special)]
-    return [text for text in texts if not pieces.lacks_space(parts, text)]
+    return [text for text in texts if not (pieces.lacks_space(parts, text) or pieces.unknown_in(parts, text))]
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:

@@ -318,7 +318,7 @@ def check_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 def _same_ids(tokenizer: PreTrainedTokenizerBase) -> str:
     """For how many texts `check_tokens` has found the same ids, and which it has left out."""
     tried, all_of_them = len(tokens.probes(tokenizer)), len(tokens.PROBES) + 2 * len(tokenizer.all_special_tokens)
-    left_out = "" if tried == all_of_them else "; in front of the others llama.cpp puts a space"
+    left_out = "" if tried == all_of_them else "; llama.cpp puts a space in front of the others, or stops at them"
     return f"{tried} of {all_of_them}{left_out}"
 
 
