@@ -242,6 +242,13 @@ def test_a_launch_hands_secrets_to_sky_and_writes_none(
     assert "training.logging.wandb.enabled=true" in job.jobs()[0].folder.joinpath("task.yaml").read_text()
 
 
+def test_without_detach_sky_shows_the_log_to_the_end(called: Path) -> None:
+    assert wf(*VERBS["train"], "--cloud", "nebius", "--bucket", "gs://b", "--no-detach")[0] == 0
+    words = calls(called)[0][0]
+    assert words[:2] == ["jobs", "launch"]
+    assert "--detach-run" not in words
+
+
 def test_jobs_are_found_by_the_guides_name_and_have_names_of_their_own(called: Path) -> None:
     for _ in range(3):
         assert wf(*VERBS["fairy2"], "--cloud", "nebius", "--bucket", "gs://b")[0] == 0
