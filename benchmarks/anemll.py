@@ -88,7 +88,7 @@ def curves(out: Path, steps: int) -> Figures:
     """Run all of CURVES and plot them. Returns the held-out KL to the original before and after training."""
     folder = out / "cache"
     if not (folder / "manifest.json").exists():
-        sizes = {"topk": 64, "negatives": 0, "num_heldout": 128, "shard_size": 1024}
+        sizes: dict[str, Any] = {"topk": 64, "negatives": 0, "num_heldout": 128, "shard_size": 1024}
         cache.run(folder, length=128, num_train=min(8000, 16 * steps), **sizes)
     losses: dict[str, list[float]] = {}
     for name, (settings, start) in CURVES.items():
@@ -114,7 +114,7 @@ def cached_vs_online(out: Path, steps: int, timed: int, topk: int = 32) -> Figur
     settings = [*TINY, f"training.max_steps={steps}"]
     online = load_config([*settings, f"output_dir={out / 'online'}"])
     folder = out / f"cache_{steps}_{topk}"
-    sizes = {"topk": topk, "negatives": 0, "num_heldout": 64, "shard_size": 1024}
+    sizes: dict[str, Any] = {"topk": topk, "negatives": 0, "num_heldout": 64, "shard_size": 1024}
     started = time.process_time()
     if not (folder / "manifest.json").exists():
         cache.run(folder, length=None, num_train=steps * online.training.batch_size, **sizes)
@@ -162,6 +162,7 @@ def step_seconds(online: Config, cached: Config, timed: int) -> dict[str, float]
             batch = next(stream)
             with plan.autocast(student.device):
                 loss, _ = next(objective(batch))
+            assert isinstance(loss, torch.Tensor)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             for optimizer in optimizers:

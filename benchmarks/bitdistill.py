@@ -23,6 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import quality
 from wrinklefree.config.compose import load_config
 from wrinklefree.models.load import load_model
@@ -98,7 +100,7 @@ def lm(steps: int, out: Path) -> Figures:
 
 def story(folder: Path, steps: int, seeds: list[int]) -> Figures:
     """Mean final KL over the seeds, for our quantizer and the paper's (one absmean scale per tensor)."""
-    teacher, tokenizer = load_model(folder, dtype=quality.torch.float32)
+    teacher, tokenizer = load_model(folder, dtype=torch.float32)
     teacher.requires_grad_(False)
     heldout = quality.sampled(teacher, batches=4, rows=12, length=256, seed=10_000)
     data = {seed: quality.sampled(teacher, steps, rows=12, length=128, seed=seed) for seed in seeds}

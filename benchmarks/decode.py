@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +169,16 @@ def dense_model(shape: shapes.Shape) -> LlamaForCausalLM:
     return model
 
 
+def decoded(worker: peer.Worker) -> float:
+    """Tokens per second of one burst of llama.cpp."""
+    return worker.burst()["decode"]
+
+
 def small(threads: int, count: int, files: Path) -> Figures:
     """Speed of the native engine over llama.cpp's best type, in SmolLM2-135M's shape."""
     shape = shapes.SHAPES["smollm2_135m"]
     workers = {kind: peer.Worker(peer.quantized(as_peer(shape), kind, files), threads) for kind in ("TQ2_0", "Q4_0")}
-    bursts: dict[str, Burst] = {
-        kind: (lambda worker=worker: worker.burst()["decode"]) for kind, worker in workers.items()
-    }
+    bursts: dict[str, Burst] = {kind: partial(decoded, worker) for kind, worker in workers.items()}
     for kind in ("ternary", "w2", "w1"):
         bursts[kind] = decoding(shapes.random_engine(shape, kind, threads))
     speeds = rounds(bursts, count)

@@ -35,11 +35,11 @@ from transformers import PreTrainedModel
 from benchmarks import quality
 from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.schema import Config
-from wrinklefree.core.method import find
 from wrinklefree.data.open import heldout_batches
 from wrinklefree.export.formats import gguf
 from wrinklefree.export.proof.agreement import compare
 from wrinklefree.generate.open import open_model
+from wrinklefree.methods.uniform import Config as Uniform
 from wrinklefree.models.gguf import is_gguf
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.packed.products.choose import exactly
@@ -82,7 +82,7 @@ def four_bit_file(args: argparse.Namespace, config: Config, folder: Path) -> Pat
     if is_gguf(args.model):
         return Path(args.model)
     model, tokenizer = load_pretrained(config.model)
-    method = find("uniform")(bits=4, granularity="group", group_size=32)
+    method = Uniform(bits=4, granularity="group", group_size=32)
     folder.mkdir()
     gguf.write(method.prepare(model).eval(), tokenizer, folder, [], gguf_embedding="q8_0")
     return folder / "model.gguf"

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -105,12 +106,15 @@ def copies(nbytes: int) -> int:
 def cases(n: int, k: int, x: Tensor) -> list[Case]:
     """The bf16 case first, then a checked case for each kind and each way to multiply it."""
     dense = [torch.randn(n, k, device=x.device, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
-    all_cases = [Case("bf16", "torch", 2 * n * k, [lambda x, w=w: F.linear(x, w) for w in dense], x)]
+    all_cases = [Case("bf16", "torch", 2 * n * k, [partial(F.linear, weight=w) for w in dense], x)]
     for kind, (method, make) in KINDS.items():
         first = pack_layer(PackedLinear, method, make(n, k)).to(x.device)
         nbytes = sum(buffer.nbytes for buffer in first.buffers())
         layers = [first, *(copy.deepcopy(first) for _ in range(copies(nbytes) - 1))]
-        ways = {"triton": [by_triton(layer) for layer in layers], "compiled": [by_compiler(layer) for layer in layers]}
+        ways: dict[str, list[Any]] = {
+            "triton": [by_triton(layer) for layer in layers],
+            "compiled": [by_compiler(layer) for layer in layers],
+        }
         for by, calls in ways.items():
             known = [call for call in calls if call is not None]
             if known:

@@ -38,7 +38,7 @@ from wrinklefree.commands import cache as cache_command
 from wrinklefree.config.compose import config_yaml, load_config, read_config
 from wrinklefree.config.schema import DistillationConfig, ModelConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import find, quant_layers
+from wrinklefree.core.method import quant_layers
 from wrinklefree.data import chains
 from wrinklefree.data.kd_cache.read import KDCache
 from wrinklefree.data.packing import encode, make_batch, pack_whole
@@ -51,6 +51,7 @@ from wrinklefree.export.formats.anemll import write_state
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.generate import generate
 from wrinklefree.generate.open import open_engine
+from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.models.load import load_model, load_pretrained, open_tokenizer
 from wrinklefree.objectives.kinds.cached_kd import Objective as CachedKD
 from wrinklefree.runs.setup import open_run
@@ -127,14 +128,14 @@ def _gguf(folder: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=280, max_position_embeddings=64)).eval()
-    ternary = find("bitdistill")(norm_mode="none", granularity="row").prepare(model)
+    ternary = BitDistill(norm_mode="none", granularity="row").prepare(model)
     gguf.write(ternary, words, folder, [], "q2_0", "q8_0")
 
 
 def _integers(root: Path, model: LlamaForCausalLM) -> None:
     """Ternary models as BitNet stores them, and in the words of compressed-tensors."""
     for name, format in (("bitnet", bitnet), ("words", compressed_tensors)):
-        ternary = find("bitdistill")(norm_mode="none").prepare(copy.deepcopy(model)).eval()
+        ternary = BitDistill(norm_mode="none").prepare(copy.deepcopy(model)).eval()
         (root / name).mkdir()
         format.write(ternary, TOKENIZER, root / name, [{"input_ids": torch.arange(8)[None]}])
 
@@ -377,7 +378,7 @@ def mutations(samples: Samples, count: int, seed: int, kinds: Sequence[str] = ()
         files = [path.relative_to(samples[kind]) for path in sorted(samples[kind].rglob("*")) if path.is_file()]
         read = [file for file in files if file.suffix != ".py" and file.name not in ("README.md", "training_log.csv")]
         file = draw.choice(read)
-        name, change = draw.choice([*ANY, *3 * BY_SUFFIX.get(file.suffix, [])])
+        name, change = draw.choice([*ANY, *3 * list(BY_SUFFIX.get(file.suffix, ()))])
         yield Mutant(kind, f"{number}: {name} in {file}", _mutate(change, file, draw.random()))
 
 
@@ -593,7 +594,7 @@ def _put(tree: Any, way: tuple[Any, ...], value: Any) -> None:
     tree[last] = value
 
 
-BY_SUFFIX: dict[str, list[tuple[str, Callable[[Path, random.Random], None]]]] = {
+BY_SUFFIX: dict[str, Sequence[tuple[str, Callable[[Path, random.Random], None]]]] = {
     ".json": [("another value", _json_value)] * 4 + [("deep nesting", _json_deep), ("another whole", _json_whole)],
     ".yaml": [("another value", _yaml_value)] * 2 + [("another whole", _yaml_whole)],
     ".jinja": [("another template", _template)] * 2,

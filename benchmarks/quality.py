@@ -232,6 +232,7 @@ def stepper(name: str) -> Any:
     def step() -> None:
         with run.plan.autocast(model.device):
             loss, _ = next(objective(next(stream)))
+        assert isinstance(loss, torch.Tensor)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
         for optimizer in optimizers:

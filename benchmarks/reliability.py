@@ -466,7 +466,7 @@ class Store(BaseHTTPRequestHandler):
         """Nothing is printed for a request."""
 
 
-class StoreFileSystem(AbstractFileSystem):
+class StoreFileSystem(AbstractFileSystem):  # type: ignore[misc]
     """The driver for `loopback://`, as gcsfs and s3fs are for theirs: an HTTP request for each file."""
 
     protocol = "loopback"

@@ -60,7 +60,13 @@ class Server:
 
     async def events(self, prompt: str | list[int], length: int, **more: Any) -> AsyncIterator[bytes]:
         """The events of one streamed completion, as they come. Whoever leaves early closes the connection."""
-        values = {"model": "bench", "prompt": prompt, "max_tokens": length, "temperature": 0, "stream": True}
+        values: dict[str, Any] = {
+            "model": "bench",
+            "prompt": prompt,
+            "max_tokens": length,
+            "temperature": 0,
+            "stream": True,
+        }
         values |= {"stream_options": {"include_usage": True}, "logit_bias": {str(end): -100 for end in self.ends}}
         values |= more
         body = json.dumps(values).encode()

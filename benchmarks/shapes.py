@@ -22,6 +22,7 @@ from wrinklefree.core.method import find
 from wrinklefree.engine.binding import Layer, Linear, Model
 from wrinklefree.engine.engine import Engine
 from wrinklefree.engine.sampling import Sampling
+from wrinklefree.methods.uniform import Config as Uniform
 from wrinklefree.packed.layer import PackedLinear, TiedEmbedding
 from wrinklefree.packed.pack import pack_layer
 from wrinklefree.packed.products import native
@@ -71,9 +72,10 @@ def random_engine(
     table = random_matrix(head, chosen.vocab, chosen.hidden, generator)
     layers = [random_layer(chosen, kind, generator, rotated) for _ in range(chosen.num_layers)]
     sizes = {name: value for name, value in vars(chosen).items() if name != "context"}
-    frequencies = 1e4 ** -(np.arange(0, chosen.head_dim, 2, dtype=np.float32) / chosen.head_dim)
+    halves = np.arange(0, chosen.head_dim, 2) / chosen.head_dim
+    frequencies = (1e4**-halves).astype(np.float32)
     norm = np.ones(chosen.hidden, np.float32)
-    model = Model(sizes, 1e-6, frequencies, 1.0, "silu", table, norm, Linear(table), layers)
+    model = Model(sizes, 1e-6, [frequencies], [1.0], "silu", table, norm, Linear(table), layers)
     return Engine(model, library.Pool(threads), context=chosen.context, slots=slots, mode=mode)
 
 
@@ -84,7 +86,7 @@ def random_layer(shape: Shape, kind: str, generator: torch.Generator, rotated: b
     sizes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     linears = {name: Linear(random_matrix(kind, n, k, generator), rotated=rotated) for name, (n, k) in sizes.items()}
     ones = np.ones(hidden, np.float32)
-    return Layer(linears, {"attention_norm": ones, "mlp_norm": ones})
+    return Layer(linears, {"attention_norm": ones, "mlp_norm": ones}, shape.head_dim**-0.5)
 
 
 def random_matrix(kind: str, n: int, k: int, generator: torch.Generator) -> native.Matrix:
@@ -131,7 +133,7 @@ def random_model(shape: Shape, kind: str, seed: int = 0, fused: bool = True) -> 
     config = llama_config(shape, tie_word_embeddings=False)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    method, rounded = find(METHODS[kind])(name=METHODS[kind]), find("uniform")(name="uniform", bits=8)
+    method, rounded = find(METHODS[kind])(name=METHODS[kind]), Uniform(bits=8)
     linears = {fqn: module for fqn, module in model.named_modules() if isinstance(module, nn.Linear)}
     for fqn, linear in linears.items():
         n, k = linear.out_features, linear.in_features

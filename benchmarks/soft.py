@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from wrinklefree.config.schema import BlockwiseConfig
@@ -45,6 +45,9 @@ class SoftLinear(Fairy2Linear):
     """Counts its training steps, and is soft in the first of them."""
 
     config: "SoftConfig"
+    log_scales: nn.Parameter
+    log_rows: nn.Parameter
+    log_columns: nn.Parameter
 
     def quantized_weight(self) -> Tensor:
         if not torch.is_grad_enabled():

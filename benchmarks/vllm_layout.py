@@ -65,7 +65,7 @@ def chosen_scheme(config: dict[str, Any], fqn: str, codes: Tensor, stored: dict[
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
-    class Linear(LinearBase):
+    class Linear(LinearBase):  # type: ignore[misc]
         """vLLM's layer without its parallel workers."""
 
         def __init__(self) -> None:
@@ -79,7 +79,10 @@ def chosen_scheme(config: dict[str, Any], fqn: str, codes: Tensor, stored: dict[
     rows, columns = codes.shape
     asked: list[Any] = []
     # The choice of a kernel asks for a GPU; what it would be asked for is kept.
-    alone = {"get_tensor_model_parallel_rank": lambda: 0, "get_tensor_model_parallel_world_size": lambda: 1}
+    alone: dict[str, Any] = {
+        "get_tensor_model_parallel_rank": lambda: 0,
+        "get_tensor_model_parallel_world_size": lambda: 1,
+    }
     with (
         mock.patch(f"{type(scheme).__module__}.choose_mp_linear_kernel", lambda wanted: _kernel(asked, wanted)),
         mock.patch.multiple("vllm.model_executor.parameter", **alone),

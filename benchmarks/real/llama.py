@@ -53,7 +53,8 @@ def importance(model: Any, rows: Tensor) -> dict[str, Tensor]:
 def quantize(python: Path, source: Path, target: Path, kind: str, matrix: dict[str, Tensor]) -> None:
     """Quantize a GGUF file to `kind`, with the embedding at 8 bits."""
     file = target.with_suffix(".npz")
-    np.savez(file, **{name: values.numpy() for name, values in matrix.items()})
+    arrays: dict[str, Any] = {name: values.numpy() for name, values in matrix.items()}
+    np.savez(file, **arrays)
     subprocess.run([python, WORKER, "quantize", source, target, kind, file], check=True)
     file.unlink()
 
@@ -71,7 +72,7 @@ class Runner:
 
     def __init__(self, python: Path, file: Path, words: int) -> None:
         self.words = words
-        command = [python, WORKER, "logits", file]
+        command = [str(python), str(WORKER), "logits", str(file)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __call__(self, ids: Tensor) -> Tensor:

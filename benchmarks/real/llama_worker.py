@@ -11,6 +11,7 @@ logits    Each line is a JSON list of token ids. The answer is their logits, fp3
 import ctypes
 import json
 import sys
+from collections.abc import Callable
 
 import llama_cpp as api
 import numpy as np
@@ -69,4 +70,6 @@ def all_outputs(ids: list[int]) -> api.llama_batch:
 if __name__ == "__main__":
     quiet = api.llama_log_callback(lambda *_: None)
     api.llama_log_set(quiet, None)
-    {"quantize": quantize, "logits": logits}[sys.argv[1]](*sys.argv[2:])
+    commands: dict[str, Callable[..., None]] = {"quantize": quantize, "logits": logits}
+    work = commands[sys.argv[1]]
+    work(*sys.argv[2:])

@@ -35,8 +35,8 @@ from benchmarks.real.rows import Row
 from wrinklefree.compare import formulas
 from wrinklefree.compare.references import file_bytes
 from wrinklefree.core.codes import Codes
-from wrinklefree.core.method import find
 from wrinklefree.export.rounded import head
+from wrinklefree.methods.uniform import Config as Uniform
 
 GROUP = 64
 ROWS = -1  # a group is a whole row, as AutoRound says it
@@ -125,7 +125,7 @@ def told(group: int) -> str:
 
 def uniform(setup: Setup, name: str) -> Row:
     """Our method `uniform`, rounded to nearest."""
-    method = find("uniform")(bits=formulas.BITS, granularity="group", group_size=GROUP)
+    method = Uniform(bits=formulas.BITS, granularity="group", group_size=GROUP)
     codes: dict[str, Codes] = {fqn: head.encode(linear.weight, method) for fqn, linear in linears(setup)}
     bits = sum(c.num_bits() for c in codes.values()) / sum(c.index.numel() for c in codes.values())
     return dense_row(setup, name, lambda fqn, _: method.decode(codes[fqn]), bits, f"uniform, groups of {GROUP}")
@@ -142,7 +142,7 @@ def auto_round(setup: Setup, name: str, symmetric: bool, group: int = GROUP) -> 
     chosen |= {"iters": setup.auto_round_iters, "batch_size": 8}
     if not (place / "cost.json").exists():
         worker = Path(__file__).with_name("auto_round_worker.py")
-        command = [setup.auto_round_python, worker, setup.folder, place, json.dumps(chosen)]
+        command = [str(part) for part in (setup.auto_round_python, worker, setup.folder, place, json.dumps(chosen))]
         subprocess.run(command, input=json.dumps(setup.rows.tolist()), text=True, check=True)
     weights = load_file(place / "model.safetensors")
     minutes = json.loads((place / "cost.json").read_text())["cpu_seconds"] / 60

@@ -36,7 +36,11 @@ class Row:
 
     @classmethod
     def of(cls, name: str, quality: Quality, **values: Any) -> "Row":
-        stamp = {"commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M"), "threads": torch.get_num_threads()}
+        stamp: dict[str, Any] = {
+            "commit": commit(),
+            "date": time.strftime("%Y-%m-%d %H:%M"),
+            "threads": torch.get_num_threads(),
+        }
         return cls(name=name, **dataclasses.asdict(quality), **values, **stamp, processor=processor())
 
 

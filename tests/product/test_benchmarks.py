@@ -1,4 +1,4 @@
-"""Every benchmark can be imported: what it takes from the package is still there."""
+"""Every benchmark can be imported, and the random engines whose speed is measured decode."""
 
 import importlib
 import pkgutil
@@ -6,6 +6,9 @@ import pkgutil
 import pytest
 
 import benchmarks
+from benchmarks import shapes
+from wrinklefree.core import library
+from wrinklefree.engine.sampling import Sampling
 
 # These run in environments of their own, without this package.
 OTHERS = ("benchmarks.real.auto_round_worker", "benchmarks.real.llama_worker")
@@ -16,3 +19,13 @@ MODULES = [module.name for module in pkgutil.walk_packages(benchmarks.__path__, 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in OTHERS])
 def test_a_benchmark_is_imported(name: str) -> None:
     importlib.import_module(name)
+
+
+@pytest.mark.skipif(library.available() is not None, reason="needs the native library")
+@pytest.mark.parametrize("kind", shapes.KINDS)
+def test_random_engines_decode(kind: str) -> None:
+    shape = shapes.Shape(
+        vocab=96, hidden=64, intermediate=96, num_layers=2, heads=4, kv_heads=2, head_dim=16, context=32
+    )
+    engine = shapes.random_engine(shape, kind, threads=1)
+    assert len(list(engine.generate([1, 2, 3], Sampling(max_new_tokens=4)))) == 4

@@ -14,12 +14,13 @@ Scales and real zeros are stored in fp16, integer zeros with the bits of a code.
 """
 
 from collections.abc import Callable
+from typing import Final
 
 from torch import Tensor
 
 Quantizer = Callable[[Tensor, int], Tensor]  # weight [out, in], group size -> dequantized weight
 
-BITS = 2
+BITS: Final = 2
 MOST = 2**BITS - 1
 POWER, BETA, STEPS = 0.7, 10.0, 20
 SMALLEST = 2.0**-24  # the smallest positive fp16 number
