@@ -9,6 +9,7 @@ of the weight.
     plain     the layer as it is
     rotated   W R^T for inputs R x: random signs, then a Hadamard transform of each 512 (or else 64) columns
     awq       columns scaled by the inputs' root mean squares to the power of 1/4 (arXiv 2306.00978)
+    folded    columns times the gain of the norm in front of them, so that the norm has none (arXiv 2405.16406)
 """
 
 import argparse
@@ -63,11 +64,31 @@ def rotated(weight: Tensor, moments: Tensor) -> Pair:
 
 def awq(weight: Tensor, moments: Tensor) -> Pair:
     """The layer with its columns scaled by the size of their inputs."""
-    scale = (moments.diagonal() / moments.diagonal().mean()).clamp_min(1e-4) ** 0.125
+    return scaled(weight, moments, (moments.diagonal() / moments.diagonal().mean()).clamp_min(1e-4) ** 0.125)
+
+
+def scaled(weight: Tensor, moments: Tensor, scale: Tensor) -> Pair:
+    """The layer with its columns times `scale` [in], and inputs divided by it."""
     return weight * scale, moments / scale / scale.unsqueeze(1)
 
 
-VARIANTS: dict[str, Callable[[Tensor, Tensor], Pair]] = {"plain": lambda w, h: (w, h), "rotated": rotated, "awq": awq}
+VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Pair]] = {
+    "plain": lambda w, h, gain: (w, h),
+    "rotated": lambda w, h, gain: rotated(w, h),
+    "awq": lambda w, h, gain: awq(w, h),
+    "folded": scaled,
+}
+
+# The norm in front of a layer, by names that Llama and its relatives have. Other layers have none.
+NORMS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm")
+NORMS |= dict.fromkeys(("gate_proj", "up_proj"), "post_attention_layernorm")
+
+
+def gain(block: nn.Module, name: str) -> Tensor:
+    """The gain [in] of the norm in front of a layer of the block; ones if there is none."""
+    layer, norm = block.get_submodule(name), NORMS.get(name.rpartition(".")[2])
+    weight = layer.get_parameter("weight")
+    return torch.ones(weight.shape[1]) if norm is None else block.get_submodule(norm).get_parameter("weight").detach()
 
 
 def lost(method: QuantMethod, weight: Tensor, moments: Tensor) -> float:
@@ -112,10 +133,11 @@ def main() -> None:
     moments = second_moments(model, ids[TOKENS : 2 * TOKENS].view(-1, LENGTH), blocks)
     losses: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for (number, name), H in moments.items():
-        weight = decoder_layers(model)[number].get_submodule(name).get_parameter("weight").detach().float()
+        block = decoder_layers(model)[number]
+        weight, g = block.get_submodule(name).get_parameter("weight").detach().float(), gain(block, name)
         for kind, method in METHODS.items():
             for variant, change in VARIANTS.items():
-                losses[kind, name, variant].append(lost(method, *change(weight, H)))
+                losses[kind, name, variant].append(lost(method, *change(weight, H, g)))
     means = {key: sum(values) / len(values) for key, values in losses.items()}
     if arguments.json:
         print(json.dumps({" ".join(key): value for key, value in means.items()}))
