@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 KEPT = HERE / "kept"
 STEP_TIME = HERE / "step_time.json"
 TEXT = HERE.parents[1].parent / "shared/data/wikitext-2/valid.txt"
-RATIOS = ("w2", "ternary", "w1", "q2a4")
+RATIOS = ("w2", "w2_avx2", "ternary", "w1", "q2a4")
 
 
 def main() -> None:
