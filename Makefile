@@ -32,8 +32,7 @@ docs: $(VENV)/installed-dev
 	$(BIN)/zensical build --strict
 	@echo "built build/site/index.html"
 
-# One thread a process: two processes with two threads each on two cores stall one another. Each takes half of the files
-# and then some of the other's rest, so that what a file prepares for its tests is mostly made once.
+# One thread a process: two processes with two threads each on two cores stall one another.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 WF_ISA=avx2
 
@@ -41,16 +40,16 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 WF_ISA=avx2
 define numeric_tests_again
 @if grep -qwE 'avx512f|avx_vnni' /proc/cpuinfo 2> /dev/null; then \
 	echo "the numeric tests again, as a machine with AVX2 and no more runs them:"; \
-	$(AVX2) $(PYTEST) -n 2 --dist worksteal -m 'numeric and not slow and not llamacpp'; \
+	$(AVX2) $(PYTEST) -n 2 -m 'numeric and not slow and not llamacpp'; \
 else echo "not an x86-64 with more than AVX2: the numeric tests have run as they run on this machine"; fi
 endef
 
 test: lint
-	$(PYTEST) -n 2 --dist worksteal -m 'not slow and not llamacpp'
+	$(PYTEST) -n 2 -m 'not slow and not llamacpp'
 	$(numeric_tests_again)
 
 test-all: lint
-	$(PYTEST) -n 2 --dist worksteal -m 'not llamacpp'
+	$(PYTEST) -n 2 -m 'not llamacpp'
 	$(numeric_tests_again)
 
 # Builds llama.cpp (minutes; needs cmake and a C++ compiler) and runs the exported files with it.

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import find
+from wrinklefree.data.tokenizer import train_tokenizer
 from wrinklefree.engine.sampling import Sampling
 from wrinklefree.export.formats.gguf import write
 from wrinklefree.generate.open import open_engine
@@ -67,6 +68,11 @@ def test_merges_that_are_fewer_than_the_ways_to_join_or_apart_give_the_same_ids(
     assert pieces.unknown_in(few, "a \u00e9")
     assert not pieces.unknown_in(few, "a b")
     assert not pieces.unknown_in(moved, "\u00e9")
+
+
+def test_byte_level_tokenizers_are_tried_with_all_texts() -> None:
+    words = train_tokenizer(["x = 1\n" * 20], vocab_size=280)
+    assert set(tokens.PROBES) <= set(tokens.probes(words))
 
 
 def test_a_whole_file_is_read_by_transformers_and_by_the_native_loop(tmp_path: Path) -> None:

@@ -72,8 +72,10 @@ def lacks_bytes(parts: Mapping[str, Any]) -> bool:
 
 
 def unknown_in(parts: Mapping[str, Any], text: str) -> bool:
-    """Whether `text` has a character that llama.cpp stops at."""
-    return lacks_bytes(parts) and not set(text.replace(" ", SPACE)) <= parts["model"]["vocab"].keys()
+    """Whether `text` has a character that llama.cpp stops at: only with pieces, for bytes of others are tokens."""
+    if not (has_pieces(parts) and lacks_bytes(parts)):
+        return False
+    return not set(text.replace(" ", SPACE)) <= parts["model"]["vocab"].keys()
 
 
 def space_in_front(parts: Mapping[str, Any]) -> bool | None:
