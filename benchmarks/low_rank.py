@@ -8,39 +8,27 @@ All weights are turned first (`outliers.rotated`). Rows:
     w1, w2           Fairy2i, calibrated, then trained for some steps on the layer's own error
     w2 + rank r      and the best product of two fp16 matrices of rank r for what is left (as in arXiv 2310.08659)
     factors 1, 2     no codes: diag(a) sign(U) diag(g) sign(V) diag(b), U [out, r], V [r, in], as in LittleBit
-                     (arXiv 2506.13771); r is the largest with no more bits than w1 or w2. It begins with the singular
-                     vectors and is trained for the same steps, straight through the signs
+                     (arXiv 2506.13771); r is the largest with no more bits than w1 or w2, at most that of a matrix
+                     of this shape. It begins with the singular vectors and is trained, straight through the signs
 
 Bits count everything: codes, signs, and 16 for each scale and each entry of a correction.
 """
 
-import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from benchmarks.outliers import LENGTH, METHODS, TOKENS, rotated, second_moments
-from wrinklefree.core.method import QuantLinear
+from benchmarks.outliers import METHODS, calibrated, layers, lost, parser, rotated
 from wrinklefree.core.ste import straight_through
-from wrinklefree.core.surgery import decoder_layers
-from wrinklefree.models.load import load_model
-from wrinklefree.reconstruction import feedback
 from wrinklefree.tracking.terminal import print_table
 
 RATE = 0.01  # of Adam, relative to the size of what it trains; it falls to zero
 RANKS = (2, 8)
 
 Measured = tuple[float, float]  # share of the output that is lost, bits per weight
-
-
-def lost(error: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
-    """tr(E H E^T) / tr(W H W^T)."""
-    return ((error @ moments) * error).sum() / ((weight @ moments) * weight).sum()
 
 
 def train(
@@ -65,10 +53,7 @@ def train(
 
 def coded(kind: str, weight: Tensor, moments: Tensor, steps: int) -> tuple[Tensor, float]:
     """The decoded weight of a calibrated and trained layer, and its bits per weight."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight.data = weight.clone()
-    layer: QuantLinear = METHODS[kind].layer(linear, METHODS[kind])
-    feedback.calibrate(layer, moments)
+    layer = calibrated(METHODS[kind], weight, moments)
     codes = layer.encode()
     numbers = sum(tensor.numel() for tensor in codes.tensors.values())
     bits = (codes.index.numel() * codes.bits + 16 * numbers) / weight.numel()
@@ -85,9 +70,15 @@ def corrected(error: Tensor, moments: Tensor, rank: int) -> Tensor:
 
 
 def rank_for(shape: torch.Size, bits: float) -> int:
-    """The largest rank of binary factors with no more bits per weight."""
+    """The largest rank of binary factors with no more bits per weight; more than the smaller side would be empty."""
     n, k = shape
-    return int((bits * n * k - 16 * (n + k)) // (n + k + 16))
+    return min(n, k, int((bits * n * k - 16 * (n + k)) // (n + k + 16)))
+
+
+def bits_of(shape: torch.Size, rank: int) -> float:
+    """Bits per weight of binary factors with their three scales."""
+    n, k = shape
+    return (rank * (n + k + 16) + 16 * (n + k)) / (n * k)
 
 
 def sign(x: Tensor) -> Tensor:
@@ -98,7 +89,6 @@ def factors(weight: Tensor, moments: Tensor, rank: int, steps: int) -> Tensor:
     """The decoded weight of trained binary factors."""
     scale = (moments.diagonal() / moments.diagonal().mean()).clamp_min(1e-4).sqrt()
     left, S, right = torch.linalg.svd(weight * scale, full_matrices=False)
-    rank = min(rank, len(S))  # more would be empty
     U, V = left[:, :rank] * S[:rank].sqrt(), S[:rank].sqrt().unsqueeze(1) * right[:rank]
     a, b = U.abs().mean(1), V.abs().mean(0)
     g = (U / a.unsqueeze(1)).abs().mean(0) * (V / b).abs().mean(1)
@@ -119,7 +109,7 @@ def rows_of(weight: Tensor, moments: Tensor, steps: int) -> dict[str, Measured]:
         rows[kind] = (lost(weight - product, weight, moments).item(), bits)
         rank = rank_for(weight.shape, bits)
         made = factors(weight, moments, rank, steps)
-        rows[f"factors {number}"] = (lost(weight - made, weight, moments).item(), bits)
+        rows[f"factors {number}"] = (lost(weight - made, weight, moments).item(), bits_of(weight.shape, rank))
     for rank in RANKS:
         rest = corrected(weight - product, moments, rank)
         cost = 16 * rank * sum(weight.shape) / weight.numel()
@@ -128,21 +118,11 @@ def rows_of(weight: Tensor, moments: Tensor, steps: int) -> dict[str, Measured]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--blocks", default="0,11,29")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    model, _ = load_model(arguments.model, dtype=torch.float32)
-    text = arguments.text.read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(arguments.model)(text, return_tensors="pt", verbose=False).input_ids[0]
-    blocks = [int(number) for number in arguments.blocks.split(",")]
-    moments = second_moments(model, ids[TOKENS : 2 * TOKENS].view(-1, LENGTH), blocks)
+    arguments_of = parser(__doc__, "0,11,29")
+    arguments_of.add_argument("--steps", type=int, default=200)
+    arguments = arguments_of.parse_args()
     found: dict[tuple[str, str], list[Measured]] = defaultdict(list)
-    for (number, name), H in moments.items():
-        weight = decoder_layers(model)[number].get_submodule(name).get_parameter("weight").detach().float()
+    for name, _, weight, H in layers(arguments):
         for row, measured in rows_of(*rotated(weight, H), arguments.steps).items():
             found[name, row].append(measured)
     means = {key: [sum(column) / len(values) for column in zip(*values, strict=True)] for key, values in found.items()}

@@ -15,14 +15,14 @@ of the weight.
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from wrinklefree.core.method import QuantMethod
+from wrinklefree.core.method import QuantLinear, QuantMethod
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.methods.bitdistill import Config as BitDistill
 from wrinklefree.methods.fairy2 import Config as Fairy2
@@ -91,14 +91,24 @@ def gain(block: nn.Module, name: str) -> Tensor:
     return torch.ones(weight.shape[1]) if norm is None else block.get_submodule(norm).get_parameter("weight").detach()
 
 
-def lost(method: QuantMethod, weight: Tensor, moments: Tensor) -> float:
-    """The share of the layer's squared output that is lost once it is calibrated."""
+def calibrated(method: QuantMethod, weight: Tensor, moments: Tensor) -> QuantLinear:
+    """A calibrated layer of this weight."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
     layer = method.layer(linear, method)
     feedback.calibrate(layer, moments)
-    error, whole, moments = (weight - layer.decode(layer.encode()).detach()).double(), weight.double(), moments.double()
-    return (((error @ moments) * error).sum() / ((whole @ moments) * whole).sum()).item()
+    return layer
+
+
+def lost(error: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
+    """The share of a layer's squared output that an error of its weight takes: tr(E H E^T) / tr(W H W^T)."""
+    return ((error @ moments) * error).sum() / ((weight @ moments) * weight).sum()
+
+
+def lost_by(method: QuantMethod, weight: Tensor, moments: Tensor) -> float:
+    """What is lost once the layer is calibrated, in fp64."""
+    error = weight - calibrated(method, weight, moments).quantized_weight().detach()
+    return lost(error.double(), weight.double(), moments.double()).item()
 
 
 @torch.no_grad()
@@ -120,24 +130,35 @@ def second_moments(model: PreTrainedModel, ids: Tensor, blocks: list[int]) -> di
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--blocks", default="0,5,11,20,29")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+def parser(description: str | None, blocks: str) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that looks at single layers."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", required=True)
+    made.add_argument("--text", type=Path, required=True)
+    made.add_argument("--blocks", default=blocks)
+    made.add_argument("--json", action="store_true")
+    return made
+
+
+def layers(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
+    """The linear layers of the chosen blocks: name, block, weight [out, in] and second moments [in, in]."""
     model, _ = load_model(arguments.model, dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(arguments.model)(arguments.text.read_text(), return_tensors="pt").input_ids[0]
+    text = arguments.text.read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(arguments.model)(text, return_tensors="pt", verbose=False).input_ids[0]
     blocks = [int(number) for number in arguments.blocks.split(",")]
     moments = second_moments(model, ids[TOKENS : 2 * TOKENS].view(-1, LENGTH), blocks)
-    losses: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for (number, name), H in moments.items():
         block = decoder_layers(model)[number]
-        weight, g = block.get_submodule(name).get_parameter("weight").detach().float(), gain(block, name)
+        yield name, block, block.get_submodule(name).get_parameter("weight").detach().float(), H
+
+
+def main() -> None:
+    arguments = parser(__doc__, "0,5,11,20,29").parse_args()
+    losses: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for name, block, weight, H in layers(arguments):
         for kind, method in METHODS.items():
             for variant, change in VARIANTS.items():
-                losses[kind, name, variant].append(lost(method, *change(weight, H, g)))
+                losses[kind, name, variant].append(lost_by(method, *change(weight, H, gain(block, name))))
     means = {key: sum(values) / len(values) for key, values in losses.items()}
     if arguments.json:
         print(json.dumps({" ".join(key): value for key, value in means.items()}))

@@ -31,7 +31,7 @@ from wrinklefree.config.schema import BlockwiseConfig, SchedulerConfig
 from wrinklefree.core import stored
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.files import full_disk_said
-from wrinklefree.core.method import QuantLinear, keep_effective, masters, quant_layers
+from wrinklefree.core.method import keep_effective, masters, quant_layers
 from wrinklefree.core.surgery import decoder_layers
 from wrinklefree.distributed.world import wait_for
 from wrinklefree.reconstruction import blocks, feedback
@@ -146,12 +146,9 @@ class Rebuilding:
         block.zero_grad(set_to_none=True)
         block.load_state_dict(kept)
         # Original and student go on to the next block's inputs, and the calibration looks at those of this one.
-        passes = 2 * last_of_three(self.student.device, lambda: self._go_by(0, 0))
+        passes = 2 * last_of_three(self.student.device, lambda: list(self.outputs(self.student, self.hidden[:1], 0)))
         if self.calibrate:
-            layers = {name: m for name, m in block.named_modules() if isinstance(m, QuantLinear)}
-            with Moments(layers) as moments:
-                moments.weigh(weights[0].to(self.student.device))
-                passes += last_of_three(self.student.device, lambda: self._go_by(0, 0))
+            passes += last_of_three(self.student.device, lambda: self._moments(0, block, weights, [0]))
         return step + passes / self.settings.passes
 
     def seconds_of_calibration(self) -> float:
@@ -179,17 +176,24 @@ class Rebuilding:
 
     def _calibrate(self, number: int, block: nn.Module, weights: list[Tensor]) -> None:
         """Calibrate the block's layers, for what each is given while none of them is quantized."""
-        layers = {name: m for name, m in block.named_modules() if isinstance(m, QuantLinear)}
-        with torch.no_grad(), masters(layers.values()), Moments(layers) as moments:
-            for i in self._learned():
-                moments.weigh(weights[i].to(self.student.device))
-                self.output(self.student, self.hidden[i], number, i)
-            found = moments.means()
-        for name, layer in layers.items():
+        found = self._moments(number, block, weights, self._learned())
+        for name, layer in quant_layers(block).items():
             if name in found:
                 feedback.calibrate(layer, found.pop(name).to(layer.weight.device))
             else:  # the model multiplies with its weight by itself
                 layer.fit(torch.ones(layer.in_features, device=layer.weight.device))
+
+    @torch.no_grad()
+    def _moments(
+        self, number: int, block: nn.Module, weights: list[Tensor], batches: Iterable[int]
+    ) -> dict[str, Tensor]:
+        """The second moments of what the block's layers are given in some batches, by name: fp32 [in, in]."""
+        layers = quant_layers(block)
+        with masters(layers.values()), Moments(layers) as moments:
+            for i in batches:
+                moments.weigh(weights[i].to(self.student.device))
+                self.output(self.student, self.hidden[i], number, i)
+            return moments.means()
 
     @torch.no_grad()
     def error(self, number: int, weights: list[Tensor]) -> float:
@@ -231,13 +235,8 @@ class Rebuilding:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
-    def _go_by(self, number: int, i: int) -> None:
-        """Run block `number` of the student on batch `i`."""
-        self.output(self.student, self.hidden[i], number, i)
 
-
-def last_of_three(device: torch.device, action: Callable[[], None]) -> float:
+def last_of_three(device: torch.device, action: Callable[[], object]) -> float:
     """The seconds that the third call of `action` takes: the first ones prepare what later ones find."""
     for _ in range(3):
         began = time.perf_counter()

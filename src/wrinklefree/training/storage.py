@@ -137,7 +137,6 @@ def _connect(url: str) -> tuple[Any, str]:
     """Return the fsspec file system for `url`, and the path inside it."""
     # Otherwise gcsfs, from 2026.3 on, asks over gRPC what kind each bucket is. That can hang for a minute.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    os.environ.setdefault("GCE_METADATA_DETECT_RETRIES", "1")  # of the question whether this is Google's machine
     import fsspec
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback per retry, and raises the last
