@@ -1,12 +1,14 @@
 """Every benchmark can be imported, and the random engines whose speed is measured decode."""
 
 import importlib
+import json
 import pkgutil
+from pathlib import Path
 
 import pytest
 
 import benchmarks
-from benchmarks import shapes
+from benchmarks import scoring, shapes
 from wrinklefree.core import library
 from wrinklefree.engine.sampling import Sampling
 
@@ -29,3 +31,12 @@ def test_random_engines_decode(kind: str) -> None:
     )
     engine = shapes.random_engine(shape, kind, threads=1)
     assert len(list(engine.generate([1, 2, 3], Sampling(max_new_tokens=4)))) == 4
+
+
+def test_questions_have_one_right_answer(tmp_path: Path) -> None:
+    scoring.tasks(tmp_path)
+    for file in ("capitals", "sums"):
+        rows = [json.loads(line) for line in (tmp_path / f"{file}.jsonl").read_text().splitlines()]
+        assert rows
+        assert all(row["choices"][row["gold"]] == row["answer"] for row in rows)
+        assert all(len(set(row["choices"])) == scoring.CHOICES for row in rows)
