@@ -23,7 +23,7 @@ def test_a_body_must_be_said_to_be_json(process: Process, kind: str | None) -> N
 
 
 def test_on_loopback_host_must_name_this_machine(process: Process) -> None:
-    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""):
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::1].evil.example", ""):
         answer = post(process, **JSON, Host=host)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "wrong_host")
         assert httpx.get(f"{process.url}/", headers={"Host": host}).status_code == 403

@@ -153,8 +153,16 @@ def test_text_before_a_call_is_an_item_of_its_own(called: bool) -> None:
         ({"text": {"format": {"type": "json_schema", "name": "it"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "json_schema", "name": "it", "schema": {"type": "odd"}}}}, "text.format"),
         ({"temperature": 3}, "temperature"),
+        ({"include": ["message.output_text.logprobs"]}, "include.0"),
     ],
 )
 def test_what_a_response_cannot_be_is_refused_by_name(served: Served, fields: Any, param: str) -> None:  # noqa: F811
     answer = served.ask("responses", **({"temperature": 1, "max_tokens": None, "input": "hey"} | fields))
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_what_changes_no_response_is_accepted(served: Served) -> None:  # noqa: F811
+    more: dict[str, Any] = {"include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low"}}
+    more |= {"verbosity": "low", "prompt_cache_retention": "24h"}
+    answer = served.ask("responses", **({"temperature": 0, "max_tokens": None, "input": "hey"} | more))
+    assert answer.status_code == 200

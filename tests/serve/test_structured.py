@@ -114,3 +114,13 @@ def test_objects_have_no_properties_but_those_that_the_schema_names(served: Serv
 )
 def test_schemas_that_say_what_others_are_or_are_put_together_stay_as_they_are(schema: dict[str, Any]) -> None:
     assert closed(schema) == schema
+
+
+def test_a_reference_with_a_description_is_that_reference() -> None:
+    """As generators of schemas write it that may put nothing beside a `$ref`."""
+    named = {"allOf": [{"$ref": "#/$defs/A"}], "description": "it", "default": {}}
+    one = {"properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    whole = {"properties": {"n": named}, "required": ["n"], "$defs": {"A": one}}
+    found = closed(whole)
+    assert found["properties"]["n"] == {"$ref": "#/$defs/A", "description": "it", "default": {}}
+    assert found["additionalProperties"] is found["$defs"]["A"]["additionalProperties"] is False

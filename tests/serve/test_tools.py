@@ -55,6 +55,53 @@ def test_a_call_that_has_to_be_made_is_made(served: Served, choice: Any, stream:
     assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
 
 
+TREE = {
+    "$defs": {"kind": {"enum": ["oak", "elm"]}},
+    "type": "object",
+    "properties": {"k": {"$ref": "#/$defs/kind"}, "n": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}},
+    "required": ["k", "n"],
+}
+
+
+def test_parameters_may_refer_to_their_own_definitions_and_to_themselves(served: Served) -> None:  # noqa: F811
+    pytest.importorskip("llguidance")
+    tools = [{"type": "function", "function": {"name": name, "parameters": TREE}} for name in ("a", "b")]
+    # Whichever it likes better: so one of them is tried as the second alternative, too.
+    for order in (tools, tools[::-1]):
+        asked = {"messages": [ASKED], "tools": order, "tool_choice": "required", "max_tokens": 80, "temperature": 1.0}
+        answers = [served.ask("chat/completions", **asked, seed=seed).json()["choices"][0] for seed in range(6)]
+        messages = [answer["message"] for answer in answers if answer["finish_reason"] == "tool_calls"]
+        assert messages
+        for message in messages:  # others were cut off behind many trees
+            tree = json.loads(message["tool_calls"][0]["function"]["arguments"])
+            while tree is not None:
+                assert (tree.keys(), tree["k"] in ("oak", "elm")) == ({"k", "n"}, True)
+                tree = tree["n"]
+
+
+@pytest.mark.parametrize("said", [{}, {"parameters": {}}, {"parameters": {"type": "object", "properties": {}}}])
+def test_a_function_that_names_no_parameters_gets_none(served: Served, said: dict[str, Any]) -> None:  # noqa: F811
+    pytest.importorskip("llguidance")
+    tools = [{"type": "function", "function": {"name": "now", **said}}]
+    asked = {"messages": [ASKED], "tools": tools, "tool_choice": "required", "max_tokens": 80}
+    for seed in range(3):
+        answer = served.ask("chat/completions", **asked, temperature=1.0, seed=seed).json()["choices"][0]
+        assert [call["function"]["arguments"] for call in answer["message"]["tool_calls"]] == ["{}"]
+
+
+def test_answers_that_clients_have_read_can_be_sent_back() -> None:
+    """Openai's `parse` puts objects beside texts, and calls that are put together from a stream keep their index."""
+    read = CALLED | {"index": 0, "function": CALLED["function"] | {"parsed_arguments": {"city": "Rome"}}}
+    turns = [ASKED, {"role": "assistant", "content": None, "tool_calls": [read], "parsed": None}, TURNS[2]]
+    said = {"role": "assistant", "content": "{}", "parsed": {"city": "Rome"}}
+    tokenizer = open_tokenizer(resolve_pretrained("builtin:tiny"))
+    assert prompts.encode(tokenizer, chat(messages=turns)) == prompts.encode(tokenizer, chat(messages=TURNS))
+    plain = {"role": "assistant", "content": "{}"}
+    assert prompts.encode(tokenizer, chat(messages=[ASKED, said])) == prompts.encode(
+        tokenizer, chat(messages=[ASKED, plain])
+    )
+
+
 def test_calls_in_an_answer_are_read_and_what_is_no_call_is_text() -> None:
     tools = tools_of(chat())
     assert tools is not None

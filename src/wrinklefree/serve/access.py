@@ -82,5 +82,6 @@ class _Guard:
 def _host_name(host: str) -> str:
     """The name in a `Host` header, without its port."""
     if host.startswith("["):  # [::1]:8000
-        return host[1:].partition("]")[0]
+        name, _, port = host[1:].partition("]")
+        return name if not port or port.startswith(":") else host
     return host.partition(":")[0].lower()

@@ -165,6 +165,8 @@ class Asked(schema.Body):
     ] = "auto"
     truncation: Literal["auto", "disabled"] = "disabled"  # prompts are never cut
     reasoning: dict[str, Any] = Field(default_factory=dict)  # ignored
+    include: list[Literal["reasoning.encrypted_content"]] = Field(default_factory=list)  # there is no such content
+    stream_options: schema.StreamOptions | None = None
     background: Literal[False] = False
 
     def problem(self) -> tuple[str, str] | None:

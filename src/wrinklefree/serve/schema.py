@@ -26,8 +26,8 @@ LONGEST_STOP = 256  # characters; with each token, the end of the text is compar
 
 # Fields that are accepted and have no effect on an answer. The log names each of them once.
 IGNORED = {
-    *("metadata", "parallel_tool_calls", "prompt_cache_key", "reasoning_effort", "safety_identifier", "service_tier"),
-    *("store", "user"),
+    *("metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "reasoning_effort"),
+    *("safety_identifier", "service_tier", "store", "user", "verbosity"),
 }
 
 # Fields that are not supported, with the values at which they have no effect: only these values are accepted.
@@ -223,6 +223,7 @@ class NamedTool(_Strict):
 class CalledFunction(_Strict):
     name: Name
     arguments: str
+    parsed_arguments: Any = None  # accepted and ignored: openai's `parse` puts it beside the text
 
     def values(self) -> Any:
         """The arguments as an object; as they are if they are no JSON."""
@@ -234,6 +235,7 @@ class CalledFunction(_Strict):
 
 class ToolCall(_Strict):
     id: str
+    index: int | None = None  # accepted and ignored: clients send back calls that they put together from a stream
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -249,6 +251,7 @@ class Message(_Strict):
     tool_calls: list[ToolCall] = []  # of an assistant
     tool_call_id: str | None = None  # of a tool; accepted and ignored: results stand in the order of calls
     name: str | None = None  # accepted and ignored: chat templates do not use it
+    parsed: Any = None  # accepted and ignored: openai's `parse` puts it beside the text
 
     def plain(self) -> dict[str, str]:
         """The message as a chat template expects it: role and one text."""

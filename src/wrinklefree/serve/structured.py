@@ -22,6 +22,7 @@ STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 
 COMPOSING = frozenset({"allOf", "not", "if", "dependentSchemas"})
 OTHERS = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties"})  # say what others are
+WORDS = frozenset({"title", "description", "default", "examples", "deprecated"})  # which constrain nothing
 LITERAL = frozenset({"const", "enum", "default", "examples", "required"})  # values, not schemas
 
 
@@ -69,9 +70,29 @@ def closed(schema: Any) -> Any:
 
     By the letter of JSON Schema, others would be allowed, and small models then write them until there is no room left.
     Schemas that put objects together from parts (`allOf` and such) stay as they are, because a part does not know the
-    properties of the others.
+    properties of the others. An `allOf` of one part, by which older generators describe a reference, is that part.
     """
-    return schema if _composed(schema) else _closed(schema)
+    whole = _merged(schema)
+    return whole if _composed(whole) else _closed(whole)
+
+
+def _merged(node: Any) -> Any:
+    """`node` with the part of each `allOf` that has only one, if nothing beside it constrains anything."""
+    if isinstance(node, list):
+        return [_merged(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    values = {name: value if name in LITERAL else _merged(value) for name, value in node.items()}
+    parts = values.get("allOf")
+    if (
+        isinstance(parts, list)
+        and len(parts) == 1
+        and isinstance(parts[0], dict)
+        and values.keys() <= {"allOf"} | WORDS
+    ):
+        del values["allOf"]
+        return parts[0] | values
+    return values
 
 
 def _composed(node: Any) -> bool:
@@ -89,7 +110,7 @@ def _closed(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     named = node.get("properties")
-    whole = isinstance(named, dict) and named and set(node.get("required") or []) <= named.keys()
+    whole = isinstance(named, dict) and set(node.get("required") or []) <= named.keys()
     more = {"additionalProperties": False} if whole and not OTHERS & node.keys() else {}
     values = {name: value if name in LITERAL else _closed(value) for name, value in node.items()}
     return values | more

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from wrinklefree.serve.schema import Chat, Completion, Message
+from wrinklefree.serve.structured import LITERAL, closed
+
+NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function that says nothing of them
 
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
@@ -35,7 +38,7 @@ class Tools:
     def schema(self) -> dict[str, Any] | None:
         """The JSON schema of a call that has to be made, or None."""
         functions = [tool["function"] for tool in self.shown if tool["function"]["name"] in self.forced]
-        return {"anyOf": [_call_schema(function) for function in functions]} if functions else None
+        return {"anyOf": [_call_schema(i, function) for i, function in enumerate(functions)]} if functions else None
 
     def read(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
         """Split an answer into its text and its calls, as the interface has them. What cannot be read is text."""
@@ -61,10 +64,22 @@ class Tools:
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
-def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
-    arguments = function.get("parameters") or {"type": "object"}
+def _call_schema(index: int, function: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a call of one function, which is number `index` of the alternatives."""
+    arguments = _moved(closed(function.get("parameters") or NO_PARAMETERS), f"#/anyOf/{index}/properties/arguments")
     properties = {"name": {"const": function["name"]}, "arguments": arguments}
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+def _moved(node: Any, root: str) -> Any:
+    """A schema that is part of another at the pointer `root`: what refers to its own root, `#`, refers to that."""
+    if isinstance(node, list):
+        return [_moved(item, root) for item in node]
+    if not isinstance(node, dict):
+        return node
+    moved = {name: value if name in LITERAL else _moved(value, root) for name, value in node.items()}
+    target = node.get("$ref")
+    return moved | {"$ref": root + target[1:]} if isinstance(target, str) and target.startswith("#") else moved
 
 
 def tools_of(request: Chat | Completion) -> Tools | None:
