@@ -10,7 +10,8 @@ The first 8,192 tokens of the text, in windows of 512, are the test. The rest is
 
 --peers  those of `peers.py`, or `all`; auto_round_* and llama_* need a Python that has them
 --runs   finished runs of ours. One name given several times is a headline with several seeds: its mean counts
---train  runs to make first, by the commands in `ours.py`; w2.2 is the second seed of w2
+--train  runs to make first, by the commands in `ours.py`; w2.2 is the second seed of w2. With --settings they take
+         the same steps, whatever else the machine does; with --budget, the same minutes
 --keep   also put the rows into `kept/`
 
 LOG.md has the results.
@@ -55,6 +56,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--runs", nargs="*", default=[], metavar="NAME=FOLDER", help="finished runs to measure")
     parser.add_argument("--train", default="", help=f"comma-separated, of {', '.join(ours.COMMANDS)}")
     parser.add_argument("--budget", default="2h", help="of each run that --train makes")
+    parser.add_argument("--settings", help="of each run that --train makes, instead of a budget: KEY=VALUE ...")
     parser.add_argument("--rows", type=int, default=64, help="calibration sequences of the peers")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--auto-round-python", type=Path, default=Path(sys.executable))
@@ -156,9 +158,10 @@ def trained(args: argparse.Namespace, setup: peers.Setup) -> dict[str, Path]:
     """Row names and folders of `--train`, each run made if it is not finished."""
     found = {name: args.out / "runs" / name for name in args.train.split(",") if name}
     chosen = {name: name_and_seed(name) for name in found}
+    length = f"--budget {args.budget}" if args.settings is None else args.settings
     for name, folder in found.items():
         command, seed = chosen[name]
-        ours.train(command, setup.folder, args.out / "rest.txt", folder, args.budget, seed)
+        ours.train(command, setup.folder, args.out / "rest.txt", folder, length, seed)
     return found
 
 

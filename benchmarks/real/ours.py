@@ -23,7 +23,7 @@ from wrinklefree.tracking.run_log import CSV_NAME
 
 HERE = Path(__file__).parent  # has `methods/` and `configs/` with the controls, which wf finds where it runs
 
-COMMON = "data=local data.path={text} export.head_bits=8 seed={seed} output_dir={out} --budget {budget}"
+COMMON = "data=local data.path={text} export.head_bits=8 seed={seed} output_dir={out}"
 COMMANDS = {
     "w2": "fairy2 -m {model} --mode w2",
     "w1": "fairy2 -m {model} --mode w1",
@@ -32,15 +32,19 @@ COMMANDS = {
     "seq": "train model={model} training=seq_w2",
     "residual_signs": "train model={model} training=residual_signs_w2",
     "w2_paper": "fairy2 -m {model} --mode w2 method.preset=paper",
+    # One part of the training taken away:
+    "w2_plain_start": "fairy2 -m {model} --mode w2 training.start=plain",
+    "w2_no_blocks": "fairy2 -m {model} --mode w2 training.start=calibrated training.blockwise.enabled=false",
+    "w2_unrotated": "fairy2 -m {model} --mode w2 method.rotate_inputs=false",
 }
 CONTROLS = ("seq", "residual_signs", "w2_paper")  # ours, but in the table as peers
 
 
-def train(name: str, model: Path, text: Path, out: Path, budget: str, seed: int) -> None:
+def train(name: str, model: Path, text: Path, out: Path, length: str, seed: int) -> None:
     """Make the run `name` with its command, unless it is finished. Raises UserError if the command fails."""
     if (out / RESULTS).exists():
         return
-    words = command(name, model.resolve(), text.resolve(), out.resolve(), budget, seed)
+    words = command(name, model.resolve(), text.resolve(), out.resolve(), length, seed)
     wf = shutil.which("wf", path=Path(sys.executable).parent)
     if wf is None:
         raise UserError("no wf beside this Python: install the package first")
@@ -48,10 +52,10 @@ def train(name: str, model: Path, text: Path, out: Path, budget: str, seed: int)
         raise UserError(f"wf {shlex.join(words)}: failed; its message is above")
 
 
-def command(name: str, model: Path, text: Path, out: Path, budget: str, seed: int) -> list[str]:
-    """The words after `wf` that make the run `name`."""
-    values = {"model": model, "text": text, "out": out, "budget": budget, "seed": seed}
-    return [word.format(**values) for word in f"{COMMANDS[name]} {COMMON}".split()]
+def command(name: str, model: Path, text: Path, out: Path, length: str, seed: int) -> list[str]:
+    """The words after `wf` that make the run `name`, with those of `length`, such as `--budget 2h`, at their end."""
+    values = {"model": model, "text": text, "out": out, "seed": seed}
+    return [word.format(**values) for word in f"{COMMANDS[name]} {COMMON}".split()] + length.split()
 
 
 @contextmanager

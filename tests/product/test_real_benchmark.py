@@ -224,7 +224,7 @@ def test_scales_are_least_squares_and_weighted_where_asked(name: str, controls: 
 @pytest.mark.parametrize("name", ours.COMMANDS)
 def test_settings_of_every_run_compose_where_the_benchmark_runs_wf(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ours.HERE)  # the controls and their configs are found there
-    command = ours.command(name, Path("tiny"), Path("text"), Path("out"), budget="2h", seed=3)
+    command = ours.command(name, Path("tiny"), Path("text"), Path("out"), "--budget 2h", seed=3)
     settings = [word for word in command if "=" in word]
     if command[0] == "fairy2":
         settings = [f"training=fairy2_{command[command.index('--mode') + 1]}", f"model={command[2]}", *settings]
