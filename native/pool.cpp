@@ -27,14 +27,19 @@ constexpr uint64_t OPEN = uint64_t{1} << 31, JOINED = OPEN - 1;
 uint32_t number(uint64_t state) { return static_cast<uint32_t>(state >> 32); }
 }  // namespace
 
-wf_pool::wf_pool(int threads) {
+wf_pool::wf_pool(int threads, wf_team team) : team_(team) {
     scratch.resize(threads);
+    if (team_) {
+        threads_ = threads;
+        return;
+    }
     workers_.reserve(threads - 1);
     try {
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
     } catch (const std::system_error&) {
         // The system gives no more threads. The pool works with those that it has.
     }
+    threads_ = static_cast<int>(workers_.size()) + 1;
 }
 
 wf_pool::~wf_pool() {
@@ -47,7 +52,7 @@ wf_pool::~wf_pool() {
 }
 
 void wf_pool::run(int tasks, int run, Body body, void* context) {
-    if (workers_.empty() || tasks <= run) {
+    if (threads_ == 1 || tasks <= run) {
         if (tasks > 0) body(context, 0, 0, tasks);
         return;
     }
@@ -57,6 +62,7 @@ void wf_pool::run(int tasks, int run, Body body, void* context) {
     body_ = body;
     context_ = context;
     next_.store(0, std::memory_order_relaxed);
+    if (team_) return work_as_team();
     const uint64_t call = (number(state_.load(std::memory_order_relaxed)) + uint64_t{1}) & 0xffffffffu;
     state_.store(call << 32 | OPEN, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst)) {
@@ -71,6 +77,17 @@ void wf_pool::run(int tasks, int run, Body body, void* context) {
         relax();
         if (i % YIELD_EVERY == 0) std::this_thread::yield();
     }
+}
+
+// A team calls the function once on each of its threads and returns when all have. It may have fewer threads than asked.
+void wf_pool::work_as_team() {
+    team_joined_.store(0, std::memory_order_relaxed);
+    team_(
+        [](void* pool) {
+            wf_pool* self = static_cast<wf_pool*>(pool);
+            self->take(self->team_joined_.fetch_add(1, std::memory_order_relaxed));
+        },
+        this, static_cast<unsigned>(threads_), 0);
 }
 
 void wf_pool::take(int thread) {
@@ -123,6 +140,14 @@ extern "C" wf_pool* wf_pool_new(int threads) {
     return wf::guarded<wf_pool*>(nullptr, [&] {
         wf::check(threads >= 1 && threads <= MAX_THREADS, "threads: must be 1 to 1024");
         return new wf_pool(threads);
+    });
+}
+
+extern "C" wf_pool* wf_pool_on_team(int threads, wf_team team) {
+    return wf::guarded<wf_pool*>(nullptr, [&] {
+        wf::check(threads >= 1 && threads <= MAX_THREADS, "threads: must be 1 to 1024");
+        wf::check(team != nullptr, "team: must be given");
+        return new wf_pool(threads, team);
     });
 }
 

@@ -2,6 +2,9 @@
 // because memory is read fastest in one piece. The rest is taken in short runs: a thread that lost its core for a
 // moment, or has not woken yet, then does not hold up the others for long. Workers spin for some microseconds before
 // they sleep, because a model is many short products, one after the other.
+//
+// Torch has idle threads that spin as well. Where there are no more cores than threads, they keep ours from running. A
+// pool can so work on the threads of another owner, its *team*.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -12,15 +15,16 @@
 #include <vector>
 
 #include "common.h"
+#include "wf.h"
 
 struct wf_pool {
     // Called with the thread's number and tasks [begin, end). Must not throw.
     using Body = void (*)(void* context, int thread, int begin, int end);
 
-    explicit wf_pool(int threads);
+    explicit wf_pool(int threads, wf_team team = nullptr);
     ~wf_pool();
 
-    int threads() const { return static_cast<int>(workers_.size()) + 1; }
+    int threads() const { return threads_; }
 
     // Does all tasks and returns when they are done. Short runs are of `run` tasks. There is one call at a time: the
     // caller holds `turn`.
@@ -42,9 +46,13 @@ struct wf_pool {
 
   private:
     void work(int thread);
+    void work_as_team();
     void take(int thread);
     bool enter(uint32_t& seen);
 
+    int threads_ = 1;                  // workers and the caller
+    wf_team team_ = nullptr;           // if given, there are no workers
+    std::atomic<int> team_joined_{0};  // how many of the team have begun with the call
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_;

@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define WF_ABI 7
+#define WF_ABI 8
 
 enum wf_mode { WF_INT8 = 0, WF_EXACT = 1 };
 
@@ -41,6 +41,11 @@ WF_API const char* wf_isa(void);
 WF_API const char* wf_error(void);
 
 WF_API wf_pool* wf_pool_new(int threads);  // the caller is one of them
+// Calls body(context) on at most `threads` threads, the caller among them, and returns when all have returned. GOMP_parallel
+// of GNU OpenMP is such a function; its flags are 0.
+typedef void (*wf_team)(void (*body)(void* context), void* context, unsigned threads, unsigned flags);
+// A pool without threads of its own: it works on those of somebody else.
+WF_API wf_pool* wf_pool_on_team(int threads, wf_team team);
 WF_API void wf_pool_free(wf_pool*);
 
 // V[n, k] = table[codes[n, k]] * scales[r, g], where r is the row or 0 and g the column's group.

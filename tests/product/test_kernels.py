@@ -2,9 +2,12 @@
 
 import copy
 import hashlib
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,6 +166,7 @@ def test_products_equal_those_in_float64(seed: int) -> None:
 @pytest.mark.parametrize("mode", [native.INT8, native.EXACT])
 def test_the_same_bits_for_any_threads_and_batch(mode: int) -> None:
     made, pools = Layers(9), [library.Pool(threads) for threads in (1, 2, 3)]
+    pools += [] if library.torch_team() is None else [library.Pool(threads, library.torch_team()) for threads in (2, 3)]
     for _ in range(LAYERS):
         layer = matrix(made.any()[0])
         x = made.inputs(layer.shape[1], made.pick(2, 5, 9, 30))
@@ -184,6 +188,29 @@ def test_matrices_of_one_call_do_not_disturb_each_other() -> None:
     ]
     together = native.matmul(layers, x)
     assert all(torch.equal(y, native.matmul([layer], x)[0]) for layer, y in zip(layers, together, strict=True))
+
+
+def _product(layer: native.Matrix, x: Tensor, queue: Any) -> None:
+    torch.set_num_threads(2)  # a child of a fork has one
+    queue.put(native.matmul([layer], x)[0].numpy())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_multiplies_though_the_threads_of_its_parent_are_gone() -> None:
+    made = Layers(12)
+    layer = matrix(Table(made.below(3, 1024, 64), torch.tensor([-1.0, 0.0, 1.0, 0.0]), made.positive(1, 1)))
+    x = made.inputs(64, 3)
+    (expected,) = native.matmul([layer], x, threads=library.Pool(2, library.torch_team()))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_product, args=(layer, x, queue))
+    child.start()
+    try:
+        assert torch.equal(torch.from_numpy(queue.get(timeout=60)), expected)
+    finally:
+        child.kill()
+        child.join()
 
 
 @pytest.fixture

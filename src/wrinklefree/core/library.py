@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-ABI = 7
+ABI = 8
 NAMES = {"win32": "wf.dll", "darwin": "libwf.dylib"}
+_FIRST_PROCESS = os.getpid()
 FOLDER = Path(__file__).parents[1] / "packed" / "lib"
 
 _int, _pointer, _text = ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p
@@ -23,6 +24,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wf_isa": (_text, []),
     "wf_error": (_text, []),
     "wf_pool_new": (_pointer, [_int]),
+    "wf_pool_on_team": (_pointer, [_int, _pointer]),
     "wf_pool_free": (None, [_pointer]),
     "wf_matrix_table": (_pointer, [_int] * 3 + [_pointer] * 3 + [_int] * 3 + [_pointer] * 3),
     "wf_matrix_complex": (_pointer, [_int] * 3 + [_pointer] * 2 + [_int] * 2 + [_pointer] * 3),
@@ -98,12 +100,16 @@ def checked(handle: int | None) -> int:
 
 
 class Pool:
-    """Threads that compute products. The calling thread is one of them, so 1 starts no other."""
+    """Threads that compute products. The calling thread is one of them, so 1 starts no other.
 
-    def __init__(self, threads: int) -> None:
+    With the address of a `team`, they are the threads of another library.
+    """
+
+    def __init__(self, threads: int, team: int | None = None) -> None:
         library = load()
         self.threads = threads
-        self.handle = checked(library.wf_pool_new(threads))
+        new = library.wf_pool_new(threads) if team is None else library.wf_pool_on_team(threads, team)
+        self.handle = checked(new)
         self._free = library.wf_pool_free
 
     def __del__(self) -> None:
@@ -112,10 +118,28 @@ class Pool:
 
 
 @cache
+def torch_team() -> int | None:
+    """The address of a function that runs work on torch's own threads, or None if this torch has none that we know.
+
+    Torch's idle threads spin for a while, as ours do. On a machine with as many cores as threads, one keeps the other
+    from running. Torch for Linux brings GNU OpenMP, whose threads serve whoever calls GOMP_parallel.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return None
+    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/libgomp" in line}
+    of_torch = [file for file in files if Path(torch.__file__).parent.parent in Path(file).parents]
+    if len(of_torch) != 1:
+        return None
+    return ctypes.cast(ctypes.CDLL(of_torch[0]).GOMP_parallel, _pointer).value
+
+
+@cache
 def _pool_of(process: int, threads: int) -> Pool:
-    return Pool(threads)
+    # Threads do not survive a fork, and GNU OpenMP does not notice that its own are gone.
+    return Pool(threads, torch_team() if process == _FIRST_PROCESS else None)
 
 
 def pool() -> Pool:
-    """A pool with as many threads as torch uses."""
-    return _pool_of(os.getpid(), torch.get_num_threads())  # one per process, because threads do not survive a fork
+    """A pool with as many threads as torch uses, and on torch's own where that can be."""
+    return _pool_of(os.getpid(), torch.get_num_threads())
