@@ -1,62 +1,16 @@
-"""llama.cpp as a peer: the model's GGUF file, the importance matrix, and the process that quantizes and runs.
+"""llama.cpp as a peer: the process that runs a GGUF file, and what the file takes.
 
-`llama_worker.py` runs in the Python of a venv that has `llama-cpp-python`.
+The worker runs in the Python of a venv that has `llama-cpp-python`.
 """
 
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.real.measure import block_linears
-from wrinklefree.export.formats import gguf as writing
-from wrinklefree.gguf.names import gguf_names
-
-WORKER = Path(__file__).with_name("llama_worker.py")
-
-
-def write(model: Any, file: Path) -> None:
-    """Write a Llama to a GGUF file with fp16 weights and no tokenizer, so that its size is that of the tensors."""
-    import gguf
-
-    writer = gguf.GGUFWriter(file, writing.architecture(model))
-    writing.describe(writer, model, writing.FILE_TYPES["F16"])  # llama.cpp's quantizer replaces the type
-    writer.add_tokenizer_model("no_vocab")
-    kinds = {name: "F16" if tensor.ndim > 1 else "F32" for name, tensor in writing.tensors(model).items()}
-    writing.write_tensors(writer, model, {}, kinds)
-
-
-@torch.no_grad()
-def importance(model: Any, rows: Tensor) -> dict[str, Tensor]:
-    """The mean square of each input [in] of the block's linear layers over `rows`, by llama.cpp's tensor names."""
-    sums: dict[str, Tensor] = {}
-
-    def watch(fqn: str, linear: Any) -> Any:
-        def see(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            sums[fqn] = sums.get(fqn, torch.zeros(linear.in_features)) + inputs[0].square().flatten(0, -2).sum(0)
-
-        return linear.register_forward_pre_hook(see)
-
-    handles = [watch(fqn, linear) for fqn, linear in block_linears(model).items()]
-    for row in rows:
-        model.base_model(row.unsqueeze(0), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    arch = writing.architecture(model)
-    return {gguf_names(f"{fqn}.weight", arch)[0]: total / rows.numel() for fqn, total in sums.items()}
-
-
-def quantize(python: Path, source: Path, target: Path, kind: str, matrix: dict[str, Tensor]) -> None:
-    """Quantize a GGUF file to `kind`, with the embedding at 8 bits."""
-    file = target.with_suffix(".npz")
-    arrays: dict[str, Any] = {name: values.numpy() for name, values in matrix.items()}
-    np.savez(file, **arrays)
-    subprocess.run([python, WORKER, "quantize", source, target, kind, file], check=True)
-    file.unlink()
+from wrinklefree.compare.others.with_llama_cpp import WORKER
 
 
 def bits_per_block_weight(file: Path) -> float:

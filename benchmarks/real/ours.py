@@ -5,13 +5,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-import wrinklefree.methods
 from benchmarks.real.measure import Test, measure, of_model
 from benchmarks.real.rows import Row
 from wrinklefree.core.errors import UserError
@@ -20,8 +17,6 @@ from wrinklefree.packed.layer import PackedLinear
 from wrinklefree.packed.pack import packed_layers
 from wrinklefree.runs.report import RESULTS, read_figures
 from wrinklefree.tracking.run_log import CSV_NAME
-
-HERE = Path(__file__).parent  # has `methods/` and `configs/` with the controls, which wf finds where it runs
 
 COMMON = "data=local data.path={text} export.head_bits=8 seed={seed} output_dir={out}"
 COMMANDS = {
@@ -48,7 +43,7 @@ def train(name: str, model: Path, text: Path, out: Path, length: str, seed: int)
     wf = shutil.which("wf", path=Path(sys.executable).parent)
     if wf is None:
         raise UserError("no wf beside this Python: install the package first")
-    if subprocess.run([wf, *words], cwd=HERE, stdout=sys.stderr).returncode:
+    if subprocess.run([wf, *words], stdout=sys.stderr).returncode:
         raise UserError(f"wf {shlex.join(words)}: failed; its message is above")
 
 
@@ -58,22 +53,10 @@ def command(name: str, model: Path, text: Path, out: Path, length: str, seed: in
     return [word.format(**values) for word in f"{COMMANDS[name]} {COMMON}".split()] + length.split()
 
 
-@contextmanager
-def controls() -> Iterator[None]:
-    """The methods of the controls are found by name while the block runs."""
-    folder = str(HERE / "methods")
-    wrinklefree.methods.__path__.append(folder)
-    try:
-        yield
-    finally:
-        wrinklefree.methods.__path__.remove(folder)
-
-
 def row(name: str, folder: Path, test: Test) -> Row:
     """Measure a finished run as packed. Raises UserError if it is not finished, or has no embedding at 8 bits."""
     results, packed = read_figures(folder / RESULTS), folder / "packed"
-    with controls():
-        model, _ = load_model(packed, dtype=torch.float32)
+    model, _ = load_model(packed, dtype=torch.float32)
     head = model.get_output_embeddings()
     if not isinstance(head, PackedLinear) or not packed_layers(model):
         raise UserError(f"{packed}: the table has embeddings at 8 bits: train with export.head_bits=8")

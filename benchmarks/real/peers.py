@@ -18,7 +18,6 @@ The venvs of the last two, given by --auto-round-python and --llama-python:
 import copy
 import json
 import resource
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from benchmarks.real import llama
 from benchmarks.real.measure import Test, block_linears, measure, of_model
 from benchmarks.real.rows import Row
 from wrinklefree.compare import formulas
+from wrinklefree.compare.others import with_auto_round, with_llama_cpp
 from wrinklefree.compare.references import file_bytes
 from wrinklefree.core.codes import Codes
 from wrinklefree.export.rounded import head
@@ -141,9 +141,7 @@ def auto_round(setup: Setup, name: str, symmetric: bool, group: int = GROUP) -> 
     chosen = {"bits": formulas.BITS, "group_size": group, "sym": symmetric}
     chosen |= {"iters": setup.auto_round_iters, "batch_size": 8}
     if not (place / "cost.json").exists():
-        worker = Path(__file__).with_name("auto_round_worker.py")
-        command = [str(part) for part in (setup.auto_round_python, worker, setup.folder, place, json.dumps(chosen))]
-        subprocess.run(command, input=json.dumps(setup.rows.tolist()), text=True, check=True)
+        with_auto_round.run(setup.auto_round_python, setup.folder, place, chosen, setup.rows)
     weights = load_file(place / "model.safetensors")
     minutes = json.loads((place / "cost.json").read_text())["cpu_seconds"] / 60
     source = f"{json.dumps(chosen)} on {list(setup.rows.shape)} tokens"
@@ -155,8 +153,9 @@ def llama_cpp(setup: Setup, name: str, kind: str) -> Row:
     """llama.cpp's own quantizer with an importance matrix of the calibration tokens."""
     place, before, wall = setup.place(name), cpu_minutes(), time.perf_counter()
     plain, target = place / "f16.gguf", place / f"{kind}.gguf"
-    llama.write(setup.model, plain)
-    llama.quantize(setup.llama_python, plain, target, kind, llama.importance(setup.model, setup.rows))
+    with_llama_cpp.write(setup.model, plain)
+    matrix = with_llama_cpp.importance(setup.model, block_linears(setup.model), setup.rows)
+    with_llama_cpp.quantize(setup.llama_python, plain, target, kind, matrix)
     plain.unlink()
     minutes = cpu_minutes() - before
     print(f"{name}: {(time.perf_counter() - wall) / 60:.1f} minutes on the clock")

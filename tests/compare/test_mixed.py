@@ -104,7 +104,7 @@ def test_a_damage_is_the_kl_of_one_quantized_layer(tmp_path: Path, monkeypatch: 
         others = [name for group in table for name in group.split() if name != fqn]
         exclude = ["embed_tokens", "lm_head", *others]
         alone = find("fairy2")(num_stages=1, rotate_inputs=True, exclude_names=exclude).prepare(llama())
-        expected = mixed._Distance(opened, mixed._batches(opened)).of(alone.eval())
+        expected = mixed._Distance(opened, mixed.first_rows(opened, mixed.ROWS, mixed.LENGTH)).of(alone.eval())
         assert table[fqn][1].damage == pytest.approx(expected, rel=1e-3)
         before = file.read_text()
         opened.model = None  # type: ignore[assignment]  # nothing is measured again

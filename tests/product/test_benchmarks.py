@@ -12,13 +12,10 @@ from benchmarks import scoring, shapes
 from wrinklefree.core import library
 from wrinklefree.engine.sampling import Sampling
 
-# These run in environments of their own, without this package.
-OTHERS = ("benchmarks.real.auto_round_worker", "benchmarks.real.llama_worker")
-
 MODULES = [module.name for module in pkgutil.walk_packages(benchmarks.__path__, "benchmarks.")]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in OTHERS])
+@pytest.mark.parametrize("name", MODULES)
 def test_a_benchmark_is_imported(name: str) -> None:
     importlib.import_module(name)
 

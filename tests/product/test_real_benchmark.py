@@ -3,25 +3,24 @@
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import VOCAB, llama, tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from toyrun import overrides, toy_files
 from transformers import PreTrainedModel
 
 from benchmarks.real import __main__ as table
 from benchmarks.real import measure, ours, peers, picture
-from benchmarks.real.llama import Runner, bits_per_block_weight, importance, quantize, write
+from benchmarks.real.llama import Runner, bits_per_block_weight
 from benchmarks.real.rows import Row, Store
 from wrinklefree.compare import formulas
+from wrinklefree.compare.others.with_llama_cpp import importance, quantize, write
 from wrinklefree.compare.references import file_bytes
 from wrinklefree.config.compose import load_config
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.method import QuantLinear, find
 from wrinklefree.export.rounded import head
 from wrinklefree.gguf.header import read_header
 from wrinklefree.gguf.values import read_weight
@@ -29,12 +28,6 @@ from wrinklefree.models.load import load_model
 from wrinklefree.runs.stage import train_stage
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture
-def controls() -> Iterator[None]:
-    with ours.controls():
-        yield
 
 
 def texts(count: int, length: int = 16) -> list[Tensor]:
@@ -177,53 +170,8 @@ def test_hqq_zero_is_the_mean_that_the_formula_says(monkeypatch: pytest.MonkeyPa
     assert torch.allclose(formulas.hqq(w, 64), expected, atol=2e-3)
 
 
-def test_seq_has_its_levels_and_the_gradients_of_lsq(controls: None) -> None:
-    linear = nn.Linear(4, 1, bias=False)
-    linear.weight.data = torch.tensor([[-9.0, -0.2, 0.7, 1.4]])
-    layer = find("seq").layer(linear, find("seq")())
-    layer.log_scales.data.zero_()
-    assert layer.decode(layer.encode()).tolist() == [[-1.5, -0.5, 0.5, 1.5]]
-    layer.quantized_weight().sum().backward()
-    assert layer.weight.grad.tolist() == [[0, 1, 1, 1]]  # -9 is beyond the last level
-    assert layer.log_scales.grad.item() == pytest.approx(-1.5 + (-0.5 + 0.2) + (0.5 - 0.7) + (1.5 - 1.4), rel=1e-5)
-
-
-def test_residual_signs_are_the_nearest_of_four_points(controls: None) -> None:
-    layer = made("residual_signs")
-    a, b = layer.encode().tensors["scales"].detach().unsqueeze(2).unbind(1)
-    points = torch.stack([a + b, a - b, b - a, -a - b], dim=-1)
-    nearest = points.sub(layer.weight.unsqueeze(-1)).abs().amin(-1)
-    found = (layer.decode(layer.encode()) - layer.weight).abs()
-    assert torch.allclose(found, nearest, atol=1e-6)
-    first = a * layer.weight.sign()
-    assert torch.equal(layer.decode(layer.encode()), first + b * (layer.weight - first).sign())
-
-
-@pytest.mark.parametrize("name", ["seq", "residual_signs"])
-def test_controls_train_what_they_pack(name: str, controls: None) -> None:
-    layer = made(name)
-    weight = layer.quantized_weight()
-    assert torch.equal(weight, layer.decode(layer.encode()))
-    weight.square().sum().backward()
-    assert layer.log_scales.grad.abs().min() > 0
-    bits = layer.encode().num_bits() / layer.weight.numel()
-    assert bits <= 2.5  # rows of 64; rows of 576 have 2.03 or 2.06
-
-
-@pytest.mark.parametrize("name", ["seq", "residual_signs"])
-def test_scales_are_least_squares_and_weighted_where_asked(name: str, controls: None) -> None:
-    layer = made(name)
-    important = torch.ones(64)
-    important[:8] = 1000.0
-    before = (layer.decode(layer.encode()) - layer.weight)[:, :8].square().sum().item()
-    layer.fit(important)
-    after = (layer.decode(layer.encode()) - layer.weight)[:, :8].square().sum().item()
-    assert after < before
-
-
 @pytest.mark.parametrize("name", ours.COMMANDS)
-def test_settings_of_every_run_compose_where_the_benchmark_runs_wf(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ours.HERE)  # the controls and their configs are found there
+def test_settings_of_every_run_compose(name: str) -> None:
     command = ours.command(name, Path("tiny"), Path("text"), Path("out"), "--budget 2h", seed=3)
     settings = [word for word in command if "=" in word]
     if command[0] == "fairy2":
@@ -234,11 +182,6 @@ def test_settings_of_every_run_compose_where_the_benchmark_runs_wf(name: str, mo
     assert config.seed == 3
     assert config.export.head_bits == 8
     assert list(config.training.start_from) == []
-
-
-def made(name: str) -> QuantLinear:
-    torch.manual_seed(0)
-    return find(name).layer(nn.Linear(64, 16, bias=False), find(name)())
 
 
 # Peers and the table
@@ -259,7 +202,7 @@ def test_a_dense_peer_replaces_block_weights_and_rounds_the_embedding(tmp_path: 
 
 def test_importance_is_the_mean_square_of_inputs() -> None:
     model, rows = llama(), torch.stack(texts(3))
-    found = importance(model, rows)
+    found = importance(model, measure.block_linears(model), rows)
     assert len(found) == len(measure.block_linears(model))
     layer = model.model.layers[0]
     inputs = layer.input_layernorm(model.model.embed_tokens(rows))
@@ -308,16 +251,13 @@ def test_runs_of_one_name_are_seeds() -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_measured_as_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_measured_as_packed(tmp_path: Path) -> None:
     toy_files(tmp_path)
     with pytest.raises(UserError, match="No such file"):
         ours.row("w2", tmp_path / "run", small_test())
-    with monkeypatch.context() as at:
-        at.chdir(ours.HERE)
-        train_stage(load_config(overrides(tmp_path, "training=seq_w2", "export.head_bits=8")), force=False)
+    train_stage(load_config(overrides(tmp_path, "training=seq_w2", "export.head_bits=8")), force=False)
     found = ours.row("w2", tmp_path / "run", small_test())
-    with ours.controls():
-        packed, _ = load_model(tmp_path / "run" / "packed", dtype=torch.float32)
+    packed, _ = load_model(tmp_path / "run" / "packed", dtype=torch.float32)
     assert found.ppl == measure.perplexity(measure.of_model(packed), small_test().windows)
     assert found.bytes == (tmp_path / "run" / "packed" / "model.safetensors").stat().st_size
     assert 2 < found.bits < 3
@@ -344,7 +284,7 @@ def test_llama_cpp_quantizes_with_an_importance_matrix(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="make test-gguf builds it")
     model = llama(hidden_size=256, intermediate_size=256)
     write(model, tmp_path / "f16.gguf")
-    matrix = importance(model, torch.stack(texts(2)))
+    matrix = importance(model, measure.block_linears(model), torch.stack(texts(2)))
     quantize(Path(sys.executable), tmp_path / "f16.gguf", tmp_path / "IQ2_XS.gguf", "IQ2_XS", matrix)
     assert bits_per_block_weight(tmp_path / "IQ2_XS.gguf") < 3  # refused without the matrix
 

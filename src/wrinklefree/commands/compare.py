@@ -60,7 +60,7 @@ def run(
     size = None if fit_bytes is None else parse_bytes("--fit-bytes", fit_bytes)
     mixes = size is not None or bits is not None
     names = list(MIXED if mixes else METHODS) if methods is None else methods.split(",")
-    others = _references(references_named)
+    others = references.installed() if references_named is None else _references(references_named)
     first = entries(model, names[:1], 1, steps, overrides, Path("outputs"))[0].config()
     out = out or Path(first.output_root) / f"compare_{first.model.name}"
     chosen = entries(model, names, seeds, steps, overrides, out)
@@ -70,7 +70,7 @@ def run(
         _show(chosen, others, mixes, steps, budget)
         return
     store = _open_store(out, force)
-    rows = _measure_others(chosen[0], others, store, out)
+    rows = _measure_others(chosen[0], others, store, out, asked=references_named is not None)
     notes = list[str]()
     if mixes:
         chosen, notes = _mixed(chosen, len(names), out, size, bits)
@@ -126,10 +126,8 @@ def _open_store(out: Path, force: bool) -> Store:
     return store
 
 
-def _references(names: str | None) -> list[str]:
-    if names == "none":
-        return []
-    found = list(references.REFERENCES) if names is None else names.split(",")
+def _references(names: str) -> list[str]:
+    found = [] if names == "none" else names.split(",")
     references.check(found)
     return found
 
@@ -141,8 +139,8 @@ def _opened(entry: Entry, out: Path) -> Run:
     return open_run(config)
 
 
-def _measure_others(entry: Entry, names: list[str], store: Store, out: Path) -> list[Row]:
-    """The rows of the original and of the references."""
+def _measure_others(entry: Entry, names: list[str], store: Store, out: Path, asked: bool) -> list[Row]:
+    """The rows of the original and of the references. Raises UserError if one that was `asked` for cannot be made."""
     with _opened(entry, out) as opened:
         test = Test(opened)
         rows = [_kept(store, references.ORIGINAL, test) or _put(store, references.original(test), test)]
@@ -150,7 +148,13 @@ def _measure_others(entry: Entry, names: list[str], store: Store, out: Path) -> 
             row = _kept(store, name, test)
             if row is None:
                 log.info("measuring %s", name)
-                row = _put(store, references.reference(name, test), test)
+                try:
+                    row = _put(store, references.reference(name, test), test)
+                except UserError as error:
+                    if asked:
+                        raise
+                    log.warning("%s is left out: %s", name, error)
+                    continue
             rows.append(row)
     return rows
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wrinklefree.compare import references
+from wrinklefree.compare.quality import first_rows
 from wrinklefree.config.schema import Config
 from wrinklefree.core.batch import model_inputs
 from wrinklefree.core.effective import EffectiveWeight
@@ -33,7 +34,6 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import read_json, write_json
 from wrinklefree.core.fingerprint import fingerprint, model_fingerprint
 from wrinklefree.core.method import QuantLinear, QuantMethod, masters, quant_layers
-from wrinklefree.data.open import training_stream
 from wrinklefree.runs.setup import Run
 from wrinklefree.runs.stage import prepare_student
 from wrinklefree.tracking.terminal import spoken_time
@@ -112,7 +112,7 @@ def _table(run: Run, method: QuantMethod, kept: dict[str, Any], values: int) -> 
     config.training = dataclasses.replace(config.training, start="plain")  # so that scales are fitted here
     config.training.blockwise = dataclasses.replace(config.training.blockwise, enabled=False)
     student = prepare_student(config, run.model)
-    layers, batches = quant_layers(student), _batches(run)
+    layers, batches = quant_layers(student), first_rows(run, ROWS, LENGTH)
     with masters(layers.values()):
         groups = _groups(run, student, layers, batches[0])
         if "batches" not in kept:
@@ -179,14 +179,6 @@ def _logits(run: Run, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Te
     with run.plan.autocast(model.device):
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits.float().flatten(0, 1).log_softmax(-1)
-
-
-def _batches(run: Run) -> list[dict[str, Any]]:
-    """The first rows of the training text, a batch for each."""
-    data, seed = run.config.data, run.config.seed
-    length = min(LENGTH, run.plan.length)
-    stream = iter(training_stream(data, run.tokenizer, batch_size=1, length=length, seed=seed, rank=0, world_size=1))
-    return [next(stream) for _ in range(ROWS)]
 
 
 def budget_of(run: Run, costs: Costs, fit_bytes: int | None, bits: float | None) -> Budget:

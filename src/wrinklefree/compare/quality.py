@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 
 from wrinklefree.core.batch import Batch
 from wrinklefree.core.fingerprint import fingerprint
+from wrinklefree.data.open import training_stream
 from wrinklefree.runs.setup import Run
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 12, 48
 SHOWN = 3  # samples that a row keeps
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 64, 256  # training text for references that are calibrated
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Test:
         """What the original writes, greedily."""
         return [self.greedy(self.original, prompt) for prompt in self.prompts]
 
+    def training_rows(self) -> Tensor:
+        """Token ids [rows, length] of the training text's beginning."""
+        rows = first_rows(self.run, CALIBRATION_ROWS, CALIBRATION_LENGTH)
+        return torch.cat([row["input_ids"] for row in rows])
+
     def measure(self, model: PreTrainedModel) -> Figures:
         """All figures of a model."""
         reference = None if model is self.original else self.original
@@ -81,6 +88,13 @@ class Test:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
         tokens: list[int] = out[0, ids.shape[1] :].tolist()
         return tokens
+
+
+def first_rows(run: Run, rows: int, length: int) -> list[Batch]:
+    """The first rows of the training text, a batch for each, of at most `length` tokens."""
+    data, length, seed = run.config.data, min(length, run.plan.length), run.config.seed
+    stream = iter(training_stream(data, run.tokenizer, batch_size=1, length=length, seed=seed, rank=0, world_size=1))
+    return [next(stream) for _ in range(rows)]
 
 
 def _prompts(batches: Sequence[Batch]) -> list[Tensor]:

@@ -4,9 +4,10 @@ Each puts other weights into the decoder layers of a copy of the original. The e
 """
 
 import copy
+import importlib.util
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wrinklefree.compare import formulas
+from wrinklefree.compare.others import Asked, Maker, Rounded, with_auto_round, with_llama_cpp, with_torchao
 from wrinklefree.compare.quality import Test
 from wrinklefree.compare.rows import Row
 from wrinklefree.core import products
@@ -28,17 +30,6 @@ GROUP = 64
 EXCLUDED = ("embed_tokens", "lm_head")  # as our methods leave them
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """A weight that codes stand for, and the bits that the codes and their scales take."""
-
-    weight: Tensor
-    bits: float
-
-
-Rounding = Callable[[Tensor], Rounded]  # of a weight [out, in]
-
-
 def integers(bits: int, weight: Tensor) -> Rounded:
     """Our method `uniform`: 8 bits with a scale per row, fewer with one per group."""
     settings: dict[str, Any] = {"name": "uniform", "bits": bits}
@@ -46,13 +37,13 @@ def integers(bits: int, weight: Tensor) -> Rounded:
         settings |= {"granularity": "group", "group_size": group_of(weight)}
     method = find("uniform")(**settings)
     codes = head.encode(weight, method)
-    return Rounded(method.decode(codes), codes.num_bits() / weight.numel())
+    return Rounded(method.decode(codes), codes.num_bits())
 
 
 def one_shot(quantizer: formulas.Quantizer, bits: Callable[[int], float], weight: Tensor) -> Rounded:
     """A quantizer of `formulas.py` with 2 bits."""
     group = group_of(weight)
-    return Rounded(quantizer(weight, group), bits(group))
+    return Rounded(quantizer(weight, group), bits(group) * weight.numel())
 
 
 def group_of(weight: Tensor) -> int:
@@ -60,19 +51,53 @@ def group_of(weight: Tensor) -> int:
     return math.gcd(GROUP, weight.shape[1])
 
 
-REFERENCES: dict[str, Rounding] = {
-    "int8": partial(integers, 8),
-    "int4": partial(integers, 4),
-    "rtn_2bit": partial(one_shot, formulas.rtn, formulas.rtn_bits),
-    "hqq_2bit": partial(one_shot, formulas.hqq, formulas.hqq_bits),
+def alone(rounding: Callable[[Tensor], Rounded], asked: Asked) -> Iterator[tuple[str, Rounded]]:
+    """Round each weight [out, in] by itself."""
+    for name, linear in asked.layers.items():
+        yield name, rounding(linear.weight.data.float())
+
+
+@dataclass(frozen=True)
+class Reference:
+    """How the weights are made, and the packages that this needs."""
+
+    make: Maker
+    needs: tuple[str, ...] = ()
+
+    def missing(self) -> list[str]:
+        """Those of its packages that are not installed."""
+        return [package for package in self.needs if importlib.util.find_spec(package) is None]
+
+
+LLAMA = ("llama_cpp", "gguf")
+PACKAGES = {"torchao": "torchao", "auto_round": "auto-round", "llama_cpp": "llama-cpp-python", "gguf": "gguf"}
+
+REFERENCES: dict[str, Reference] = {
+    "int8": Reference(partial(alone, partial(integers, 8))),
+    "int4": Reference(partial(alone, partial(integers, 4))),
+    "rtn_2bit": Reference(partial(alone, partial(one_shot, formulas.rtn, formulas.rtn_bits))),
+    "hqq_2bit": Reference(partial(alone, partial(one_shot, formulas.hqq, formulas.hqq_bits))),
+    "torchao_int8": Reference(partial(with_torchao.integers, 8), ("torchao",)),
+    "torchao_int4": Reference(partial(with_torchao.integers, 4), ("torchao",)),
+    "auto_round_2bit": Reference(with_auto_round.asymmetric, ("auto_round",)),
+    "llama_q4_0": Reference(partial(with_llama_cpp.kind, "Q4_0"), LLAMA),
+    "llama_q2_k": Reference(partial(with_llama_cpp.kind, "Q2_K"), LLAMA),
+    "llama_iq2_xs": Reference(partial(with_llama_cpp.kind, "IQ2_XS"), LLAMA),
 }
 
 
+def installed() -> list[str]:
+    """The names of `REFERENCES` whose packages are installed."""
+    return [name for name, reference in REFERENCES.items() if not reference.missing()]
+
+
 def check(names: list[str]) -> None:
-    """Raises UserError if a name is none of `REFERENCES`."""
-    unknown = [name for name in names if name not in REFERENCES]
-    if unknown:
-        raise UserError(f"--references {unknown[0]}: there are {', '.join(REFERENCES)}, and none")
+    """Raises UserError if a name is none of `REFERENCES`, or lacks its package."""
+    for name in names:
+        if name not in REFERENCES:
+            raise UserError(f"--references {name}: there are {', '.join(REFERENCES)}, and none")
+        if missing := REFERENCES[name].missing():
+            raise UserError(f"--references {name}: needs the package {PACKAGES[missing[0]]}: pip install it")
 
 
 def original(test: Test) -> Row:
@@ -88,11 +113,12 @@ def reference(name: str, test: Test) -> Row:
     began = time.perf_counter()
     model = copy.deepcopy(test.original)
     linears = products.open_products(model, EXCLUDED)
+    asked = Asked(model, linears, test.run.tokenizer, test.training_rows)
     bits = 0.0
-    for linear in linears.values():
-        rounded = REFERENCES[name](linear.weight.data.float())
+    for fqn, rounded in REFERENCES[name].make(asked):
+        linear = linears[fqn]
         linear.weight.data = rounded.weight.to(linear.weight.dtype)
-        bits += rounded.bits * linear.weight.numel()
+        bits += rounded.bits
     minutes = (time.perf_counter() - began) / 60
     weights = sum(linear.weight.numel() for linear in linears.values())
     size = file_bytes(model, linears, bits)

@@ -1,7 +1,7 @@
 """llama.cpp in a process of its own, by the C API that `llama-cpp-python` gives to Python. It needs numpy besides.
 
-    PYTHON benchmarks/real/llama_worker.py quantize SOURCE TARGET KIND IMPORTANCE
-    PYTHON benchmarks/real/llama_worker.py logits FILE < LINES
+    PYTHON llama_worker.py quantize SOURCE TARGET KIND IMPORTANCE
+    PYTHON llama_worker.py logits FILE < LINES
 
 quantize  SOURCE is a GGUF file in 16 bits, KIND a type such as Q2_K. IMPORTANCE is an npz file: the mean square of each
           input of a tensor, by llama.cpp's name of the tensor. The embedding gets 8 bits.

@@ -1,6 +1,6 @@
 """Quantize a model with AutoRound and save its dequantized weights. It runs in a venv of its own, with `auto-round`.
 
-    PYTHON benchmarks/real/auto_round_worker.py MODEL OUT SETTINGS < ROWS
+    PYTHON auto_round_worker.py MODEL OUT SETTINGS < ROWS
 
 ROWS is a JSON list of calibration sequences of equal length. SETTINGS is a JSON object of keyword arguments for
 AutoRound. `OUT/model.safetensors` gets the weights that the quantized model multiplies with, `OUT/cost.json` the time.
