@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 16, 48  # margins
-COLOURS = ("#0b6e99", "#b3541e", "#3a7d44", "#8a3ffc", "#a2191f", "#5c5f66")
+LEFT, RIGHT, TOP, BOTTOM = 72, 24, 16, 52  # margins
+COLOURS = tuple(f"var(--line-{number})" for number in range(6))  # by the page, for light and dark backgrounds
+GREY = "var(--grey)"
+FONT = 14  # pixels, of a chart that is as wide as `WIDTH`
 
 
 @dataclass(frozen=True)
@@ -67,41 +69,46 @@ def _round_step(rough: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
 
 
-def scatter(points: Sequence[Point], x: str, y: str, title: str) -> str:
-    """Points with labels, over a logarithmic y axis."""
+def scatter(points: Sequence[Point], x: str, y: str, title: str, aim: tuple[str, float] | None = None) -> str:
+    """Points with labels, over a logarithmic y axis. A value to `aim` at is a line with its label."""
     if not points:
         return ""
     across = Axis.around([point.x for point in points], LEFT, WIDTH - RIGHT)
     lows = [max(point.y - point.spread, point.y / 2) for point in points]
-    up = Axis.around([*lows, *(p.y + p.spread for p in points)], HEIGHT - BOTTOM, TOP, is_log=True)
+    aims = [] if aim is None else [aim[1]]
+    up = Axis.around([*lows, *aims, *(p.y + p.spread for p in points)], HEIGHT - BOTTOM, TOP, is_log=True)
     marks = []
     taken = [(across.place(p.x) - 6, across.place(p.x) + 6, up.place(p.y) + 4) for p in points]
     for point in sorted(points, key=lambda point: (point.grey, -point.x)):
-        colour = "#9aa0a6" if point.grey else COLOURS[0]
+        colour = GREY if point.grey else COLOURS[0]
         cx, cy = across.place(point.x), up.place(point.y)
         if point.spread:
             low = up.place(max(point.y - point.spread, up.low))
             marks.append(_line(cx, low, cx, up.place(point.y + point.spread), colour))
-        marks.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" fill="{colour}"/>')
+        marks.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" style="fill:{colour}"/>')
         marks.append(_label(point.label, cx, cy, colour, taken))
+    if aim is not None:
+        level = up.place(aim[1])
+        marks.append(_line(LEFT, level, WIDTH - RIGHT, level, GREY))
+        marks.append(_label(aim[0], LEFT - 3, level - 12, GREY, taken))
     return _framed(across, up, x, y, title, marks)
 
 
 def _label(text: str, cx: float, cy: float, colour: str, taken: list[tuple[float, float, float]]) -> str:
     """A label right or left of its point, moved down or up until no other label and no point is in its place."""
-    length = 7.0 * len(text)
-    rows = (cy + 4 + 13 * shift for shift in sorted(range(-20, 21), key=lambda shift: (abs(shift), -shift)))
+    length = 0.58 * FONT * len(text)
+    rows = (cy + 4 + (FONT + 1) * shift for shift in sorted(range(-20, 21), key=lambda shift: (abs(shift), -shift)))
     inside = (y for y in rows if TOP + 8 < y < HEIGHT - BOTTOM - 4)
     lefts = [left for left in (cx + 9, cx - 9 - length) if LEFT < left < WIDTH - RIGHT - length]
     places = [(left, y) for y in inside for left in lefts]
     left, y = next((place for place in places if _is_free(*place, length, taken)), (cx + 9, cy + 4))
     taken.append((left, left + length, y))
     anchor, place = ("start", left) if left > cx else ("end", left + length)
-    return f'<text x="{place:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text x="{place:.1f}" y="{y:.1f}" style="fill:{colour}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _is_free(left: float, y: float, length: float, taken: list[tuple[float, float, float]]) -> bool:
-    return all(left > end or left + length < start or abs(y - other) >= 13 for start, end, other in taken)
+    return all(left > end or left + length < start or abs(y - other) >= FONT + 1 for start, end, other in taken)
 
 
 def curves(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], x: str, y: str, title: str) -> str:
@@ -115,9 +122,9 @@ def curves(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], x: str, y
     for number, (label, line) in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
         places = " ".join(f"{across.place(a):.1f},{up.place(b):.1f}" for a, b in line if b > 0)
-        marks.append(f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        place = f'x="{WIDTH - RIGHT - 6}" y="{TOP + 14 + 15 * number}"'
-        marks.append(f'<text {place} fill="{colour}" text-anchor="end">{escape(label)}</text>')
+        marks.append(f'<polyline points="{places}" style="fill:none;stroke:{colour};stroke-width:1.5"/>')
+        place = f'x="{WIDTH - RIGHT - 6}" y="{TOP + FONT + (FONT + 3) * number}"'
+        marks.append(f'<text {place} style="fill:{colour}" text-anchor="end">{escape(label)}</text>')
     return _framed(across, up, x, y, title, marks)
 
 
@@ -140,7 +147,7 @@ def _framed(across: Axis, up: Axis, x: str, y: str, title: str, marks: Sequence[
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str, opacity: float = 1.0) -> str:
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{colour}" stroke-opacity="{opacity}"/>'
+    return f'<line {ends} style="stroke:{colour};stroke-opacity:{opacity}"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

@@ -22,23 +22,28 @@ HEAD = (
     ("tok/s", "greedy decoding, one text"),
     ("memory", "weights while decoding"),
     ("minutes", "to make it"),
+    ("tokens", "that it was trained on"),
 )
 SHORT = (0, 1, 4, 5, 6, 7, 8, 10, 12)  # the columns that fit on a terminal
 
 STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+:root { color-scheme: light dark; --grey: #767a80;
+  --line-0: #0b6e99; --line-1: #b3541e; --line-2: #3a7d44; --line-3: #8a3ffc; --line-4: #a2191f; --line-5: #5c5f66; }
+@media (prefers-color-scheme: dark) { :root { --grey: #8d939b;
+  --line-0: #5cc0ea; --line-1: #f0935b; --line-2: #7fd08b; --line-3: #c39bff; --line-4: #ff8389; --line-5: #b6bac0; } }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: .875rem; width: 100%; }
 caption { text-align: left; padding: .5rem 0; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
+th, td { padding: .3rem .45rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-tr.dominated { color: #767a80; }
+tr.dominated { color: var(--grey); }
 .wide { overflow-x: auto; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1.5rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-size: .875rem; }
-svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
-.samples td { text-align: left; white-space: pre-wrap; vertical-align: top; }
-footer { margin-top: 2rem; font-size: .875rem; color: #767a80; }
+svg { width: 100%; height: auto; font: 14px system-ui, sans-serif; }
+.samples td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
+.samples th { vertical-align: top; }
+footer { margin-top: 2rem; font-size: .875rem; color: var(--grey); }
 """
 
 
@@ -59,6 +64,7 @@ def cells(group: Group) -> list[str]:
         "" if first.tokens_per_second is None else short_number(group.mean("tokens_per_second")),
         "" if first.memory is None else short_size(group.mean("memory")),
         f"{group.mean('minutes'):.1f}",
+        short_number(first.tokens) if first.tokens else "",
     ]
 
 
@@ -122,7 +128,8 @@ def _charts(groups: Sequence[Group]) -> str:
             if 0 < g.mean(figure) < float("inf")
         ]
         title = f"Bytes against {name.split(',')[0]}"
-        svg = scatter(points, "MB of the whole file", name, title)
+        aims = [(g.method, g.mean(figure)) for g in groups if g.method == ORIGINAL and g.mean(figure) > 0]
+        svg = scatter(points, "MB of the whole file", name, title, next(iter(aims), None))
         found.append((svg, f"{title}. Lower and further left is better."))
     lines = [(group.method, group.first.curve) for group in shown if group.first.curve]
     title = "Loss of the training over its minutes"

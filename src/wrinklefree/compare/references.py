@@ -23,6 +23,7 @@ from wrinklefree.compare.rows import Row
 from wrinklefree.core import products
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import find
+from wrinklefree.evaluate.speed import decoding_speed, weight_bytes
 from wrinklefree.export.rounded import head
 
 ORIGINAL = "original"
@@ -101,10 +102,20 @@ def check(names: list[str]) -> None:
 
 
 def original(test: Test) -> Row:
-    """The row of the original, whose file has 16 bits a parameter."""
-    parameters = test.original.num_parameters()
-    size = {"bits": 16.0, "bits_per_parameter": 16.0, "coverage": 0.0, "bytes": 2 * parameters}
-    return Row(method=ORIGINAL, **size, **asdict(test.measure(test.original)))
+    """The row of the original, whose file has 16 bits a parameter. It decodes as it is loaded, on a CPU in fp32."""
+    model = test.original
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Row(
+        method=ORIGINAL,
+        bits=16.0,
+        bits_per_parameter=16.0,
+        coverage=0.0,
+        bytes=2 * model.num_parameters(),
+        tokens_per_second=decoding_speed(model, test.run.tokenizer),
+        engine=f"transformers, {dtype}",
+        memory=weight_bytes(model),
+        **asdict(test.measure(model)),
+    )
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ class Row:
     engine: str = ""
     memory: int | None = None  # bytes of weights in memory while decoding
     minutes: float = 0.0  # to make it
+    tokens: int = 0  # that the whole model was trained on, after its blocks
     samples: dict[str, str] = field(default_factory=dict)  # greedy text by prompt
     curve: list[tuple[float, float]] = field(default_factory=list)  # minutes, KL of the training
     measured_on: str = ""  # fingerprint of the test

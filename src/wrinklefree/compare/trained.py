@@ -13,7 +13,7 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.fingerprint import fingerprint
 from wrinklefree.engine.engine import Engine
 from wrinklefree.engine.sampling import Sampling
-from wrinklefree.evaluate.speed import SPEED_TOKENS, decoding_speed
+from wrinklefree.evaluate.speed import SPEED_TOKENS, decoding_speed, weight_bytes
 from wrinklefree.generate.open import open_engine
 from wrinklefree.models.load import load_model
 from wrinklefree.runs.report import RESULTS, read_figures
@@ -42,6 +42,7 @@ def trained(entry: Entry, test: Test) -> Row:
         coverage=results["quantized_share"],
         bytes=sum(file.stat().st_size for file in packed.glob("*.safetensors")),
         minutes=results["minutes"],
+        tokens=results.get("training", {}).get("tokens", 0),
         tokens_per_second=speed,
         engine=engine,
         memory=memory,
@@ -55,8 +56,7 @@ def running(folder: Path) -> tuple[float, str, int]:
     model, tokenizer, description = open_engine(str(folder))
     name = description.removeprefix("engine: ")
     if not isinstance(model, Engine):
-        tensors = [*model.parameters(), *model.buffers()]
-        return decoding_speed(model, tokenizer), name, sum(tensor.nbytes for tensor in tensors)
+        return decoding_speed(model, tokenizer), name, weight_bytes(model)
     prompt = tokenizer("def ").input_ids
     for _ in model.generate(prompt, Sampling(max_new_tokens=2)):
         pass  # warms up

@@ -16,3 +16,8 @@ def decoding_speed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     started = time.perf_counter()
     model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     return SPEED_TOKENS / (time.perf_counter() - started)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's parameters and buffers in memory."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
