@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.flags import formats, options
+from wrinklefree.words.models import as_it_takes_it
 
 HELP = """Quantize a pretrained causal language model to 1-2 bits per weight, and get a small model folder that runs.
 
@@ -28,6 +29,8 @@ HELP = """Quantize a pretrained causal language model to 1-2 bits per weight, an
 Example, offline and on a CPU:
   wf fairy2 -m tiny --mode w2
   wf generate outputs/fairy2_tiny_w2 --prompt 'def main('
+
+A verb that takes a model takes it as -m NAME, as model=NAME and as its help says.
 """
 
 SECTIONS = {
@@ -50,42 +53,13 @@ EXAMPLES = {  # one line for each section of the help
 
 
 class Named(TyperGroup):
-    """A group whose verbs take their model as `-m NAME` and as `model=NAME`, whichever is theirs."""
+    """A group whose verbs take their model as `-m NAME`, as `model=NAME` and in their own way."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
+        if isinstance(command, Launchable):
+            rest = with_default_cloud(rest)  # first, or the model would be taken for the cloud's name
         return name, command, rest if command is None else as_it_takes_it(command, rest)
-
-
-def as_it_takes_it(command: Any, args: list[str]) -> list[str]:
-    """The words of a verb with its model given in the verb's own way: an option, a setting, or the path of a folder."""
-    options = {name: p for p in command.params if p.param_type_name == "option" for name in p.opts}
-    arguments = {parameter.name for parameter in command.params if parameter.param_type_name == "argument"}
-    own = "option" if "--model" in options else "setting" if "overrides" in arguments else "path"
-    if own == "path" and not arguments & {"path", "run"}:
-        return args
-    words, rest = list[str](), list(args)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            return [*words, word, *rest]
-        if own != "option" and word in ("-m", "--model") and word not in options and rest:
-            words.append(_setting(own, rest.pop(0)))
-        elif own != "option" and word.startswith("--model="):
-            words.append(_setting(own, word.removeprefix("--model=")))
-        elif own == "option" and word.startswith("model=") and not {"-m", "--model"} & set(args):
-            words += ["--model", word.removeprefix("model=")]
-        elif own == "path" and word.startswith("model="):
-            words.append(word.removeprefix("model="))
-        else:
-            words.append(word)
-            if word in options and not options[word].is_flag and rest:
-                words.append(rest.pop(0))  # the option's value, whatever it looks like
-    return words
-
-
-def _setting(own: str, model: str) -> str:
-    return f"model={model}" if own == "setting" else model
 
 
 class Verbs(Named):
@@ -173,12 +147,17 @@ class Launchable(TyperCommand):
     """A command that can run elsewhere. `--cloud` without a name means DEFAULT_CLOUD."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = list(args)
-        for place, word in enumerate(args):
-            following = args[place + 1] if place + 1 < len(args) else "-"
-            if word in ("--cloud", "-c") and (following.startswith("-") or "=" in following):
-                named[place] = f"--cloud={DEFAULT_CLOUD}"
-        return super().parse_args(ctx, named)
+        return super().parse_args(ctx, with_default_cloud(args))
+
+
+def with_default_cloud(args: list[str]) -> list[str]:
+    """`args` with a name behind each `--cloud` that has none."""
+    named = list(args)
+    for place, word in enumerate(args):
+        following = args[place + 1] if place + 1 < len(args) else "-"
+        if word in ("--cloud", "-c") and (following.startswith("-") or "=" in following):
+            named[place] = f"--cloud={DEFAULT_CLOUD}"
+    return named
 
 
 def launchable(command: Callable[..., None]) -> Callable[..., None]:

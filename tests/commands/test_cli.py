@@ -13,12 +13,11 @@ import types
 from pathlib import Path
 
 import pytest
-import typer
 from huggingface_hub import constants
 from toyrun import toy_files
 from typer.testing import CliRunner
 
-from wrinklefree.cli import SECTIONS, app, as_it_takes_it, main
+from wrinklefree.cli import SECTIONS, app, main
 from wrinklefree.commands import doctor
 from wrinklefree.config.compose import load_config
 from wrinklefree.config.compose import options as options_of
@@ -462,32 +461,6 @@ def test_a_signal_outside_of_training_ends_a_command_as_ctrl_c_does(
     assert ended.value.code == 128 + number
     assert capsys.readouterr().err == "interrupted\n"
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("verb", "words", "expected"),
-    [
-        ("fairy2", "model=tiny --mode w1", "--model tiny --mode w1"),
-        ("fairy2", "-m tiny model=other", "-m tiny model=other"),  # a setting that follows wins, as before
-        ("train", "-m tiny training=fairy2_w2", "model=tiny training=fairy2_w2"),
-        ("train", "--nproc 2 --model=tiny", "--nproc 2 model=tiny"),
-        ("generate", "-m tiny --prompt model=x", "tiny --prompt model=x"),
-        ("generate", "--chat model=tiny", "--chat tiny"),
-        ("eval", "model=a/b", "a/b"),
-        ("config", "-m tiny", "model=tiny"),
-        ("plan", "model=tiny --gpus 2", "--model tiny --gpus 2"),
-        ("runs", "elsewhere", "elsewhere"),
-        ("methods", "", ""),
-    ],
-)
-def test_a_verb_takes_its_model_both_ways(verb: str, words: str, expected: str) -> None:
-    command = typer.main.get_command(app).commands[verb]
-    assert as_it_takes_it(command, words.split()) == expected.split()
-
-
-def test_phases_of_thinking_take_their_model_both_ways() -> None:
-    command = typer.main.get_command(app).commands["trm"].commands["compressor"]
-    assert as_it_takes_it(command, ["-m", "chains"]) == ["model=chains"]
 
 
 def test_a_comparison_is_listed_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
