@@ -5,6 +5,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +19,10 @@ _UNWRAPPED_WIDTH = 240
 
 def console() -> Console:
     """A console on standard output, as wide as the terminal. Output to a file or pipe is not wrapped or coloured."""
-    return Console(width=None if sys.stdout.isatty() else _UNWRAPPED_WIDTH, highlight=False)
+    width = None if sys.stdout.isatty() else _UNWRAPPED_WIDTH
+    # With NO_COLOR alone, rich leaves out colours, but still prints codes for bold and dim text.
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(width=width, highlight=False, color_system=colours)
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
