@@ -21,7 +21,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.flags import formats, options
-from wrinklefree.words.models import as_it_takes_it
+from wrinklefree.words.hints import no_such_verb, with_best_guess
+from wrinklefree.words.models import UsageError, as_it_takes_it
 
 HELP = """Quantize a pretrained causal language model to 1-2 bits per weight, and get a small model folder that runs.
 
@@ -55,7 +56,16 @@ EXAMPLES = {  # one line for each section of the help
 class Named(TyperGroup):
     """A group whose verbs take their model as `-m NAME`, as `model=NAME` and in their own way."""
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            with_best_guess(error)
+            raise
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(no_such_verb(args[0], self.commands))
         name, command, rest = super().resolve_command(ctx, args)
         if isinstance(command, Launchable):
             rest = with_default_cloud(rest)  # first, or the model would be taken for the cloud's name
