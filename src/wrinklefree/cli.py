@@ -690,6 +690,7 @@ def export(
             "--out", "-o", help="Folder to write; default: RUN/FORMAT, RUN/packed for hf; for all, OUT/FORMAT."
         ),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
     **settings: str | int | None,
@@ -704,7 +705,7 @@ def export(
     """
     if out is None and "://" in run:
         raise typer.BadParameter("a run in a store needs a folder here to write to", param_hint="--out")
-    call("export", run, format, out, force, trust_remote_code, **settings)
+    call("export", run, format, out, force, trust_remote_code, dry_run=dry_run, **settings)
 
 
 def with_format_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -777,7 +778,9 @@ def compare(
         float | None, typer.Option(min=0, help="Mix bits by layer to so many per quantized weight, such as 1.8.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: outputs/compare_MODEL.")] = None,
+    nproc: Processes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+    as_json: AsJson = False,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
@@ -792,7 +795,7 @@ def compare(
       wf compare -m FOLDER --fit-bytes 60MB --budget 2h
     """
     chosen: dict[str, Any] = {"methods": methods, "references_named": references, "seeds": seeds, "steps": steps}
-    chosen |= {"fit_bytes": fit_bytes, "bits": bits, "dry_run": dry_run}
+    chosen |= {"fit_bytes": fit_bytes, "bits": bits, "processes": nproc, "dry_run": dry_run, "as_json": as_json}
     call("compare", model, **chosen, budget=budget, out=out, force=force, overrides=overrides or [])
 
 
@@ -808,14 +811,14 @@ def config(overrides: Overrides = None) -> None:
 
 
 @app.command()
-def methods() -> None:
+def methods(as_json: AsJson = False) -> None:
     """List all methods, objectives, schedules and formats.
 
     \b
     Example:
       wf methods
     """
-    call("methods")
+    call("methods", as_json)
 
 
 @app.command()

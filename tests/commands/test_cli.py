@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from wrinklefree.cli import SECTIONS, app, main
 from wrinklefree.commands import doctor
-from wrinklefree.config.compose import load_config
+from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.compose import options as options_of
 from wrinklefree.core import files
 from wrinklefree.core.errors import UserError
@@ -150,7 +150,7 @@ def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
     assert received == [
         ((["model=tiny"],), {"force": True, "processes": 2, "budget": None}),
         ((["seed=1"],), {"force": True, "processes": None, "dry_run": False}),
-        (("run", "hf", Path("small"), False, False), dict.fromkeys(options())),
+        (("run", "hf", Path("small"), False, False), dict.fromkeys(options()) | {"dry_run": False}),
     ]
 
 
@@ -483,6 +483,45 @@ def test_reports_are_also_one_json_object(tmp_path: Path, monkeypatch: pytest.Mo
     assert code == 0
     [run] = json.loads(out)["runs"]
     assert (run["run"], run["steps"], run["loss"], run["status"]) == ("a", "3", "1.500", "stopped")
+    code, out, _ = wf("methods", "--json")
+    assert code == 0
+    listed = {kind: [each["name"] for each in found] for kind, found in json.loads(out).items()}
+    assert listed["export formats"] == list(formats())
+    [fairy2] = [each for each in json.loads(out)["methods"] if each["name"] == "fairy2"]
+    assert fairy2["trainings"] == ["fairy2_w1", "fairy2_w2"]
     code, out, _ = wf("doctor", "--json")
     assert code == 0
     assert {"python", "torch", "disk"} <= {check["name"] for check in json.loads(out)["checks"]}
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """The folder of a run, without weights: what is described is not loaded."""
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    (final / "config.json").write_text("{}")
+    (final / "wrinklefree.yaml").write_text(config_yaml(load_config(["model=tiny", "training=fairy2_w2"])))
+    return final.parent
+
+
+def test_an_export_is_described_before_it_is_written(trained: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = wf("export", str(trained), "--dry-run", "--out", str(tmp_path / "small"))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == f"would export {trained / 'final'}, quantized with fairy2"
+    assert out.splitlines()[2].split()[:2] == ["hf", f"{tmp_path / 'small'}/"]
+    code, out, _ = wf("export", str(trained), "--format", "all", "--dry-run")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:]] == list(formats())
+    assert f"{trained / 'packed'}/" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_described_export_is_refused_as_the_export_itself(trained: Path) -> None:
+    (trained / "packed").mkdir()
+    said = f"error: {trained / 'packed'}: exists already; choose another with --out or give --force to replace it\n"
+    assert wf("export", str(trained), "--dry-run") == wf("export", str(trained)) == (2, "", said)
+    assert wf("export", str(trained), "--dry-run", "--force")[0] == 0
+    foreign = ("--out", "new", "--gguf-type", "q2_0", "--dry-run")
+    assert "has no effect with --format hf" in wf("export", str(trained), *foreign)[2]
+    assert wf("export", str(trained / "final" / "no"), "--dry-run")[0] == 2
