@@ -1,6 +1,7 @@
-"""What an index of packages shows of this one."""
+"""What an index of packages shows of this one, and that commands of guides and help leave nothing that git would add."""
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,23 @@ def test_the_versions_of_python_are_those_that_are_allowed(project: dict[str, An
     minors = sorted(int(found[1]) for found in named if found)
     assert f">=3.{minors[0]}" == project["requires-python"]
     assert minors == list(range(minors[0], minors[-1] + 1))
+
+
+WRITTEN = re.compile(r"(?:--(?:out|output|output-dir|output_dir|cache-dir)|-o)[ =]([a-z][\w./-]*)")
+PAGES = [*ROOT.glob("docs/*.md"), ROOT / "README.md"]
+# What libraries write beside, and what the guides name in other ways.
+MORE = ["trackio/x", ".trackio/x", "wandb/x", "outputs/x", "checkpoints/x", "caches/x", "loss.png", "local.yaml"]
+
+
+def written() -> list[str]:
+    """The files and folders that the commands of pages and help write into the working directory."""
+    found = {name for page in PAGES for name in WRITTEN.findall(page.read_text(encoding="utf-8"))}
+    return sorted(found | set(MORE))
+
+
+@pytest.mark.parametrize("name", written())
+def test_what_a_command_writes_is_not_for_git(name: str) -> None:
+    ignored = subprocess.run(["git", "check-ignore", "-q", f"{name.rstrip('/')}/x"], cwd=ROOT, check=False)
+    if ignored.returncode == 128:
+        pytest.skip("not a checkout")
+    assert ignored.returncode == 0
