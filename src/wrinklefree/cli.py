@@ -21,6 +21,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.flags import formats, options
+from wrinklefree.words.hints import no_such_verb, with_best_guess
+from wrinklefree.words.models import UsageError, as_it_takes_it
 
 HELP = """Quantize a pretrained causal language model to 1-2 bits per weight, and get a small model folder that runs.
 
@@ -28,6 +30,8 @@ HELP = """Quantize a pretrained causal language model to 1-2 bits per weight, an
 Example, offline and on a CPU:
   wf fairy2 -m tiny --mode w2
   wf generate outputs/fairy2_tiny_w2 --prompt 'def main('
+
+A verb that takes a model takes it as -m NAME, as model=NAME and as its help says.
 """
 
 SECTIONS = {
@@ -50,42 +54,22 @@ EXAMPLES = {  # one line for each section of the help
 
 
 class Named(TyperGroup):
-    """A group whose verbs take their model as `-m NAME` and as `model=NAME`, whichever is theirs."""
+    """A group whose verbs take their model as `-m NAME`, as `model=NAME` and in their own way."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            with_best_guess(error)
+            raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(no_such_verb(args[0], self.commands))
         name, command, rest = super().resolve_command(ctx, args)
+        if isinstance(command, Launchable):
+            rest = with_default_cloud(rest)  # first, or the model would be taken for the cloud's name
         return name, command, rest if command is None else as_it_takes_it(command, rest)
-
-
-def as_it_takes_it(command: Any, args: list[str]) -> list[str]:
-    """The words of a verb with its model given in the verb's own way: an option, a setting, or the path of a folder."""
-    options = {name: p for p in command.params if p.param_type_name == "option" for name in p.opts}
-    arguments = {parameter.name for parameter in command.params if parameter.param_type_name == "argument"}
-    own = "option" if "--model" in options else "setting" if "overrides" in arguments else "path"
-    if own == "path" and not arguments & {"path", "run"}:
-        return args
-    words, rest = list[str](), list(args)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            return [*words, word, *rest]
-        if own != "option" and word in ("-m", "--model") and word not in options and rest:
-            words.append(_setting(own, rest.pop(0)))
-        elif own != "option" and word.startswith("--model="):
-            words.append(_setting(own, word.removeprefix("--model=")))
-        elif own == "option" and word.startswith("model=") and not {"-m", "--model"} & set(args):
-            words += ["--model", word.removeprefix("model=")]
-        elif own == "path" and word.startswith("model="):
-            words.append(word.removeprefix("model="))
-        else:
-            words.append(word)
-            if word in options and not options[word].is_flag and rest:
-                words.append(rest.pop(0))  # the option's value, whatever it looks like
-    return words
-
-
-def _setting(own: str, model: str) -> str:
-    return f"model={model}" if own == "setting" else model
 
 
 class Verbs(Named):
@@ -173,12 +157,17 @@ class Launchable(TyperCommand):
     """A command that can run elsewhere. `--cloud` without a name means DEFAULT_CLOUD."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = list(args)
-        for place, word in enumerate(args):
-            following = args[place + 1] if place + 1 < len(args) else "-"
-            if word in ("--cloud", "-c") and (following.startswith("-") or "=" in following):
-                named[place] = f"--cloud={DEFAULT_CLOUD}"
-        return super().parse_args(ctx, named)
+        return super().parse_args(ctx, with_default_cloud(args))
+
+
+def with_default_cloud(args: list[str]) -> list[str]:
+    """`args` with a name behind each `--cloud` that has none."""
+    named = list(args)
+    for place, word in enumerate(args):
+        following = args[place + 1] if place + 1 < len(args) else "-"
+        if word in ("--cloud", "-c") and (following.startswith("-") or "=" in following):
+            named[place] = f"--cloud={DEFAULT_CLOUD}"
+    return named
 
 
 def launchable(command: Callable[..., None]) -> Callable[..., None]:
@@ -701,6 +690,7 @@ def export(
             "--out", "-o", help="Folder to write; default: RUN/FORMAT, RUN/packed for hf; for all, OUT/FORMAT."
         ),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
     **settings: str | int | None,
@@ -715,7 +705,7 @@ def export(
     """
     if out is None and "://" in run:
         raise typer.BadParameter("a run in a store needs a folder here to write to", param_hint="--out")
-    call("export", run, format, out, force, trust_remote_code, **settings)
+    call("export", run, format, out, force, trust_remote_code, dry_run=dry_run, **settings)
 
 
 def with_format_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -788,7 +778,9 @@ def compare(
         float | None, typer.Option(min=0, help="Mix bits by layer to so many per quantized weight, such as 1.8.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: outputs/compare_MODEL.")] = None,
+    nproc: Processes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+    as_json: AsJson = False,
     force: Force = False,
     overrides: Overrides = None,
 ) -> None:
@@ -803,7 +795,7 @@ def compare(
       wf compare -m FOLDER --fit-bytes 60MB --budget 2h
     """
     chosen: dict[str, Any] = {"methods": methods, "references_named": references, "seeds": seeds, "steps": steps}
-    chosen |= {"fit_bytes": fit_bytes, "bits": bits, "dry_run": dry_run}
+    chosen |= {"fit_bytes": fit_bytes, "bits": bits, "processes": nproc, "dry_run": dry_run, "as_json": as_json}
     call("compare", model, **chosen, budget=budget, out=out, force=force, overrides=overrides or [])
 
 
@@ -819,14 +811,14 @@ def config(overrides: Overrides = None) -> None:
 
 
 @app.command()
-def methods() -> None:
+def methods(as_json: AsJson = False) -> None:
     """List all methods, objectives, schedules and formats.
 
     \b
     Example:
       wf methods
     """
-    call("methods")
+    call("methods", as_json)
 
 
 @app.command()

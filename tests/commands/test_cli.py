@@ -13,14 +13,13 @@ import types
 from pathlib import Path
 
 import pytest
-import typer
 from huggingface_hub import constants
 from toyrun import toy_files
 from typer.testing import CliRunner
 
-from wrinklefree.cli import SECTIONS, app, as_it_takes_it, main
+from wrinklefree.cli import SECTIONS, app, main
 from wrinklefree.commands import doctor
-from wrinklefree.config.compose import load_config
+from wrinklefree.config.compose import config_yaml, load_config
 from wrinklefree.config.compose import options as options_of
 from wrinklefree.core import files
 from wrinklefree.core.errors import UserError
@@ -151,7 +150,7 @@ def test_train_pretrain_and_export_pass_their_arguments_on(received) -> None:
     assert received == [
         ((["model=tiny"],), {"force": True, "processes": 2, "budget": None}),
         ((["seed=1"],), {"force": True, "processes": None, "dry_run": False}),
-        (("run", "hf", Path("small"), False, False), dict.fromkeys(options())),
+        (("run", "hf", Path("small"), False, False), dict.fromkeys(options()) | {"dry_run": False}),
     ]
 
 
@@ -464,32 +463,6 @@ def test_a_signal_outside_of_training_ends_a_command_as_ctrl_c_does(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("verb", "words", "expected"),
-    [
-        ("fairy2", "model=tiny --mode w1", "--model tiny --mode w1"),
-        ("fairy2", "-m tiny model=other", "-m tiny model=other"),  # a setting that follows wins, as before
-        ("train", "-m tiny training=fairy2_w2", "model=tiny training=fairy2_w2"),
-        ("train", "--nproc 2 --model=tiny", "--nproc 2 model=tiny"),
-        ("generate", "-m tiny --prompt model=x", "tiny --prompt model=x"),
-        ("generate", "--chat model=tiny", "--chat tiny"),
-        ("eval", "model=a/b", "a/b"),
-        ("config", "-m tiny", "model=tiny"),
-        ("plan", "model=tiny --gpus 2", "--model tiny --gpus 2"),
-        ("runs", "elsewhere", "elsewhere"),
-        ("methods", "", ""),
-    ],
-)
-def test_a_verb_takes_its_model_both_ways(verb: str, words: str, expected: str) -> None:
-    command = typer.main.get_command(app).commands[verb]
-    assert as_it_takes_it(command, words.split()) == expected.split()
-
-
-def test_phases_of_thinking_take_their_model_both_ways() -> None:
-    command = typer.main.get_command(app).commands["trm"].commands["compressor"]
-    assert as_it_takes_it(command, ["-m", "chains"]) == ["model=chains"]
-
-
 def test_a_comparison_is_listed_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = wf("compare", "model=tiny", "--methods", "fairy2_w1,ternary", "--steps", "3", "--dry-run")
@@ -510,6 +483,45 @@ def test_reports_are_also_one_json_object(tmp_path: Path, monkeypatch: pytest.Mo
     assert code == 0
     [run] = json.loads(out)["runs"]
     assert (run["run"], run["steps"], run["loss"], run["status"]) == ("a", "3", "1.500", "stopped")
+    code, out, _ = wf("methods", "--json")
+    assert code == 0
+    listed = {kind: [each["name"] for each in found] for kind, found in json.loads(out).items()}
+    assert listed["export formats"] == list(formats())
+    [fairy2] = [each for each in json.loads(out)["methods"] if each["name"] == "fairy2"]
+    assert fairy2["trainings"] == ["fairy2_w1", "fairy2_w2"]
     code, out, _ = wf("doctor", "--json")
     assert code == 0
     assert {"python", "torch", "disk"} <= {check["name"] for check in json.loads(out)["checks"]}
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """The folder of a run, without weights: what is described is not loaded."""
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    (final / "config.json").write_text("{}")
+    (final / "wrinklefree.yaml").write_text(config_yaml(load_config(["model=tiny", "training=fairy2_w2"])))
+    return final.parent
+
+
+def test_an_export_is_described_before_it_is_written(trained: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = wf("export", str(trained), "--dry-run", "--out", str(tmp_path / "small"))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == f"would export {trained / 'final'}, quantized with fairy2"
+    assert out.splitlines()[2].split()[:2] == ["hf", f"{tmp_path / 'small'}/"]
+    code, out, _ = wf("export", str(trained), "--format", "all", "--dry-run")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:]] == list(formats())
+    assert f"{trained / 'packed'}/" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_described_export_is_refused_as_the_export_itself(trained: Path) -> None:
+    (trained / "packed").mkdir()
+    said = f"error: {trained / 'packed'}: exists already; choose another with --out or give --force to replace it\n"
+    assert wf("export", str(trained), "--dry-run") == wf("export", str(trained)) == (2, "", said)
+    assert wf("export", str(trained), "--dry-run", "--force")[0] == 0
+    foreign = ("--out", "new", "--gguf-type", "q2_0", "--dry-run")
+    assert "has no effect with --format hf" in wf("export", str(trained), *foreign)[2]
+    assert wf("export", str(trained / "final" / "no"), "--dry-run")[0] == 2

@@ -29,8 +29,8 @@ def test_the_example_of_a_section_is_of_one_of_its_verbs_and_is_read(
     read(EXAMPLES[section].replace("FOLDER", "./toy").replace("TEXTS", "text"))
 
 
-def on_a_terminal(*words: str, **environment: str) -> str:
-    """What Python writes to a terminal of 80 columns."""
+def on_a_terminal(*words: str, code: int = 0, **environment: str) -> str:
+    """What Python writes to a terminal of 80 columns, until it ends with an exit code."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     settings = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80"} | environment
@@ -41,7 +41,7 @@ def on_a_terminal(*words: str, **environment: str) -> str:
         while piece := os.read(master, 4096):
             written += piece
     os.close(master)
-    assert started.wait() == 0
+    assert started.wait() == code
     return written.decode()
 
 
@@ -57,16 +57,40 @@ bar.show(1000, "loss 12.345  lr 1.0e-04  12.3k tok/s  ETA 1:00:00")
 bar.close()
 """
 COLOUR = re.compile("\x1b\\[(?:[0-9;]*;)?(?:3[0-9]|4[0-9]|9[0-7])(?:;[0-9;]*)?m")
+STYLE = re.compile("\x1b\\[[0-9;]*m")  # bold and dim, too
 
 
 def test_a_bar_has_colour_unless_no_color_is_set() -> None:
     assert COLOUR.search(on_a_terminal("-c", BAR))
     plain = on_a_terminal("-c", BAR, NO_COLOR="1")
-    assert not COLOUR.search(plain)
+    assert not STYLE.search(plain)
     [*_, last] = [line for line in lines(plain) if line.strip()]
     assert "1000/2000" in last
     assert "ETA 1:00:00" in last
     assert len(last) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("runs", 0),
+        ("--help", 0),
+        ("runs --help", 0),
+        ("doctor", 0),
+        ("methods", 0),
+        ("cancel nothing", 2),
+        ("nothing", 2),
+    ],
+)
+def test_with_no_color_nothing_is_styled(
+    words: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outputs" / "a").mkdir(parents=True)
+    (tmp_path / "outputs" / "a" / "training_log.csv").write_text("step,train_loss,eval_loss\n3,1.5,\n")
+    monkeypatch.chdir(tmp_path)
+    shown = on_a_terminal("-m", "wrinklefree.cli", *words.split(), code=code, NO_COLOR="1", HF_HUB_OFFLINE="1")
+    assert shown
+    assert "\x1b[" not in shown
 
 
 @pytest.mark.parametrize("verb", ["methods", "doctor"])

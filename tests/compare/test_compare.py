@@ -66,9 +66,34 @@ def test_methods_are_compared_on_equal_terms_and_kept(
     assert json.loads((out / compare.FIGURES).read_text())["rows"] == rows
 
 
+def test_a_comparison_can_be_all_that_standard_output_gets(
+    settings: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    compare.run("toy", methods="fairy2_w1", references_named="none", steps=1, as_json=True, overrides=settings)
+    out, err = capfd.readouterr()
+    assert json.loads(out) == json.loads(Path("outputs/compare_toy", compare.FIGURES).read_text())
+    assert [each["method"] for each in json.loads(out)["rows"]] == ["original", "fairy2_w1"]
+    assert "held-out perplexity" in err  # the report of the run
+    assert "next: open" in err
+
+
+def test_runs_train_in_as_many_processes_as_are_asked_for(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def stopped(chain: list[list[str]], *more: object) -> None:
+        asked.append(more)
+        raise UserError("stop")
+
+    monkeypatch.setattr(launch, "run_chain", stopped)
+    with pytest.raises(UserError, match="stop"):
+        compare.run("toy", methods="fairy2_w1", references_named="none", steps=1, processes=2, overrides=settings)
+    assert asked == [(False, 2, None)]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"dry_run": True, "as_json": True}, "--json: has no effect with --dry-run"),
         ({"methods": "fairy2_w1,fairy3"}, "--methods fairy3: no such method"),
         ({"methods": "fairy2_w1,fairy2_w1"}, "named twice"),
         ({"methods": "full_precision"}, "quantizes nothing"),

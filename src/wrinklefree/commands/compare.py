@@ -5,6 +5,8 @@ the same held-out text. The same command goes on where it was interrupted.
 """
 
 import logging
+import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,13 +23,15 @@ from wrinklefree.core.processor import processor
 from wrinklefree.core.text import parse_bytes
 from wrinklefree.runs import launch
 from wrinklefree.runs.setup import Run, open_run
-from wrinklefree.tracking.terminal import print_table
+from wrinklefree.tracking.terminal import print_table, printed_aside, spoken_time
 
 log = logging.getLogger("wrinklefree")
 
 MIXED = ("fairy2_w2",)  # by default, if bits are mixed
 SENSITIVITY = "sensitivity"  # what each layer suffers from few bits
 KINDS = {"mixed": mixed.best, "even": mixed.even}
+
+LONG_ENOUGH = 10.0  # seconds of finished runs, to tell from them how long the others will take
 
 PAGE, TABLE, FIGURES = "index.html", "comparison.md", "comparison.json"
 
@@ -42,17 +46,22 @@ def run(
     budget: str | None = None,
     fit_bytes: str | None = None,
     bits: float | None = None,
+    processes: int | None = None,
     dry_run: bool = False,
+    as_json: bool = False,
     out: Path | None = None,
     force: bool = False,
     overrides: list[str],
 ) -> None:
     """Compare `methods`, names separated by commas, on `model`, and write the results into `out`.
 
-    Each run has the time `budget`, such as `2h`, or `steps` steps. With `fit_bytes`, such as `60MB`, or with `bits`,
-    methods are trained in mixed precision of that size, and with bits that are evenly spread.
+    Each run has the time `budget`, such as `2h`, or `steps` steps, and trains in so many `processes`. With `fit_bytes`,
+    such as `60MB`, or with `bits`, methods are trained in mixed precision of that size, and with bits that are evenly
+    spread. With `as_json`, the figures are all that standard output gets.
     Raises UserError for anything that the user can fix.
     """
+    if dry_run and as_json:
+        raise UserError("--json: has no effect with --dry-run, which measures nothing")
     if steps is not None and budget is not None:
         raise UserError("--steps and --budget: give one of them; each says how long a run is")
     if fit_bytes is not None and bits is not None:
@@ -69,21 +78,39 @@ def run(
     if dry_run:
         _show(chosen, others, mixes, steps, budget)
         return
-    store = _open_store(out, force)
-    rows = _measure_others(chosen[0], others, store, out, asked=references_named is not None)
-    notes = list[str]()
-    if mixes:
-        chosen, notes = _mixed(chosen, len(names), out, size, bits)
+    with printed_aside() if as_json else nullcontext():
+        store = _open_store(out, force)
+        rows = _measure_others(chosen[0], others, store, out, asked=references_named is not None)
+        notes = list[str]()
+        if mixes:
+            chosen, notes = _mixed(chosen, len(names), out, size, bits)
+        measured, facts = _train_and_measure(chosen, store, out, budget, processes, force)
+        ways = len({entry.method for entry in chosen})
+        _write(out, f"{first.model.name}: {ways} ways to fewer bits", [*facts, *notes], [*rows, *measured])
+    if as_json:
+        print((out / FIGURES).read_text(encoding="utf-8"), end="")
+
+
+def _train_and_measure(
+    chosen: list[Entry], store: Store, out: Path, budget: str | None, processes: int | None, force: bool
+) -> tuple[list[Row], list[str]]:
+    """The rows of all runs, and what they have in common, in sentences. What was trained and measured is kept."""
+    began = time.monotonic()
     for number, entry in enumerate(chosen):
-        log.info("== %d of %d: %s, seed %d", number + 1, len(chosen), entry.method, entry.seed)
-        launch.run_chain([list(entry.overrides)], force, None, budget)
+        about = _to_go(number, len(chosen), time.monotonic() - began)
+        log.info("== %d of %d: %s, seed %d%s", number + 1, len(chosen), entry.method, entry.seed, about)
+        launch.run_chain([list(entry.overrides)], force, processes, budget)
     with _opened(chosen[0], out) as opened:
         test = Test(opened)
-        for entry in chosen:
-            rows.append(_kept(store, entry.name, test, source(entry)) or _measured(store, entry, test))
-        facts = [*_facts(opened, chosen, budget), *notes]
-    ways = len({entry.method for entry in chosen})
-    _write(out, f"{first.model.name}: {ways} ways to fewer bits", facts, rows)
+        rows = [_kept(store, entry.name, test, source(entry)) or _measured(store, entry, test) for entry in chosen]
+        return rows, _facts(opened, chosen, budget)
+
+
+def _to_go(done: int, of: int, seconds: float) -> str:
+    """What is left after `done` runs, if they took long enough to tell. Runs of an earlier call take no time."""
+    if not done or seconds < LONG_ENOUGH:
+        return ""
+    return f" ({spoken_time(seconds)} so far, about {spoken_time(seconds / done * (of - done))} to go)"
 
 
 def _show(chosen: list[Entry], others: list[str], mixes: bool, steps: int | None, budget: str | None) -> None:

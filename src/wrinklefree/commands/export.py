@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.find import summary
 from wrinklefree.core.text import did_you_mean
 from wrinklefree.export.flags import check_package, formats, options
 from wrinklefree.export.proof.certify import CertificateError
-from wrinklefree.runs.exporting import default_out, next_step, opened, refuse_existing, write
+from wrinklefree.runs.exporting import default_out, next_step, opened, refuse_existing, trained_by, write
 from wrinklefree.tracking.terminal import print_table
 
 ALL = "all"  # the word for every format
@@ -15,17 +16,28 @@ SAME = 1e-6  # nats of KL that sums in another order may cause
 
 
 def run(
-    run: str | Path, format: str, out: Path | None, force: bool, trust_remote_code: bool = False, **settings: Any
+    run: str | Path,
+    format: str,
+    out: Path | None,
+    force: bool,
+    trust_remote_code: bool = False,
+    *,
+    dry_run: bool = False,
+    **settings: Any,
 ) -> None:
     """Export the trained model of a run or checkpoint folder, and print the comparison.
 
     With `all` it is exported in every format, each into `out/FORMAT`, and one table tells what became of it.
+    With `dry_run`, nothing is loaded or written.
     Raises UserError if the model cannot be exported, or the exported model differs from the trained one.
     """
     run, known = Path(run), formats()
     if format != ALL and format not in known:
         raise UserError(f"--format {format}: unknown{did_you_mean(format, known)}; available: {', '.join(known)}, all")
     chosen = {name: value for name, value in settings.items() if value is not None}
+    if dry_run:
+        show(run, format, out, force, chosen)
+        return
     if format == ALL:
         write_all(run, out, force, trust_remote_code, chosen)
         return
@@ -38,6 +50,27 @@ def run(
     print_table(["", str(target)], table)
     hint = next_step(format, target, source.config)
     print(f"\nwrote {target}/" + (f"; next: {hint}" if hint else ""))
+
+
+def show(run: Path, format: str, out: Path | None, force: bool, chosen: dict[str, Any]) -> None:
+    """Print what an export would write, and where. Raises UserError for what it would refuse before it loads the model.
+
+    Whether a format can hold the model is seen only when it is written.
+    """
+    folder, config = trained_by(run)
+    if format != ALL:
+        refuse_foreign(format, chosen)
+        check_package(format)
+    named = formats() if format == ALL else {format: formats()[format]}
+    targets = {name: (out / name if out and format == ALL else out) or default_out(run, name) for name in named}
+    for target in targets.values():
+        refuse_existing(target, force)
+    print(f"would export {folder}, quantized with {config.method.name}")
+    rows = [
+        [name, f"{target}/", summary(named[name]).removeprefix(f"`--format {name}`: ")]
+        for name, target in targets.items()
+    ]
+    print_table(["format", "into", "what it is"], rows)
 
 
 def write_all(run: Path, out: Path | None, force: bool, trust_remote_code: bool, chosen: dict[str, Any]) -> None:

@@ -1,8 +1,10 @@
 """`wf methods`: list everything that is chosen by name, with the first sentence of its file."""
 
+import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,20 +15,33 @@ from wrinklefree.export.flags import formats
 WIDTH = 80
 
 
-def run() -> None:
+def run(as_json: bool = False) -> None:
     """Print the names of each kind with a summary. Methods also get the training configs that use them."""
-    print("\n\n".join("\n".join(section(kind)) for kind in KINDS))
+    if as_json:
+        print(json.dumps({f"{kind.word}s": listed(kind) for kind in KINDS}))
+    else:
+        print("\n\n".join("\n".join(section(kind)) for kind in KINDS))
+
+
+def listed(kind: Kind) -> list[dict[str, Any]]:
+    """All names of one kind, each with its summary, and a method with its trainings."""
+    paths = formats() if kind is EXPORT_FORMATS else dict(sorted(files(kind).items()))
+    return [
+        {"name": name, "summary": summary(path).removeprefix(f"`--format {name}`: ")}
+        | ({"trainings": trainings(name)} if kind is METHODS else {})
+        for name, path in paths.items()
+    ]
 
 
 def section(kind: Kind) -> Iterator[str]:
     """The lines for one kind."""
     yield f"{kind.word}s, by {kind.setting}; your own in {kind.folder}/"
-    paths = formats() if kind is EXPORT_FORMATS else dict(sorted(files(kind).items()))
-    wide = max(len(name) for name in paths) + 4
-    for name, path in paths.items():
-        yield from _beside(f"  {name}", summary(path).removeprefix(f"`--format {name}`: "), wide)
-        if kind is METHODS and (chosen := trainings(name)):
-            yield from _beside("", f"training={', '.join(chosen)}", wide)
+    found = listed(kind)
+    wide = max(len(each["name"]) for each in found) + 4
+    for each in found:
+        yield from _beside(f"  {each['name']}", each["summary"], wide)
+        if each.get("trainings"):
+            yield from _beside("", f"training={', '.join(each['trainings'])}", wide)
 
 
 def _beside(label: str, text: str, wide: int) -> list[str]:

@@ -18,6 +18,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     elsewhere = [path for path in words if "." in word + path and path.rpartition(".")[2] == last]
     close: list[str] = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0)
     close = close or difflib.get_close_matches(word, words, n=1)
+    # Two letters that changed places are two mistakes for difflib, and too many in a short word: tyni, tiny.
+    close = close or [other for other in words if sorted(other) == sorted(word)]
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from wrinklefree.config.compose import options
 from wrinklefree.core.errors import UserError
+from wrinklefree.core.text import did_you_mean
 from wrinklefree.data.hub import hub_reachable
 from wrinklefree.models.gguf import gguf_folder, is_gguf
 from wrinklefree.training import checkpoint
@@ -93,7 +95,7 @@ def _hub(name: str) -> str:
     if isinstance(cached, str):
         log.info("%s: %s, using the copy in the local cache", name, reason)
         return str(Path(cached).parent)
-    raise UserError(f"{name}: no such folder here, and {reason}: {OFFER}")
+    raise UserError(f"{name}: no such folder here{did_you_mean(name, options('model'))}, and {reason}: {OFFER}")
 
 
 def _why_unreachable() -> str | None:

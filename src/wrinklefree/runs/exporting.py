@@ -39,12 +39,17 @@ class Opened:
 
 def opened(run: Path, trust_remote_code: bool) -> Opened:
     """Load the model of a run. Raises UserError if it has none that was quantized."""
-    folder = model_folder(run)
-    config = _config(folder)
+    folder, config = trained_by(run)
     model, tokenizer = load_model(folder, trust_remote_code=trust_remote_code)
     length = min(resolved_length(config), positions(model.config) or LARGEST)
     batches = heldout_batches(config.data, tokenizer, batch_size=1, length=length, max_tokens=CERTIFY_TOKENS)
     return Opened(model, tokenizer, config, list(batches), card_of(folder, config))
+
+
+def trained_by(run: Path) -> tuple[Path, Config]:
+    """The folder of a run's model, and the config that trained it. Raises UserError if it was not quantized."""
+    folder = model_folder(run)
+    return folder, _config(folder)
 
 
 def card_of(folder: Path, config: Config) -> str:

@@ -4,11 +4,10 @@ import logging
 import math
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from wrinklefree.tracking.terminal import short_time
+from wrinklefree.tracking.terminal import console, short_time
 
 log = logging.getLogger("wrinklefree")
 
@@ -38,7 +37,7 @@ class Bar:
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         columns = (TextColumn("{task.completed}/{task.total}"), _stretching_bar(), TextColumn("{task.description}"))
-        self.progress = Progress(*columns, console=Console(highlight=False), expand=True, refresh_per_second=4)
+        self.progress = Progress(*columns, console=console(), expand=True, refresh_per_second=4)
         self.task = self.progress.add_task("starting", total=total_steps, completed=start_step)
         self.progress.start()
 

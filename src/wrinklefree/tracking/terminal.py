@@ -1,10 +1,12 @@
 """Print results: tables and short numbers that fit into 80 columns, and plain log lines."""
 
+import contextlib
 import logging
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +20,24 @@ _UNWRAPPED_WIDTH = 240
 
 def console() -> Console:
     """A console on standard output, as wide as the terminal. Output to a file or pipe is not wrapped or coloured."""
-    return Console(width=None if sys.stdout.isatty() else _UNWRAPPED_WIDTH, highlight=False)
+    width = None if sys.stdout.isatty() else _UNWRAPPED_WIDTH
+    # With NO_COLOR alone, rich leaves out colours, but still prints codes for bold and dim text.
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(width=width, highlight=False, color_system=colours)
+
+
+@contextlib.contextmanager
+def printed_aside() -> Iterator[None]:
+    """Send what the block and the processes that it starts print to standard error. Standard output stays empty."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
