@@ -1,4 +1,4 @@
-"""What an index of packages shows of this one, and that commands of guides and help leave nothing that git would add."""
+"""What an index of packages shows of this one, and that what commands write is not for git."""
 
 import re
 import subprocess
