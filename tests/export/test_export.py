@@ -53,7 +53,6 @@ def test_the_folder_is_complete_and_its_card_states_the_figures(tmp_path: Path) 
     assert config["architectures"] == ["LlamaForCausalLM"]
     card = (tmp_path / "packed" / "README.md").read_text()
     assert card.startswith("# Card")
-    assert "import wrinklefree" in card
     assert f"{report.bits_per_weight:.4f}" in card
     assert f"{report.certificate.kl_mean:.1e}" in card
 

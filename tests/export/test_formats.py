@@ -571,7 +571,7 @@ def test_export_writes_each_format_beside_the_run(tmp_path: Path, monkeypatch: p
         result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", format])
         assert result.exit_code == 0, result.output
         card = (tmp_path / "run" / format / "README.md").read_text()
-        assert f"## Exported as {format}" in card
+        assert f"The export to `{format}` was read back" in card
         assert "same most likely token" in card
         again = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", format])
         assert again.exit_code == 2

@@ -18,9 +18,7 @@ from wrinklefree.config.compose import load_config
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
-from wrinklefree.export.formats import anemll
-from wrinklefree.models.load import load_model
-from wrinklefree.runs import report
+from wrinklefree.runs import exporting, report
 from wrinklefree.tracking.terminal import print_table
 
 Workflow = Literal["a", "b", "c"]
@@ -67,8 +65,8 @@ def run(
     if not finished:
         return
     last = Path(finished[-1].output_dir)
-    trained, tokenizer = load_model(last, trust_remote_code=finished[-1].model.trust_remote_code)
-    table = anemll.write(trained, tokenizer, last / "anemll", [])
+    trained = exporting.opened(last, finished[-1].model.trust_remote_code)
+    table = exporting.write(trained, "anemll", last / "anemll", {})
     summary(finished, table)
     print(f"\nwrote {last}/anemll/ (for ANEMLL's converters) and {last}/packed/ (for transformers)")
     packed, run_folder = shlex.quote(f"{last}/packed"), shlex.quote(str(last))

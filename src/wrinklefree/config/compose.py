@@ -90,16 +90,17 @@ def load_config(overrides: list[str], config_name: str = "config") -> Config:
     return check_config(values, options("distillation"))
 
 
-def compose_values(overrides: list[str], config_name: str = "config") -> dict[str, Any]:
+def compose_values(overrides: list[str], config_name: str = "config", local: bool = True) -> dict[str, Any]:
     """Compose the YAML files with `a.b=c` overrides to nested dictionaries, not checked against the schema.
 
+    `local` says whether `local.yaml` counts.
     Raises UserError with Hydra's reason if it cannot compose them.
     """
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    settings = [short for key, value in all_settings(overrides) for short in _expanded(key, value)]
+    settings = [short for key, value in all_settings(overrides, local) for short in _expanded(key, value)]
     groups = [_choice(key, value) for key, value in settings if _is_group(key)]
     try:
         composed = copy.deepcopy(_composed(config_name, (*groups, *search_path()), _sources()))
@@ -135,8 +136,10 @@ def _sources() -> tuple[tuple[Path, int], ...]:
     return tuple((path, path.stat().st_mtime_ns) for path in files)
 
 
-def all_settings(overrides: list[str]) -> list[tuple[str, Any]]:
+def all_settings(overrides: list[str], local: bool = True) -> list[tuple[str, Any]]:
     """The settings in `local.yaml`, then those in `overrides`, whose values are text that is not parsed yet.
+
+    Without `local` only the latter.
 
     Raises UserError for an override that is not KEY=VALUE.
     """
@@ -149,7 +152,7 @@ def all_settings(overrides: list[str]) -> list[tuple[str, Any]]:
         if not PATH.fullmatch(key):
             raise UserError(f"{key}={value}: {key!r} is not the path of a setting, such as training.max_steps")
         pairs.append((key, value))
-    return [*local_settings({key for key, _ in pairs}), *pairs]
+    return [*local_settings({key for key, _ in pairs}), *pairs] if local else pairs
 
 
 def _expanded(key: str, value: Any) -> list[tuple[str, Any]]:

@@ -6,6 +6,9 @@ FLAG      its name for `--format`; by default the file's name, with dashes
 NEEDS     the package that it imports, which comes with the extra of its flag; by default none
 OPTIONS   options of its `write`: {name: {"help": ..., "choices": [...] or "min": ...}}
 NEXT      what to do with the written folder `{target}`; `{prompt}` is a text that fits the model
+USE       how to load the folder `{name}`, in Markdown, for its model card; by default a code span of NEXT
+LIBRARY   the hub's name of the library that reads it; by default transformers
+WEIGHTS   the files or folders with the weights, as a glob; by default `*.safetensors`
 
 If its `write` needs more from the run, it also defines `from_run(config, card, target)`, which returns its keyword
 arguments.

@@ -14,15 +14,15 @@ from wrinklefree.core.errors import UserError
 from wrinklefree.core.files import written_aside
 from wrinklefree.core.find import EXPORT_FORMATS, constant, find_module
 from wrinklefree.data.open import heldout_batches
-from wrinklefree.export.card import card
+from wrinklefree.export.card import SAFETENSORS, TRANSFORMERS, Card, certificate, sizes
 from wrinklefree.export.flags import formats, module_name
 from wrinklefree.export.proof.certify import CERTIFY_TOKENS
 from wrinklefree.families.architectures import positions
 from wrinklefree.models.find import model_folder
 from wrinklefree.models.load import load_model
-from wrinklefree.runs.report import RESULTS, first_words, read_results, training_rows
+from wrinklefree.runs.cards import card_of
+from wrinklefree.runs.report import first_words
 from wrinklefree.runs.setup import resolved_length
-from wrinklefree.tracking.terminal import markdown_table
 from wrinklefree.training import checkpoint
 
 
@@ -34,7 +34,7 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     config: Config
     batches: list[Any]
-    card: str  # the beginning of README.md
+    card: Card
 
 
 def opened(run: Path, trust_remote_code: bool) -> Opened:
@@ -43,7 +43,7 @@ def opened(run: Path, trust_remote_code: bool) -> Opened:
     model, tokenizer = load_model(folder, trust_remote_code=trust_remote_code)
     length = min(resolved_length(config), positions(model.config) or LARGEST)
     batches = heldout_batches(config.data, tokenizer, batch_size=1, length=length, max_tokens=CERTIFY_TOKENS)
-    return Opened(model, tokenizer, config, list(batches), card_of(folder, config))
+    return Opened(model, tokenizer, config, list(batches), card_of(folder, config, model))
 
 
 def trained_by(run: Path) -> tuple[Path, Config]:
@@ -52,30 +52,35 @@ def trained_by(run: Path) -> tuple[Path, Config]:
     return folder, _config(folder)
 
 
-def card_of(folder: Path, config: Config) -> str:
-    """The beginning of the model card: with the figures of the training, if `folder` is what a finished run left."""
-    figures = folder.parent / RESULTS
-    if folder.name != "final" or not figures.exists():  # a checkpoint is not the model that was measured
-        return card(config)
-    results = read_results(figures)
-    measured = f"\n{results.markdown()}" if results.full_precision else ""
-    return f"{card(config, training_rows(results.training))}{measured}"
-
-
 def write(source: Opened, format: str, target: Path, chosen: dict[str, Any]) -> list[list[str]]:
     """Write one format into `target` with its card, and return rows of what was read back and compared.
 
     Raises UserError if the format cannot hold the model, CertificateError if it is another one than was trained.
     """
     module = vars(find_module(EXPORT_FORMATS, module_name(formats()[format])))
+    beginning = beginning_of(source, format, target, chosen)
     if "from_run" in module:
-        chosen = module["from_run"](source.config, source.card, target) | chosen
+        chosen = module["from_run"](source.config, beginning, target) | chosen
     with written_aside(target) as aside:
         table: list[list[str]] = module["write"](source.model, source.tokenizer, aside, source.batches, **chosen)
         readme = aside / "README.md"
         if not readme.exists():
-            readme.write_text(f"{source.card}\n{described(format, table)}", encoding="utf-8")
+            weights = constant(formats()[format], "WEIGHTS", SAFETENSORS)
+            parts = [beginning, sizes(source.model, aside, weights), certificate(format, table)]
+            readme.write_text("\n".join(parts), encoding="utf-8")
     return table
+
+
+def beginning_of(source: Opened, format: str, target: Path, chosen: dict[str, Any]) -> str:
+    """The beginning of the model card of an export with the options `chosen`."""
+    file = formats()[format]
+    use = constant(file, "USE", f"`{constant(file, 'NEXT', '')}`".replace("{target}", "{name}"))
+    options = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return source.card.beginning(
+        use.format(name=target.name, prompt=first_words(source.config)),
+        shlex.join(["--format", format, *options]),
+        constant(file, "LIBRARY", TRANSFORMERS),
+    )
 
 
 def refuse_existing(target: Path, force: bool) -> None:
@@ -89,11 +94,6 @@ def next_step(format: str, target: Path, config: Config) -> str:
     hint = constant(formats()[format], "NEXT", "")
     quoted = target if "'{target}" in hint else shlex.quote(str(target))
     return str(hint.format(target=quoted, prompt=first_words(config)))
-
-
-def described(format: str, table: list[list[str]]) -> str:
-    """The comparison `table` as a section of the model card."""
-    return f"## Exported as {format}\n\n{markdown_table(['read back and compared', 'value'], table)}\n"
 
 
 def default_out(run: Path, format: str) -> Path:

@@ -93,11 +93,11 @@ def prerequisite(config: Config, stage: str) -> list[str]:
 
     All other settings belong to one stage, such as its steps and its loss.
     """
-    model = _model(config.model)
+    model = chosen_model(config.model)
     overrides = [*model, f"training={stage}"]
     set_here = _set_here(config, model)
     overrides += _handed_on(set_here, overrides, ("output_root", "experiment", "seed"))
-    defaults = _composed(overrides)
+    defaults = composed(overrides)
     if config.distributed.name != defaults["distributed.name"]:
         overrides.append(setting("distributed", config.distributed.name))
     # The length of sequences matters to texts alone, which only the first stage of LLM-TRM reads.
@@ -114,12 +114,12 @@ def prerequisite(config: Config, stage: str) -> list[str]:
     return overrides + _handed_on(set_here, overrides, sections)
 
 
-def _model(model: ModelConfig) -> list[str]:
+def chosen_model(model: ModelConfig) -> list[str]:
     """The settings that choose this model: the name of its file, its folder or hub id, or else both parts."""
     short = resolve_model("model", model.pretrained)
     is_path = ("model.name", model.name) in short
     named = [setting("model", model.name)]
-    if model.name in options("model") and (not is_path or _composed(named)["model.pretrained"] == model.pretrained):
+    if model.name in options("model") and (not is_path or composed(named)["model.pretrained"] == model.pretrained):
         return named
     if is_path:
         return [setting("model", model.pretrained)]
@@ -128,27 +128,35 @@ def _model(model: ModelConfig) -> list[str]:
 
 def _set_here(config: Config, model: list[str]) -> dict[str, Any]:
     """The settings of `config`, by their full paths, that its model and training do not have by themselves."""
-    mine = {key: list(v) if isinstance(v, tuple) else v for key, v in flatten(dataclasses.asdict(config))}
-    own = [_composed([*model, f"training={name}"]) for name in _trainings(config.training.stage)]
+    mine = flat(config)
+    own = [composed([*model, f"training={name}"]) for name in trainings_of(config.training.stage)]
     changed = [{key: value for key, value in mine.items() if defaults.get(key) != value} for defaults in own]
     return min(changed, key=len, default=mine)
 
 
-def _trainings(stage: str) -> list[str]:
+def trainings_of(stage: str) -> list[str]:
     """The training files of a stage. Most have one, and a stage that the user named has none."""
     values = {path.stem: read_yaml(path).get("training") for path in option_files("training")}
     return [name for name, training in values.items() if isinstance(training, dict) and training.get("stage") == stage]
 
 
-def _composed(overrides: list[str]) -> dict[str, Any]:
-    """The values that `overrides` compose, by their full paths, and the schema's for what they leave out."""
+def composed(overrides: list[str], local: bool = True) -> dict[str, Any]:
+    """The values that `overrides` compose, by their full paths, and the schema's for what they leave out.
+
+    `local` says whether `local.yaml` counts.
+    """
     known = {path: f.default for path, f in key_paths(Config) if f.default is not dataclasses.MISSING}
-    return known | dict(flatten(compose_values(overrides)))
+    return known | dict(flatten(compose_values(overrides, local=local)))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The settings of `config` by their full paths, as `composed` has them."""
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in flatten(dataclasses.asdict(config))}
 
 
 def _handed_on(values: dict[str, Any], overrides: list[str], sections: Sequence[str]) -> list[str]:
     """The settings among `values` that are in `sections` and that `overrides` do not compose already."""
-    defaults = _composed(overrides)
+    defaults = composed(overrides)
     return [
         setting(key, value)
         for key, value in values.items()

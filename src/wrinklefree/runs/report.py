@@ -56,12 +56,7 @@ class Results:
 
     def rows(self) -> list[list[str]]:
         """The table: one row per figure, one column per state of the model."""
-        table = [
-            ["held-out perplexity", *(_ppl(q) for q in self._qualities())],
-            ["KL to full precision, nats/token", *(_kl(q) for q in self._qualities())],
-        ]
-        if self.accuracy:
-            table.append(["accuracy", *(_share(self.accuracy.get(name)) for name in STATES)])
+        table = self.quality_rows()
         if self.packed_bytes:
             table += [
                 ["whole file", short_size(self.original_bytes), "", short_size(self.packed_bytes)],
@@ -71,6 +66,16 @@ class Results:
                 ["bits per weight, whole file", "16", "", f"{self.bits_per_weight:.3f}"],
                 ["tokens/s, greedy", self._speed("full_precision"), "", self._speed("packed")],
             ]
+        return table
+
+    def quality_rows(self) -> list[list[str]]:
+        """The rows that are about the model, and not about the packed folder of its run."""
+        table = [
+            ["held-out perplexity", *(_ppl(q) for q in self._qualities())],
+            ["KL to full precision, nats/token", *(_kl(q) for q in self._qualities())],
+        ]
+        if self.accuracy:
+            table.append(["accuracy", *(_share(self.accuracy.get(name)) for name in STATES)])
         return table
 
     def _qualities(self) -> list[Quality | None]:
@@ -87,8 +92,8 @@ class Results:
         return "rebuilt" if self.rebuilt else "one-shot"
 
     def markdown(self) -> str:
-        """The table as a section of the model card."""
-        table = markdown_table(["", "full precision", f"quantized, {self._start()}", "trained"], self.rows())
+        """The model's figures as a section of its card, which adds the sizes of the file that it is about."""
+        table = markdown_table(["", "full precision", f"quantized, {self._start()}", "trained"], self.quality_rows())
         assert self.full_precision is not None
         measured_on = f"On {self.full_precision.tokens:,} held-out tokens in windows of {self.context}."
         return "\n".join(["## Quality", "", measured_on, "", table, ""])

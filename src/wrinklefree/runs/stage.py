@@ -27,7 +27,7 @@ from wrinklefree.data.tokenizer import check_same_tokenizer
 from wrinklefree.distributed.sharding import Sharded
 from wrinklefree.distributed.world import ALONE, gather
 from wrinklefree.evaluate.speed import decoding_speed
-from wrinklefree.export.card import card
+from wrinklefree.export.formats import packed as packed_format
 from wrinklefree.export.formats.packed import export_packed
 from wrinklefree.export.proof.certify import CERTIFY_TOKENS
 from wrinklefree.generate.generate import complete
@@ -36,7 +36,8 @@ from wrinklefree.models.find import at_hand
 from wrinklefree.models.load import load_model, load_pretrained
 from wrinklefree.objectives.language_model import LanguageObjective, find_objective
 from wrinklefree.runs import folder, prerequisites, rebuilding, setup
-from wrinklefree.runs.report import RESULTS, Results, first_words, training_rows
+from wrinklefree.runs.cards import card_of_run
+from wrinklefree.runs.report import RESULTS, Results, first_words
 from wrinklefree.runs.setup import Run, open_run
 from wrinklefree.tracking.plotting import plot_runs
 from wrinklefree.tracking.run_log import CSV_NAME, read_rows
@@ -261,12 +262,13 @@ def pack(measured: Measured, original: PreTrainedModel, student: PreTrainedModel
     run, results, heldout = measured.run, measured.results, measured.heldout
     config, tokenizer, folder = run.config, run.tokenizer, run.out / "packed"
     some = heldout[: max(1, CERTIFY_TOKENS // heldout[0]["input_ids"].numel())]
+    use = packed_format.USE.format(name=folder.name, prompt=first_words(config))
     report = export_packed(
         student,
         tokenizer,
         config.method,
         folder,
-        card=f"{card(config, training_rows(results.training))}\n{results.markdown()}",
+        card=card_of_run(config, student, results).beginning(use),
         force=True,
         batches=some,
         head_bits=config.export.head_bits,

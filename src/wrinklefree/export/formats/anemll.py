@@ -26,6 +26,19 @@ from wrinklefree.families.architectures import ATTENTION
 from wrinklefree.tracking.terminal import short_size
 
 NEXT = "ANEMLL's converter, with {target}/model_state_dict.pt"
+USE = """\
+ANEMLL's converters take `{name}/model_state_dict.pt`, with the `config.json` beside it. The file is large: each table
+entry takes 16 bits, until the converter makes an index of it. A quantized layer `F` stands for
+`F.weight * (F.scale_A @ F.scale_B)`:
+
+```python
+import torch
+
+state = torch.load("{name}/model_state_dict.pt", weights_only=True)
+```
+"""
+LIBRARY = "anemll"
+WEIGHTS = "*.pt"
 
 FILE = "model_state_dict.pt"
 

@@ -25,6 +25,19 @@ from wrinklefree.export.views.ternary import Ternary, one_scale, ternary_layers
 from wrinklefree.families.bitnet import quantization_config
 
 NEXT = "AutoModelForCausalLM.from_pretrained('{target}')"
+USE = """\
+transformers reads it by itself, as BitNet, and keeps the weights packed in memory.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+transformers compiles parts of BitNet. If that stops because the machine has no C++ compiler, call
+`torch.compiler.set_stance("force_eager")` first.
+"""
 
 KL = 1e-3  # nats allowed: int8 rounding may go the other way at single tokens
 

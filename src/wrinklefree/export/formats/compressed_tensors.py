@@ -24,6 +24,19 @@ from wrinklefree.export.views.ternary import Ternary, ternary_layers
 
 NEEDS = "compressed_tensors"
 NEXT = "vllm serve {target}"
+USE = """\
+transformers reads it with the package `compressed-tensors`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+It was read back in this way. It is meant for vLLM, `vllm serve {name}`, which has kernels for 2 bits on CUDA GPUs only.
+No GPU has run it yet.
+"""
 
 # Nats allowed. The library scales int8 activations by max|x| / 127.5 and training by max|x| / 127: close, not equal.
 KL = 0.02

@@ -35,6 +35,21 @@ from wrinklefree.tracking.terminal import short_size
 
 NEEDS = "coreai_torch"
 NEXT = "on macOS 27, coreai.runtime.AIModel.load('{target}/model.aimodel')"
+USE = """\
+On macOS 27, iOS 27 or newer; in Python with coreai-core, in an async function:
+
+```python
+from coreai.runtime import AIModel
+
+model = await AIModel.load("{name}/model.aimodel")  # functions `prefill`, 64 ids at a time, and `decode`, one id
+```
+
+Inputs are `input_ids` int32 `[1, 64]` or `[1, 1]`, and `position` int32 `[1]`, the position of the first id. The output
+is `logits`. The caller owns the states `k_cache` and `v_cache`, and hands them to each call. The tokenizer beside it is
+read by transformers.
+"""
+LIBRARY = "coreai"
+WEIGHTS = "*.aimodel"
 OPTIONS = {
     "factored_rank": {
         "min": 0,

@@ -35,6 +35,21 @@ from wrinklefree.tracking.terminal import short_size
 
 NEEDS = "coremltools"
 NEXT = "on macOS 15, coremltools.models.MLModel('{target}/model.mlpackage', function_name='prefill')"
+USE = """\
+On macOS 15, iOS 18 or newer; in Python with coremltools:
+
+```python
+import coremltools
+
+prefill = coremltools.models.MLModel("{name}/model.mlpackage", function_name="prefill")  # 64 ids at a time
+decode = coremltools.models.MLModel("{name}/model.mlpackage", function_name="decode")  # one id
+```
+
+Inputs are `input_ids` int32 `[1, 64]` or `[1, 1]`, and `position` int32 `[1]`, the position of the first id. The output
+is `logits`. Keys and values are the states `k_cache` and `v_cache`. The tokenizer beside it is read by transformers.
+"""
+LIBRARY = "coreml"
+WEIGHTS = "*.mlpackage"
 OPTIONS = {
     "factored_rank": {
         "min": 0,

@@ -16,6 +16,17 @@ from wrinklefree.export.proof.agreement import compare, judge
 from wrinklefree.export.views.dense import dense_model, refuse_norms
 
 NEXT = "wf eval {target}"
+USE = """\
+A plain model in fp32, for any tool that reads such folders. Its file is as large as that of the
+unquantized model in fp32.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+"""
 
 KL_WEIGHTS = 1e-6  # nats allowed: the computation is the same
 KL_ACTIVATIONS = 0.05  # nats allowed if activations are no longer rounded

@@ -50,6 +50,16 @@ from wrinklefree.tracking.terminal import short_size
 
 NEEDS = "gguf"
 NEXT = "wf generate {target}/model.gguf --prompt {prompt}, or llama-cli -m {target}/model.gguf -p {prompt}"
+USE = """\
+```bash
+wf generate {name}/model.gguf --prompt {prompt}
+llama-cli -m {name}/model.gguf -p {prompt}
+```
+
+`wf serve {name}/model.gguf` and `llama-server -m {name}/model.gguf` answer over HTTP.
+"""
+LIBRARY = "gguf"
+WEIGHTS = "*.gguf"
 OPTIONS = {
     "gguf_type": {
         "choices": ["auto", "q2_0", "q1_0", "tq2_0", "tq1_0"],

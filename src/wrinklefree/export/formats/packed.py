@@ -63,8 +63,11 @@ OPTIONS = {
 
 DenseDtype = Literal["bfloat16", "float16", "float32"]
 
-USAGE = """\
-## Use
+USE = """\
+```bash
+wf generate {name} --prompt {prompt}
+wf serve {name}
+```
 
 ```python
 import wrinklefree  # teaches transformers the format; or leave it out and pass trust_remote_code=True
@@ -122,7 +125,6 @@ class PackedReport:
             ["weights file", f"{self.file_bytes:,} bytes"],
             ["quantized layers in it", f"{self.linear_bytes:,} bytes"],
             ["bits per quantized weight, scales counted", f"{self.bits_per_quantized_weight:.4f}"],
-            ["of the blocks' weights, quantized", f"{self.coverage.share:.2%}"],
             ["bits per weight, whole model", f"{self.bits_per_weight:.4f}"],
             ["parameters", f"{self.num_parameters:,}"],
             ["of these quantized", f"{self.num_quantized:,}"],
@@ -145,7 +147,7 @@ def export_packed(
 ) -> PackedReport:
     """Write the trained `model` as a packed folder, certified on `batches` (input_ids [B, L], perhaps position_ids).
 
-    card           the beginning of README.md; usage, sizes and the certificate are added
+    card           the beginning of README.md; sizes and the certificate are added
     dense_dtype    of weights that are not quantized
     head_bits      of the integers for embedding and head; None stores them in `dense_dtype`
     snap_scales    move scales to the grid of the fast kernels
@@ -163,7 +165,6 @@ def export_packed(
             list(batches),
             method=method,
             card=card,
-            name=out.name,
             dense_dtype=dense_dtype,
             head_bits=head_bits,
             snap_scales=snap_scales,
@@ -173,7 +174,7 @@ def export_packed(
 def from_run(config: Config, card: str, target: Path) -> dict[str, Any]:
     """Return the keyword arguments of `write` that come from a run; `target` is the final folder."""
     rounding = {"head_bits": config.export.head_bits, "snap_scales": config.export.snap_scales}
-    return {"method": config.method, "card": card, "name": target.name, **rounding}
+    return {"method": config.method, "card": card, **rounding}
 
 
 def write(
@@ -196,7 +197,6 @@ def _write_proved(
     *,
     method: QuantMethod,
     card: str,
-    name: str,
     dense_dtype: DenseDtype,
     head_bits: HeadBits | None,
     snap_scales: bool,
@@ -216,7 +216,7 @@ def _write_proved(
         cost = compare(model, back, batches) if rounding.words else None
     _prove_loader(folder, back, batches)
     report = _report(packed, folder, certificate, coverage(model), cost)
-    parts = [card, USAGE.format(name=name), f"## Size\n\n{report.markdown()}\n"]
+    parts = [card, f"## Size\n\n{report.markdown()}\n"]
     parts.append(f"## Certificate\n\n{certificate.markdown()}\n")
     parts += [] if cost is None else [described(rounding.words, cost)]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
