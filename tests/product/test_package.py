@@ -37,7 +37,7 @@ def test_the_versions_of_python_are_those_that_are_allowed(project: dict[str, An
     assert minors == list(range(minors[0], minors[-1] + 1))
 
 
-WRITTEN = re.compile(r"(?:--(?:out|output|output-dir|output_dir|cache-dir)|-o)[ =]([a-z][\w./-]*)")
+WRITTEN = re.compile(r"(?:--(?:out|output|output-dir|output_dir|cache-dir)|-o)[ =](?!or )([a-z][\w./-]*)")
 PAGES = [*ROOT.glob("docs/*.md"), ROOT / "README.md"]
 # What libraries write beside, and what the guides name in other ways.
 MORE = ["trackio/x", ".trackio/x", "wandb/x", "outputs/x", "checkpoints/x", "caches/x", "loss.png", "local.yaml"]
@@ -45,7 +45,9 @@ MORE = ["trackio/x", ".trackio/x", "wandb/x", "outputs/x", "checkpoints/x", "cac
 
 def written() -> list[str]:
     """The files and folders that the commands of pages and help write into the working directory."""
-    found = {name for page in PAGES for name in WRITTEN.findall(page.read_text(encoding="utf-8"))}
+    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    commands = [line for line in lines if re.match(r"\s*(wf|python) ", line)]
+    found = {name for line in commands for name in WRITTEN.findall(line)}
     return sorted(found | set(MORE))
 
 
