@@ -199,8 +199,8 @@ def test_labels_lie_on_no_other_label_or_point() -> None:
     points = [Point(f"point_{i}", 2 + 0.05 * i, 0.4 + 0.01 * (i % 3)) for i in range(5)] + [Point("far", 9, 0.001)]
     svg = scatter(points, "x", "y", "t")
     dots = [tuple(map(float, pair)) for pair in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
-    labels = re.findall(r'<text x="([\d.]+)" y="(-?[\d.]+)" style="fill:[^"]+" text-anchor="start">(point_\d)<', svg)
-    boxes = [(float(x), float(x) + 8 * len(text), float(y) - 4) for x, y, text in labels]
+    labels = re.findall(r'<text x="([\d.]+)" y="(-?[\d.]+)" fill="#\w+" text-anchor="start">(point_\d)<', svg)
+    boxes = [(float(x), float(x) + 7 * len(text), float(y) - 4) for x, y, text in labels]
     assert len(boxes) == 5
     for i, (left, right, y) in enumerate(boxes):
         assert not any(left < x < right and abs(y - cy) < 8 for x, cy in dots)

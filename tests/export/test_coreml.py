@@ -303,4 +303,4 @@ def test_the_command_writes_a_package_and_says_what_was_not_run(tmp_path: Path) 
     assert result.exit_code == 0, result.output
     assert "no, that takes macOS 15" in result.output
     card = (tmp_path / "run" / "coreml" / "README.md").read_text()
-    assert "## Exported as coreml" in card
+    assert "--format coreml --factored-rank 1" in card

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 72, 24, 16, 52  # margins
-COLOURS = tuple(f"var(--line-{number})" for number in range(6))  # by the page, for light and dark backgrounds
-GREY = "var(--grey)"
-FONT = 14  # pixels, of a chart that is as wide as `WIDTH`
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 16, 48  # margins
+# A page may give them other values on a dark background: its style wins over these attributes.
+COLOURS = ("#0b6e99", "#b3541e", "#3a7d44", "#8a3ffc", "#a2191f", "#5c5f66")
+GREY = "#9aa0a6"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def scatter(points: Sequence[Point], x: str, y: str, title: str, aim: tuple[str,
         if point.spread:
             low = up.place(max(point.y - point.spread, up.low))
             marks.append(_line(cx, low, cx, up.place(point.y + point.spread), colour))
-        marks.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" style="fill:{colour}"/>')
+        marks.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" fill="{colour}"/>')
         marks.append(_label(point.label, cx, cy, colour, taken))
     if aim is not None:
         level = up.place(aim[1])
@@ -96,19 +96,19 @@ def scatter(points: Sequence[Point], x: str, y: str, title: str, aim: tuple[str,
 
 def _label(text: str, cx: float, cy: float, colour: str, taken: list[tuple[float, float, float]]) -> str:
     """A label right or left of its point, moved down or up until no other label and no point is in its place."""
-    length = 0.58 * FONT * len(text)
-    rows = (cy + 4 + (FONT + 1) * shift for shift in sorted(range(-20, 21), key=lambda shift: (abs(shift), -shift)))
+    length = 7.0 * len(text)
+    rows = (cy + 4 + 13 * shift for shift in sorted(range(-20, 21), key=lambda shift: (abs(shift), -shift)))
     inside = (y for y in rows if TOP + 8 < y < HEIGHT - BOTTOM - 4)
     lefts = [left for left in (cx + 9, cx - 9 - length) if LEFT < left < WIDTH - RIGHT - length]
     places = [(left, y) for y in inside for left in lefts]
     left, y = next((place for place in places if _is_free(*place, length, taken)), (cx + 9, cy + 4))
     taken.append((left, left + length, y))
     anchor, place = ("start", left) if left > cx else ("end", left + length)
-    return f'<text x="{place:.1f}" y="{y:.1f}" style="fill:{colour}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text x="{place:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _is_free(left: float, y: float, length: float, taken: list[tuple[float, float, float]]) -> bool:
-    return all(left > end or left + length < start or abs(y - other) >= FONT + 1 for start, end, other in taken)
+    return all(left > end or left + length < start or abs(y - other) >= 13 for start, end, other in taken)
 
 
 def curves(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], x: str, y: str, title: str) -> str:
@@ -122,9 +122,9 @@ def curves(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], x: str, y
     for number, (label, line) in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
         places = " ".join(f"{across.place(a):.1f},{up.place(b):.1f}" for a, b in line if b > 0)
-        marks.append(f'<polyline points="{places}" style="fill:none;stroke:{colour};stroke-width:1.5"/>')
-        place = f'x="{WIDTH - RIGHT - 6}" y="{TOP + FONT + (FONT + 3) * number}"'
-        marks.append(f'<text {place} style="fill:{colour}" text-anchor="end">{escape(label)}</text>')
+        marks.append(f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        place = f'x="{WIDTH - RIGHT - 6}" y="{TOP + 14 + 15 * number}"'
+        marks.append(f'<text {place} fill="{colour}" text-anchor="end">{escape(label)}</text>')
     return _framed(across, up, x, y, title, marks)
 
 
@@ -147,7 +147,7 @@ def _framed(across: Axis, up: Axis, x: str, y: str, title: str, marks: Sequence[
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str, opacity: float = 1.0) -> str:
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} style="stroke:{colour};stroke-opacity:{opacity}"/>'
+    return f'<line {ends} stroke="{colour}" stroke-opacity="{opacity}"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

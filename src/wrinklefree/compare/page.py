@@ -27,23 +27,28 @@ HEAD = (
 SHORT = (0, 1, 4, 5, 6, 7, 8, 10, 12)  # the columns that fit on a terminal
 
 STYLE = """
-:root { color-scheme: light dark; --grey: #767a80;
-  --line-0: #0b6e99; --line-1: #b3541e; --line-2: #3a7d44; --line-3: #8a3ffc; --line-4: #a2191f; --line-5: #5c5f66; }
-@media (prefers-color-scheme: dark) { :root { --grey: #8d939b;
-  --line-0: #5cc0ea; --line-1: #f0935b; --line-2: #7fd08b; --line-3: #c39bff; --line-4: #ff8389; --line-5: #b6bac0; } }
+:root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: .875rem; width: 100%; }
 caption { text-align: left; padding: .5rem 0; }
 th, td { padding: .3rem .45rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-tr.dominated { color: var(--grey); }
+tr.dominated { color: #767a80; }
 .wide { overflow-x: auto; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-size: .875rem; }
-svg { width: 100%; height: auto; font: 14px system-ui, sans-serif; }
+svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 .samples td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
 .samples th { vertical-align: top; }
-footer { margin-top: 2rem; font-size: .875rem; color: var(--grey); }
+@media (prefers-color-scheme: dark) {
+  [fill="#0b6e99"] { fill: #5cc0ea; } [fill="#b3541e"] { fill: #f0935b; } [fill="#3a7d44"] { fill: #7fd08b; }
+  [fill="#8a3ffc"] { fill: #c39bff; } [fill="#a2191f"] { fill: #ff8389; } [fill="#5c5f66"] { fill: #b6bac0; }
+  [stroke="#0b6e99"] { stroke: #5cc0ea; } [stroke="#b3541e"] { stroke: #f0935b; }
+  [stroke="#3a7d44"] { stroke: #7fd08b; }
+  [stroke="#8a3ffc"] { stroke: #c39bff; } [stroke="#a2191f"] { stroke: #ff8389; }
+  [stroke="#5c5f66"] { stroke: #b6bac0; }
+}
+footer { margin-top: 2rem; font-size: .875rem; color: #767a80; }
 """
 
 

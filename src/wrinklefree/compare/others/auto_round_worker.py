@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def main(source: str, out: Path, settings: str) -> None:
     torch.set_num_threads(1)
     rows = [torch.tensor([ids]) for ids in json.load(sys.stdin)]
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     sizes = {"nsamples": len(rows), "seqlen": rows[0].shape[1]}
     wall = time.perf_counter()
     quantizer = AutoRound(
