@@ -86,7 +86,8 @@ def run(
             chosen, notes = _mixed(chosen, len(names), out, size, bits)
         measured, facts = _train_and_measure(chosen, store, out, budget, processes, force)
         ways = len({entry.method for entry in chosen})
-        _write(out, f"{first.model.name}: {ways} ways to fewer bits", [*facts, *notes], [*rows, *measured])
+        title = f"{first.model.name}: {ways} way{'s' if ways > 1 else ''} to fewer bits"
+        _write(out, title, [*facts, *notes], [*rows, *measured])
     if as_json:
         print((out / FIGURES).read_text(encoding="utf-8"), end="")
 
@@ -204,7 +205,7 @@ def _facts(opened: Run, chosen: list[Entry], budget: str | None) -> list[str]:
     """What all rows have in common, in sentences."""
     config, seeds = opened.config, sorted({entry.seed for entry in chosen})
     t = config.training
-    length = f"{t.max_steps} steps" if t.max_steps else budget or "the default time"
+    length = f"{t.max_steps} step{'s' if t.max_steps > 1 else ''}" if t.max_steps else budget or "the default time"
     text = config.data.path or config.data.source
     return [
         f"Each run had {length}, the text {Path(text).name}, the objective {t.objective} (KL to the original), and the "
