@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.method import QuantLinear, QuantMethod
-from wrinklefree.core.ste import round_fp16
+from wrinklefree.core.row_scales import RowScaledLinear
 
 ROUNDS = 10  # of alternating least squares
 SMALLEST = 1e-5
@@ -47,24 +47,11 @@ def fitted(weight: Tensor, importance: Tensor) -> Tensor:
     return scales
 
 
-class ResidualSignsLinear(QuantLinear):
+class ResidualSignsLinear(RowScaledLinear):
     """A linear layer with two signs per weight and two trained scales per row."""
 
-    def setup(self) -> None:
-        start = self.weight.new_ones(self.out_features, 2)  # trained values are loaded next
-        if self.fits:
-            start = fitted(self.weight.detach(), self.weight.new_ones(self.in_features))
-        self.log_scales = nn.Parameter(start.detach().log())
-
-    def nearest(self, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        return codes_of(weight, tensors["scales"].detach())
-
-    def fit(self, importance: Tensor) -> None:
-        self.log_scales.data.copy_(fitted(self.weight.detach(), importance).log())
-
-    def encode(self) -> Codes:
-        scales = {"scales": round_fp16(self.log_scales.exp())}
-        return Codes(self.nearest(self.weight.detach(), scales), 2, scales, (self.out_features, self.in_features))
+    num_scales = 2
+    codes_of, fitted = staticmethod(codes_of), staticmethod(fitted)
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:

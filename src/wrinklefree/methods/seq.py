@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wrinklefree.core.codes import Codes
 from wrinklefree.core.forms import Table
 from wrinklefree.core.method import QuantLinear, QuantMethod
-from wrinklefree.core.ste import round_fp16
+from wrinklefree.core.row_scales import RowScaledLinear
 
 LEVELS = (-1.5, -0.5, 0.5, 1.5)
 EDGE = 2.0  # beyond it the nearest level does not move with the weight
@@ -43,24 +43,11 @@ def fitted(weight: Tensor, importance: Tensor) -> Tensor:
     return scales
 
 
-class SeqLinear(QuantLinear):
+class SeqLinear(RowScaledLinear):
     """A linear layer with four levels per weight and a trained scale per row."""
 
-    def setup(self) -> None:
-        start = self.weight.new_ones(self.out_features, 1)  # trained values are loaded next
-        if self.fits:
-            start = fitted(self.weight.detach(), self.weight.new_ones(self.in_features))
-        self.log_scales = nn.Parameter(start.detach().log())
-
-    def nearest(self, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        return codes_of(weight, tensors["scales"].detach())
-
-    def fit(self, importance: Tensor) -> None:
-        self.log_scales.data.copy_(fitted(self.weight.detach(), importance).log())
-
-    def encode(self) -> Codes:
-        scales = {"scales": round_fp16(self.log_scales.exp())}
-        return Codes(self.nearest(self.weight.detach(), scales), 2, scales, (self.out_features, self.in_features))
+    num_scales = 1
+    codes_of, fitted = staticmethod(codes_of), staticmethod(fitted)
 
     @staticmethod
     def decode(codes: Codes) -> Tensor:
