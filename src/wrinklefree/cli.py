@@ -766,7 +766,7 @@ def compare(
         typer.Option(help="Methods or trainings; default: fairy2_w2,fairy2_w1,bitdistill,anemll_q2a4."),
     ] = None,
     references: Annotated[
-        str | None, typer.Option(help="Models without training; default: int8,int4,rtn_2bit,hqq_2bit; or none.")
+        str | None, typer.Option(help="Models without training, or none; default: those whose packages are installed.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 1,
     steps: Annotated[int | None, typer.Option(min=0, help="Steps of each run.")] = None,

@@ -124,3 +124,10 @@ def test_a_reference_with_a_description_is_that_reference() -> None:
     found = closed(whole)
     assert found["properties"]["n"] == {"$ref": "#/$defs/A", "description": "it", "default": {}}
     assert found["additionalProperties"] is found["$defs"]["A"]["additionalProperties"] is False
+
+
+def test_a_property_may_have_the_name_of_a_keyword() -> None:
+    inner = {"type": "object", "properties": {"a": {"type": "boolean"}}}
+    for name in ("default", "enum", "required", "properties"):
+        found = closed({"type": "object", "properties": {name: inner}})
+        assert found["properties"][name]["additionalProperties"] is False

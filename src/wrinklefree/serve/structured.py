@@ -6,6 +6,7 @@ reaches `max_tokens` first is cut off.
 
 import json
 import logging
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ COMPOSING = frozenset({"allOf", "not", "if", "dependentSchemas"})
 OTHERS = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties"})  # say what others are
 WORDS = frozenset({"title", "description", "default", "examples", "deprecated"})  # which constrain nothing
 LITERAL = frozenset({"const", "enum", "default", "examples", "required"})  # values, not schemas
+NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})  # schemas by name
 
 
 class Grammars:
@@ -72,27 +74,33 @@ def closed(schema: Any) -> Any:
     Schemas that put objects together from parts (`allOf` and such) stay as they are, because a part does not know the
     properties of the others. An `allOf` of one part, by which older generators describe a reference, is that part.
     """
-    whole = _merged(schema)
-    return whole if _composed(whole) else _closed(whole)
+    whole = rewritten(schema, _merged)
+    return whole if _composed(whole) else rewritten(whole, _closed)
 
 
-def _merged(node: Any) -> Any:
-    """`node` with the part of each `allOf` that has only one, if nothing beside it constrains anything."""
+def rewritten(node: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A JSON schema with `change` made to each schema in it, the inner ones first. Values that are none stay."""
     if isinstance(node, list):
-        return [_merged(item) for item in node]
+        return [rewritten(item, change) for item in node]
     if not isinstance(node, dict):
         return node
-    values = {name: value if name in LITERAL else _merged(value) for name, value in node.items()}
-    parts = values.get("allOf")
-    if (
-        isinstance(parts, list)
-        and len(parts) == 1
-        and isinstance(parts[0], dict)
-        and values.keys() <= {"allOf"} | WORDS
-    ):
-        del values["allOf"]
-        return parts[0] | values
-    return values
+    return change({name: value if name in LITERAL else _inside(name, value, change) for name, value in node.items()})
+
+
+def _inside(name: str, value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """What a schema has under `name`. A property may be called `default` or `enum`: its schema is one, too."""
+    if name in NAMED and isinstance(value, dict):
+        return {key: rewritten(schema, change) for key, schema in value.items()}
+    return rewritten(value, change)
+
+
+def _merged(node: dict[str, Any]) -> dict[str, Any]:
+    """`node` with the part of its `allOf`, if that has only one and nothing beside it constrains anything."""
+    parts = node.get("allOf")
+    if not isinstance(parts, list) or len(parts) != 1 or not isinstance(parts[0], dict):
+        return node
+    beside = {name: value for name, value in node.items() if name != "allOf"}
+    return parts[0] | beside if beside.keys() <= WORDS else node
 
 
 def _composed(node: Any) -> bool:
@@ -104,16 +112,10 @@ def _composed(node: Any) -> bool:
     return bool(parts) or any(map(_composed, node.values()))
 
 
-def _closed(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_closed(item) for item in node]
-    if not isinstance(node, dict):
-        return node
+def _closed(node: dict[str, Any]) -> dict[str, Any]:
     named = node.get("properties")
     whole = isinstance(named, dict) and set(node.get("required") or []) <= named.keys()
-    more = {"additionalProperties": False} if whole and not OTHERS & node.keys() else {}
-    values = {name: value if name in LITERAL else _closed(value) for name, value in node.items()}
-    return values | more
+    return node | {"additionalProperties": False} if whole and not OTHERS & node.keys() else node
 
 
 class SchemaConstraint:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wrinklefree.serve.schema import Chat, Completion, Message
-from wrinklefree.serve.structured import LITERAL, closed
+from wrinklefree.serve.structured import closed, rewritten
 
 NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function that says nothing of them
 
@@ -66,20 +66,16 @@ class Tools:
 
 def _call_schema(index: int, function: dict[str, Any]) -> dict[str, Any]:
     """The schema of a call of one function, which is number `index` of the alternatives."""
-    arguments = _moved(closed(function.get("parameters") or NO_PARAMETERS), f"#/anyOf/{index}/properties/arguments")
+    root = f"#/anyOf/{index}/properties/arguments"
+
+    def moved(node: dict[str, Any]) -> dict[str, Any]:
+        """What refers to the root of its own schema, `#`, refers to the place that this has now."""
+        target = node.get("$ref")
+        return node | {"$ref": root + target[1:]} if isinstance(target, str) and target.startswith("#") else node
+
+    arguments = rewritten(closed(function.get("parameters") or NO_PARAMETERS), moved)
     properties = {"name": {"const": function["name"]}, "arguments": arguments}
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
-
-
-def _moved(node: Any, root: str) -> Any:
-    """A schema that is part of another at the pointer `root`: what refers to its own root, `#`, refers to that."""
-    if isinstance(node, list):
-        return [_moved(item, root) for item in node]
-    if not isinstance(node, dict):
-        return node
-    moved = {name: value if name in LITERAL else _moved(value, root) for name, value in node.items()}
-    target = node.get("$ref")
-    return moved | {"$ref": root + target[1:]} if isinstance(target, str) and target.startswith("#") else moved
 
 
 def tools_of(request: Chat | Completion) -> Tools | None:
