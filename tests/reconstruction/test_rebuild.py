@@ -27,6 +27,7 @@ from wrinklefree.runs import launch, rebuilding
 from wrinklefree.runs.report import RESULTS, read_figures
 from wrinklefree.runs.setup import open_run
 from wrinklefree.runs.stage import train_stage
+from wrinklefree.training import pacing
 
 pytestmark = pytest.mark.numeric
 
@@ -201,6 +202,21 @@ def test_a_broken_plan_is_named(interrupted: Path, text: str) -> None:
     (interrupted / "run" / "blocks" / "plan.json").write_text(text)
     with pytest.raises(UserError, match=r"plan\.json: not the plan of a run"):
         train_stage(load_config(settings(interrupted, "training.resume_from=latest")), force=False)
+
+
+def test_blocks_that_leave_no_time_for_a_step_are_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a machine that turned slow: what the minutes went into is kept."""
+    toy_files(tmp_path)
+    monkeypatch.setattr(pacing, "fitting", lambda step, *args: step)
+    with caplog.at_level("WARNING", "wrinklefree"):
+        train_stage(load_config(settings(tmp_path, "training.max_steps=null", "training.max_minutes=5")), force=False)
+    assert "too little for one step" in caplog.text
+    results = read_figures(tmp_path / "run" / RESULTS)
+    assert results["training"]["steps"] == 0
+    assert results["trained"]["nll"] == results["one_shot"]["nll"]
+    assert (tmp_path / "run" / "packed" / "model.safetensors").exists()
 
 
 def test_minutes_that_the_blocks_would_outlast_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

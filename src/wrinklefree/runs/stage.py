@@ -103,6 +103,7 @@ def train_opened(run: Run, start: Path | None = None, made: PreTrainedModel | No
     if shows_start:
         measured.measure_state("one_shot", student)
     if run.budget is not None:
+        run.budget.rebuilt = made is None and measured.results.rebuilt
         run.budget.reserved = measured.seconds_to_come()
     run.fit(student, objective, teacher=teacher, stream=stream, forecast=True)
     measured.measure_state("trained", student)
@@ -243,7 +244,7 @@ def finish(measured: Measured, original: PreTrainedModel, student: PreTrainedMod
     """Plot the losses, pack the model, and print and save the results."""
     run, results, out = measured.run, measured.results, measured.run.out
     results.training = training_facts(run)
-    if run.config.training.max_steps != 0:
+    if run.plan.max_steps:
         plot_runs([out / "training_log.csv"], out / "plots" / "loss.png")
     if run.config.method is not None and run.config.training.pack:
         pack(measured, original, student)

@@ -70,6 +70,7 @@ class Budget:
     before: float = 0.0  # seconds of training in earlier processes
     last_step: int = 0  # the end by the number of steps or tokens that was set; the minutes may end it earlier
     kept: bool = False  # whether a checkpoint's plan goes on
+    rebuilt: bool = False  # whether blocks were rebuilt, so that a training without a step leaves something, too
     mark: int = 0  # tenths of the training after which the plan was last looked at
     began: float = 0.0  # the training, in this process
 

@@ -44,7 +44,8 @@ SAVE_SECONDS = 12 / 300e6
 def begin(run: TrainingState, take_step: TakeStep) -> None:
     """Choose the steps, or go on with a checkpoint's plan. Every process has to call this.
 
-    Raises UserError if not one step fits into the minutes.
+    Raises UserError if not one step fits into the minutes. If blocks were rebuilt in them, a warning says so, and the
+    training has no step.
     """
     budget = _budget(run)
     budget.begin()
@@ -57,10 +58,13 @@ def begin(run: TrainingState, take_step: TakeStep) -> None:
         return
     if not run.pace.means:
         _measure(run, take_step)
-    last, means = _last_step(run), run.pace.means
-    if last <= run.step:
+    last, means = max(run.step, _last_step(run)), run.pace.means
+    if last == run.step and not budget.rebuilt:
         raise UserError(_too_little(run))
     _take(run, replace(run.plan, max_steps=last, bend=(0, 0.0)))  # as if it had been planned so from the beginning
+    if last == run.step:
+        log.warning("%s. The model stays as it was rebuilt", _too_little(run))
+        return
     budget.mark = _mark(run)
     told = (
         spoken_time(60 * budget.minutes),
