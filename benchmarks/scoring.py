@@ -18,7 +18,6 @@ import json
 import random
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +160,7 @@ def likelihood(engine: Engine, context: Sequence[int], continuation: Sequence[in
 
 def write(engine: Engine, tokenizer: Any, prompt: str, settings: dict[str, Any]) -> str:
     """Greedy text behind `prompt`, up to the first of the texts that end it."""
-    sampling = replace(
-        Sampling(), max_new_tokens=settings["max_gen_toks"], stop_tokens=frozenset([tokenizer.eos_token_id])
-    )
+    sampling = Sampling(max_new_tokens=settings["max_gen_toks"], stop_tokens=frozenset([tokenizer.eos_token_id]))
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     text: str = tokenizer.decode(list(engine.generate(ids, sampling)), skip_special_tokens=True)
     return text[: min((text.find(end) for end in settings["until"] if end in text), default=len(text))]

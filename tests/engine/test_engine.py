@@ -260,7 +260,8 @@ def test_int8_activations_stay_near(name: str) -> None:
     model = pack_model(method.prepare(base(initializer_range=0.3), batches()), method, "float32")
     exact = read(decoder(model), ids(60), (60,))[0]
     near = read(decoder(model, "int8"), ids(60), (60,))[0]
-    assert 0 < np.linalg.norm(near - exact) < 0.08 * np.linalg.norm(exact)
+    most = 0.08 if method.name == "residual_signs" else 0.06  # its weights have no form and are rounded to bytes, too
+    assert 0 < np.linalg.norm(near - exact) < most * np.linalg.norm(exact)
 
 
 def test_a_method_of_ones_own_runs(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from wrinklefree.compare.others import Asked, Rounded
 from wrinklefree.core.errors import UserError
 from wrinklefree.export.formats import gguf as writing
 from wrinklefree.gguf.header import read_header
-from wrinklefree.gguf.names import gguf_names, heads_of
+from wrinklefree.gguf.names import gguf_names
 from wrinklefree.gguf.values import read_weight
 
 WORKER = Path(__file__).with_name("llama_worker.py")
@@ -28,7 +28,6 @@ WORKER = Path(__file__).with_name("llama_worker.py")
 def kind(name: str, asked: Asked) -> Iterator[tuple[str, Rounded]]:
     """Quantize the model to a type such as Q2_K. Raises UserError if GGUF has no such model, or llama.cpp fails."""
     arch = writing.architecture(asked.model)
-    config = asked.model.config
     with TemporaryDirectory() as place:
         plain, target = Path(place, "f16.gguf"), Path(place, "made.gguf")
         write(asked.model, plain)
@@ -36,9 +35,8 @@ def kind(name: str, asked: Asked) -> Iterator[tuple[str, Rounded]]:
         header = read_header(target)
         for fqn in asked.layers:
             parameter = f"{fqn}.weight"
-            heads = heads_of(parameter, arch, config.num_attention_heads, config.num_key_value_heads)
             stored = [header.tensors[place].nbytes for place in gguf_names(parameter, arch)]
-            yield fqn, Rounded(read_weight(header, parameter, heads), 8 * sum(stored))
+            yield fqn, Rounded(read_weight(header, parameter, writing.heads(parameter, asked.model)), 8 * sum(stored))
 
 
 def write(model: PreTrainedModel, file: Path) -> None:
