@@ -36,7 +36,10 @@ def kind(name: str, asked: Asked) -> Iterator[tuple[str, Rounded]]:
         for fqn in asked.layers:
             parameter = f"{fqn}.weight"
             stored = [header.tensors[place].nbytes for place in gguf_names(parameter, arch)]
-            yield fqn, Rounded(read_weight(header, parameter, writing.heads(parameter, asked.model)), 8 * sum(stored))
+            yield (
+                fqn,
+                Rounded(read_weight(header, parameter, writing.heads_in(parameter, asked.model)), 8 * sum(stored)),
+            )
 
 
 def write(model: PreTrainedModel, file: Path) -> None:

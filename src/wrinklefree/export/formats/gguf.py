@@ -282,7 +282,7 @@ def write_tensors(writer: Any, model: PreTrainedModel, layers: Mapping[str, Leve
 
 def _data(name: str, tensor: Tensor, model: PreTrainedModel, layer: Levels | None, kind: str) -> Iterator[Array]:
     """The bytes of a parameter's pieces, with rows in llama.cpp's order: arrays of any dtype."""
-    arch, heads = WRITTEN_AS[type(model).__name__], heads(name, model)
+    arch, heads = WRITTEN_AS[type(model).__name__], heads_in(name, model)
     experts, pieces = (len(tensor) if tensor.ndim == 3 else 1), len(gguf_names(name, arch))
     for number in range(pieces):
         if layer is not None and kind in INTEGERS:
@@ -302,7 +302,7 @@ def _floats(values: Array, kind: str) -> Array:
     return values if rounding is None else rounding(values)
 
 
-def heads(name: str, model: PreTrainedModel) -> int | None:
+def heads_in(name: str, model: PreTrainedModel) -> int | None:
     """How many heads the rows of a weight belong to, whose order GGUF changes; None for other weights."""
     config = model.config
     arch = WRITTEN_AS[type(model).__name__]
@@ -313,7 +313,7 @@ def check(file: Path, model: PreTrainedModel, layers: Mapping[str, Levels]) -> N
     """Read the file back. Raises CertificateError if a weight of a quantized layer is not exactly the trained one."""
     header = read_header(file)
     for name, layer in layers.items():
-        if not torch.equal(read_weight(header, name, heads(name, model)).flatten(0, -2), layer.weight()):
+        if not torch.equal(read_weight(header, name, heads_in(name, model)).flatten(0, -2), layer.weight()):
             raise CertificateError(f"{name}: differs after reading the GGUF file back")
 
 
@@ -373,7 +373,7 @@ def _filled(plain: PreTrainedModel, file: Path, model: PreTrainedModel) -> PreTr
     """A copy of `plain` with the weights in the file. The original shares embeddings with the trained model."""
     header, back = read_header(file), copy.deepcopy(plain)
     for name, parameter in back.named_parameters():
-        parameter.copy_(read_weight(header, name, heads(name, model)))
+        parameter.copy_(read_weight(header, name, heads_in(name, model)))
     return back
 
 
