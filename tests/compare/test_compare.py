@@ -73,7 +73,8 @@ def test_a_comparison_can_be_all_that_standard_output_gets(
     out, err = capfd.readouterr()
     assert json.loads(out) == json.loads(Path("outputs/compare_toy", compare.FIGURES).read_text())
     assert [each["method"] for each in json.loads(out)["rows"]] == ["original", "fairy2_w1"]
-    assert "held-out perplexity" in err  # the report of the run
+    assert "held-out perplexity" not in err  # the report of the run is in its own file
+    assert "held-out perplexity" in Path("outputs/compare_toy", compare.LOGS, "fairy2_w1-42.log").read_text()
     assert "next: open" in err
 
 

@@ -23,12 +23,14 @@ from wrinklefree.core.processor import processor
 from wrinklefree.core.text import parse_bytes
 from wrinklefree.runs import launch
 from wrinklefree.runs.setup import Run, open_run
+from wrinklefree.tracking.one_line import one_line
 from wrinklefree.tracking.terminal import print_table, printed_aside, spoken_time
 
 log = logging.getLogger("wrinklefree")
 
 MIXED = ("fairy2_w2",)  # by default, if bits are mixed
 SENSITIVITY = "sensitivity"  # what each layer suffers from few bits
+LOGS = "logs"  # what each run printed
 KINDS = {"mixed": mixed.best, "even": mixed.even}
 
 LONG_ENOUGH = 10.0  # seconds of finished runs, to tell from them how long the others will take
@@ -100,7 +102,8 @@ def _train_and_measure(
     for number, entry in enumerate(chosen):
         about = _to_go(number, len(chosen), time.monotonic() - began)
         log.info("== %d of %d: %s, seed %d%s", number + 1, len(chosen), entry.method, entry.seed, about)
-        launch.run_chain([list(entry.overrides)], force, processes, budget)
+        with one_line(entry.name, out / LOGS / f"{entry.name}.log"):
+            launch.run_chain([list(entry.overrides)], force, processes, budget)
     with _opened(chosen[0], out) as opened:
         test = Test(opened)
         rows = [_kept(store, entry.name, test, source(entry)) or _measured(store, entry, test) for entry in chosen]
@@ -223,5 +226,5 @@ def _write(out: Path, title: str, facts: list[str], rows: list[Row]) -> None:
         with file_aside(out / name) as aside:
             aside.write_text(text, encoding="utf-8")
     print_table(*page.short_table(groups))
-    print(f"\nwrote {out}/: {PAGE}, {TABLE}, {FIGURES}, runs/")
+    print(f"\nwrote {out}/: {PAGE}, {TABLE}, {FIGURES}, runs/, {LOGS}/")
     print(f"next: open {out / PAGE} in a browser")
