@@ -110,7 +110,17 @@ def options_of_all(
     """Hold the options that belong to no verb."""
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings; see `wf config`.")]
+def _completed(ctx: typer.Context, incomplete: str) -> list[str]:
+    """What a shell may put in place of the beginning of a setting."""
+    from wrinklefree.config.keys import completions
+
+    return completions(ctx.params.get("overrides") or [], incomplete)
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings; see `wf config`.", autocompletion=_completed),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
 Processes = Annotated[int | None, typer.Option("--nproc", min=1, help="Number of processes to train in.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Time for all of it, such as 2h, 90m or 1h30m.")]

@@ -11,7 +11,7 @@ from wrinklefree.data.hub import hub_reachable
 from wrinklefree.tracking.terminal import short_size
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
-WEIGHTS = ("*.safetensors", "*.gguf", "*.pt", "*.mlpackage")
+WEIGHTS = ("*.safetensors", "*.gguf", "*.pt", "*.mlpackage", "*.aimodel")
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, TypeGuard, get_args
+from typing import Any, TypeGuard
 
 from pydantic import TypeAdapter, ValidationError
 
+from wrinklefree.config.keys import key_paths
 from wrinklefree.config.schema import Config, QuantizationConfig
 from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
@@ -177,13 +178,3 @@ def _describe(cls: type, prefix: str, path: str, errors: list[Any]) -> str:
     if error["type"] == "value_error" and not where:  # two settings that do not go together
         return f"{prefix.rstrip('.')}: {error['msg'].removeprefix('Value error, ')}"
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
-
-
-def key_paths(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (full path, dataclass field) for every key of a config class, sections included."""
-    for f in dataclasses.fields(cls):
-        path = f"{prefix}{f.name}"
-        yield path, f
-        for inner in (f.type, *get_args(f.type)):
-            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-                yield from key_paths(inner, path + ".")

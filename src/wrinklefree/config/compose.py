@@ -10,7 +10,8 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from wrinklefree.config.check import check_config, flatten, key_paths
+from wrinklefree.config.check import check_config, flatten
+from wrinklefree.config.keys import CONFIGS, USERS, key_paths
 from wrinklefree.config.schema import Config
 from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.config.values import check_literal, parse_value, quoted
@@ -22,8 +23,6 @@ from wrinklefree.core.text import did_you_mean, without_bucket
 LARGEST_YAML = 1 << 18  # bytes; a run's settings have 3,000
 
 LARGEST_SETTINGS = 10_000  # values and keys in a file of settings
-
-CONFIGS = Path(__file__).parent / "yaml"
 
 PATH = re.compile(r"(?!\d)[\w-]+(\.(?!\d)[\w-]+)*")  # of a setting
 
@@ -54,7 +53,7 @@ def option_files(group: str) -> list[Path]:
 
     Raises UserError if a user's file has a name that the package has already.
     """
-    own, users = (sorted((root / group).glob("*.yaml")) for root in (CONFIGS, Path.cwd() / "configs"))
+    own, users = (sorted((root / group).glob("*.yaml")) for root in (CONFIGS, Path.cwd() / USERS))
     for path in users:
         if path.name in [mine.name for mine in own]:
             raise UserError(f"{path}: the package has a {group}={path.stem} already; rename the file")
@@ -219,7 +218,7 @@ def _store_schema() -> None:
 
 def search_path() -> list[str]:
     """The override that lets Hydra find the user's `configs/` in the working directory; empty if there is none."""
-    mine = Path.cwd() / "configs"
+    mine = Path.cwd() / USERS
     return [f"hydra.searchpath=[{quoted(f'file://{mine}')}]"] if mine.is_dir() else []
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wrinklefree.config.check import flatten, key_paths
+from wrinklefree.config.check import flatten
 from wrinklefree.config.compose import compose_values, option_files, options, read_yaml, resolve_model
+from wrinklefree.config.keys import key_paths
 from wrinklefree.config.schema import Config, ModelConfig
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
