@@ -49,11 +49,15 @@ def test_every_key_that_is_completed_is_known(tmp_path: Path) -> None:
     """A key that is not known is an error; a value that does not fit is another one."""
     keys = [word.removesuffix("=") for word in completions([], "training.") if "logging" not in word]
     assert len(keys) > 40
-    for key in keys[::8]:
-        try:
-            load_config([f"{key}=null"])
-        except UserError as error:
-            assert "unknown key" not in str(error), key
+    assert not [key for key in keys[::8] if "unknown key" in _refused(f"{key}=null")]
+
+
+def _refused(setting: str) -> str:
+    try:
+        load_config([setting])
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
