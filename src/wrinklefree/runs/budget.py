@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from wrinklefree.config.compose import CONFIGS, all_settings
+from wrinklefree.config.compose import all_settings
+from wrinklefree.config.keys import CONFIGS
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError
