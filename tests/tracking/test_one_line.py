@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from wrinklefree.tracking import one_line as module
 from wrinklefree.tracking.one_line import one_line
 
 # Prints more lines than fit, a warning, and lines of a process of its own.
@@ -22,6 +21,19 @@ with one_line("w2", Path(sys.argv[1])):
     subprocess.run(["echo", "step 2"], check=True)
     time.sleep(1)
 print("done")
+"""
+
+INTO_A_PIPE = """
+import sys, time
+from pathlib import Path
+from wrinklefree.tracking import one_line
+one_line._PIPE_INTERVAL = 0.01
+with one_line.one_line("run", Path(sys.argv[1])):
+    print("step 1")
+    print("warning: too few rows")
+    print("step 2")
+    time.sleep(1)
+    print("warning: at the end")
 """
 
 
@@ -43,22 +55,16 @@ def test_what_a_block_and_its_processes_print_goes_into_the_file(
     assert err == ""
 
 
-def test_the_last_line_and_each_warning_are_shown(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_PIPE_INTERVAL", 0.01)
-    with one_line("run", tmp_path / "run.log"):
-        print("step 1")
-        print("warning: too few rows")
-        print("step 2")
-        shown = ""
-        while "run: step 2\n" not in shown:
-            shown += capfd.readouterr().err
-        print("warning: at the end", flush=True)
-    shown += capfd.readouterr().err
-    assert shown.count("warning: too few rows\n") == 1
-    assert shown.count("warning: at the end\n") == 1
-    assert shown.count("run: step 2\n") == 1  # a line that stays the last one is not repeated
+def test_a_pipe_gets_the_last_line_once_and_each_warning(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", INTO_A_PIPE, str(tmp_path / "run.log")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning: too few rows",
+        "warning: at the end",
+    ]
+    assert lines.count("run: step 2") == 1  # a line that stays the last one is not repeated
 
 
 def test_a_block_that_fails_says_where_its_words_are(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
