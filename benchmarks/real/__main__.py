@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 KEPT = HERE / "kept"
 STEP_TIME = HERE / "step_time.json"
 TEXT = HERE.parents[1].parent / "shared/data/wikitext-2/valid.txt"
-RATIOS = ("w2", "w2_avx2", "ternary", "w1", "q2a4")
+RATIOS = ("w2", "w2_seeds", "w2_avx2", "ternary", "w1", "q2a4")
 
 
 def main() -> None:
@@ -190,7 +190,7 @@ def summary(rows: dict[str, Row], step_time: Path) -> Figures:
     found["minutes"] = rows["w2"].minutes if "w2" in rows else None
     found["step_time_ratio_135m"] = read_json(step_time)["step_time_ratio_135m"] if step_time.exists() else None
     found["processor"] = processor()
-    found["w2_ppl_ratio_seeds"] = [row.ppl / original for row in seeds(rows, "w2")]
+    found["w2_ppl_ratio_seeds"] = [row.ppl / original for row in seeds(rows, "w2_seeds") or seeds(rows, "w2")]
     table = {name: figures_of(row) for name, row in rows.items()}
     return found | {"rows": table}
 
