@@ -111,10 +111,13 @@ def options_of_all(
 
 
 def _completed(ctx: typer.Context, incomplete: str) -> list[str]:
-    """What a shell may put in place of the beginning of a setting."""
+    """What a shell may put for the beginning of a setting. A mistake in the user's files waits for the command."""
     from wrinklefree.config.keys import completions
 
-    return completions(ctx.params.get("overrides") or [], incomplete)
+    try:
+        return completions(ctx.params.get("overrides") or [], incomplete)
+    except UserError:
+        return []
 
 
 Overrides = Annotated[

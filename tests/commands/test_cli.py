@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from wrinklefree.cli import SECTIONS, app, main
 from wrinklefree.commands import doctor
 from wrinklefree.config.compose import config_yaml, load_config
-from wrinklefree.config.compose import options as options_of
+from wrinklefree.config.groups import options as options_of
 from wrinklefree.core import files
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import constant

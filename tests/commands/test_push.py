@@ -121,6 +121,15 @@ def test_a_hub_that_is_not_there_is_one_line(hub: type[Hub], tmp_path: Path, mon
         push.run("me/tiny", exported(tmp_path))
 
 
+def test_an_asset_for_core_ai_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = exported(tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.aimodel").mkdir()
+    (folder / "model.aimodel" / "weights.bin").write_bytes(b"1")
+    push.run("me/tiny", folder, dry_run=True)
+    assert "model.aimodel/weights.bin" in capsys.readouterr().out
+
+
 def test_only_an_exported_folder_goes(tmp_path: Path) -> None:
     folder = exported(tmp_path)
     with pytest.raises(UserError, match="not ORG/NAME"):

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 import wrinklefree
-from wrinklefree.config.compose import CONFIGS, config_yaml, load_config, options, read_config
+from wrinklefree.config.compose import config_yaml, load_config, read_config
+from wrinklefree.config.groups import CONFIGS, options
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.method import available, find

@@ -1,5 +1,6 @@
 """What shells complete settings to."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from wrinklefree.config.compose import load_config, options
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.groups import options
 from wrinklefree.config.keys import completions
 from wrinklefree.core.errors import UserError
 
@@ -58,6 +60,15 @@ def _refused(setting: str) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def test_a_mistake_in_a_users_file_prints_nothing_while_one_types(tmp_path: Path) -> None:
+    (tmp_path / "configs" / "training").mkdir(parents=True)
+    (tmp_path / "configs" / "training" / "ternary.yaml").touch()  # the package has one of this name
+    typed = {"_WF_COMPLETE": "complete_bash", "COMP_WORDS": "wf train training = fa", "COMP_CWORD": "4"}
+    wf = Path(sys.executable).with_name("wf")
+    done = subprocess.run([wf], env={**os.environ, **typed}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == done.stderr == ""
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

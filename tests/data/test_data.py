@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from wrinklefree.config.compose import CONFIGS
+from wrinklefree.config.groups import CONFIGS
 from wrinklefree.config.schema import DataConfig
 from wrinklefree.core.batch import IGNORE
 from wrinklefree.core.errors import UserError

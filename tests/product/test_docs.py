@@ -9,7 +9,7 @@ import pytest
 from build_site import MORE_PAGES, build, commands, with_mathml
 
 from wrinklefree.cli import SECTIONS, app
-from wrinklefree.config.compose import option_files, options
+from wrinklefree.config.groups import option_files, options
 from wrinklefree.config.keys import key_paths
 from wrinklefree.config.schema import Config
 from wrinklefree.core import method

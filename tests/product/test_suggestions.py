@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 import wrinklefree
 from wrinklefree.cli import app
 from wrinklefree.config.check import key_paths
-from wrinklefree.config.compose import options
+from wrinklefree.config.groups import options
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import parse_value
 from wrinklefree.core.method import available, find

@@ -1,24 +1,27 @@
 """One line for a run among several."""
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
 from wrinklefree.tracking.one_line import one_line
 
-# Prints more lines than fit, a warning, and lines of a process of its own.
+# Prints a line by a process of its own, a warning, and at the end a line that does not fit.
 ON_A_TERMINAL = """
 import subprocess, sys, time
 from pathlib import Path
 from wrinklefree.tracking.one_line import one_line
 with one_line("w2", Path(sys.argv[1])):
-    print("step 1 " + "x" * 200)
+    subprocess.run(["echo", "step 1"], check=True)
     print("warning: the text is short", file=sys.stderr)
-    subprocess.run(["echo", "step 2"], check=True)
+    print("step 2 " + "x" * 200)
     time.sleep(1)
 print("done")
 """
@@ -85,9 +88,9 @@ def test_a_block_that_fails_says_where_its_words_are(tmp_path: Path, capfd: pyte
 
 def test_a_terminal_keeps_one_line_of_its_own_width(tmp_path: Path) -> None:
     main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("4H", 24, 40, 0, 0))  # rows and columns
     words = [sys.executable, "-c", ON_A_TERMINAL, str(tmp_path / "run.log")]
-    environment = {**os.environ, "COLUMNS": "40"}
-    subprocess.run(words, stdin=other, stdout=other, stderr=other, env=environment, check=True, timeout=60)
+    subprocess.run(words, stdin=other, stdout=other, stderr=other, check=True, timeout=60)
     os.close(other)
     shown = b""
     while not shown.endswith(b"done\r\n"):

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wrinklefree.config.compose import all_settings, local_settings, options
+from wrinklefree.config.compose import all_settings, local_settings
+from wrinklefree.config.groups import options
 from wrinklefree.config.schema import Config
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.find import DATA_FORMATS, METHODS, OBJECTIVES, SCHEDULES, users_file

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from wrinklefree.config.compose import option_files
+from wrinklefree.config.groups import option_files
 from wrinklefree.core.find import EXPORT_FORMATS, KINDS, METHODS, Kind, files, summary
 from wrinklefree.export.flags import formats
 

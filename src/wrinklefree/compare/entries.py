@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wrinklefree.config.compose import load_config, options
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.groups import options
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError

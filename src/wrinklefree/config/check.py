@@ -6,15 +6,13 @@ from typing import Any, TypeGuard
 
 from pydantic import TypeAdapter, ValidationError
 
-from wrinklefree.config.keys import key_paths
+from wrinklefree.config.keys import NAMED, key_paths
 from wrinklefree.config.schema import Config, QuantizationConfig
 from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.core.errors import UserError
-from wrinklefree.core.find import DATA_FORMATS, OBJECTIVES, SCHEDULES, find_named, names, unknown
+from wrinklefree.core.find import OBJECTIVES, find_named, names, unknown
 from wrinklefree.core.method import find, per_layer_entry
 from wrinklefree.core.text import did_you_mean
-
-NAMED = (OBJECTIVES, SCHEDULES, DATA_FORMATS)  # the kinds that a setting chooses by name
 
 
 def check_config(values: Mapping[str, Any], presets: Collection[str] | None = None) -> Config:

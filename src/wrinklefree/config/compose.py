@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from wrinklefree.config.check import check_config, flatten
-from wrinklefree.config.keys import CONFIGS, USERS, key_paths
+from wrinklefree.config.groups import CONFIGS, USERS, option_files, options
+from wrinklefree.config.keys import key_paths
 from wrinklefree.config.schema import Config
 from wrinklefree.config.thinking import ThinkingConfig
 from wrinklefree.config.values import check_literal, parse_value, quoted
@@ -39,25 +40,6 @@ def _default(f: dataclasses.Field[Any]) -> Any:
         return "???"
     value = f.default_factory()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-
-
-def options(group: str) -> list[str]:
-    """The names that a group may be set to: all methods, or the group's YAML files (the package's and the user's)."""
-    if group == "method":
-        return methods.available()
-    return sorted(path.stem for path in option_files(group))
-
-
-def option_files(group: str) -> list[Path]:
-    """The YAML files of a group: the package's, then those in the user's `configs/`.
-
-    Raises UserError if a user's file has a name that the package has already.
-    """
-    own, users = (sorted((root / group).glob("*.yaml")) for root in (CONFIGS, Path.cwd() / USERS))
-    for path in users:
-        if path.name in [mine.name for mine in own]:
-            raise UserError(f"{path}: the package has a {group}={path.stem} already; rename the file")
-    return own + users
 
 
 def resolve_model(key: str, value: str) -> list[tuple[str, str]]:

@@ -2,16 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from wrinklefree.config.groups import GROUPS, options
 from wrinklefree.config.schema import Config
-from wrinklefree.core.find import DATA_FORMATS, METHODS, OBJECTIVES, SCHEDULES, names
+from wrinklefree.core.find import DATA_FORMATS, OBJECTIVES, SCHEDULES, names
 
-CONFIGS = Path(__file__).parent / "yaml"
-USERS = "configs"  # the user's folder, in the working directory
-GROUPS = ("training", "model", "data", "distillation", "distributed")
-NAMED = (METHODS, OBJECTIVES, SCHEDULES, DATA_FORMATS)
+NAMED = (OBJECTIVES, SCHEDULES, DATA_FORMATS)  # the kinds that a setting chooses by name
 
 
 def key_paths(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -35,7 +32,7 @@ def completions(before: Sequence[str], word: str) -> list[str]:
         return [f"{key}={name}" for name in _values(key) if name.startswith(value)]
     split = before[-2:-1] if before[-1:] == ["="] else before[-1:] if not word else []
     values = [name for name in _values(split[0]) if name.startswith(word)] if split else []
-    found = [each for each in (*GROUPS, METHODS.setting, *_keys()) if each.startswith(word)]
+    found = [each for each in (*GROUPS, *_keys()) if each.startswith(word)]
     if values or len(found) != 1:
         return values or [f"{each}=" for each in found]
     # bash puts a space behind a single word, and none behind what several have in common.
@@ -50,11 +47,11 @@ def _keys() -> list[str]:
 
 def _values(key: str) -> list[str]:
     """The values that a key may have, if there is a list of them."""
+    if key in GROUPS:
+        return options(key)
     for kind in NAMED:
         if key == kind.setting:
             return names(kind)
-    if key in GROUPS:
-        return sorted(path.stem for root in (CONFIGS, Path(USERS)) for path in (root / key).glob("*.yaml"))
     types = [f.type for path, f in key_paths(Config) if path == key]
     return [word for kind in types for word in _words(kind)]
 

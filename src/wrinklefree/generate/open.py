@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from wrinklefree.config.compose import load_config, options
+from wrinklefree.config.compose import load_config
+from wrinklefree.config.groups import options
 from wrinklefree.core.errors import UserError
 from wrinklefree.distributed.world import join_world
 from wrinklefree.engine.engine import Engine, supports

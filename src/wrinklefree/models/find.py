@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from wrinklefree.config.compose import options
+from wrinklefree.config.groups import options
 from wrinklefree.core.errors import UserError
 from wrinklefree.core.text import did_you_mean
 from wrinklefree.data.hub import hub_reachable

@@ -4,7 +4,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from wrinklefree.config.compose import option_files, options, read_yaml
+from wrinklefree.config.compose import read_yaml
+from wrinklefree.config.groups import option_files, options
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
 from wrinklefree.export.origin import HUB_ID

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wrinklefree.config.compose import all_settings
-from wrinklefree.config.keys import CONFIGS
+from wrinklefree.config.groups import CONFIGS
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from wrinklefree.config.check import flatten
-from wrinklefree.config.compose import compose_values, option_files, options, read_yaml, resolve_model
+from wrinklefree.config.compose import compose_values, read_yaml, resolve_model
+from wrinklefree.config.groups import option_files, options
 from wrinklefree.config.keys import key_paths
 from wrinklefree.config.schema import Config, ModelConfig
 from wrinklefree.config.values import setting

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from wrinklefree.config.compose import load_config, option_files, options, read_yaml
+from wrinklefree.config.compose import load_config, read_yaml
+from wrinklefree.config.groups import option_files, options
 from wrinklefree.config.schema import Config
 from wrinklefree.config.values import setting
 from wrinklefree.core.errors import UserError

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -96,7 +95,7 @@ class _Watcher:
     def _show(self) -> None:
         text = f"{self.title}: {self.last}"
         if self.out.isatty():
-            width = shutil.get_terminal_size().columns - 1
+            width = (os.get_terminal_size(self.out.fileno()).columns or 80) - 1
             text = text if len(text) <= width else text[: width - 1] + "…"
             print(f"\r{text}\x1b[K", end="", file=self.out, flush=True)
         else:
